@@ -1,0 +1,1 @@
+"""What the model is fed, and what is observed while it runs."""

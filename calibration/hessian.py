@@ -1,0 +1,58 @@
+"""Hessians of the layer-wise reconstruction error: H = sum_t a_t x_t x_t^T over the tokens that reach a matrix."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HessianOptions:
+    """How tokens are weighed.
+
+    Attributes:
+        weight_power: a_t = w^power with the token's combine weight w; 0 counts every token alike, 2 is the error that
+            reaches the residual stream (MoEQuant's AGQ uses 1).
+        shrinkage_tokens: tau; an expert with n tokens gets n / (n + tau) of its own mean Hessian and tau / (n + tau)
+            of the layer's pooled one, so that an expert without tokens falls back to the pooled one.
+        pooled_tokens: tokens of the layer that the pooled Hessian of `down` is formed of, by sending them through the
+            expert as if they had been routed to it.
+    """
+
+    weight_power: int = 0
+    shrinkage_tokens: float = 32.0
+    pooled_tokens: int = 1024
+
+
+def gram(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
+    """sum_t a_t x_t x_t^T, fp32 [I, I]; zero for no tokens.
+
+    Args:
+        inputs_TI: any float dtype.
+        weights_T: a_t >= 0, or None for 1.
+    """
+    size = inputs_TI.shape[1]
+    out = torch.zeros(size, size, dtype=torch.float32, device=inputs_TI.device)
+    for start in range(0, inputs_TI.shape[0], _ROWS_AT_ONCE):
+        part = inputs_TI[start : start + _ROWS_AT_ONCE].float()
+        if weights_T is not None:
+            part = part * weights_T[start : start + _ROWS_AT_ONCE, None].float().sqrt()
+        out.addmm_(part.T, part)
+    return out
+
+
+def shrink(own_II: Tensor, mass: float, tokens: int, pooled_II: Tensor, tau: float) -> Tensor:
+    """The Hessian used for an expert: its own mean, drawn towards the pooled mean where tokens are few.
+
+    Args:
+        own_II: sum of a_t x_t x_t^T over the expert's tokens.
+        mass: sum of a_t.
+        tokens: number of the expert's tokens.
+        pooled_II: mean of x_t x_t^T over the layer's tokens.
+        tau: shrinkage in tokens.
+    """
+    share = tokens / (tokens + tau) if tokens else 0.0
+    own = own_II * (share / mass) if mass > 0 else torch.zeros_like(own_II)
+    return own.add_(pooled_II, alpha=1 - share)

@@ -1,0 +1,297 @@
+"""A profile: how a model used its experts on some text. Small, mergeable, and made in one resumable walk.
+
+On disk a profile is a folder: `profile.json` (what was observed) and `statistics.safetensors` (fp64 accumulators named
+`layers.<L>.<accumulator>`, see `moepress.calibration.observe`).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepress.calibration.corpus import Corpus
+from moepress.calibration.observe import ACCUMULATORS, Cells, observe_layer, shard_of_windows
+from moepress.errors import InvalidInputError
+from moepress.journal import Run, sha256_of
+from moepress.models.checkpoint import Checkpoint, read_json
+from moepress.models.family import Shape, shape_of
+from moepress.models.forward import StreamedModel, require_finite_hidden
+from moepress.models.safetensors_file import read_header, read_tensor
+from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream
+from moepress.models.writer import tensor_entry, write_json, write_shard
+from moepress.progress import track
+
+SCHEMA_VERSION = "1.0"
+SHARDS = 8
+_HASHED_WHOLE_BYTES = 4 << 30
+STATISTICS, DESCRIPTION = "statistics.safetensors", "profile.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Statistics of a model's experts.
+
+    Attributes:
+        model: fingerprint of the checkpoint that was run.
+        model_name: its folder's name, for people.
+        family: its family's name.
+        config: its config.json, so that plans need no model.
+        shape: its numbers.
+        domains: names, the first axis of all statistics.
+        layers: the MoE layers, ascending.
+        calibration: what it was fed: digests, seed, window, tokens per domain, notes.
+        inventory: bytes and parameters of the checkpoint by part, for size estimates.
+        statistics: layer -> accumulator -> fp64 [S, B, E] (totals [S, B]).
+    """
+
+    model: str
+    model_name: str
+    family: str
+    config: Mapping[str, Any]
+    shape: Shape
+    domains: tuple[str, ...]
+    layers: tuple[int, ...]
+    calibration: Mapping[str, Any]
+    inventory: Mapping[str, Any]
+    statistics: Mapping[int, Mapping[str, Tensor]]
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of the config, of every tensor's name, dtype, shape and place, and of the bytes.
+
+    Shards above 4 GiB are sampled (256 places of 4 KiB each): hashing all of a 671 B model would take longer than
+    pruning it.
+    """
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name in sorted(checkpoint.stored):
+        entry = checkpoint.stored[name]
+        digest.update(f"{name} {entry.dtype} {entry.shape} {entry.begin}".encode())
+    for shard in checkpoint.shards:
+        path = checkpoint.folder / shard
+        size = path.stat().st_size
+        if size <= _HASHED_WHOLE_BYTES:
+            digest.update(sha256_of(path).encode())
+            continue
+        with path.open("rb") as stream:
+            for index in range(256):
+                stream.seek(size * index // 256)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def describe_corpus(corpus: Corpus, seed: int) -> dict[str, Any]:
+    """What a profile, a plan and a report say about the calibration text."""
+    return {
+        "digest": corpus.digest,
+        "embedded": corpus.embedded,
+        "seed": seed,
+        "window": int(corpus.windows.shape[1]),
+        "windows": int(corpus.windows.shape[0]),
+        "tokens": int(corpus.windows.numel()),
+        "tokens_per_domain": dict(zip(corpus.domains, map(int, corpus.tokens_per_domain), strict=True)),
+        "bos": corpus.bos_policy,
+        "notes": list(corpus.notes),
+    }
+
+
+def cells_of(corpus: Corpus) -> Cells:
+    """Domain and token shard of every token of a corpus."""
+    shard = shard_of_windows(corpus.windows, SHARDS)
+    index = (corpus.domain_index * SHARDS + shard).repeat_interleave(corpus.windows.shape[1])
+    return Cells(index=index, domains=len(corpus.domains), shards=SHARDS)
+
+
+def collect(
+    model: StreamedModel, corpus: Corpus, run: Run, limits: Limits, *, leave_one_out: bool = True
+) -> dict[int, dict[str, Tensor]]:
+    """Walk the model over the corpus; every layer's statistics and the hidden states after it are pieces of the run.
+
+    Returns:
+        layer -> accumulators, for the MoE layers.
+    """
+    scratch = Scratch(run.folder, limits.memory_bytes)
+    cells = cells_of(corpus)
+    try:
+        with torch.inference_mode(), track("profile", model.shape.layers) as advance:
+            stream = open_stream(model, corpus.windows, scratch, limits, observe=True)
+            first = resume_hidden(run, stream)
+            advance(first)
+            for layer in range(first, model.shape.layers):
+                _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out)
+                save_hidden(run, stream, layer)
+                advance(1)
+    finally:
+        scratch.close()
+    return {layer: _read_statistics(run, layer) for layer in sorted(model.moe_layers)}
+
+
+def _profile_layer(stream: Stream, layer: int, run: Run, cells: Cells, *, leave_one_out: bool) -> None:
+    stream.model.load_layer(layer)
+    if first_step(stream, layer):
+        found = observe_layer(stream, layer, cells, leave_one_out=leave_one_out)
+        entries = [tensor_entry(name, value) for name, value in sorted(found.items())]
+        run.write(f"statistics-{layer}", f"statistics-{layer:05d}.safetensors", lambda path: write_shard(path, entries))
+    stream.model.unload_layer(layer)
+    require_finite_hidden(stream.hidden, layer)
+
+
+def _read_statistics(run: Run, layer: int) -> dict[str, Tensor]:
+    piece = run.done(f"statistics-{layer}")
+    assert piece is not None
+    return {name: read_tensor(entry) for name, entry in read_header(run.path(piece)).items()}
+
+
+def save_hidden(run: Run, stream: Stream, layer: int) -> None:
+    """Keep the hidden states after a layer as a piece, and drop those of the layer before."""
+    if layer == stream.model.shape.layers - 1:
+        run.write("hidden-end", "hidden.end", _touch)
+    else:
+        entry = tensor_entry("hidden", stream.hidden)
+        run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, [entry]))
+    run.drop(f"hidden-{layer - 1}")
+
+
+def _touch(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def resume_hidden(run: Run, stream: Stream) -> int:
+    """Load the last hidden states that were kept; returns the layer to go on with."""
+    layers = stream.model.shape.layers
+    if run.done("hidden-end"):
+        return layers
+    for layer in reversed(range(layers - 1)):
+        piece = run.done(f"hidden-{layer}")
+        if piece is not None:
+            stream.hidden.copy_(read_tensor(read_header(run.path(piece))["hidden"]))
+            return layer + 1
+    return 0
+
+
+def drop_hidden(run: Run) -> None:
+    """Remove what only a resume needed."""
+    for piece in [p for p in run.pieces if p.startswith(("hidden-", "statistics-"))]:
+        run.drop(piece)
+
+
+def save_profile(profile: Profile, folder: Path) -> None:
+    """Write a profile's two files into a folder that exists."""
+    entries = [
+        tensor_entry(f"layers.{layer}.{name}", value)
+        for layer in profile.layers
+        for name, value in sorted(profile.statistics[layer].items())
+    ]
+    write_shard(folder / STATISTICS, entries)
+    description = {
+        "schema_version": SCHEMA_VERSION,
+        "model": profile.model,
+        "model_name": profile.model_name,
+        "family": profile.family,
+        "config": dict(profile.config),
+        "domains": list(profile.domains),
+        "layers": list(profile.layers),
+        "shards": SHARDS,
+        "calibration": dict(profile.calibration),
+        "inventory": dict(profile.inventory),
+    }
+    write_json(folder / DESCRIPTION, description)
+
+
+def load_profile(folder: Path) -> Profile:
+    """Read a profile.
+
+    Raises:
+        InvalidInputError: the folder is not a profile, or statistics are missing from it.
+    """
+    from moepress.models.families import family_of
+
+    if not (folder / DESCRIPTION).is_file():
+        raise InvalidInputError(f"{folder} has no {DESCRIPTION}; give a folder made by `moepress profile`.")
+    found = read_json(folder / DESCRIPTION)
+    if found.get("schema_version") != SCHEMA_VERSION:
+        raise InvalidInputError(
+            f"{folder / DESCRIPTION} has schema version {found.get('schema_version')!r} and this moepress reads "
+            f"{SCHEMA_VERSION}; profile the model again."
+        )
+    entries = read_header(folder / STATISTICS)
+    try:
+        config, layers, domains = found["config"], tuple(found["layers"]), tuple(found["domains"])
+        family = family_of(config)
+        shape = shape_of(family, config)
+        statistics = {
+            layer: {name: read_tensor(entries[f"layers.{layer}.{name}"]) for name in _names(entries, layer)}
+            for layer in layers
+        }
+        for layer in layers:
+            for name in ACCUMULATORS:
+                if statistics[layer][name].shape != (len(domains), SHARDS, shape.experts):
+                    raise InvalidInputError(f"{folder / STATISTICS}: layers.{layer}.{name} has the wrong shape.")
+        return Profile(
+            model=found["model"],
+            model_name=found["model_name"],
+            family=family.name,
+            config=config,
+            shape=shape,
+            domains=domains,
+            layers=layers,
+            calibration=found["calibration"],
+            inventory=found["inventory"],
+            statistics=statistics,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"{folder} is not a whole profile ({error!r}); profile the model again.") from error
+
+
+def _names(entries: Mapping[str, object], layer: int) -> list[str]:
+    prefix = f"layers.{layer}."
+    return [name.removeprefix(prefix) for name in entries if name.startswith(prefix)]
+
+
+def merge_profiles(profiles: Sequence[Profile]) -> Profile:
+    """Put profiles of one model together: domains of the same name are added, others stand side by side.
+
+    Raises:
+        InvalidInputError: they are of different models.
+    """
+    first = profiles[0]
+    if len(profiles) == 1:
+        return first
+    if any(p.model != first.model for p in profiles):
+        raise InvalidInputError("The profiles are of different models; merge only profiles of one model.")
+    domains = tuple(dict.fromkeys(d for p in profiles for d in p.domains))
+    statistics: dict[int, dict[str, Tensor]] = {}
+    for layer in first.layers:
+        merged: dict[str, Tensor] = {}
+        for name, sample in first.statistics[layer].items():
+            total = torch.zeros(len(domains), *sample.shape[1:], dtype=torch.float64)
+            for profile in profiles:
+                rows = torch.tensor([domains.index(d) for d in profile.domains])
+                value = profile.statistics[layer][name]
+                if ACCUMULATORS.get(name) == "max":
+                    total[rows] = torch.maximum(total[rows], value)
+                else:
+                    total.index_add_(0, rows, value)
+            merged[name] = total
+        statistics[layer] = merged
+    calibration: dict[str, Any] = {
+        "merged": [dict(p.calibration) for p in profiles],
+        "tokens": sum(int(p.calibration.get("tokens", 0)) for p in profiles),
+        "embedded": any(p.calibration.get("embedded") for p in profiles),
+    }
+    return Profile(
+        model=first.model,
+        model_name=first.model_name,
+        family=first.family,
+        config=first.config,
+        shape=first.shape,
+        domains=domains,
+        layers=first.layers,
+        calibration=calibration,
+        inventory=first.inventory,
+        statistics=statistics,
+    )

@@ -1,0 +1,353 @@
+"""The command line: parse, call one function, print. Everything heavy is imported inside the commands."""
+
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from moepress import __version__
+from moepress.errors import MoepressError, UsageError
+from moepress.options import (
+    calibration_options,
+    dry_run_option,
+    include_option,
+    json_option,
+    machine_options,
+    nonfinite_option,
+    output_options,
+    parse_bytes,
+    parse_weights,
+    scheme_options,
+    selection_options,
+)
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="moepress")
+def cli() -> None:
+    """Press Mixture-of-Experts language models: measure which experts your text uses, prune the others, quantize
+    what stays with GPTQ, export, and prove what it cost.
+
+    \b
+    The whole job in one command (`demo` is a small model that comes with moepress):
+      moepress run demo -o out --keep 0.75 --bits 4
+    \b
+    The same, stage by stage:
+      moepress inspect MODEL
+      moepress profile MODEL -o profile --calibration my-text.jsonl
+      moepress plan profile --keep 0.75 --bits 4 -o plan.json
+      moepress quantize MODEL --plan plan.json -o pressed
+      moepress validate MODEL pressed
+      moepress export pressed --to gptq -o pressed-gptq
+
+    MODEL is the folder of a Hugging Face model. Models never have to fit into memory. Interrupted runs go on with
+    --resume. Exit codes: 0 ok, 2 wrong use, 3 a threshold was missed, 4 invalid input, 5 unsupported, 6 output in
+    use, 130 interrupted.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code; known errors become one line on stderr."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        code = cli.main(standalone_mode=False)
+    except MoepressError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("Interrupted. What is finished is kept; repeat the command with --resume to go on.", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume.", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(_number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {message}" if code != INTERRUPTED else message, err=True)
+    sys.exit(code)
+
+
+def _emit(data: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(data, indent=2, default=str, ensure_ascii=False))
+
+
+def _note(*notes: str) -> None:
+    for note in notes:
+        click.echo(f"Note: {note}", err=True)
+
+
+def _gib(size: float) -> str:
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _quiet_libraries() -> None:
+    """No banners or bars of the libraries below; ours are on stderr."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@cli.command()
+@click.argument("model")
+@json_option
+def inspect(model: str, as_json: bool) -> None:
+    """Tell what MODEL is: family, experts, sizes by part, and how many experts can legally stay.
+
+    \b
+    Example:  moepress inspect demo
+    """
+    from moepress.models.checkpoint import open_checkpoint
+    from moepress.models.inventory import describe
+    from moepress.stages import model_folder
+    from moepress.tables import print_inventory
+
+    found = describe(open_checkpoint(model_folder(model)))
+    _emit(found) if as_json else print_inventory(found)
+
+
+@cli.command()
+@click.argument("model")
+@output_options("Folder for the profile.")
+@calibration_options
+@machine_options
+@click.option("--no-loo", is_flag=True, help="Leave out leave-one-out losses: 1/K less compute, no `loo` criterion.")
+@nonfinite_option
+@dry_run_option
+@json_option
+def profile(model: str, output: Path, resume: bool, force: bool, **options: Any) -> None:
+    """Run MODEL over calibration text and write down how it uses its experts, per domain.
+
+    One pass gives the statistics of every pruning criterion. Profiles of one model can be merged: give several to
+    `moepress plan`.
+
+    \b
+    Example:  moepress profile demo -o profile
+              moepress profile MODEL -o profile --calibration chats.jsonl --domain python=code.txt
+    """
+    from moepress import stages
+    from moepress.tables import print_profile
+
+    _quiet_libraries()
+    calibration, machine = _calibration(options), _machine(options)
+    if options["dry_run"]:
+        _emit(asdict(stages.profile_estimate(model, calibration, machine)))
+        return
+    made = stages.profile_stage(
+        model,
+        stages.Output(folder=output, resume=resume, force=force),
+        calibration,
+        machine,
+        leave_one_out=not options["no_loo"],
+        allow_nonfinite=options["allow_nonfinite"],
+    )
+    if options["as_json"]:
+        _emit({"profile": str(output), "domains": made.domains, "calibration": made.calibration})
+    else:
+        print_profile(made, output)
+
+
+@cli.command()
+@click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@selection_options
+@click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
+@scheme_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
+@json_option
+def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **options: Any) -> None:
+    """Decide from PROFILES which experts stay; print what each domain loses and the size before and after.
+
+    Instant, and pure: the same profile and options give the same plan. The plan is JSON that can be read and edited.
+
+    \b
+    Example:  moepress plan profile --keep 0.75 -o plan.json
+              moepress plan profile --experts 8 --domain-weight python=1 --domain-weight german=0 -o plan.json
+    """
+    from moepress.journal import write_atomically
+    from moepress.stages import load_profiles
+    from moepress.tables import print_plan
+
+    made = _make_plan(load_profiles(profiles), options, quantized=not options["no_quantization"])
+    from moepress.compress.plan import plan_text
+
+    if output is not None:
+        write_atomically(output, plan_text(made))
+    _emit(made.model_dump(mode="json")) if as_json else print_plan(made, output)
+
+
+@cli.command()
+@click.argument("model")
+@output_options("Folder for the pruned model.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan made by `moepress plan`.")
+@click.option("--profile", "profiles", multiple=True, type=click.Path(path_type=Path), help="Plan from this profile.")
+@selection_options
+@nonfinite_option
+@dry_run_option
+@json_option
+def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
+    """Rewrite MODEL without the experts that the plan leaves out: byte for byte, in the memory of one tensor.
+
+    \b
+    Example:  moepress prune demo --plan plan.json -o pruned
+              moepress prune demo --profile profile --keep 0.5 -o pruned
+    """
+    from moepress import stages
+    from moepress.compress.plan import load_plan
+
+    if (plan_file is None) == (not options["profiles"]):
+        raise UsageError("Say what to prune: either --plan plan.json, or --profile PROFILE with --keep or --experts.")
+    if plan_file is not None:
+        made = load_plan(plan_file)
+    else:
+        made = _make_plan(stages.load_profiles(options["profiles"]), options, quantized=False)
+    _note(*made.notes)
+    place = stages.Output(folder=output, resume=resume, force=force)
+    result = stages.prune_stage(
+        model, place, made, allow_nonfinite=options["allow_nonfinite"], dry_run=options["dry_run"]
+    )
+    if options["as_json"] or options["dry_run"]:
+        _emit(result)
+        return
+    _note(*result["notes"])
+    sizes = f"{_gib(result['bytes_before'])} -> {_gib(result['bytes_after'])}"
+    click.echo(f"{output}: {result['experts']} of {result['experts_before']} experts stay, {sizes}")
+
+
+@cli.command()
+@click.argument("model")
+@output_options("Folder for the quantized model.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
+@scheme_options
+@include_option
+@calibration_options
+@machine_options
+@dry_run_option
+@json_option
+def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
+    """Quantize MODEL with GPTQ, pruned by a plan where one is given; the calibration text flows through the pruned,
+    already quantized layers.
+
+    The routed experts are quantized, and what --include adds; router, norms, embeddings and what a runtime trips over
+    stay as they are. The result is a compressed-tensors folder that transformers and vLLM load.
+
+    \b
+    Example:  moepress quantize demo --bits 4 --group-size 64 -o quantized
+              moepress quantize MODEL --plan plan.json --include attention --include shared -o pressed
+    """
+    from moepress import stages
+    from moepress.compress.plan import load_plan
+    from moepress.converters.scheme import Scheme
+
+    _quiet_libraries()
+    made = load_plan(plan_file) if plan_file else None
+    scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
+    if made is not None and made.quantization is not None and _all_default("bits", "group_size"):
+        scheme = made.quantization.scheme()
+    result = stages.quantize_stage(
+        model,
+        stages.Output(folder=output, resume=resume, force=force),
+        made,
+        stages.QuantizeRequest(scheme=scheme, include=_includes(options)),
+        _calibration(options),
+        _machine(options),
+        dry_run=options["dry_run"],
+    )
+    if options["as_json"] or options["dry_run"]:
+        _emit(result)
+        return
+    from moepress.tables import print_quantized
+
+    print_quantized(result, output)
+
+
+@cli.command()
+@click.argument("artifact")
+@output_options("Folder for the export.")
+@click.option("--to", "target", required=True, type=click.Choice(["gptq", "compressed-tensors"]), help="The layout.")
+@json_option
+def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool) -> None:
+    """Lay the codes of a quantized ARTIFACT out in another format. Codes do not change; nothing is solved again.
+
+    \b
+    Example:  moepress export quantized --to gptq -o quantized-gptq
+    """
+    from moepress import stages
+
+    result = stages.export_stage(artifact, stages.Output(folder=output, resume=resume, force=force), target)
+    _note(*result.notes)
+    if as_json:
+        _emit({"output": str(output), **asdict(result)})
+    else:
+        click.echo(f"{output}: {result.modules} matrices in {target} layout, {_gib(result.bytes_after)}")
+
+
+def _all_default(*names: str) -> bool:
+    context = click.get_current_context()
+    return all(context.get_parameter_source(n) is click.core.ParameterSource.DEFAULT for n in names)
+
+
+def _includes(options: Mapping[str, Any]) -> Any:
+    from moepress.compress.linears import Include
+
+    return frozenset(Include(name) for name in options["include"])
+
+
+def _calibration(options: Mapping[str, Any]) -> Any:
+    from moepress.stages import Calibration
+
+    return Calibration(
+        sources=options["calibration"],
+        domains=options["domain"],
+        tokens=options["tokens"],
+        window=options["window"],
+        seed=options["seed"],
+    )
+
+
+def _machine(options: Mapping[str, Any]) -> Any:
+    from moepress.stages import Machine
+
+    return Machine(device=options["device"], dtype=options["dtype"], memory_bytes=parse_bytes(options["max_memory"]))
+
+
+def _make_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
+    from moepress.compress.plan import count_from_keep, make_plan
+    from moepress.compress.scoring import Criterion, Groups
+    from moepress.converters.scheme import Scheme
+
+    groups = Groups(options["groups"])
+    keep, experts = options["keep"], options["experts"]
+    return make_plan(
+        profile,
+        count=count_from_keep(profile.shape, keep, experts, degroup=groups is Groups.DEGROUP),
+        criterion=Criterion(options["criterion"]) if options["criterion"] else None,
+        weights=parse_weights(options["domain_weight"]),
+        groups=groups,
+        scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
+    )
+
+
+if __name__ == "__main__":
+    main()

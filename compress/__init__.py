@@ -1,0 +1,1 @@
+"""Decisions and numerics: scores, plans, pruning, GPTQ."""

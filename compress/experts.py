@@ -1,0 +1,195 @@
+"""GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moepress.calibration.hessian import HessianOptions, gram, shrink
+from moepress.compress.gptq import Solved, SolverOptions, solve
+from moepress.converters.artifact import dense
+from moepress.converters.scheme import Scheme
+from moepress.models.experts import Expert
+from moepress.models.forward import StreamedModel, tokens_of
+from moepress.models.walk import Stream, read_ahead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOptions:
+    """How matrices are quantized.
+
+    Attributes:
+        scheme: bits and group size.
+        scale_dtype: dtype the scales are rounded to before codes are chosen.
+        stored_dtype: dtype the scales are stored in, the model's.
+        hessian: how tokens are weighed.
+        solver: options of the GPTQ solver.
+    """
+
+    scheme: Scheme
+    scale_dtype: torch.dtype
+    stored_dtype: torch.dtype
+    hessian: HessianOptions = field(default_factory=HessianOptions)
+    solver: SolverOptions = field(default_factory=SolverOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """A quantized matrix: codes int8 [O, I], scales [O, G] in the dtype they are stored in, on the CPU."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def dense(self) -> Tensor:
+        """What it stands for, [O, I], in the scales' dtype."""
+        return dense(self.codes, self.scales)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedExpert:
+    """One quantized expert and what is known of its error.
+
+    Attributes:
+        gate, up, down: the matrices.
+        tokens: calibration tokens that reached it.
+        error: relative output error of gate/up and of down on its Hessians, ||(W - Q) X||^2 / ||W X||^2.
+        rounded: a Hessian could not be factorised and the matrix was rounded to nearest.
+    """
+
+    gate: Coded
+    up: Coded
+    down: Coded
+    tokens: int
+    error: tuple[float, float]
+    rounded: bool
+
+    def expert(self, model: StreamedModel) -> Expert:
+        """Dequantized, on the model's device, in its compute dtype."""
+        return Expert(gate=self.gate.dense(), up=self.up.dense(), down=self.down.dense()).to(model.device, model.dtype)
+
+
+def experts_at_once(model: StreamedModel, memory_bytes: int) -> int:
+    """How many experts fit into a quarter of the memory limit while they are solved."""
+    hidden, width = model.shape.hidden, model.shape.expert_width
+    hessians = 4 * hidden * hidden
+    matrices = 10 * 2 * width * hidden
+    return max(1, min(model.shape.experts, memory_bytes // 4 // (4 * (hessians + matrices))))
+
+
+def pooled_inputs(stream: Stream, options: HessianOptions) -> Tensor:
+    """A fixed, evenly spread sample of the layer's tokens [P, D], for Hessians of experts with few tokens."""
+    count = min(options.pooled_tokens, stream.tokens)
+    rows = torch.arange(count) * stream.tokens // max(count, 1)
+    return stream.inputs[rows].to(stream.model.device)
+
+
+def pooled_hessian(stream: Stream) -> Tensor:
+    """Mean of x x^T over all tokens of the layer, fp32 [D, D] on the device."""
+    device = stream.model.device
+    total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
+    for part in stream.inputs.split(65536):
+        total += gram(part.to(device))
+    return total / max(stream.tokens, 1)
+
+
+def solve_experts(
+    stream: Stream, layer: int, experts: Sequence[int], pooled_DD: Tensor, sample_PD: Tensor, options: QuantizeOptions
+) -> list[CodedExpert]:
+    """Quantize a batch of experts of one layer.
+
+    Gate and up share their input and so one Hessian and one solve (their rows are stacked); down sees what the
+    quantized gate and up give.
+
+    Args:
+        stream: after the layer's first step.
+        layer: the layer's number.
+        experts: which of its experts; all are in memory at once.
+        pooled_DD: `pooled_hessian`.
+        sample_PD: `pooled_inputs`.
+        options: see `QuantizeOptions`.
+    """
+    model, positions = stream.model, tokens_of(stream.chosen, stream.model.shape.experts)
+    weights = dict(read_ahead(model, layer, list(experts)))
+    stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)).float() for e in experts])
+    hessians = torch.stack([_input_hessian(stream, positions[e], pooled_DD, options.hessian) for e in experts])
+    first = solve(stacked, hessians, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
+    first_error = relative_errors(stacked, hessians, first)
+    del hessians, stacked
+    coded = [_split(first, index, options.stored_dtype) for index in range(len(experts))]
+    middle = [
+        _down_hessian(stream, layer, positions[e], sample_PD, gate_up, options.hessian)
+        for e, gate_up in zip(experts, coded, strict=True)
+    ]
+    downs, hessians = torch.stack([weights[e].down.float() for e in experts]), torch.stack(middle)
+    second = solve(downs, hessians, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
+    second_error = relative_errors(downs, hessians, second)
+    return [
+        CodedExpert(
+            gate=coded[index][0],
+            up=coded[index][1],
+            down=Coded(codes=second.codes[index].cpu(), scales=second.scales[index].to("cpu", options.stored_dtype)),
+            tokens=len(positions[expert][0]),
+            error=(first_error[index], second_error[index]),
+            rounded=bool(first.rounded[index]) or bool(second.rounded[index]),
+        )
+        for index, expert in enumerate(experts)
+    ]
+
+
+def _split(solved: Solved, index: int, stored: torch.dtype) -> tuple[Coded, Coded]:
+    codes, scales = solved.codes[index].cpu(), solved.scales[index].to("cpu", stored)
+    half = codes.shape[0] // 2
+    return Coded(codes=codes[:half], scales=scales[:half]), Coded(codes=codes[half:], scales=scales[half:])
+
+
+def token_weights(stream: Stream, position: tuple[Tensor, Tensor], options: HessianOptions) -> Tensor | None:
+    """a_t of an expert's tokens, or None for 1."""
+    if options.weight_power == 0:
+        return None
+    return stream.weights[position[0], position[1]].pow(options.weight_power).to(stream.model.device)
+
+
+def _mass(weights: Tensor | None, tokens: int) -> float:
+    return float(tokens) if weights is None else float(weights.sum())
+
+
+def _input_hessian(
+    stream: Stream, position: tuple[Tensor, Tensor], pooled_DD: Tensor, options: HessianOptions
+) -> Tensor:
+    weights, tokens = token_weights(stream, position, options), len(position[0])
+    own = gram(stream.inputs[position[0]].to(stream.model.device), weights)
+    return shrink(own, _mass(weights, tokens), tokens, pooled_DD, options.shrinkage_tokens)
+
+
+def _down_hessian(
+    stream: Stream,
+    layer: int,
+    position: tuple[Tensor, Tensor],
+    sample_PD: Tensor,
+    gate_up: tuple[Coded, Coded],
+    options: HessianOptions,
+) -> Tensor:
+    """Like `_input_hessian`, of the intermediate that the quantized gate and up give.
+
+    The hidden units of different experts have nothing in common, so the pooled Hessian is that of a sample of the
+    layer's tokens sent through this expert.
+    """
+    model, tokens = stream.model, len(position[0])
+    gate, up = (m.dense().to(model.device, model.dtype) for m in gate_up)
+    activation = model.activation(layer)
+
+    def middle(inputs: Tensor) -> Tensor:
+        linear = torch.nn.functional.linear
+        return activation(linear(inputs, gate)) * linear(inputs, up)
+
+    weights = token_weights(stream, position, options)
+    own = gram(middle(stream.inputs[position[0]].to(model.device)), weights)
+    pooled = gram(middle(sample_PD)) / max(sample_PD.shape[0], 1)
+    return shrink(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+
+
+def relative_errors(weight_EOI: Tensor, hessian_EII: Tensor, solved: Solved) -> list[float]:
+    """||(W - Q) X||^2 / ||W X||^2 of every matrix of a batch."""
+    energy = ((weight_EOI @ hessian_EII) * weight_EOI).sum(dim=(1, 2), dtype=torch.float64)
+    return (solved.loss.to(energy.device) / energy.clamp(min=1e-300)).tolist()

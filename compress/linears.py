@@ -1,0 +1,66 @@
+"""Which Linears of a layer are quantized besides the routed experts, and in which order."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moepress.models.checkpoint import Source
+from moepress.models.family import Part, layer_of, part_of
+
+
+class Include(StrEnum):
+    """Parts that `--include` adds to the routed experts."""
+
+    ATTENTION = "attention"
+    SHARED = "shared"
+    DENSE = "dense"
+    LM_HEAD = "lm_head"
+
+
+_PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}
+# Linears of a gated MLP, in the order of the data.
+_MLP_GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGroup:
+    """Linears of one layer that see the same input, by their names on disk, `.weight` included."""
+
+    part: Part
+    names: tuple[str, ...]
+
+
+def linear_groups(source: Source, layer: int, layers: int, include: Iterable[Include]) -> list[LinearGroup]:
+    """The groups of a layer to be quantized, in the order in which the data meets them."""
+    wanted, groups = set(include), list[LinearGroup]()
+    by_part: dict[Part, list[str]] = {}
+    for name, shape in source.shapes.items():
+        if layer_of(name) != layer or len(shape) != 2 or not name.endswith(".weight"):
+            continue
+        by_part.setdefault(part_of(source.family, name, layers), []).append(name)
+    for part, kind in _PARTS.items():
+        if kind not in wanted:
+            continue
+        orders = source.family.attention_groups if part is Part.ATTENTION else _MLP_GROUPS
+        for order in orders:
+            leaves = [leaf for leaf in order if leaf not in source.family.never_quantize]
+            names = tuple(n for leaf in leaves for n in by_part.get(part, []) if n.split(".")[-2] == leaf)
+            if names:
+                groups.append(LinearGroup(part=part, names=names))
+    return groups
+
+
+def unquantized_modules(source: Source, layers: int, include: Iterable[Include]) -> list[str]:
+    """Names of Linears and routers that keep their weights, for the `ignore` list of quantization configs."""
+    wanted = set(include)
+    quantized = {n for layer in range(layers) for g in linear_groups(source, layer, layers, wanted) for n in g.names}
+    ignored = []
+    for name, shape in source.shapes.items():
+        part = part_of(source.family, name, layers)
+        plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.NORMS, Part.MTP, Part.ROUTED}
+        head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
+        if plain and name.endswith(".weight") and name not in quantized and not head:
+            ignored.append(name.removesuffix(".weight"))
+    if "lm_head.weight" not in source.shapes:
+        ignored.append("lm_head")
+    return sorted(ignored, key=lambda n: (layer_of(n) if layer_of(n) is not None else 1 << 30, n))

@@ -1,0 +1,419 @@
+"""quantize: one walk over the layers. Calibration tokens flow through the pruned model; each layer is solved on what
+reaches it, and its quantized output goes on to the next.
+
+Pieces are the shards of the result: a layer, or where a layer is large its parts. A killed run finds its finished
+pieces, takes their dequantized weights in place of solving, and so ends with the same bytes.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepress import __version__
+from moepress.calibration.corpus import Corpus
+from moepress.calibration.hessian import gram
+from moepress.calibration.profile import resume_hidden, save_hidden
+from moepress.compress.experts import (
+    Coded,
+    CodedExpert,
+    QuantizeOptions,
+    experts_at_once,
+    pooled_hessian,
+    pooled_inputs,
+    relative_errors,
+    solve_experts,
+)
+from moepress.compress.gptq import solve
+from moepress.compress.linears import Include, LinearGroup, linear_groups, unquantized_modules
+from moepress.converters import compressed_layout
+from moepress.converters.artifact import Source
+from moepress.errors import UsageError
+from moepress.journal import Piece, Run
+from moepress.models.experts import is_fused
+from moepress.models.family import Part, layer_of, part_of
+from moepress.models.forward import StreamedModel, require_finite_hidden, tokens_of
+from moepress.models.safetensors_file import read_header, read_tensor
+from moepress.models.walk import Limits, Scratch, Stream, add_output, first_step, open_stream
+from moepress.models.writer import copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.progress import track
+
+PIECE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that stays the same during one run of `quantize`."""
+
+    stream: Stream
+    run: Run
+    options: QuantizeOptions
+    include: frozenset[Include]
+    chunks: Mapping[int, Sequence[Sequence[int]]]
+    piece_names: Mapping[str, str]
+    at_once: int
+
+
+def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that a config states, bf16 where it states none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return kinds.get(str(name), torch.bfloat16)
+
+
+def scale_value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype whose values scales take: the model's; fp16 for fp32 models, so that the GPTQ layout is exact."""
+    return torch.float16 if dtype == torch.float32 else dtype
+
+
+def check_scheme(source: Source, options: QuantizeOptions, include: Iterable[Include]) -> None:
+    """Refuse a group size that does not divide a matrix, before any work.
+
+    Raises:
+        UsageError: naming the first such matrix.
+    """
+    layers = int(source.config["num_hidden_layers"])
+    wanted = {n for layer in range(layers) for g in linear_groups(source, layer, layers, include) for n in g.names}
+    if Include.LM_HEAD in include:
+        wanted.add("lm_head.weight")
+    for name, shape in source.shapes.items():
+        part = part_of(source.family, name, layers)
+        columns = shape[-1] if name in wanted or (part is Part.ROUTED and len(shape) >= 2) else None
+        if columns is not None:
+            try:
+                options.scheme.groups(columns)
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from error
+
+
+def plan_chunks(
+    source: Source, layers: int, experts: Mapping[int, int], options: QuantizeOptions
+) -> dict[int, list[list[int]]]:
+    """Which experts share a piece, per layer; a dense layer has one empty chunk. Depends on the model alone."""
+    family, chunks = source.family, dict[int, list[list[int]]]()
+    for layer in range(layers):
+        count = experts.get(layer, 0)
+        if not count:
+            chunks[layer] = [[]]
+            continue
+        if is_fused(source, layer):
+            elements = sum(
+                math.prod(source.shapes[n.format(layer=layer)][1:]) for n in (family.fused_gate_up, family.fused_down)
+            )
+        else:
+            elements = sum(math.prod(source.shapes[n]) for n in family.expert_names(layer, 0))
+        each = elements * (options.scheme.bits + 1) // 8
+        size = max(1, PIECE_BYTES // each)
+        chunks[layer] = [list(range(s, min(s + size, count))) for s in range(0, count, size)]
+    return chunks
+
+
+def quantize(
+    model: StreamedModel,
+    corpus: Corpus,
+    run: Run,
+    limits: Limits,
+    *,
+    options: QuantizeOptions,
+    include: frozenset[Include],
+    companions: Path,
+    summary: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Quantize a model (perhaps seen through a keep list) into a compressed-tensors folder and finish the run.
+
+    Args:
+        model: the streamed model that calibration flows through.
+        corpus: calibration windows.
+        run: the output in the making.
+        limits: memory and batch size.
+        options: scheme, Hessians, solver.
+        include: parts besides the routed experts.
+        companions: the folder whose tokenizer and other files go along.
+        summary: what moepress.json is to say about the plan and the calibration.
+
+    Returns:
+        Bytes, per-layer errors, experts that fell back, notes.
+    """
+    check_scheme(model.source, options, include)
+    layers = model.shape.layers
+    chunks = plan_chunks(model.source, layers, dict.fromkeys(model.moe_layers, model.shape.experts), options)
+    scratch = Scratch(run.folder, limits.memory_bytes)
+    try:
+        with torch.inference_mode(), track("quantize", layers) as advance:
+            stream = open_stream(model, corpus.windows, scratch, limits, observe=False)
+            job = Job(
+                stream=stream,
+                run=run,
+                options=options,
+                include=include,
+                chunks=chunks,
+                piece_names=_piece_names(chunks),
+                at_once=experts_at_once(model, limits.memory_bytes),
+            )
+            first = resume_hidden(run, stream)
+            advance(first)
+            for layer in range(first, layers):
+                _quantize_layer(job, layer)
+                if layer == layers - 1 and run.done("outer") is None:
+                    _write_outer(job)
+                save_hidden(run, stream, layer)
+                advance(1)
+    finally:
+        scratch.close()
+    return _finish(job, companions, summary)
+
+
+def _piece_names(chunks: Mapping[int, Sequence[Sequence[int]]]) -> dict[str, str]:
+    ids = [f"layer-{layer}-{part}" for layer, parts in chunks.items() for part in range(len(parts))] + ["outer"]
+    return {piece: f"model-{n:05d}-of-{len(ids):05d}.safetensors" for n, piece in enumerate(ids, start=1)}
+
+
+def _quantize_layer(job: Job, layer: int) -> None:
+    """Solve (or take from finished pieces) one layer, and move the hidden states through it."""
+    stream, model = job.stream, job.stream.model
+    done = job.run.done(f"layer-{layer}-0")
+    groups = linear_groups(model.source, layer, model.shape.layers, job.include)
+    coded, errors = _solve_linears(job, layer, groups) if done is None else (_read_linears(job, done, groups), {})
+    replaced = {name: matrix.dense() for name, matrix in coded.items()}
+    model.load_layer(layer, replaced)
+    routed = first_step(stream, layer)
+    pooled = pooled_hessian(stream) if routed else torch.empty(0)
+    sample = pooled_inputs(stream, job.options.hessian) if routed else torch.empty(0)
+    for part, experts in enumerate(job.chunks[layer]):
+        _do_chunk(job, layer, part, experts, pooled, sample, coded if part == 0 else {}, errors if part == 0 else {})
+    model.unload_layer(layer)
+    require_finite_hidden(stream.hidden, layer)
+
+
+def _do_chunk(
+    job: Job,
+    layer: int,
+    part: int,
+    experts: Sequence[int],
+    pooled: Tensor,
+    sample: Tensor,
+    linears: Mapping[str, Coded],
+    errors: Mapping[str, float],
+) -> None:
+    """One piece: its experts are solved in batches, their output is added, their codes are written."""
+    piece = f"layer-{layer}-{part}"
+    done = job.run.done(piece)
+    model, tensors = job.stream.model, dict[str, Tensor]()
+    note: dict[str, Any] = {"layer": layer, "experts": {}, "linears": dict(errors)}
+    positions = tokens_of(job.stream.chosen, model.shape.experts) if experts else []
+    if done is None and part == 0:
+        tensors |= _rest_of_layer(job, layer, linears)
+    for start in range(0, len(experts), job.at_once):
+        batch = experts[start : start + job.at_once]
+        if done is None:
+            solved = solve_experts(job.stream, layer, batch, pooled, sample, job.options)
+        else:
+            solved = [_read_expert(job, done, layer, expert) for expert in batch]
+        for expert, coded in zip(batch, solved, strict=True):
+            tokens, slots = positions[expert]
+            add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer)
+            if done is None:
+                tensors |= _expert_tensors(job, layer, expert, coded)
+                note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
+    if done is None:
+        entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
+        job.run.write(piece, job.piece_names[piece], functools.partial(_write_piece, entries, note))
+
+
+def _write_piece(entries: Any, note: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    write_shard(path, entries)
+    return note
+
+
+def _expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dict[str, Tensor]:
+    names = job.stream.model.family.expert_names(layer, expert)
+    tensors: dict[str, Tensor] = {}
+    for name, matrix in zip(names, (coded.gate, coded.up, coded.down), strict=True):
+        tensors |= _packed(job, name, matrix)
+    return tensors
+
+
+def _packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
+    module = name.removesuffix(".weight")
+    return compressed_layout.layer_tensors(
+        module, matrix.codes, matrix.scales, job.options.scheme, job.options.stored_dtype
+    )
+
+
+def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
+    """Everything of a layer but its routed experts: quantized where asked for, else as stored (fp8 becomes bf16)."""
+    source, tensors = job.stream.model.source, dict[str, Tensor]()
+    for name in source.shapes:
+        if layer_of(name) != layer or ".experts." in source.family.module_name(name):
+            continue
+        if name in linears:
+            tensors |= _packed(job, name, linears[name])
+        else:
+            tensors[name] = _plain(job, name)
+    return tensors
+
+
+def _plain(job: Job, name: str) -> Tensor:
+    source = job.stream.model.source
+    tensor = source.read(name)
+    dequantized = tensor.dtype == torch.float32 and len(tensor.shape) == 2 and "quantization_config" in source.config
+    return tensor.to(job.options.stored_dtype) if dequantized else tensor
+
+
+def _write_outer(job: Job) -> None:
+    """Embeddings, final norm and lm_head; lm_head quantized where asked for."""
+    source, tensors = job.stream.model.source, dict[str, Tensor]()
+    note: dict[str, Any] = {"linears": {}}
+    for name in source.shapes:
+        if layer_of(name) is not None:
+            continue
+        if name == "lm_head.weight" and Include.LM_HEAD in job.include:
+            matrix, error = _solve_head(job)
+            tensors |= _packed(job, name, matrix)
+            note["linears"][name] = error
+        else:
+            tensors[name] = _plain(job, name)
+    entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
+    job.run.write("outer", job.piece_names["outer"], functools.partial(_write_piece, entries, note))
+
+
+def _solve_head(job: Job) -> tuple[Coded, float]:
+    model, total = job.stream.model, None
+    normalise = model.final_norm()
+    for batch in job.stream.hidden.split(job.stream.limits.batch_windows):
+        part = gram(normalise(batch.to(model.device)).flatten(0, 1))
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    (matrix,), errors = _solve_stack(job, ["lm_head.weight"], total / job.stream.tokens)
+    return matrix, errors[0]
+
+
+def _solve_linears(job: Job, layer: int, groups: Sequence[LinearGroup]) -> tuple[dict[str, Coded], dict[str, float]]:
+    """Quantize attention, shared expert or dense MLP, group after group, each on what the groups before it give."""
+    coded: dict[str, Coded] = {}
+    errors: dict[str, float] = {}
+    model = job.stream.model
+    for group in groups:
+        module = model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
+        inner = model.family.module_name(group.names[0]).split(f"layers.{layer}.", 1)[1].removesuffix(".weight")
+        total = _captured_gram(job, layer, module.get_submodule(inner))
+        matrices, losses = _solve_stack(job, group.names, total / job.stream.tokens)
+        coded |= dict(zip(group.names, matrices, strict=True))
+        errors |= dict(zip(group.names, losses, strict=True))
+    return coded, errors
+
+
+class _CapturedError(Exception):
+    """The input of the Linear was seen; the rest of the layer need not run."""
+
+
+def _captured_gram(job: Job, layer: int, linear: torch.nn.Module) -> Tensor:
+    """sum x x^T of a Linear's inputs over all windows; every batch stops as soon as the Linear is reached."""
+    grams: list[Tensor] = []
+
+    def hook(_module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        part = gram(arguments[0].flatten(0, -2))
+        grams[:] = [part if not grams else grams[0].add_(part)]
+        raise _CapturedError
+
+    handle = linear.register_forward_pre_hook(hook)
+    try:
+        for batch in job.stream.hidden.split(job.stream.limits.batch_windows):
+            try:
+                job.stream.model.run_layer(layer, batch.to(job.stream.model.device))
+            except _CapturedError:
+                continue
+    finally:
+        handle.remove()
+    return grams[0]
+
+
+def _solve_stack(job: Job, names: Sequence[str], hessian_II: Tensor) -> tuple[list[Coded], list[float]]:
+    """Solve Linears with the same input as one: their rows are independent."""
+    model = job.stream.model
+    weights = [model.source.read(name).to(model.device, torch.float32) for name in names]
+    stacked = torch.cat(weights).unsqueeze(0)
+    solved = solve(
+        stacked,
+        hessian_II.unsqueeze(0),
+        job.options.scheme,
+        scale_dtype=job.options.scale_dtype,
+        options=job.options.solver,
+    )
+    error = relative_errors(stacked, hessian_II.unsqueeze(0), solved)[0]
+    sizes = [len(weight) for weight in weights]
+    scales = solved.scales[0].to("cpu", job.options.stored_dtype)
+    parts = zip(solved.codes[0].cpu().split(sizes), scales.split(sizes), strict=True)
+    return [Coded(codes=codes, scales=scale) for codes, scale in parts], [error] * len(names)
+
+
+def _read_coded(job: Job, piece: Piece, name: str) -> Coded:
+    module = name.removesuffix(".weight")
+    entries = read_header(job.run.path(piece))
+    tensors = {n: read_tensor(e) for n, e in entries.items() if n.rsplit(".", 1)[0] == module}
+    codes, scales = compressed_layout.read_layer(module, tensors, job.options.scheme)
+    return Coded(codes=codes, scales=scales)
+
+
+def _read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Coded]:
+    return {name: _read_coded(job, piece, name) for group in groups for name in group.names}
+
+
+def _read_expert(job: Job, piece: Piece, layer: int, expert: int) -> CodedExpert:
+    gate, up, down = (_read_coded(job, piece, n) for n in job.stream.model.family.expert_names(layer, expert))
+    return CodedExpert(gate=gate, up=up, down=down, tokens=0, error=(0.0, 0.0), rounded=False)
+
+
+def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Index, config, tokenizer, moepress.json; then the folder takes its final name."""
+    run, source = job.run, job.stream.model.source
+    weight_map: dict[str, str] = {}
+    total = 0
+    for piece, name in job.piece_names.items():
+        done = run.done(piece)
+        assert done is not None, piece
+        entries = read_header(run.path(done))
+        weight_map |= dict.fromkeys(entries, name)
+        total += sum(entry.bytes for entry in entries.values())
+    write_index(run.folder, weight_map, total)
+    ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include)
+    config = dict(source.config) | {
+        "quantization_config": compressed_layout.quantization_config(job.options.scheme, ignored)
+    }
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0
+    write_json(run.folder / "config.json", config)
+    copied = copy_companions(companions, run.folder)
+    result = {"bytes_after": total, "copied": copied, **layer_report(run.pieces.values())}
+    scheme = {"bits": job.options.scheme.bits, "group_size": job.options.scheme.group_size}
+    note = {"moepress": __version__, "stage": "quantize", "scheme": scheme, "include": sorted(job.include), **result}
+    write_json(run.folder / "moepress.json", note | dict(summary))
+    for name in [p for p in run.pieces if p.startswith("hidden-")]:
+        run.drop(name)
+    run.finish()
+    return result
+
+
+def layer_report(pieces: Iterable[Piece]) -> dict[str, Any]:
+    """Per layer: mean relative error, experts without tokens, experts that were rounded to nearest."""
+    errors: dict[int, list[float]] = {}
+    without: dict[str, list[int]] = {}
+    rounded: dict[str, list[int]] = {}
+    for piece in pieces:
+        layer = piece.note.get("layer")
+        if layer is None:
+            continue
+        for expert, (tokens, first, second, fell_back) in piece.note["experts"].items():
+            errors.setdefault(layer, []).extend((first, second))
+            if tokens == 0:
+                without.setdefault(str(layer), []).append(int(expert))
+            if fell_back:
+                rounded.setdefault(str(layer), []).append(int(expert))
+        errors.setdefault(layer, []).extend(piece.note["linears"].values())
+    means = {str(layer): sum(found) / len(found) for layer, found in sorted(errors.items()) if found}
+    return {"layer_error": means, "experts_without_tokens": without, "experts_rounded": rounded}

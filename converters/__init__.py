@@ -1,0 +1,1 @@
+"""Bytes: codes and scales in, tensors and files out."""

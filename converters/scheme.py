@@ -1,0 +1,68 @@
+"""How a weight matrix is quantized: the few numbers that solver, packers and runtimes must agree on."""
+
+from dataclasses import dataclass
+
+from moepress.errors import UsageError
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+PER_CHANNEL = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """Symmetric integer quantization with one scale per output row and group of input columns.
+
+    A code q is an integer in `[code_min, code_max]`; the weight it stands for is `q * scale`. Groups run along the
+    input dimension and are static: column i belongs to group i // group_size, whatever order the solver works in.
+
+    Attributes:
+        bits: width of a code; one of 2, 3, 4, 8.
+        group_size: input columns that share a scale, or -1 for one scale per output row.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise UsageError(
+                f"--bits {self.bits} is not supported; choose one of {', '.join(map(str, SUPPORTED_BITS))}."
+            )
+        if self.group_size != PER_CHANNEL and (self.group_size < 8 or self.group_size % 8):
+            raise UsageError(
+                f"--group-size {self.group_size} is not supported; choose 32, 64 or 128 (other multiples of 8 load "
+                "in few runtimes), or -1 for one scale per output row."
+            )
+
+    @property
+    def code_min(self) -> int:
+        """The smallest code, -2**(bits-1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def code_max(self) -> int:
+        """The largest code, 2**(bits-1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups along an input dimension of that size.
+
+        Raises:
+            UsageError: the group size does not divide it.
+        """
+        if self.group_size == PER_CHANNEL:
+            return 1
+        if in_features % self.group_size:
+            raise UsageError(
+                f"--group-size {self.group_size} does not divide the {in_features} input columns of a matrix; "
+                "choose a smaller power of two."
+            )
+        return in_features // self.group_size
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Input columns that share a scale, for a matrix of that many columns."""
+        return in_features // self.groups(in_features)
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
+        """Stored bits per weight: the code and its share of a scale."""
+        return self.bits + scale_bits / self.columns_per_group(in_features)

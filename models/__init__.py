@@ -1,0 +1,1 @@
+"""What a model is: families, checkpoints on disk, the streamed forward pass."""

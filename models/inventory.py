@@ -1,0 +1,83 @@
+"""What a model weighs, part by part."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moepress.models.checkpoint import Checkpoint
+from moepress.models.experts import moe_layers
+from moepress.models.family import Part, legal_counts, part_of, shape_of
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """Parameters (block scales not counted) and stored bytes (with them) of one part of a model."""
+
+    parameters: int
+    bytes: int
+
+
+def weigh(checkpoint: Checkpoint) -> dict[Part, Weight]:
+    """Parameters and bytes of every part that a checkpoint has, in the order of `Part`."""
+    layers = checkpoint.shape.layers
+    parameters = dict.fromkeys(Part, 0)
+    sizes = dict.fromkeys(Part, 0)
+    for name, entry in checkpoint.stored.items():
+        part = part_of(checkpoint.family, name, layers)
+        sizes[part] += entry.bytes
+        if not name.endswith(".weight_scale_inv"):
+            parameters[part] += math.prod(entry.shape)
+    return {part: Weight(parameters=parameters[part], bytes=sizes[part]) for part in Part if sizes[part]}
+
+
+def inventory(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`weigh`, as plain JSON."""
+    return {part.value: asdict(weight) for part, weight in weigh(checkpoint).items()}
+
+
+def active_parameters(parts: Mapping[Part, Weight], experts: int, top_k: int) -> int:
+    """Parameters that one token uses: everything but embeddings, and top-k of the routed experts."""
+    rest = sum(w.parameters for p, w in parts.items() if p not in {Part.ROUTED, Part.EMBEDDINGS, Part.MTP})
+    routed = parts[Part.ROUTED].parameters if Part.ROUTED in parts else 0
+    return rest + routed * top_k // experts
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that `inspect` tells, as plain JSON."""
+    shape, parts = checkpoint.shape, weigh(checkpoint)
+    dtypes: dict[str, int] = {}
+    for entry in checkpoint.stored.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.bytes
+    routed_layers = moe_layers(checkpoint)
+    return {
+        "model": str(checkpoint.folder),
+        "family": checkpoint.family.name,
+        "architecture": checkpoint.family.architecture,
+        "layers": shape.layers,
+        "moe_layers": list(routed_layers),
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "groups": shape.groups,
+        "top_groups": shape.top_groups,
+        "hidden": shape.hidden,
+        "expert_width": shape.expert_width,
+        "vocabulary": shape.vocabulary,
+        "context": shape.context,
+        "shards": len(checkpoint.shards),
+        "dtype_bytes": dict(sorted(dtypes.items())),
+        "parts": {part.value: asdict(weight) for part, weight in parts.items()},
+        "parameters": sum(w.parameters for w in parts.values()),
+        "active_parameters": active_parameters(parts, shape.experts, shape.top_k),
+        "bytes": checkpoint.total_bytes,
+        "legal_expert_counts": list(legal_counts(shape)),
+        "legal_expert_counts_degrouped": list(legal_counts(shape, degroup=True)) if shape.groups > 1 else None,
+        "never_quantized": ["router", "embeddings", "norms", *checkpoint.family.never_quantize],
+        "mtp_layers": int(checkpoint.config.get("num_nextn_predict_layers") or 0) if Part.MTP in parts else 0,
+        "layer_kinds": {
+            "moe": len(routed_layers),
+            "dense": shape_of(checkpoint.family, checkpoint.config).layers - len(routed_layers),
+        },
+    }

@@ -1,0 +1,155 @@
+"""Read safetensors files piece by piece, in the memory of one tensor, and refuse what is not exactly right.
+
+Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length N, N bytes of JSON, then
+the data. The library maps whole files, which counts as resident memory; moepress reads byte ranges instead.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepress.errors import InvalidInputError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HEADER_LIMIT_BYTES = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One tensor in a file: `begin` and `end` are absolute byte offsets."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return self.end - self.begin
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Parse and check a file's header.
+
+    Raises:
+        InvalidInputError: the file is missing, truncated, has trailing bytes, duplicate names, unknown dtypes, holes or
+            overlaps.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
+                raise _broken(file, f"its header claims {length} bytes and the file has {size}")
+            raw = stream.read(length)
+    except OSError as error:
+        raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; restore the file.") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, f"its header is not valid: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(file, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    entries = sorted((_entry(file, name, row, start) for name, row in header.items()), key=lambda e: (e.begin, e.end))
+    position = start
+    for entry in entries:
+        if entry.begin != position:
+            raise _broken(file, f"the data of {entry.name} does not follow the tensor before it")
+        position = entry.end
+    if position != size:
+        raise _broken(file, f"it has {size} bytes and its header describes {position}")
+    return {entry.name: entry for entry in entries}
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r} appears twice")
+        found[name] = value
+    return found
+
+
+def _entry(file: Path, name: str, row: Any, start: int) -> Stored:
+    try:
+        dtype, shape, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(file, f"the entry of {name!r} lacks dtype, shape or data_offsets") from error
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _broken(file, f"{name} has the unknown dtype {dtype!r}")
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise _broken(file, f"the entry of {name} holds something other than sizes")
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise _broken(file, f"{name} claims {end - begin} bytes, which is not the size of {dtype} {shape}")
+    return Stored(name=name, file=file, dtype=dtype, shape=tuple(shape), begin=start + begin, end=start + end)
+
+
+def _broken(file: Path, why: str) -> InvalidInputError:
+    return InvalidInputError(f"{file} is not a sound safetensors file: {why}; download or copy it again.")
+
+
+def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> bytearray:
+    """Read a byte range of a tensor's data.
+
+    Raises:
+        InvalidInputError: the file ends too early (it changed after its header was read).
+    """
+    length = entry.bytes - begin if length is None else length
+    buffer = bytearray(length)
+    view, got = memoryview(buffer), 0
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.begin + begin)
+        while got < length:
+            count = stream.readinto(view[got:])
+            if not count:
+                raise _broken(entry.file, f"it ends inside {entry.name}")
+            got += count
+    return buffer
+
+
+def read_tensor(entry: Stored) -> Tensor:
+    """Read a whole tensor, in its stored dtype and shape."""
+    return _tensor(read_bytes(entry), entry.dtype, entry.shape)
+
+
+def read_row(entry: Stored, row: int) -> Tensor:
+    """Read `tensor[row]`, reading no other bytes."""
+    length = entry.bytes // entry.shape[0]
+    return _tensor(read_bytes(entry, row * length, length), entry.dtype, entry.shape[1:])
+
+
+def _tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    if not data:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The data of a tensor as it lies in a file: contiguous, little-endian."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

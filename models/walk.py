@@ -1,0 +1,214 @@
+"""Walk a streamed model layer by layer over many windows, within a memory limit."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from moepress.errors import UsageError
+from moepress.models.experts import Expert
+from moepress.models.family import Shape
+from moepress.models.forward import Routed, StreamedModel, apply_expert, require_finite_hidden, tokens_of
+from moepress.progress import track
+
+_BATCH_WINDOWS_LIMIT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much is held at a time. The result depends on it in the last bits, so a resume keeps it.
+
+    Attributes:
+        memory_bytes: what `--max-memory` allows.
+        batch_windows: windows that go through a layer together.
+    """
+
+    memory_bytes: int
+    batch_windows: int
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name.split(":")[0], False):
+        there = ", ".join(kind for kind, ok in available.items() if ok)
+        raise UsageError(f"--device {name} is not available on this machine; available: {there}.")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` computes in fp32 on the CPU (where it is as fast and more exact) and in bf16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def choose_limits(shape: Shape, window: int, memory_bytes: int | None, batch_windows: int | None = None) -> Limits:
+    """Pick the batch size for the memory that may be used; without a limit, half of what is free now."""
+    memory = memory_bytes or psutil.virtual_memory().available // 2
+    per_window = window * 4 * 48 * shape.hidden  # some fifty activations of the hidden size live at once
+    fitting = max(1, min(_BATCH_WINDOWS_LIMIT, memory // 8 // per_window))
+    return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)
+
+
+class Scratch:
+    """Large buffers: in memory while they fit into a share of the limit, in files of a folder beyond that."""
+
+    def __init__(self, folder: Path, memory_bytes: int) -> None:
+        self.folder, self.left_bytes = folder, memory_bytes // 2
+        self.files: dict[str, Path] = {}
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A buffer of that shape, its content undefined."""
+        size = 1
+        for extent in shape:
+            size *= extent
+        if size * dtype.itemsize <= self.left_bytes:
+            self.left_bytes -= size * dtype.itemsize
+            return torch.empty(tuple(shape), dtype=dtype)
+        path = self.folder / f"scratch-{name}.tmp"
+        with path.open("wb") as stream:
+            stream.truncate(size * dtype.itemsize)
+        self.files[name] = path
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(tuple(shape))
+
+    def close(self) -> None:
+        """Delete the files."""
+        for path in self.files.values():
+            path.unlink(missing_ok=True)
+
+
+@dataclass(slots=True, kw_only=True)
+class Stream:
+    """The state of a walk: hidden states of all windows, and buffers for one layer's routed tokens.
+
+    Attributes:
+        hidden: [N, T, D] in the compute dtype, on the CPU; before a layer its input, after it its output.
+        inputs: experts' inputs [N * T, D].
+        chosen: [N * T, K] int64.
+        weights: [N * T, K] fp32.
+        residual: [N * T, D] stream before the MoE block, when asked for.
+        logits: [N * T, E] router logits, when asked for.
+    """
+
+    model: StreamedModel
+    limits: Limits
+    hidden: Tensor
+    inputs: Tensor
+    chosen: Tensor
+    weights: Tensor
+    residual: Tensor | None = None
+    logits: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
+    def flat(self) -> Tensor:
+        """The hidden states as [N * T, D], the same memory."""
+        return self.hidden.view(-1, self.hidden.shape[2])
+
+
+def open_stream(model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limits: Limits, *, observe: bool) -> Stream:
+    """Allocate buffers and embed the windows; `observe` also keeps the residual stream and the router's logits."""
+    windows, length = windows_NT.shape
+    tokens, shape = windows * length, model.shape
+    routed = bool(model.moe_layers)
+    rows = tokens if routed else 0
+    stream = Stream(
+        model=model,
+        limits=limits,
+        hidden=scratch.tensor("hidden", (windows, length, shape.hidden), model.dtype),
+        inputs=scratch.tensor("inputs", (rows, shape.hidden), model.dtype),
+        chosen=scratch.tensor("chosen", (rows, shape.top_k), torch.int64),
+        weights=scratch.tensor("weights", (rows, shape.top_k), torch.float32),
+        residual=scratch.tensor("residual", (rows, shape.hidden), model.dtype) if observe else None,
+        logits=scratch.tensor("logits", (rows, shape.experts), torch.float32) if observe else None,
+    )
+    batches = torch.split(windows_NT, limits.batch_windows)
+    start = 0
+    for embedded in model.embed_all(iter(batches)):
+        stream.hidden[start : start + embedded.shape[0]] = embedded.to("cpu")
+        start += embedded.shape[0]
+    return stream
+
+
+def first_step(stream: Stream, layer: int) -> bool:
+    """Run a loaded layer without its routed experts over all windows, in place; True when it has routed experts."""
+    model, length = stream.model, stream.hidden.shape[1]
+    start, routed = 0, None
+    for batch in torch.split(stream.hidden, stream.limits.batch_windows):
+        output, routed = model.run_layer(layer, batch.to(model.device))
+        batch.copy_(output)
+        if routed is not None:
+            _store(stream, routed, start * length)
+        start += batch.shape[0]
+    return routed is not None
+
+
+def _store(stream: Stream, routed: Routed, start: int) -> None:
+    rows = slice(start, start + routed.inputs.shape[0])
+    stream.inputs[rows] = routed.inputs.to("cpu")
+    stream.chosen[rows] = routed.chosen.to("cpu")
+    stream.weights[rows] = routed.weights.to("cpu", torch.float32)
+    if stream.residual is not None and stream.logits is not None:
+        stream.residual[rows] = routed.residual.to("cpu")
+        stream.logits[rows] = routed.logits.to("cpu", torch.float32)
+
+
+def read_ahead(model: StreamedModel, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+    """Experts in order, the next one being read from disk while the present one is used."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = [(e, pool.submit(model.read_expert, layer, e)) for e in experts[:1]]
+        for following in [*experts[1:], None]:
+            expert, future = pending.pop(0)
+            if following is not None:
+                pending.append((following, pool.submit(model.read_expert, layer, following)))
+            yield expert, future.result()
+
+
+def add_experts(stream: Stream, layer: int) -> None:
+    """Second step of a plain forward: add every expert's weighted output for its own tokens, in expert order."""
+    model, flat = stream.model, stream.flat()
+    positions = tokens_of(stream.chosen, model.shape.experts)
+    wanted = [e for e in range(model.shape.experts) if len(positions[e][0])]
+    for expert, weights in read_ahead(model, layer, wanted):
+        tokens, slots = positions[expert]
+        add_output(stream, flat, weights, tokens, slots, layer)
+
+
+def add_output(stream: Stream, flat: Tensor, expert: Expert, tokens: Tensor, slots: Tensor, layer: int) -> None:
+    """Add one expert's weighted output to the rows of `flat` that chose it."""
+    model = stream.model
+    for part in range(0, len(tokens), 8192):
+        rows, columns = tokens[part : part + 8192], slots[part : part + 8192]
+        output = apply_expert(expert, stream.inputs[rows].to(model.device), model.activation(layer))
+        weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
+        flat.index_add_(0, rows, weighted.to("cpu", flat.dtype))
+
+
+def forward(
+    model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limits: Limits, *, title: str = "forward"
+) -> Tensor:
+    """Hidden states before the final norm, [N, T, D], of a whole streamed forward pass."""
+    stream = open_stream(model, windows_NT, scratch, limits, observe=False)
+    with track(title, model.shape.layers) as advance, torch.inference_mode():
+        for layer in range(model.shape.layers):
+            model.load_layer(layer)
+            if first_step(stream, layer):
+                add_experts(stream, layer)
+            model.unload_layer(layer)
+            require_finite_hidden(stream.hidden, layer)
+            advance(1)
+    return stream.hidden

@@ -1,0 +1,145 @@
+"""Click options that commands share by name, and the parsing of their values. Imports nothing heavy."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moepress.errors import UsageError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
+INCLUDES = ("attention", "shared", "dense", "lm_head")
+
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """A size such as 8GiB, 500MB or 12G, in bytes.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in _UNITS or float(found[1]) <= 0:
+        raise UsageError(f"--max-memory {text!r} is not a size; write for example 8GiB.")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:
+    """`NAME=NUMBER` pairs of --domain-weight.
+
+    Raises:
+        UsageError: a pair is not of that form.
+    """
+    weights = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise UsageError(f"--domain-weight {pair!r} is not of the form NAME=NUMBER; write for example python=3.")
+    return weights
+
+
+def _stack(*options: Decorator) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_PATH = click.Path(path_type=Path)
+
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+dry_run_option: Decorator = click.option(
+    "--dry-run", is_flag=True, help="Check everything and print the time, memory and disk it would take; write nothing."
+)
+nonfinite_option: Decorator = click.option(
+    "--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in the weights."
+)
+
+
+def output_options(what: str) -> Decorator:
+    """-o, --resume and --force."""
+    return _stack(
+        click.option("-o", "--output", required=True, type=_PATH, help=what),
+        click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
+        click.option("--force", is_flag=True, help="Replace an output that is there; throw an unfinished run away."),
+    )
+
+
+calibration_options: Decorator = _stack(
+    click.option(
+        "--calibration",
+        multiple=True,
+        metavar="FILE|DIR|DATASET",
+        help="Text the experts are judged by: .txt, .jsonl, .parquet, a folder, or a hub data set. Repeatable. "
+        "Without it the embedded demo text is used, and the result says so.",
+    ),
+    click.option(
+        "--domain", multiple=True, metavar="NAME=FILE", help="Calibration text of a named domain. Repeatable."
+    ),
+    click.option(
+        "--tokens", type=click.IntRange(1), help="Calibration tokens in all.  [default: 131072; embedded: 32768]"
+    ),
+    click.option("--window", type=click.IntRange(2), help="Tokens per sequence.  [default: the context, at most 2048]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Chooses the windows."),
+)
+
+machine_options: Decorator = _stack(
+    click.option(
+        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the layers run."
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Compute dtype: auto is float32 on the CPU and bfloat16 elsewhere.",
+    ),
+    click.option(
+        "--max-memory", metavar="SIZE", help="Memory to work in, such as 8GiB.  [default: half of what is free]"
+    ),
+)
+
+selection_options: Decorator = _stack(
+    click.option("--keep", type=float, metavar="SHARE", help="Share of experts that stay, such as 0.75."),
+    click.option("--experts", type=int, metavar="N", help="Number of experts that stay in every layer."),
+    click.option(
+        "--criterion",
+        type=click.Choice(CRITERIA),
+        help="What an expert is worth.  [default: reap; easy-ep when domain weights differ]",
+    ),
+    click.option("--domain-weight", multiple=True, metavar="NAME=NUMBER", help="How much a domain counts. Repeatable."),
+    click.option(
+        "--groups",
+        type=click.Choice(["balanced", "degroup"]),
+        default="balanced",
+        show_default=True,
+        help="For grouped routers: keep as many in every group, or drop the groups.",
+    ),
+)
+
+scheme_options: Decorator = _stack(
+    click.option("--bits", type=int, default=4, show_default=True, help="Bits per weight: 2, 3, 4 or 8."),
+    click.option(
+        "--group-size", type=int, default=128, show_default=True, help="Input columns that share a scale; -1: all."
+    ),
+)
+
+include_option: Decorator = click.option(
+    "--include",
+    multiple=True,
+    type=click.Choice(INCLUDES),
+    help="Quantize this part too, besides the routed experts. Repeatable.",
+)

@@ -1,0 +1,362 @@
+"""The stages as functions: open the inputs, check everything that can be checked, do the work, leave the output.
+
+`cli.py` and `recipe.py` call these; each stage reads files and writes files, and none calls another.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moepress import __version__
+from moepress.calibration.corpus import Corpus, EvaluationCorpus, build_corpus, evaluation_windows
+from moepress.calibration.hessian import HessianOptions
+from moepress.calibration.profile import (
+    Profile,
+    collect,
+    describe_corpus,
+    drop_hidden,
+    fingerprint,
+    load_profile,
+    merge_profiles,
+    save_profile,
+)
+from moepress.calibration.sources import embedded_sources, parse_sources
+from moepress.compress.estimate import Estimate, estimate_forward, estimate_prune, estimate_quantize
+from moepress.compress.experts import QuantizeOptions
+from moepress.compress.gptq import SolverOptions
+from moepress.compress.linears import Include
+from moepress.compress.pipeline import check_scheme, model_dtype, quantize, scale_value_dtype
+from moepress.compress.plan import Plan, check_plan
+from moepress.compress.pruning import prune
+from moepress.converters.artifact import open_artifact
+from moepress.converters.export import Exported, Target, export
+from moepress.converters.scheme import Scheme
+from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.journal import Run, check_output, open_run, partial_folder, previous_settings
+from moepress.models.checkpoint import Checkpoint, Source, open_checkpoint
+from moepress.models.experts import moe_layers, prune_source
+from moepress.models.forward import StreamedModel
+from moepress.models.inventory import inventory
+from moepress.models.walk import Limits, choose_device, choose_dtype, choose_limits
+
+DEMO = "demo"
+DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where and within what a stage runs.
+
+    Attributes:
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16; what the forward pass computes in.
+        memory_bytes: what may be used; None for half of what is free.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What the model is fed.
+
+    Attributes:
+        sources: files, folders or data sets; none at all means the embedded text.
+        domains: NAME=PATH.
+        tokens: how many in all; None for the default.
+        window: tokens per sequence; None for the model's context, at most 2048.
+        seed: chooses the windows.
+    """
+
+    sources: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    tokens: int | None = None
+    window: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """Where a stage writes, and what it may do to what is there."""
+
+    folder: Path
+    resume: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeRequest:
+    """Options of `quantize`."""
+
+    scheme: Scheme
+    include: frozenset[Include] = frozenset()
+    hessian: HessianOptions = field(default_factory=HessianOptions)
+    solver: SolverOptions = field(default_factory=SolverOptions)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: a path, or `demo` for the embedded one.
+
+    Raises:
+        InvalidInputError: there is no such folder.
+    """
+    folder = Path(name)
+    if name == DEMO and not folder.exists():
+        import moepress.models.demo as demo
+
+        return Path(demo.__file__).parent
+    if not folder.is_dir():
+        raise InvalidInputError(f"{name} is not a folder; give the folder of a Hugging Face model, or `demo`.")
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer; code from the folder is never run.
+
+    Raises:
+        InvalidInputError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here
+        raise InvalidInputError(f"{folder} has no tokenizer that transformers can read ({error}).") from error
+
+
+def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabulary: int) -> Corpus:
+    """Tokenized calibration windows."""
+    sources = parse_sources(calibration.sources, calibration.domains)
+    tokens = calibration.tokens or (DEFAULT_TOKENS if sources else EMBEDDED_TOKENS)
+    return build_corpus(
+        sources or embedded_sources("calibration"),
+        load_tokenizer(folder),
+        tokens=tokens,
+        window=calibration.window or min(context, DEFAULT_WINDOW),
+        seed=calibration.seed,
+        vocab_size=vocabulary,
+    )
+
+
+def load_evaluation(
+    folder: Path, data: Sequence[str], domains: Sequence[str], *, window: int, max_windows: int | None, vocabulary: int
+) -> EvaluationCorpus:
+    """Tokenized evaluation windows; without data the embedded evaluation text."""
+    sources = parse_sources(data, domains) or embedded_sources("evaluation")
+    return evaluation_windows(
+        sources, load_tokenizer(folder), window=window, max_windows=max_windows, vocab_size=vocabulary
+    )
+
+
+@contextmanager
+def _model_run(
+    output: Output, model: StreamedModel, corpus: Corpus, machine: Machine, settings: Mapping[str, Any]
+) -> Iterator[tuple[Run, Limits]]:
+    """Open a run that depends on a forward pass: batch sizes are part of the settings, and a resume keeps them."""
+    before = previous_settings(partial_folder(output.folder)) if output.resume else {}
+    memory = machine.memory_bytes or before.get("memory_bytes")
+    window = int(corpus.windows.shape[1])
+    limits = choose_limits(model.shape, window, memory, before.get("batch_windows"))
+    every = {
+        "moepress": __version__,
+        "torch": torch.__version__,
+        "corpus": corpus.digest,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "memory_bytes": limits.memory_bytes,
+        "batch_windows": limits.batch_windows,
+        **settings,
+    }
+    with open_run(output.folder, every, resume=output.resume, force=output.force) as run:
+        yield run, limits
+
+
+def _streamed(source: Source, machine: Machine) -> StreamedModel:
+    device = choose_device(machine.device)
+    return StreamedModel(source, device=device, dtype=choose_dtype(machine.dtype, device))
+
+
+def _require_room(output: Output, estimate: Estimate) -> None:
+    parent = next(p for p in (output.folder, *output.folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < estimate.disk_bytes and not output.resume:
+        raise MoepressError(
+            f"{parent} has {free / 2**30:.1f} GiB free and the output needs about "
+            f"{estimate.disk_bytes / 2**30:.1f} GiB; make room or write to another disk."
+        )
+
+
+def profile_stage(
+    model_name: str,
+    output: Output,
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    leave_one_out: bool = True,
+    allow_nonfinite: bool = False,
+) -> Profile:
+    """Run the model over calibration text and write its profile."""
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    shape = checkpoint.shape
+    corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+    model, digest = _streamed(checkpoint, machine), fingerprint(checkpoint)
+    settings = {"command": "profile", "model": digest, "leave_one_out": leave_one_out, "seed": calibration.seed}
+    with _model_run(output, model, corpus, machine, settings) as (run, limits):
+        statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out)
+        profile = Profile(
+            model=digest,
+            model_name=_display_name(folder, model_name),
+            family=checkpoint.family.name,
+            config=checkpoint.config,
+            shape=shape,
+            domains=corpus.domains,
+            layers=moe_layers(checkpoint),
+            calibration=describe_corpus(corpus, calibration.seed),
+            inventory=inventory(checkpoint),
+            statistics=statistics,
+        )
+        save_profile(profile, run.folder)
+        drop_hidden(run)
+        run.finish()
+    return profile
+
+
+def profile_estimate(model_name: str, calibration: Calibration, machine: Machine) -> Estimate:
+    """What `profile` would take."""
+    folder = model_folder(model_name)
+    checkpoint = open_checkpoint(folder)
+    corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
+    return estimate_forward(checkpoint, corpus.windows.numel(), choose_device(machine.device))
+
+
+def _display_name(folder: Path, given: str) -> str:
+    return DEMO if given == DEMO else folder.resolve().name
+
+
+def load_profiles(folders: Sequence[Path]) -> Profile:
+    """One profile, or several of one model merged."""
+    return merge_profiles([load_profile(folder) for folder in folders])
+
+
+def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan, held against the model.
+
+    Raises:
+        UsageError: it is for another model or not legal.
+    """
+    check_plan(plan, checkpoint.shape, moe_layers(checkpoint), fingerprint(checkpoint))
+    return plan
+
+
+def prune_stage(
+    model_name: str, output: Output, plan: Plan, *, allow_nonfinite: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Rewrite the checkpoint without the experts that the plan leaves out."""
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    checked_plan(checkpoint, plan)
+    estimate = estimate_prune(checkpoint, plan)
+    if dry_run:
+        return asdict(estimate)
+    _require_room(output, estimate)
+    settings = {
+        "command": "prune",
+        "moepress": __version__,
+        "model": plan.model,
+        "keep": {str(layer): kept for layer, kept in plan.keep.items()},
+        "groups": plan.groups.value,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+        return prune(checkpoint, plan, run)
+
+
+def quantize_stage(
+    model_name: str,
+    output: Output,
+    plan: Plan | None,
+    request: QuantizeRequest,
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Quantize the model, pruned by the plan where there is one, to a compressed-tensors folder."""
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    checkpoint = open_checkpoint(folder)
+    shape, digest = checkpoint.shape, fingerprint(checkpoint)
+    if plan is not None:
+        check_plan(plan, shape, moe_layers(checkpoint), digest)
+    prunes = plan is not None and plan.prunes
+    source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and prunes else checkpoint
+    stored = model_dtype(checkpoint.config)
+    options = QuantizeOptions(
+        scheme=request.scheme,
+        scale_dtype=scale_value_dtype(stored),
+        stored_dtype=stored,
+        hessian=request.hessian,
+        solver=request.solver,
+    )
+    check_scheme(source, options, request.include)
+    corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+    model = _streamed(source, machine)
+    estimate = estimate_quantize(checkpoint, plan, request.scheme, tokens=corpus.windows.numel(), device=model.device)
+    if dry_run:
+        return asdict(estimate)
+    _require_room(output, estimate)
+    settings = {
+        "command": "quantize",
+        "model": digest,
+        "keep": {str(layer): kept for layer, kept in plan.keep.items()} if plan and prunes else None,
+        "groups": plan.groups.value if plan and prunes else None,
+        "scheme": asdict(request.scheme),
+        "include": sorted(request.include),
+        "hessian": asdict(request.hessian),
+        "solver": asdict(request.solver),
+        "seed": calibration.seed,
+    }
+    summary = {
+        "model": digest,
+        "model_name": _display_name(folder, model_name),
+        "calibration": describe_corpus(corpus, calibration.seed),
+        "experts_before": shape.experts,
+        "experts": plan.experts if plan else shape.experts,
+        "hessian": settings["hessian"],
+        "solver": settings["solver"],
+    }
+    with _model_run(output, model, corpus, machine, settings) as (run, limits):
+        result = quantize(
+            model,
+            corpus,
+            run,
+            limits,
+            options=options,
+            include=request.include,
+            companions=folder,
+            summary=summary,
+        )
+    return {"bytes_before": checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}
+
+
+def export_stage(artifact_name: str, output: Output, target: Target) -> Exported:
+    """Lay a quantized folder out in another format."""
+    folder = Path(artifact_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    artifact = open_artifact(folder)
+    if artifact.layout == target:
+        raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
+    headers = {name: [entry.dtype, entry.shape, entry.begin] for name, entry in artifact.stored.items()}
+    settings = {"command": "export", "moepress": __version__, "target": target, "artifact": headers}
+    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+        return export(artifact, target, run)

@@ -1,0 +1,40 @@
+"""Fixtures that many test files share: tiny models, made once per session."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+torch.set_num_threads(1)  # tiny matrices: threads only wait for each other, minutes in all where tests run in parallel
+
+TinyFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
+    """`tiny_model(key, **options)`: a tiny model's folder (options of `tiny_models.make`), not to be changed."""
+    made: dict[str, Path] = {}
+
+    def get(key: str, **options: Any) -> Path:
+        name = "-".join([key, *(f"{k}={v}" for k, v in sorted(options.items()))]).replace("torch.", "")
+        if name not in made:
+            made[name] = tiny_models.make(key, tmp_path_factory.mktemp(key) / "model", **options)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def tiny_copy(tiny_model: TinyFactory, tmp_path: Path) -> TinyFactory:
+    """`tiny_copy(key, **options)`: the same in a folder of the test's own, which it may spoil."""
+
+    def get(key: str, **options: Any) -> Path:
+        folder = tmp_path / f"copy-{key}"
+        shutil.copytree(tiny_model(key, **options), folder)
+        return folder
+
+    return get

@@ -1,0 +1,1 @@
+"""Proof: perplexity, divergence, throughput, reports."""

@@ -1,0 +1,278 @@
+"""Quality of several models on the same windows: one streamed forward each, then the heads chunk by chunk.
+
+Shapes: N windows, T tokens in a window, H hidden size, V vocabulary, R rows (positions) in a chunk.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepress.calibration.corpus import EvaluationCorpus
+from moepress.errors import InvalidInputError, UsageError
+from moepress.models.checkpoint import Source
+from moepress.models.family import shape_of
+from moepress.models.forward import StreamedModel
+from moepress.models.walk import Limits, Scratch, forward
+from moepress.progress import track
+from moepress.validation.divergence import paired, same_top1, token_kl
+from moepress.validation.perplexity import (
+    bits_per_byte,
+    equal_weights,
+    exponential,
+    one_domain,
+    pooled_weights,
+    stratified_mean,
+    token_nll,
+    window_means,
+)
+from moepress.validation.results import ALL_WINDOWS, DOMAIN_MEAN, Quality, QualityRow, Scope
+
+CONVENTION = (
+    'GPTQ papers: each domain\'s documents joined with "\\n\\n", one tokenizer call, windows that do not overlap, '
+    "tail dropped; perplexity = exp(mean of window means)"
+)
+LOGITS_BYTES = 256 << 20  # all [R, V] arrays of a chunk together
+_ARRAYS = 6  # fp32 [R, V] arrays alive at once: two of logits, two of log-probabilities, two inside the KL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to be measured.
+
+    Attributes:
+        label: its name in the report, unique.
+        source: its weights.
+        folder: where it lies as a folder that transformers can load; None: only in memory, so no throughput.
+        stored_bytes: size of its weights on disk.
+        parameters: how many weights it has when dense.
+    """
+
+    label: str
+    source: Source
+    folder: Path | None
+    stored_bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """A model after its forward pass: hidden states before the final norm, [N, T, H] on the CPU, and its head."""
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What is kept of each predicted token.
+
+    Attributes:
+        nll: fp32 [N, T - 1], nats.
+        kl: fp32 [N, T - 1], nats, against the reference; None for the reference.
+        same: bool [N, T - 1], same most likely token as the reference.
+    """
+
+    nll: Tensor
+    kl: Tensor | None
+    same: Tensor | None
+
+
+def measure(
+    subjects: Sequence[Subject],
+    corpus: EvaluationCorpus,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: Limits,
+    scratch_folder: Path,
+) -> Quality:
+    """Measure all subjects on all windows; the first subject is the reference that the others are paired with.
+
+    At any time the hidden states and the heads of at most two subjects are held, and no more than `LOGITS_BYTES` of
+    logits.
+
+    Args:
+        subjects: at least one, with different labels and vocabularies of the same size.
+        corpus: from `evaluation_windows`.
+        device: where the models run.
+        dtype: compute dtype of the models; log-probabilities are fp32, means fp64.
+        limits: from `choose_limits`.
+        scratch_folder: where buffers go that do not fit into memory; made if it is not there, left as it was.
+
+    Raises:
+        UsageError: no subject, or two of the same label.
+        InvalidInputError: vocabularies differ, tokens lie outside of them, or a model gives NaN.
+    """
+    vocabulary = _common_vocabulary(subjects)
+    corpus.require_vocabulary(vocabulary)
+    scratch_folder.mkdir(parents=True, exist_ok=True)
+    memory = Limits(memory_bytes=limits.memory_bytes // 2, batch_windows=limits.batch_windows)
+    rows: list[QualityRow] = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=scratch_folder, prefix="validate-") as name:
+        folder = Path(name)
+        with _passed(subjects[0], corpus, device, dtype, memory, folder) as before:
+            reference = _scores(subjects[0].label, before, None, corpus.windows)
+            rows += quality_rows(subjects[0].label, corpus, reference, None)
+            for subject in subjects[1:]:
+                with _passed(subject, corpus, device, dtype, memory, folder) as after:
+                    scores = _scores(subject.label, after, before, corpus.windows)
+                rows += quality_rows(subject.label, corpus, scores, reference)
+    windows, length = corpus.windows.shape
+    return Quality(
+        convention=CONVENTION,
+        window=length,
+        windows=windows,
+        tokens=windows * (length - 1),
+        bos_policy=corpus.bos_policy,
+        digest=corpus.digest,
+        embedded=corpus.embedded,
+        bytes_exact=corpus.bytes_exact,
+        vocabulary=vocabulary,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        domains=corpus.domains,
+        rows=tuple(rows),
+        notes=corpus.notes,
+    )
+
+
+def _common_vocabulary(subjects: Sequence[Subject]) -> int:
+    labels = [subject.label for subject in subjects]
+    if not labels or len(set(labels)) != len(labels):
+        raise UsageError(f"Subjects need different names; these were given: {', '.join(labels) or 'none'}.")
+    sizes = [shape_of(subject.source.family, subject.source.config).vocabulary for subject in subjects]
+    for label, size in zip(labels, sizes, strict=True):
+        if size != sizes[0]:
+            raise InvalidInputError(
+                f"{labels[0]} has a vocabulary of {sizes[0]} and {label} one of {size}, so they can not be "
+                "compared; give models with the same tokenizer."
+            )
+    return sizes[0]
+
+
+@contextmanager
+def _passed(
+    subject: Subject,
+    corpus: EvaluationCorpus,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: Limits,
+    folder: Path,
+) -> Iterator[Pass]:
+    """Run a subject's forward pass; its buffers are freed at the end."""
+    own = Path(tempfile.mkdtemp(dir=folder))
+    scratch = Scratch(own, memory.memory_bytes)
+    try:
+        model = StreamedModel(subject.source, device=device, dtype=dtype)
+        hidden = forward(model, corpus.windows, scratch, memory, title=f"{subject.label}: forward")
+        head, computing = model.head(), device
+        yield Pass(hidden=hidden, head=lambda rows: head(rows.to(computing)))
+    finally:
+        scratch.close()
+
+
+def _scores(label: str, subject: Pass, reference: Pass | None, windows_NT: Tensor) -> TokenScores:
+    scores = score_tokens(subject, reference, windows_NT, title=f"{label}: scores")
+    if not bool(torch.isfinite(scores.nll).all()):
+        raise InvalidInputError(f"{label} gives NaN or Inf logits; use --dtype float32, or check the model.")
+    return scores
+
+
+def score_tokens(
+    subject: Pass,
+    reference: Pass | None,
+    windows_NT: Tensor,
+    *,
+    logits_bytes: int = LOGITS_BYTES,
+    title: str = "scores",
+) -> TokenScores:
+    """Apply the heads to a few positions at a time and keep three numbers for each.
+
+    Args:
+        subject: the model.
+        reference: the model to compare with, or None.
+        windows_NT: int64 [N, T], the tokens; position t predicts token t + 1.
+        logits_bytes: bound for all arrays with the vocabulary's length.
+        title: of the progress bar.
+    """
+    windows, length = windows_NT.shape
+    shape, total = (windows, length - 1), windows * (length - 1)
+    nll = torch.empty(total)
+    kl, same = torch.empty(total), torch.empty(total, dtype=torch.bool)
+    targets, start = windows_NT[:, 1:].reshape(-1), 0
+    step = 1  # the first row tells the size of the vocabulary
+    with track(title, total) as advance:
+        while start < total:
+            rows = torch.arange(start, min(start + step, total))
+            chunk = slice(start, start + len(rows))
+            log_probabilities = _log_probabilities(subject, rows, length - 1)
+            nll[chunk] = token_nll(log_probabilities, targets[chunk].to(log_probabilities.device)).cpu()
+            if reference is not None:
+                before = _log_probabilities(reference, rows, length - 1)
+                kl[chunk] = token_kl(before, log_probabilities).cpu()
+                same[chunk] = same_top1(before, log_probabilities).cpu()
+            start += len(rows)
+            advance(len(rows))
+            step = max(1, logits_bytes // (4 * _ARRAYS * log_probabilities.shape[1]))
+    if reference is None:
+        return TokenScores(nll=nll.view(shape), kl=None, same=None)
+    return TokenScores(nll=nll.view(shape), kl=kl.view(shape), same=same.view(shape))
+
+
+def _log_probabilities(model: Pass, rows: Tensor, per_window: int) -> Tensor:
+    """fp32 [R, V] for positions that are counted through all windows without their last tokens."""
+    return torch.log_softmax(model.head(model.hidden[rows // per_window, rows % per_window]), dim=-1)
+
+
+def quality_rows(
+    label: str, corpus: EvaluationCorpus, scores: TokenScores, reference: TokenScores | None
+) -> list[QualityRow]:
+    """One row for each domain, one for all windows, one for the mean over domains where there are several.
+
+    Args:
+        label: of the subject.
+        corpus: the windows that the scores belong to.
+        scores: the subject's.
+        reference: the reference's; None: the subject is the reference.
+    """
+    names, count = corpus.domains, len(corpus.domains)
+    cuts: list[tuple[str, Scope, list[float]]] = [(n, "domain", one_domain(d, count)) for d, n in enumerate(names)]
+    cuts.append((ALL_WINDOWS, "all", pooled_weights(corpus.domain_index, count)))
+    if count > 1:
+        cuts.append((DOMAIN_MEAN, "domain-mean", equal_weights(count)))
+    return [_row(label, corpus, scores, reference, *cut) for cut in cuts]
+
+
+def _row(
+    label: str,
+    corpus: EvaluationCorpus,
+    scores: TokenScores,
+    reference: TokenScores | None,
+    domain: str,
+    scope: Scope,
+    weights: list[float],
+) -> QualityRow:
+    index, means = corpus.domain_index, window_means(scores.nll)
+    against = None
+    if reference is not None and scores.kl is not None and scores.same is not None:
+        delta = means - window_means(reference.nll)
+        against = paired(delta, window_means(scores.kl), scores.same, index, weights)
+    nll, per_window = stratified_mean(means, index, weights), scores.nll.shape[1]
+    windows = sum(int((index == d).sum()) for d, weight in enumerate(weights) if weight)
+    byte_weights = None if scope == "all" else weights
+    return QualityRow(
+        subject=label,
+        domain=domain,
+        scope=scope,
+        windows=windows,
+        tokens=windows * per_window,
+        nll=nll,
+        perplexity=exponential(nll),
+        bits_per_byte=bits_per_byte(means, per_window, corpus.window_bytes, index, byte_weights),
+        paired=against,
+    )

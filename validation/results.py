@@ -1,0 +1,141 @@
+"""What measuring gives: plain rows, without torch, that the report takes over as they are.
+
+A `subject` is a model by its label; the first one is the reference. Errors are one standard error (sigma).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ALL_WINDOWS = "all windows"
+DOMAIN_MEAN = "mean over domains"
+
+Scope = Literal["domain", "all", "domain-mean"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A measured number and its standard error; None where there are too few samples to know it."""
+
+    value: float
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """A subject against the reference on the same tokens.
+
+    Attributes:
+        delta_nll: NLL of the subject minus that of the reference, nats per token; error over windows.
+        perplexity_ratio: exp(delta_nll): 1.02 is 2 % more perplexity than the reference has.
+        kl: mean KL(reference || subject) over positions, nats per token; error over windows.
+        same_top1: share of positions where both predict the same token; error is the binomial sigma.
+    """
+
+    delta_nll: Estimate
+    perplexity_ratio: Estimate
+    kl: Estimate
+    same_top1: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityRow:
+    """One subject on one domain, on all windows, or averaged over domains with equal weights.
+
+    Attributes:
+        subject: its label.
+        domain: name of the domain, `ALL_WINDOWS` or `DOMAIN_MEAN`.
+        scope: which of the three it is.
+        windows: how many windows.
+        tokens: predicted tokens, one less than the window's length for each window.
+        nll: mean of the window means, nats per token.
+        perplexity: exp(nll); with `domain-mean` the geometric mean of the domains' perplexities.
+        bits_per_byte: information per UTF-8 byte of text, comparable between tokenizers; None where bytes are unknown.
+        paired: against the reference; None for the reference itself.
+    """
+
+    subject: str
+    domain: str
+    scope: Scope
+    windows: int
+    tokens: int
+    nll: Estimate
+    perplexity: Estimate
+    bits_per_byte: float | None
+    paired: Paired | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """All quality rows, and everything one has to know to compare them with other people's.
+
+    Attributes:
+        convention: how text became windows, in words.
+        window: tokens in a window, the context of the measurement.
+        windows: how many.
+        tokens: predicted tokens in all.
+        bos_policy: what special tokens there are, in words.
+        digest: SHA-256 of the windows.
+        embedded: whether any of the text is the default text that comes with moepress.
+        bytes_exact: whether bytes come from offsets in the text (else from decoded tokens).
+        vocabulary: entries in the subjects' vocabulary.
+        device: where it was computed.
+        dtype: compute dtype.
+        domains: names in order.
+        rows: subject by subject; in each the domains, then `ALL_WINDOWS`, then `DOMAIN_MEAN` if there are several.
+        notes: of the corpus.
+    """
+
+    convention: str
+    window: int
+    windows: int
+    tokens: int
+    bos_policy: str
+    digest: str
+    embedded: bool
+    bytes_exact: bool
+    vocabulary: int
+    device: str
+    dtype: str
+    domains: tuple[str, ...]
+    rows: tuple[QualityRow, ...]
+    notes: tuple[str, ...] = ()
+
+    def row(self, subject: str, domain: str = ALL_WINDOWS) -> QualityRow:
+        """The row of a subject and a domain (or `ALL_WINDOWS`, `DOMAIN_MEAN`); KeyError if there is none."""
+        for row in self.rows:
+            if (row.subject, row.domain) == (subject, domain):
+                return row
+        raise KeyError((subject, domain))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputRow:
+    """Tokens per second of one subject in one of llama-bench's tests.
+
+    Attributes:
+        subject: its label.
+        test: `pp512` is prefill of 512 tokens, `tg128` decode of 128 tokens, both with batch 1.
+        tokens_per_second: mean and standard deviation (not standard error, as in llama-bench); None: not measured.
+        samples: all of them, tokens per second, without the warm-up.
+        ratio: to the reference's samples of the same repetitions: geometric mean and standard error; None for itself.
+        note: why it was not measured, or how.
+    """
+
+    subject: str
+    test: str
+    tokens_per_second: Estimate | None
+    samples: tuple[float, ...] = ()
+    ratio: Estimate | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """All throughput rows with what they were measured on."""
+
+    device: str
+    threads: int
+    dtype: str
+    runtime: str
+    repetitions: int
+    rows: tuple[ThroughputRow, ...]
