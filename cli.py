@@ -11,19 +11,27 @@ from typing import Any, NoReturn
 import click
 
 from moepress import __version__
-from moepress.errors import MoepressError, UsageError
+from moepress.errors import MoepressError, ThresholdMissedError, UsageError
 from moepress.options import (
     calibration_options,
     dry_run_option,
+    evaluation_options,
     include_option,
     json_option,
     machine_options,
     nonfinite_option,
     output_options,
-    parse_bytes,
-    parse_weights,
     scheme_options,
     selection_options,
+)
+from moepress.parsed import (
+    all_default,
+    calibration_of,
+    evaluation_of,
+    includes_of,
+    machine_of,
+    plan_of,
+    recipe_values,
 )
 
 INTERRUPTED = 130
@@ -122,7 +130,7 @@ def inspect(model: str, as_json: bool) -> None:
     from moepress.models.checkpoint import open_checkpoint
     from moepress.models.inventory import describe
     from moepress.stages import model_folder
-    from moepress.tables import print_inventory
+    from moepress.printed import print_inventory
 
     found = describe(open_checkpoint(model_folder(model)))
     _emit(found) if as_json else print_inventory(found)
@@ -148,10 +156,10 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
               moepress profile MODEL -o profile --calibration chats.jsonl --domain python=code.txt
     """
     from moepress import stages
-    from moepress.tables import print_profile
+    from moepress.printed import print_profile
 
     _quiet_libraries()
-    calibration, machine = _calibration(options), _machine(options)
+    calibration, machine = calibration_of(options), machine_of(options)
     if options["dry_run"]:
         _emit(asdict(stages.profile_estimate(model, calibration, machine)))
         return
@@ -187,9 +195,9 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
     """
     from moepress.journal import write_atomically
     from moepress.stages import load_profiles
-    from moepress.tables import print_plan
+    from moepress.printed import print_plan
 
-    made = _make_plan(load_profiles(profiles), options, quantized=not options["no_quantization"])
+    made = plan_of(load_profiles(profiles), options, quantized=not options["no_quantization"])
     from moepress.compress.plan import plan_text
 
     if output is not None:
@@ -221,7 +229,7 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     if plan_file is not None:
         made = load_plan(plan_file)
     else:
-        made = _make_plan(stages.load_profiles(options["profiles"]), options, quantized=False)
+        made = plan_of(stages.load_profiles(options["profiles"]), options, quantized=False)
     _note(*made.notes)
     place = stages.Output(folder=output, resume=resume, force=force)
     result = stages.prune_stage(
@@ -263,21 +271,21 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     _quiet_libraries()
     made = load_plan(plan_file) if plan_file else None
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
-    if made is not None and made.quantization is not None and _all_default("bits", "group_size"):
+    if made is not None and made.quantization is not None and all_default("bits", "group_size"):
         scheme = made.quantization.scheme()
     result = stages.quantize_stage(
         model,
         stages.Output(folder=output, resume=resume, force=force),
         made,
-        stages.QuantizeRequest(scheme=scheme, include=_includes(options)),
-        _calibration(options),
-        _machine(options),
+        stages.QuantizeRequest(scheme=scheme, include=includes_of(options)),
+        calibration_of(options),
+        machine_of(options),
         dry_run=options["dry_run"],
     )
     if options["as_json"] or options["dry_run"]:
         _emit(result)
         return
-    from moepress.tables import print_quantized
+    from moepress.printed import print_quantized
 
     print_quantized(result, output)
 
@@ -303,50 +311,115 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
         click.echo(f"{output}: {result.modules} matrices in {target} layout, {_gib(result.bytes_after)}")
 
 
-def _all_default(*names: str) -> bool:
-    context = click.get_current_context()
-    return all(context.get_parameter_source(n) is click.core.ParameterSource.DEFAULT for n in names)
+@cli.command()
+@click.argument("before")
+@click.argument("after")
+@evaluation_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for report.html, report.md, report.json.")
+@machine_options
+@json_option
+def validate(before: str, after: str, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
+    tokens per second on this machine.
+
+    BEFORE and AFTER are folders: original, pruned, compressed-tensors or GPTQ. Ends with 3 when a threshold is missed
+    by more than two sigma.
+
+    \b
+    Example:  moepress validate demo pressed --max-ppl-increase 3% -o report
+    """
+    import tempfile
+
+    from moepress import comparison, stages
+    from moepress.converters.artifact import open_source
+    from moepress.validation.report import write_report
+
+    _quiet_libraries()
+    folders = [stages.model_folder(name) for name in (before, after)]
+    subjects = [comparison.subject_of(n, open_source(f)) for n, f in zip(("before", "after"), folders, strict=True)]
+    with tempfile.TemporaryDirectory(prefix="moepress-") as work:
+        report = comparison.validate_stage(
+            subjects,
+            folders[0],
+            evaluation_of(options),
+            machine_of(options),
+            Path(work),
+            title=f"{folders[0].resolve().name} and {folders[1].resolve().name}",
+            commands=(f"moepress validate {before} {after}",),
+        )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_report(report, output)
+    _show_report(report, output, as_json=as_json)
 
 
-def _includes(options: Mapping[str, Any]) -> Any:
-    from moepress.compress.linears import Include
+@cli.command()
+@click.argument("model", required=False)
+@output_options("Folder for the run: model/, exports/, profile/, plan.json, report.html, ...")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A YAML recipe; options go before it.")
+@selection_options
+@scheme_options
+@include_option
+@calibration_options
+@evaluation_options
+@click.option("--to", "targets", help="Further formats, with commas between them: gptq.")
+@machine_options
+@dry_run_option
+@json_option
+def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file: Path | None, **options: Any) -> None:
+    """The whole job: profile, plan, quantize, export, validate, report. `run demo` shows it on the embedded model.
 
-    return frozenset(Include(name) for name in options["include"])
+    Without --keep and --experts, three quarters of the experts stay. OUT/recipe.yaml holds all that was used.
+
+    \b
+    Example:  moepress run demo -o out --keep 0.75 --bits 4
+              moepress run MODEL -o out --calibration my-text/ --keep 0.5 --max-ppl-increase 5%
+              moepress run --recipe out/recipe.yaml -o again
+    """
+    from moepress.recipe import load_recipe, make_recipe, run_recipe
+
+    _quiet_libraries()
+    values = load_recipe(recipe_file) if recipe_file else {}
+    values |= recipe_values(options) | ({"model": model} if model else {})
+    if "model" not in values:
+        raise UsageError("Say which model: moepress run MODEL -o OUT, or a recipe that names one.")
+    recipe = make_recipe(values)
+    if options["dry_run"]:
+        from moepress import stages
+
+        calibration = stages.Calibration(
+            sources=recipe.calibration,
+            domains=recipe.domain,
+            tokens=recipe.tokens,
+            window=recipe.window,
+            seed=recipe.seed,
+        )
+        estimate = stages.profile_estimate(recipe.model, calibration, machine_of(options))
+        _emit({"recipe": recipe.model_dump(mode="json"), "profile": asdict(estimate)})
+        return
+    report = run_recipe(recipe, output, resume=resume, force=force)
+    _show_report(report, output, as_json=options["as_json"])
 
 
-def _calibration(options: Mapping[str, Any]) -> Any:
-    from moepress.stages import Calibration
+def _show_report(report: Any, folder: Path | None, *, as_json: bool) -> None:
+    """Print the tables, say where the report lies, and end with 3 when a threshold was missed."""
+    if as_json:
+        click.echo(report.model_dump_json(indent=2))
+    else:
+        from rich.console import Console
 
-    return Calibration(
-        sources=options["calibration"],
-        domains=options["domain"],
-        tokens=options["tokens"],
-        window=options["window"],
-        seed=options["seed"],
-    )
+        from moepress.validation.report import print_tables
 
-
-def _machine(options: Mapping[str, Any]) -> Any:
-    from moepress.stages import Machine
-
-    return Machine(device=options["device"], dtype=options["dtype"], memory_bytes=parse_bytes(options["max_memory"]))
-
-
-def _make_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
-    from moepress.compress.plan import count_from_keep, make_plan
-    from moepress.compress.scoring import Criterion, Groups
-    from moepress.converters.scheme import Scheme
-
-    groups = Groups(options["groups"])
-    keep, experts = options["keep"], options["experts"]
-    return make_plan(
-        profile,
-        count=count_from_keep(profile.shape, keep, experts, degroup=groups is Groups.DEGROUP),
-        criterion=Criterion(options["criterion"]) if options["criterion"] else None,
-        weights=parse_weights(options["domain_weight"]),
-        groups=groups,
-        scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
-    )
+        print_tables(report, Console(highlight=False))
+        if folder is not None:
+            click.echo(f"Report: {folder / 'report.html'}")
+    missed = [outcome for outcome in report.thresholds if outcome.state == "missed"]
+    if missed:
+        worst = missed[0]
+        raise ThresholdMissedError(
+            f"{worst.subject}: {worst.measure} is {worst.found.value:.4g}, the limit is {worst.limit:.4g}; keep more "
+            "experts, use more bits, or raise the limit."
+        )
 
 
 if __name__ == "__main__":

@@ -89,19 +89,19 @@ class Run:
         if keep_journal is not None:
             shutil.copyfile(self.folder / JOURNAL, keep_journal)
         sync_folder(self.folder)
-        old = None
+        replaced = f"{self.out.name}.replaced-"
         if self.out.exists():
             if any(self.out.iterdir()):
-                old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
-                self.out.replace(old)
+                self.out.replace(self.out.with_name(f"{replaced}{os.getpid()}"))
             else:
                 self.out.rmdir()
         self.folder.replace(self.out)
         sync_folder(self.out.parent)
-        for name in (JOURNAL, LOCK):  # after the rename: without its journal a killed run could not be resumed
+        for name in (LOCK, JOURNAL):  # after the rename: without its journal a killed run could not be resumed
             (self.out / name).unlink()
-        if old is not None:
-            shutil.rmtree(old)
+        for old in list(self.out.parent.iterdir()):  # also that of a run which was killed here
+            if old.name.startswith(replaced) and old.name.removeprefix(replaced).isdigit():
+                shutil.rmtree(old)
 
 
 def partial_folder(out: Path) -> Path:
@@ -136,7 +136,7 @@ def check_output(
             raise UsageError(f"The output {out} holds the input {source} and would be replaced; choose another folder.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"The output {out} is a file; give the name of a folder to be made.")
-    unfinished = in_place and (out / JOURNAL).exists()
+    unfinished = (in_place or resume) and (out / JOURNAL).exists()
     if unfinished and not (resume or force):
         raise UsageError(f"{out} holds a run; pass --resume to go on with it, or --force to start anew.")
     if out.is_dir() and any(out.iterdir()) and not (force or unfinished):
@@ -171,6 +171,8 @@ def open_run(
     """
     folder = out if in_place else partial_folder(out)
     settings = json.loads(json.dumps(settings))
+    if resume and not in_place and (out / JOURNAL).exists():
+        _take_back(out, settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         _require_ours(folder)
@@ -191,6 +193,14 @@ def open_run(
         yield run
     finally:
         (folder / LOCK).unlink(missing_ok=True)
+
+
+def _take_back(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make an output a work folder again: its run was killed after the last rename, before its journal was removed."""
+    if partial_folder(out).exists() or previous_settings(out) != settings:
+        raise UsageError(f"The output {out} is not empty; choose another name, or pass --force to replace it.")
+    _take_lock(out)
+    out.replace(partial_folder(out))
 
 
 def _require_ours(folder: Path) -> None:

@@ -143,3 +143,17 @@ include_option: Decorator = click.option(
     type=click.Choice(INCLUDES),
     help="Quantize this part too, besides the routed experts. Repeatable.",
 )
+
+evaluation_options: Decorator = _stack(
+    click.option(
+        "--data",
+        multiple=True,
+        metavar="FILE|DIR|DATASET",
+        help="Text the models are compared on. Repeatable. Without it the embedded evaluation text is used.",
+    ),
+    click.option("--data-domain", multiple=True, metavar="NAME=FILE", help="Evaluation text of a named domain."),
+    click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows per domain.  [default: all]"),
+    click.option("--max-ppl-increase", metavar="SHARE", help="Fail when perplexity rises by more, such as 3%."),
+    click.option("--max-kl", type=float, metavar="NATS", help="Fail when the mean KL divergence per token is larger."),
+    click.option("--no-throughput", is_flag=True, help="Do not time prefill and decode."),
+)

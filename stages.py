@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moepress import __version__
-from moepress.calibration.corpus import Corpus, EvaluationCorpus, build_corpus, evaluation_windows
+from moepress.calibration.corpus import Corpus, build_corpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import (
     Profile,
@@ -145,16 +145,6 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
     )
 
 
-def load_evaluation(
-    folder: Path, data: Sequence[str], domains: Sequence[str], *, window: int, max_windows: int | None, vocabulary: int
-) -> EvaluationCorpus:
-    """Tokenized evaluation windows; without data the embedded evaluation text."""
-    sources = parse_sources(data, domains) or embedded_sources("evaluation")
-    return evaluation_windows(
-        sources, load_tokenizer(folder), window=window, max_windows=max_windows, vocab_size=vocabulary
-    )
-
-
 @contextmanager
 def _model_run(
     output: Output, model: StreamedModel, corpus: Corpus, machine: Machine, settings: Mapping[str, Any]
@@ -253,6 +243,7 @@ def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:
     Raises:
         UsageError: it is for another model or not legal.
     """
+    check_plan(plan, checkpoint.shape, moe_layers(checkpoint), None)  # first what needs no weight to be read
     check_plan(plan, checkpoint.shape, moe_layers(checkpoint), fingerprint(checkpoint))
     return plan
 
@@ -295,9 +286,8 @@ def quantize_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder)
-    shape, digest = checkpoint.shape, fingerprint(checkpoint)
-    if plan is not None:
-        check_plan(plan, shape, moe_layers(checkpoint), digest)
+    shape = checkpoint.shape
+    digest = plan.model if plan is not None and checked_plan(checkpoint, plan) else fingerprint(checkpoint)
     prunes = plan is not None and plan.prunes
     source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and prunes else checkpoint
     stored = model_dtype(checkpoint.config)

@@ -193,10 +193,17 @@ def leave_one_out_loss(
     for slot in range(top_k):
         mask = present.clone()
         mask[:, slot] = 0
-        after = _weights_over(router, raw * mask)
+        after = _weights_over(router, raw * mask / _remaining(router, scores_TE, chosen_TK[:, slot, None]))
         delta = (before - after).double()
         losses.append(torch.einsum("tj,tjk,tk->t", delta, gram_TJJ, delta))
     return torch.stack(losses, dim=1).clamp(min=0)
+
+
+def _remaining(router: Router, scores_TE: Tensor, removed_T1: Tensor) -> Tensor:
+    """What the other experts' scores are divided by when one goes, [T, 1]: a softmax is then over one logit less."""
+    if router.sigmoid:
+        return torch.ones_like(scores_TE[:, :1])
+    return scores_TE.scatter(1, removed_T1, 0.0).sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
 def _weights_over(router: Router, raw_TJ: Tensor) -> Tensor:

@@ -277,6 +277,8 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
                 else:
                     total.index_add_(0, rows, value)
             merged[name] = total
+        if not all(bool(p.statistics[layer]["leave_one_out"].any()) for p in profiles):
+            merged["leave_one_out"].zero_()  # one was made without: a sum over a part of the text would mislead
         statistics[layer] = merged
     calibration: dict[str, Any] = {
         "merged": [dict(p.calibration) for p in profiles],

@@ -6,9 +6,10 @@ block. `solve` minimises trace((W - Q) H (W - Q)^T) per expert, with H = sum_t a
 1. `search_scales`: one scale per row and static group, so the order of the columns never matters to what is stored.
 2. `_compensated_codes`: GPTQ (arXiv 2210.17323). Columns in order of decreasing diag H; the rounding error of each is
    spread over the columns to come, by the upper Cholesky factor of the damped H's inverse, lazily per block.
-3. `_descend`: sweeps of exact coordinate descent on the undamped loss. Per group: the best scale for its codes, then
-   the best code of each column given all others. No step can raise the loss.
-4. Rows that are no better than their round-to-nearest codes take those: the loss never exceeds round-to-nearest's.
+3. `_descend`: sweeps of exact coordinate descent. Per group: the best scale for its codes, then the best code of each
+   column given all others. No step can raise the loss that it works on, which is the damped one: with fewer tokens
+   than columns the undamped one says nothing about most directions, and following it costs quality on new text.
+4. Rows that are no better than their round-to-nearest codes take those: the undamped loss never exceeds theirs.
 
 Inside, matrices lie as [E, I, O], so that a column of the weight is contiguous. Peak memory beyond the inputs, in fp32
 copies: 3 of H and 1 of W while factoring, then 1 of H and 4 of W (per-channel scales: 6). Nothing is random, and
@@ -44,7 +45,7 @@ class SolverOptions:
     block: int = 128
     scale_search: bool = True
     refit_scales: bool = True
-    sweeps: int = 2
+    sweeps: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1 or self.block < 1 or self.sweeps < 0:
@@ -115,8 +116,9 @@ def solve(
     nearest_EGO, rounded_E = scales_EGO, damping_E == 0
     if options.sweeps:
         scales_EGO = scales_EGO.clone()
+        ridge_E = (damping_E * _mean_alive(diagonal_EI)).float()
         for _ in range(options.sweeps):
-            _descend(weight_EIO, hessian_EII, codes_EIO, scales_EGO, scheme, scale_dtype, options)
+            _descend(weight_EIO, hessian_EII, ridge_E, codes_EIO, scales_EGO, scheme, scale_dtype, options)
     loss_EO = _row_loss(weight_EIO, hessian_EII, codes_EIO, scales_EGO)
     nearest_loss_EO = _row_loss(weight_EIO, hessian_EII, nearest_EIO, nearest_EGO)
     keep_E1O = ((loss_EO < nearest_loss_EO) & ~rounded_E[:, None]).unsqueeze(1)
@@ -165,7 +167,7 @@ def _inverse_factor(
     """
     experts, columns = diagonal_EI.shape
     alive_EI = diagonal_EI > 0
-    mean_E = diagonal_EI.double().sum(dim=1) / alive_EI.sum(dim=1).clamp(min=1)
+    mean_E = _mean_alive(diagonal_EI)
     unit_E = torch.where(mean_E > 0, mean_E, 1.0).float()
     backward_EI = order_EI.flip(1)
     batch_E11 = torch.arange(experts, device=order_EI.device)[:, None, None]
@@ -191,6 +193,11 @@ def _inverse_factor(
     damping_E[hopeless_E] = 0
     inverse_EII = torch.linalg.solve_triangular(lower_EII, identity_II.expand_as(lower_EII), upper=False)
     return inverse_EII.flip(1, 2), damping_E
+
+
+def _mean_alive(diagonal_EI: torch.Tensor) -> torch.Tensor:
+    """Mean of the positive diagonal elements, [E] fp64; 0 where there is none."""
+    return diagonal_EI.double().sum(dim=1) / (diagonal_EI > 0).sum(dim=1).clamp(min=1)
 
 
 def _failed(lower_EII: torch.Tensor, info_E: torch.Tensor) -> torch.Tensor:
@@ -236,7 +243,8 @@ def _compensated_codes(
             codes_EIO[batch_E1.squeeze(1), order_EI[:, start + i]] = code_EO.to(torch.int8)
             error_EO = error_EBO[:, i]
             torch.sub(value_EO, code_EO.mul_(scale_EO), out=error_EO).div_(upper_EBB[:, i, i, None])
-            work_EBO[:, i + 1 :].addcmul_(upper_EBB[:, i, i + 1 :, None], error_EO[:, None, :], value=-1)
+            if i + 1 < stop - start:
+                work_EBO[:, i + 1 :].baddbmm_(upper_EBB[:, i, i + 1 :, None], error_EO[:, None], alpha=-1)
         if stop < columns:
             work_EIO[:, stop:].baddbmm_(upper_EII[:, start:stop, stop:].mT, error_EBO, alpha=-1)
     return codes_EIO
@@ -245,6 +253,7 @@ def _compensated_codes(
 def _descend(
     weight_EIO: torch.Tensor,
     hessian_EII: torch.Tensor,
+    ridge_E: torch.Tensor,
     codes_EIO: torch.Tensor,
     scales_EGO: torch.Tensor,
     scheme: Scheme,
@@ -253,35 +262,23 @@ def _descend(
 ) -> None:
     """One sweep of coordinate descent over scales and codes, both changed in place.
 
-    With the residual R = W - Q and its gradient S = H R, moving a group's scale by d changes the loss by
-    d^2 q^T H q - 2 d q^T S, and moving a code by k steps of scale s by (k s)^2 H_jj - 2 k s S_j: both minima are exact.
+    H stands for the damped H here, H + ridge I. With the residual R = W - Q and the slope S = H R, moving a group's
+    scale by d changes the loss by d^2 q^T H q - 2 d q^T S, and moving a code by k steps of scale s by
+    (k s)^2 H_jj - 2 k s S_j: both minima are exact.
     """
     columns = weight_EIO.shape[1]
     width = scheme.columns_per_group(columns)
     residual_EIO = _residual(weight_EIO, codes_EIO, scales_EGO)
     for group, first in enumerate(range(0, columns, width)):
         span = slice(first, first + width)
+        codes_EgO, residual_EgO, scale_EO = codes_EIO[:, span], residual_EIO[:, span], scales_EGO[:, group]
+        damped_Egg = hessian_EII[:, span, span].clone()
+        damped_Egg.diagonal(dim1=1, dim2=2).add_(ridge_E[:, None])
         slope_EgO = hessian_EII[:, span] @ residual_EIO
+        slope_EgO.addcmul_(residual_EgO, ridge_E[:, None, None])
         if options.refit_scales:
-            _refit_group(
-                hessian_EII[:, span, span],
-                slope_EgO,
-                residual_EIO[:, span],
-                codes_EIO[:, span],
-                scales_EGO[:, group],
-                scale_dtype,
-            )
-        for start in range(first, first + width, options.block):
-            part = slice(start, min(start + options.block, first + width))
-            slope_EBO = slope_EgO if width <= options.block else hessian_EII[:, part] @ residual_EIO
-            _improve_codes(
-                hessian_EII[:, part, part],
-                slope_EBO,
-                residual_EIO[:, part],
-                codes_EIO[:, part],
-                scales_EGO[:, group],
-                scheme,
-            )
+            _refit_group(damped_Egg, slope_EgO, residual_EgO, codes_EgO, scale_EO, scale_dtype)
+        _improve_codes(damped_Egg, slope_EgO, residual_EgO, codes_EgO, scale_EO, scheme, options.block)
 
 
 def _refit_group(
@@ -307,24 +304,32 @@ def _refit_group(
 
 
 def _improve_codes(
-    hessian_EBB: torch.Tensor,
-    slope_EBO: torch.Tensor,
-    residual_EBO: torch.Tensor,
-    codes_EBO: torch.Tensor,
+    hessian_Egg: torch.Tensor,
+    slope_EgO: torch.Tensor,
+    residual_EgO: torch.Tensor,
+    codes_EgO: torch.Tensor,
     scale_EO: torch.Tensor,
     scheme: Scheme,
+    block: int,
 ) -> None:
-    """Best code of each column of a block in turn, given all others; codes, residual and slope are changed in place."""
-    diagonal_EB = hessian_EBB.diagonal(dim1=1, dim2=2)
-    inverse_EB = torch.where(diagonal_EB > 0, diagonal_EB, torch.inf).reciprocal()
-    for i in range(hessian_EBB.shape[1]):
-        old_EO = codes_EBO[:, i].float()
-        new_EO = (slope_EBO[:, i] * inverse_EB[:, i, None]).div_(scale_EO).add_(old_EO)
-        new_EO.round_().clamp_(scheme.code_min, scheme.code_max)
-        codes_EBO[:, i] = new_EO.to(torch.int8)
-        step_EO = new_EO.sub_(old_EO).mul_(scale_EO)
-        residual_EBO[:, i].sub_(step_EO)
-        slope_EBO[:, i + 1 :].addcmul_(hessian_EBB[:, i + 1 :, i, None], step_EO[:, None, :], value=-1)
+    """Best code of each column of a group in turn, given all others; codes, residual and slope are changed in place."""
+    diagonal_Eg = hessian_Egg.diagonal(dim1=1, dim2=2)
+    inverse_Eg1 = torch.where(diagonal_Eg > 0, diagonal_Eg, torch.inf).reciprocal().unsqueeze(-1)
+    columns = codes_EgO.shape[1]
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        old_EBO = codes_EgO[:, start:stop].float()
+        step_EBO = torch.empty_like(old_EBO)
+        for i in range(start, stop):
+            old_EO, step_EO = old_EBO[:, i - start], step_EBO[:, i - start]
+            torch.mul(slope_EgO[:, i], inverse_Eg1[:, i], out=step_EO).div_(scale_EO).add_(old_EO)
+            codes_EgO[:, i] = step_EO.round_().clamp_(scheme.code_min, scheme.code_max)
+            step_EO.sub_(old_EO).mul_(scale_EO)
+            if i + 1 < stop:
+                slope_EgO[:, i + 1 : stop].baddbmm_(hessian_Egg[:, i + 1 : stop, i, None], step_EO[:, None], alpha=-1)
+        residual_EgO[:, start:stop].sub_(step_EBO)
+        if stop < columns:
+            slope_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, start:stop], step_EBO, alpha=-1)
 
 
 def _residual(weight_EIO: torch.Tensor, codes_EIO: torch.Tensor, scales_EGO: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from moepress.converters.scheme import Scheme
 
 DEFAULT_STEPS = 24
-DEFAULT_LOWEST = 0.4
+DEFAULT_LOWEST = 0.3
 _CHUNK_ELEMENTS = 1 << 18
 """Weights searched at a time: small enough that the scratch buffer of a chunk stays in a core's cache."""
 

@@ -177,20 +177,30 @@ def _notes(profile: Profile, criterion: Criterion, few: Mapping[int, Sequence[in
 
 
 def estimate_sizes(inventory: Mapping[str, Any], shape: Shape, count: int, scheme: Scheme | None) -> Sizes:
-    """Bytes of all weights before and after; quantization of the routed experts only, the MTP layer dropped."""
+    """Bytes of all weights before and after; quantization of the routed experts only, the MTP layer dropped.
+
+    Pruning copies bytes. Quantizing an fp8 model stores the rest as bf16; scales have the model's dtype.
+    """
     parts = {Part(name): (int(row["bytes"]), int(row["parameters"])) for name, row in inventory.items()}
     before = sum(size for size, _ in parts.values())
     routed_bytes, routed_parameters = parts.get(Part.ROUTED, (0, 0))
     share = count / shape.experts
+    rest = {part: float(size) for part, (size, _) in parts.items() if part not in {Part.ROUTED, Part.MTP}}
+    rest[Part.ROUTER] = rest.get(Part.ROUTER, 0) * share
     if scheme is None:
         routed_after = routed_bytes * share
     else:
         # A third of an expert is down [D, F], with the expert's width as its input; the rest has the hidden size.
-        bits = (2 * scheme.bits_per_weight(shape.hidden) + scheme.bits_per_weight(shape.expert_width)) / 3
+        scale_bits = 32 if routed_bytes >= 4 * routed_parameters else 16
+        inputs = (shape.hidden, shape.hidden, shape.expert_width)
+        bits = sum(scheme.bits_per_weight(columns, scale_bits) for columns in inputs) / 3
         routed_after = routed_parameters * share * bits / 8
-    router = parts.get(Part.ROUTER, (0, 0))[0]
-    rest = before - routed_bytes - router - parts.get(Part.MTP, (0, 0))[0]
-    return Sizes(before_bytes=before, after_bytes=round(rest + router * share + routed_after))
+        rest |= {p: 2 * parts[p][1] for p in rest if p in parts and p is not Part.ROUTER and _is_fp8(*parts[p])}
+    return Sizes(before_bytes=before, after_bytes=round(sum(rest.values()) + routed_after))
+
+
+def _is_fp8(size_bytes: int, parameters: int) -> bool:
+    return size_bytes < 2 * parameters
 
 
 def plan_text(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families import family_of
-from moepress.models.family import Family, Shape, layer_of, shape_of
+from moepress.models.family import Family, Shape, illegal_count, layer_of, shape_of
 from moepress.models.fp8 import dequantize_blocks
 from moepress.models.safetensors_file import Stored, read_header, read_row, read_tensor
 
@@ -89,7 +89,7 @@ class Checkpoint:
 
     def read_row(self, name: str, row: int) -> Tensor:
         """`read(name)[row]` of a fused three-dimensional tensor, reading no other expert."""
-        return self._checked(name, read_row(self._entry(name), row))
+        return self._checked(name, read_row(self._entry(name), row), row)
 
     def _entry(self, name: str) -> Stored:
         try:
@@ -97,14 +97,14 @@ class Checkpoint:
         except KeyError:
             raise InvalidInputError(f"{self.folder} has no tensor {name}; download or copy the folder again.") from None
 
-    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+    def _checked(self, name: str, tensor: Tensor, expert: int | None = None) -> Tensor:
         if not self.allow_nonfinite:
-            require_finite(self.stored[name], tensor)
+            require_finite(self.stored[name], tensor, expert)
         return tensor
 
 
-def require_finite(entry: Stored, tensor: Tensor) -> None:
-    """Refuse NaN and Inf.
+def require_finite(entry: Stored, tensor: Tensor, expert: int | None = None) -> None:
+    """Refuse NaN and Inf; `expert` is the row of a fused tensor, whose name does not hold it.
 
     Raises:
         InvalidInputError: naming the tensor (its name holds the layer and the expert) and its file.
@@ -113,13 +113,14 @@ def require_finite(entry: Stored, tensor: Tensor) -> None:
         return
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     if not bool(torch.isfinite(values).all()):
-        raise nonfinite(entry)
+        raise nonfinite(entry, expert)
 
 
-def nonfinite(entry: Stored) -> InvalidInputError:
+def nonfinite(entry: Stored, expert: int | None = None) -> InvalidInputError:
     """The refusal of a tensor that holds NaN or Inf."""
+    where = "" if expert is None else f" (expert {expert})"
     return InvalidInputError(
-        f"{entry.name} in {entry.file} holds NaN or Inf; download the file again, or pass --allow-nonfinite."
+        f"{entry.name}{where} in {entry.file} holds NaN or Inf; download the file again, or pass --allow-nonfinite."
     )
 
 
@@ -225,6 +226,9 @@ def require_bounded(family: Family, shape: Shape, shapes: Mapping[str, tuple[int
         raise InvalidInputError(
             f"{folder}: config.json states {shape.layers} layers and the shards hold {len(there)}; restore the folder."
         )
+    illegal = illegal_count(shape, shape.experts)
+    if illegal is not None:
+        raise InvalidInputError(f"{folder}: config.json states {shape.experts} experts, but {illegal}; restore it.")
     router, found = family.module_name(family.router[0]), False
     for layer in range(shape.layers):
         name = names.get(router.format(layer=layer))

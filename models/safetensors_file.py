@@ -117,18 +117,21 @@ def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> byte
     """Read a byte range of a tensor's data.
 
     Raises:
-        InvalidInputError: the file ends too early (it changed after its header was read).
+        InvalidInputError: the file is gone or ends too early (it changed after its header was read).
     """
     length = entry.bytes - begin if length is None else length
     buffer = bytearray(length)
     view, got = memoryview(buffer), 0
-    with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.begin + begin)
-        while got < length:
-            count = stream.readinto(view[got:])
-            if not count:
-                raise _broken(entry.file, f"it ends inside {entry.name}")
-            got += count
+    try:
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.begin + begin)
+            while got < length:
+                count = stream.readinto(view[got:])
+                if not count:
+                    raise _broken(entry.file, f"it ends inside {entry.name}")
+                got += count
+    except OSError as error:
+        raise InvalidInputError(f"Cannot read {entry.file}: {error.strerror or error}; restore the file.") from error
     return buffer
 
 

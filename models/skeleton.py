@@ -9,6 +9,8 @@ from moepress.errors import InvalidInputError
 from moepress.models.family import Family, layer_of, shape_of
 from moepress.models.routing import router_of
 
+# A classifier's labels: transformers makes a dictionary of `num_labels` entries, whatever that number is.
+_DROPPED_KEYS = {"quantization_config", "auto_map", "num_labels", "id2label", "label2id"}
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 
@@ -20,7 +22,7 @@ def hf_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    plain = {k: v for k, v in config.items() if k not in {"quantization_config", "auto_map"}}
+    plain = {k: v for k, v in config.items() if k not in _DROPPED_KEYS}
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(plain)
     except Exception as error:  # transformers validates with many exception types

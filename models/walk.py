@@ -171,7 +171,7 @@ def read_ahead(model: StreamedModel, layer: int, experts: Sequence[int]) -> Iter
     """Experts in order, the next one being read from disk while the present one is used."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = [(e, pool.submit(model.read_expert, layer, e)) for e in experts[:1]]
-        for following in [*experts[1:], None]:
+        for following in [*experts[1:], None] if experts else []:
             expert, future = pending.pop(0)
             if following is not None:
                 pending.append((following, pool.submit(model.read_expert, layer, following)))

@@ -76,9 +76,13 @@ def test_a_crash_inside_a_piece_leaves_the_finished_ones(out: Path) -> None:
         file.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), open_run(out, SETTINGS) as run:
-        put(run, "a", "text")
-        run.write("b", "b.txt", fail)
+    def crash() -> None:
+        with open_run(out, SETTINGS) as run:
+            put(run, "a", "text")
+            run.write("b", "b.txt", fail)
+
+    with pytest.raises(OSError, match="disk full"):
+        crash()
     assert not (partial_folder(out) / LOCK).exists()
     with open_run(out, SETTINGS, resume=True) as run:
         assert set(run.pieces) == {"a"}
@@ -273,23 +277,28 @@ def test_finish_replaces_a_full_folder_as_a_whole(out: Path) -> None:
 def test_a_run_killed_while_finishing_can_still_be_finished(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out.mkdir()
     (out / "old.txt").write_text("old")
-    plain = Path.replace
 
-    def killed(self: Path, target: Path) -> Path:
-        if self == partial_folder(out):
-            raise KeyboardInterrupt
-        return plain(self, target)
+    def kill(*_arguments: object, **_keywords: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "unlink", lambda *_a, **_k: (_ for _ in ()).throw(KeyboardInterrupt))
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt), open_run(out, SETTINGS, force=True) as run:
-        put(run, "a", "text")
-        run.finish()
+    def finish() -> None:
+        with open_run(out, SETTINGS, force=True) as run:
+            put(run, "a", "text")
+            monkeypatch.setattr(Path, "unlink", kill)
+            run.finish()
+
+    with pytest.raises(KeyboardInterrupt):
+        finish()
     monkeypatch.undo()
+    assert {p.name for p in out.iterdir()} == {"a.txt", JOURNAL, LOCK}  # whole, but its journal is still there
+    check_output(out, [], resume=True, force=False)
+    with pytest.raises(UsageError, match="not empty"), open_run(out, {**SETTINGS, "keep": 1}, resume=True):
+        pass
     with open_run(out, SETTINGS, resume=True) as run:
         assert set(run.pieces) == {"a"}
         run.finish()
     assert [p.name for p in out.iterdir()] == ["a.txt"]
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
 def test_our_orphan_temporary_files_are_swept_and_no_others(out: Path) -> None:
@@ -342,7 +351,9 @@ def test_a_damaged_journal_is_refused(out: Path, row: str) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tail=st.binary(max_size=60), cut=st.integers(0, 200))
-def test_a_fuzzed_journal_gives_only_our_errors(tmp_path_factory: pytest.TempPathFactory, tail: bytes, cut: int) -> None:
+def test_a_fuzzed_journal_gives_only_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, tail: bytes, cut: int
+) -> None:
     out = tmp_path_factory.mktemp("fuzz") / "out"
     journal = unfinished(out, "a") / JOURNAL
     journal.write_bytes(journal.read_bytes()[:cut] + tail + b"\n")

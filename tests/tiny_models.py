@@ -62,7 +62,7 @@ _MIXTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiny:
-    """A recipe: `family` is the row of moepress's table, `config` what differs from the defaults of the config class."""
+    """A recipe: `family` is a row of moepress's table, `config` what differs from the defaults of the config class."""
 
     family: str
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -262,9 +262,9 @@ def save(model: Any, folder: Path, *, dtype: torch.dtype = torch.float32, fused:
     return folder
 
 
-def reference(folder: Path) -> Any:
-    """transformers' own model of a folder, fp32, eval mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model of a folder, eval mode."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def windows(vocabulary: int, count: int = 5, length: int = 24, seed: int = 1) -> Tensor:

@@ -122,6 +122,12 @@ def measure(
                 with _passed(subject, corpus, device, dtype, memory, folder) as after:
                     scores = _scores(subject.label, after, before, corpus.windows)
                 rows += quality_rows(subject.label, corpus, scores, reference)
+    return _quality(corpus, rows, vocabulary, device, dtype)
+
+
+def _quality(
+    corpus: EvaluationCorpus, rows: Sequence[QualityRow], vocabulary: int, device: torch.device, dtype: torch.dtype
+) -> Quality:
     windows, length = corpus.windows.shape
     return Quality(
         convention=CONVENTION,

@@ -225,6 +225,9 @@ def _load(subject: Subject, bench: Bench) -> Any:
 
     extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if _is_compressed(subject) else {}
     model = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=bench.dtype, local_files_only=True, **extra)
+    for weight in model.parameters():  # transformers leaves dequantized experts in the dtype of their scales
+        if weight.dtype in {torch.bfloat16, torch.float16}:
+            weight.data = weight.data.to(bench.dtype)
     return model.to(bench.device).eval()
 
 

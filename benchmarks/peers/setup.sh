@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with one other quantizer, so that its reader or its quality can be compared with ours.
 #
-#   setup.sh gptqmodel|autogptq|llmcompressor [FOLDER]
+#   setup.sh gptqmodel|autogptq|llmcompressor [FOLDER [PYTHON]]
 #
-# FOLDER defaults to ~/.cache/moepress-peers/NAME. Each peer pins another torch or transformers than moepress, which is
-# why none of them is an extra. The last line printed is the environment's python.
+# FOLDER defaults to ~/.cache/moepress-peers/NAME, PYTHON to python3 (AutoGPTQ has wheels for 3.8 to 3.11 only). Each
+# peer pins another torch or transformers than moepress, which is why none of them is an extra. The last line printed
+# is the environment's python.
 set -euo pipefail
 
 usage() {
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
-[ $# -ge 1 ] && [ $# -le 2 ] || usage
+[ $# -ge 1 ] && [ $# -le 3 ] || usage
 name=$1
 folder=${2:-$HOME/.cache/moepress-peers/$name}
 case $name in gptqmodel | autogptq | llmcompressor) ;; *) usage ;; esac
 
-"${PYTHON:-python3}" -m venv "$folder"
+"${3:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
 
 case $name in

@@ -277,26 +277,37 @@ def test_attention_is_causal(tiny_model: Callable[..., Path], tmp_path: Path, ke
 
 
 @every_key
-def test_streaming_in_bfloat16_stays_near_transformers(
-    tiny_model: Callable[..., Path], truth: Callable[[str], Any], key: str
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_first_experts_get_what_transformers_gives_them(
+    tiny_model: Callable[..., Path], key: str, dtype: torch.dtype
 ) -> None:
-    """One decoder layer on the model's own input, so that a flipped choice of a later layer cannot hide an error."""
-    source = open_checkpoint(tiny_model(key, dtype=torch.bfloat16))
-    streamed = StreamedModel(source, device=CPU, dtype=torch.bfloat16)
-    layer, tokens = min(streamed.moe_layers), tokens_for(truth(key))
+    folder = tiny_model(key, dtype=torch.bfloat16)
+    source = open_checkpoint(folder)
+    model, streamed = tiny_models.reference(folder, dtype), StreamedModel(source, device=CPU, dtype=dtype)
+    first, tokens = min(streamed.moe_layers), tokens_for(model)
+    seen: list[Any] = []
+    experts = model.model.layers[first].mlp.experts
+    experts.register_forward_hook(lambda _module, arguments, keywords, _out: seen.extend(arguments), with_kwargs=True)
     with torch.inference_mode():
-        module = streamed.load_layer(layer)
-        output, routed = streamed.run_layer(layer, streamed.embed(tokens))
+        model(tokens)
+        hidden = streamed.embed(tokens)
+        for layer in range(first):
+            streamed.load_layer(layer)
+            hidden, none = streamed.run_layer(layer, hidden)
+            assert none is None
+        module = streamed.load_layer(first)
+        output, routed = streamed.run_layer(first, hidden)
     assert routed is not None
-    assert output.dtype == routed.inputs.dtype == torch.bfloat16
-    assert routed.inputs.shape == (tokens.numel(), source.shape.hidden) == routed.residual.shape
-    assert routed.chosen.shape == routed.weights.shape == (tokens.numel(), source.shape.top_k)
+    assert output.dtype == routed.inputs.dtype == routed.residual.dtype == dtype
+    assert routed.residual.shape == (tokens.numel(), source.shape.hidden)
     assert routed.logits.shape == (tokens.numel(), source.shape.experts)
+    for ours, theirs in zip((routed.inputs, routed.chosen, routed.weights), seen, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs.reshape(ours.shape))
     for name, buffer in module.named_buffers():
         if name.endswith("e_score_correction_bias"):
             assert buffer.dtype == torch.float32
-            stored = source.read(f"model.layers.{layer}.{name}")
-            assert torch.equal(buffer, stored)
+            assert torch.equal(buffer, source.read(f"model.layers.{first}.{name}"))
             assert not torch.equal(buffer, buffer.bfloat16().float())
 
 

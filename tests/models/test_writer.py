@@ -16,12 +16,12 @@ from moepress.models.safetensors_file import DTYPES, read_header, read_row, read
 from moepress.models.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
 
 GOLDEN = (
-    b"\xa8\x00\x00\x00\x00\x00\x00\x00"
+    b"\xc8\x00\x00\x00\x00\x00\x00\x00"
     b'{"__metadata__":{"format":"pt"},'
     b'"w":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},'
     b'"b":{"dtype":"BF16","shape":[3],"data_offsets":[16,22]},'
     b'"q":{"dtype":"U8","shape":[2],"data_offsets":[22,24]}}'
-    b"      "  # padding to a multiple of 8
+    b"  "  # padding to a multiple of 8
     b"\x00\x00\x80\x3f\x00\x00\x00\x40\x00\x00\x40\xc0\x00\x00\x00\x3f"  # 1, 2, -3, 0.5 in fp32
     b"\x80\x3f\x00\x40\x40\xc0"  # 1, 2, -3 in bf16
     b"\x07\xff"

@@ -16,7 +16,7 @@ from moepress.validation.results import ALL_WINDOWS, DOMAIN_MEAN, Quality
 
 
 def run(subjects: Sequence[Subject], corpus: EvaluationCorpus, folder: Path, memory_bytes: int = 1 << 30) -> Quality:
-    limits = Limits(memory_bytes=memory_bytes, batch_windows=4)
+    limits = Limits(memory_bytes=memory_bytes, batch_windows=8)
     return measure(
         subjects, corpus, device=torch.device("cpu"), dtype=torch.float32, limits=limits, scratch_folder=folder
     )
@@ -46,8 +46,8 @@ def test_nll_of_every_domain_is_that_of_transformers_logits(
         assert row.nll.value == pytest.approx(float(means.mean()), rel=1e-5)
         assert row.nll.error == pytest.approx(float(means.std()) / len(inside) ** 0.5, rel=1e-3)
         assert row.perplexity.value == pytest.approx(float(means.mean().exp()), rel=1e-4)
-        assert (row.windows, row.tokens) == (len(inside), len(inside) * 47)
-        bits = float(means.sum()) * 47 / 0.6931471805599453
+        assert (row.windows, row.tokens) == (len(inside), len(inside) * 31)
+        bits = float(means.sum()) * 31 / 0.6931471805599453
         assert row.bits_per_byte == pytest.approx(bits / int(corpus.window_bytes[inside].sum()), rel=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_a_pruned_subject_diverges_and_is_worse(quality: Quality) -> None:
 def test_the_reference_is_not_paired_and_every_cut_is_there(quality: Quality) -> None:
     assert [row.paired is None for row in quality.rows] == [True] * 6 + [False] * 12
     assert [row.domain for row in quality.rows[:6]] == [*quality.domains, ALL_WINDOWS, DOMAIN_MEAN]
-    assert (quality.windows, quality.tokens, quality.window) == (12, 12 * 47, 48)
+    assert (quality.windows, quality.tokens, quality.window) == (8, 8 * 31, 32)
 
 
 def test_the_size_of_a_chunk_changes_nothing_but_the_last_bits(

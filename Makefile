@@ -1,0 +1,59 @@
+# Needs make and Python 3.11 or newer; everything else is installed into .venv here. `make` alone lists the targets.
+#   make test PYTHON=python3.12     another interpreter, for a .venv that is yet to be made
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+INSTALL_INPUTS := pyproject.toml constraints.txt __init__.py
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev demo test gates unit test-slow clean
+
+help:
+	@echo "make demo       run moepress on its embedded model, from profile to report, into demo-out"
+	@echo "make test       all gates (ruff, mypy, import-linter) and the tests"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make gates      the gates alone        make unit   the tests alone"
+	@echo "make venv       install moepress into .venv   make dev   with the tools for tests"
+	@echo "make clean      remove all that these made"
+
+# A stamp is written only when the installation is whole, so an interrupted one is repeated.
+.venv/.installed-run: $(INSTALL_INPUTS)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "Installing moepress into .venv (a minute or two the first time) ..."
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-dev: $(INSTALL_INPUTS)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "Installing moepress with its development tools into .venv (a minute or two the first time) ..."
+	@$(PIP) --editable ".[dev]"
+	@touch .venv/.installed-run $@
+
+venv: .venv/.installed-run
+dev: .venv/.installed-dev
+
+demo: venv
+	$(BIN)/moepress run demo -o demo-out --keep 0.75 --bits 4 --group-size 64 --to gptq --force
+	@echo
+	@echo "The report is $(CURDIR)/demo-out/report.html (and report.md, report.json beside it)."
+
+test: dev
+	@$(MAKE) --no-print-directory gates
+	@$(MAKE) --no-print-directory unit
+
+gates: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p moepress
+	$(BIN)/lint-imports
+
+unit: dev
+	$(BIN)/pytest
+
+test-slow: dev
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-out demo-out.partial
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,49 @@
+"""What the benchmarks share: the trained model and the texts of ../shared where it is there, else the demo."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moepress import __version__
+from moepress.stages import model_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+RESULTS = ROOT / "benchmarks" / "results"
+DOMAINS = ("german", "math", "python", "wiki")
+
+
+def bench_model() -> Path:
+    """The bench model (28 M parameters), or the demo (4.6 M)."""
+    bench = SHARED / "models" / "bench"
+    return bench if bench.is_dir() else model_folder("demo")
+
+
+def texts(split: str) -> tuple[str, ...]:
+    """`NAME=FILE` of a split (train, test); nothing when only the embedded text is there."""
+    data = SHARED / "data"
+    return tuple(f"{d}={data / d / f'{split}.txt'}" for d in DOMAINS) if data.is_dir() else ()
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    return {
+        "moepress": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "model": bench_model().name,
+        "data": "shared" if texts("test") else "embedded",
+    }
+
+
+def save(name: str, rows: Any, **more: Any) -> None:
+    """Write benchmarks/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps({"machine": machine(), **more, "rows": rows}, indent=2) + "\n")
+    print(f"written to {file.relative_to(ROOT)}")

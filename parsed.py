@@ -1,0 +1,109 @@
+"""From parsed options to the requests that stages take. Heavy imports stay inside the functions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from moepress.options import parse_bytes, parse_weights
+
+_RECIPE_OPTIONS = (
+    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include"),
+    *("calibration", "domain", "tokens", "window", "seed"),
+    *("data", "data_domain", "max_windows", "device", "dtype"),
+)
+
+
+def recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were really given on the command line, as recipe values."""
+    values = {name: options[name] for name in _RECIPE_OPTIONS if not all_default(name)}
+    if "keep" in values and "experts" not in values:
+        values["experts"] = None
+    if "experts" in values and "keep" not in values:
+        values["keep"] = None
+    if not all_default("domain_weight"):
+        values["domain_weight"] = parse_weights(options["domain_weight"])
+    if not all_default("targets"):
+        values["to"] = [part.strip() for part in options["targets"].split(",") if part.strip()]
+    if not all_default("no_throughput"):
+        values["throughput"] = not options["no_throughput"]
+    if not all_default("max_memory"):
+        values["max_memory"] = parse_bytes(options["max_memory"])
+    return values | _thresholds(options)
+
+
+def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
+    from moepress.validation.thresholds import parse_threshold
+
+    given = {}
+    if options["max_ppl_increase"] is not None:
+        given["max_ppl_increase"] = parse_threshold(options["max_ppl_increase"], "--max-ppl-increase")
+    if options["max_kl"] is not None:
+        given["max_kl"] = float(options["max_kl"])
+    return given
+
+
+def evaluation_of(options: Mapping[str, Any]) -> Any:
+    """The evaluation that --data, --max-windows and the thresholds describe."""
+    from moepress.comparison import Evaluation
+    from moepress.validation.thresholds import Thresholds
+
+    return Evaluation(
+        data=options["data"],
+        domains=options["data_domain"],
+        window=options.get("window"),
+        max_windows=options["max_windows"],
+        throughput=not options["no_throughput"],
+        thresholds=Thresholds(**_thresholds(options)),
+    )
+
+
+def all_default(*names: str) -> bool:
+    """Whether none of these options was given on the command line."""
+    context = click.get_current_context()
+    return all(context.get_parameter_source(n) is click.core.ParameterSource.DEFAULT for n in names)
+
+
+def includes_of(options: Mapping[str, Any]) -> Any:
+    """The parts of --include, as a frozen set."""
+    from moepress.compress.linears import Include
+
+    return frozenset(Include(name) for name in options["include"])
+
+
+def calibration_of(options: Mapping[str, Any]) -> Any:
+    """The calibration that --calibration, --domain, --tokens, --window and --seed describe."""
+    from moepress.stages import Calibration
+
+    return Calibration(
+        sources=options["calibration"],
+        domains=options["domain"],
+        tokens=options["tokens"],
+        window=options["window"],
+        seed=options["seed"],
+    )
+
+
+def machine_of(options: Mapping[str, Any]) -> Any:
+    """The machine that --device, --dtype and --max-memory describe."""
+    from moepress.stages import Machine
+
+    return Machine(device=options["device"], dtype=options["dtype"], memory_bytes=parse_bytes(options["max_memory"]))
+
+
+def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
+    """A plan made of a profile with the options of selection, and of the scheme where it is quantized."""
+    from moepress.compress.plan import count_from_keep, make_plan
+    from moepress.compress.scoring import Criterion, Groups
+    from moepress.converters.scheme import Scheme
+
+    groups = Groups(options["groups"])
+    keep, experts = options["keep"], options["experts"]
+    return make_plan(
+        profile,
+        count=count_from_keep(profile.shape, keep, experts, degroup=groups is Groups.DEGROUP),
+        criterion=Criterion(options["criterion"]) if options["criterion"] else None,
+        weights=parse_weights(options["domain_weight"]),
+        groups=groups,
+        scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
+    )

@@ -1,0 +1,305 @@
+"""run: the stages in order, from one recipe, into one folder; a run that was interrupted goes on where it was.
+
+OUT/recipe.yaml      everything that was used, complete
+OUT/journal.jsonl    settings and finished stages
+OUT/profile/         how the model uses its experts
+OUT/plan.json        what stays
+OUT/model/           the canonical artifact, compressed-tensors
+OUT/exports/<fmt>/   the same codes in other layouts
+OUT/report.{html,md,json}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moepress import __version__
+from moepress.calibration.profile import Profile, fingerprint, load_profile
+from moepress.comparison import Evaluation, pruned_subject, subject_of, validate_stage
+from moepress.compress.linears import Include
+from moepress.compress.plan import Plan, count_from_keep, load_plan, make_plan, plan_text
+from moepress.compress.scoring import Criterion, Groups
+from moepress.converters.artifact import open_artifact
+from moepress.converters.scheme import Scheme
+from moepress.errors import InvalidInputError
+from moepress.journal import Run, check_output, open_run, previous_settings, write_atomically
+from moepress.models.checkpoint import open_checkpoint
+from moepress.models.family import require_legal
+from moepress.stages import (
+    Calibration,
+    Machine,
+    Output,
+    QuantizeRequest,
+    export_stage,
+    model_folder,
+    profile_stage,
+    quantize_stage,
+)
+from moepress.validation.report import write_report
+from moepress.validation.schema import Calibration as CalibrationSection
+from moepress.validation.schema import DomainLoss, ExpertName, LayerError, Pruning, Quantization, Report
+from moepress.validation.thresholds import Thresholds
+
+REPORTS = ("report.html", "report.md", "report.json")
+
+
+class Recipe(BaseModel):
+    """Everything that a run depends on; written to OUT/recipe.yaml with all defaults filled in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal["1.0"] = "1.0"
+    model: str
+    calibration: tuple[str, ...] = ()
+    domain: tuple[str, ...] = ()
+    tokens: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=2)
+    seed: int = 0
+    keep: float | None = None
+    experts: int | None = None
+    criterion: Criterion | None = None
+    domain_weight: dict[str, float] = {}
+    groups: Groups = Groups.BALANCED
+    bits: int = 4
+    group_size: int = 128
+    include: tuple[Include, ...] = ()
+    to: tuple[Literal["gptq"], ...] = ()
+    data: tuple[str, ...] = ()
+    data_domain: tuple[str, ...] = ()
+    max_windows: int | None = Field(default=None, ge=1)
+    throughput: bool = True
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_memory: int | None = None
+
+
+def load_recipe(file: Path) -> dict[str, Any]:
+    """The values of a YAML recipe, not yet checked together with the command line's.
+
+    Raises:
+        InvalidInputError: it cannot be read or is not a mapping.
+    """
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidInputError(f"{file} is not a readable YAML recipe ({error}).") from error
+    if not isinstance(found, dict):
+        raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")
+    return found
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Check values and fill in the defaults; without --keep and --experts three quarters of the experts stay.
+
+    Raises:
+        InvalidInputError: naming the first field that is wrong.
+    """
+    try:
+        recipe = Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidInputError(f"The recipe's {where}: {first['msg']}; mend it.") from error
+    if recipe.keep is None and recipe.experts is None:
+        recipe = recipe.model_copy(update={"keep": 0.75})
+    return recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    recipe: Recipe
+    out: Path
+    count: int
+    machine: Machine
+
+
+def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False) -> Report:
+    """Run all stages.
+
+    Raises:
+        UsageError: an option or the expert count is not legal, or the output is taken.
+        InvalidInputError: model or text are not sound.
+    """
+    folder = model_folder(recipe.model)
+    check_output(out, [folder], resume=resume, force=force, in_place=True)
+    checkpoint = open_checkpoint(folder)
+    shape = checkpoint.shape
+    degroup = recipe.groups is Groups.DEGROUP
+    count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
+    require_legal(shape, count, degroup=degroup)
+    Scheme(bits=recipe.bits, group_size=recipe.group_size).groups(shape.hidden)
+    settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
+    settings |= {"recipe": recipe.model_dump(mode="json", exclude={"max_memory"})}
+    memory = recipe.max_memory or previous_settings(out).get("memory") if resume else recipe.max_memory
+    machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=memory)
+    setup = _Setup(recipe=recipe, out=out, count=count, machine=machine)
+    with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
+        write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        profile = _profile(setup, run)
+        plan = _plan(setup, run, profile)
+        quantized = _quantize(setup, run, plan)
+        _exports(setup, run)
+        return _report(setup, run, plan, quantized)
+
+
+def _calibration(recipe: Recipe) -> Calibration:
+    return Calibration(
+        sources=recipe.calibration,
+        domains=recipe.domain,
+        tokens=recipe.tokens,
+        window=recipe.window,
+        seed=recipe.seed,
+    )
+
+
+def _stage_output(setup: _Setup, name: str) -> Output:
+    return Output(folder=setup.out / name, resume=True)
+
+
+def _profile(setup: _Setup, run: Run) -> Profile:
+    folder = setup.out / "profile"
+    if run.done("profile") is None and not folder.exists():
+        profile_stage(setup.recipe.model, _stage_output(setup, "profile"), _calibration(setup.recipe), setup.machine)
+    if run.done("profile") is None:
+        run.mark("profile")
+    return load_profile(folder)
+
+
+def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
+    recipe = setup.recipe
+    if run.done("plan") is None:
+        plan = make_plan(
+            profile,
+            count=setup.count,
+            criterion=recipe.criterion,
+            weights=recipe.domain_weight,
+            groups=recipe.groups,
+            scheme=Scheme(bits=recipe.bits, group_size=recipe.group_size),
+        )
+        text = plan_text(plan)
+        run.write("plan", "plan.json", lambda path: _text(path, text))
+    return load_plan(setup.out / "plan.json")
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _quantize(setup: _Setup, run: Run, plan: Plan) -> Mapping[str, Any]:
+    recipe = setup.recipe
+    done = run.done("model")
+    if done is not None:
+        return done.note
+    folder = setup.out / "model"
+    if folder.exists():  # killed between the stage's end and its line in the journal
+        from moepress.models.checkpoint import read_json
+
+        result: Mapping[str, Any] = read_json(folder / "moepress.json")
+    else:
+        result = quantize_stage(
+            recipe.model,
+            _stage_output(setup, "model"),
+            plan,
+            QuantizeRequest(
+                scheme=Scheme(bits=recipe.bits, group_size=recipe.group_size), include=frozenset(recipe.include)
+            ),
+            _calibration(recipe),
+            setup.machine,
+        )
+    run.mark(
+        "model", {k: result[k] for k in ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")}
+    )
+    return run.pieces["model"].note
+
+
+def _exports(setup: _Setup, run: Run) -> None:
+    for target in setup.recipe.to:
+        folder = setup.out / "exports" / target
+        if run.done(f"export-{target}") is None:
+            if not folder.exists():
+                export_stage(str(setup.out / "model"), Output(folder=folder, resume=True), target)
+            run.mark(f"export-{target}")
+
+
+def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any]) -> Report:
+    recipe, folder = setup.recipe, model_folder(setup.recipe.model)
+    if run.done("report") is not None:
+        return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
+    original, artifact = open_checkpoint(folder), open_artifact(setup.out / "model")
+    subjects = [subject_of("original", original)]
+    if plan.prunes:
+        subjects.append(pruned_subject("pruned", original, plan))
+    name = f"pruned + {recipe.bits} bit" if plan.prunes else f"{recipe.bits} bit"
+    subjects.append(subject_of(name, artifact))
+    evaluation = Evaluation(
+        data=recipe.data,
+        domains=recipe.data_domain,
+        window=recipe.window,
+        max_windows=recipe.max_windows,
+        throughput=recipe.throughput,
+        thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
+    )
+    report = validate_stage(
+        subjects,
+        folder,
+        evaluation,
+        setup.machine,
+        setup.out,
+        title=plan.model_name,
+        pruning=pruning_section(plan) if plan.prunes else None,
+        quantization=quantization_section(quantized, artifact.scheme, plan),
+        calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
+        notes=tuple(plan.notes),
+        commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
+        recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
+    )
+    write_report(report, setup.out)
+    run.mark("report")
+    return report
+
+
+def pruning_section(plan: Plan) -> Pruning:
+    """What the report says of the pruning."""
+    return Pruning(
+        criterion=plan.criterion.value,
+        kept=plan.experts,
+        total=plan.experts_before,
+        domains=tuple(
+            DomainLoss(domain=d, gate_mass_lost=loss.gate_mass, reap_mass_lost=loss.reap_sum_mass)
+            for d, loss in plan.loss.items()
+        ),
+        keep_set_stability=plan.stability,
+    )
+
+
+def quantization_section(result: Mapping[str, Any], scheme: Scheme, plan: Plan | None) -> Quantization:
+    """What the report says of the quantization."""
+    group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
+    return Quantization(
+        scheme=f"{scheme.bits} bit {group}, symmetric",
+        layers=tuple(LayerError(layer=int(n), mean_relative_error=e) for n, e in result["layer_error"].items()),
+        fallback_experts=_experts(result["experts_without_tokens"]) + _experts(result["experts_rounded"]),
+        unsupported_experts=_experts(plan.unsupported) if plan else (),
+    )
+
+
+def _experts(found: Mapping[Any, Sequence[int]]) -> tuple[ExpertName, ...]:
+    return tuple(ExpertName(layer=int(layer), expert=e) for layer, experts in found.items() for e in experts)
+
+
+def calibration_section(sources: Sequence[str], found: Mapping[str, Any]) -> CalibrationSection:
+    """What the report says of the calibration text."""
+    return CalibrationSection(
+        sources=tuple(sources) or ("the embedded text of moepress",),
+        embedded=bool(found["embedded"]),
+        domains=tuple(found["tokens_per_domain"]),
+        tokens=int(found["tokens"]),
+        seed=found["seed"],
+        digest=found["digest"],
+    )

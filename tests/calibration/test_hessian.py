@@ -1,0 +1,130 @@
+"""Hessians: plain sums, shrinkage by hand, and which tokens they are made of."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from stage_runs import CPU, LIMITS, keep_of, logits_of, pruned_folder, watched
+from torch import Tensor
+from torch.nn.functional import silu
+
+from moepress.calibration.hessian import HessianOptions, gram, shrink
+from moepress.compress.experts import Coded, _down_hessian, _input_hessian, pooled_hessian, pooled_inputs
+from moepress.models.checkpoint import open_checkpoint
+from moepress.models.experts import prune_source
+from moepress.models.forward import StreamedModel, tokens_of
+from moepress.models.walk import Scratch, Stream, add_experts, first_step, open_stream
+
+
+def rows(count: int, size: int = 5, seed: int = 0) -> Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_gram_is_the_sum_of_outer_products() -> None:
+    inputs, weights = rows(7), torch.tensor([0.0, 1.0, 0.5, 2.0, 0.25, 1.0, 3.0])
+    expected = sum(a * torch.outer(x, x) for a, x in zip(weights, inputs, strict=True))
+    torch.testing.assert_close(gram(inputs, weights), expected)
+    torch.testing.assert_close(gram(inputs), sum(torch.outer(x, x) for x in inputs))
+    assert torch.equal(gram(inputs[:0]), torch.zeros(5, 5))
+
+
+def test_gram_of_many_rows_is_summed_in_parts() -> None:
+    inputs, weights = rows(20_000), torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    wide = inputs.double()
+    expected = wide.T @ (wide * weights.double()[:, None])
+    torch.testing.assert_close(gram(inputs, weights).double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_gram_of_half_precision_rows_is_summed_in_float32() -> None:
+    inputs = torch.full((4096, 2), 10.0, dtype=torch.float16)
+    assert torch.equal(gram(inputs), torch.full((2, 2), 409_600.0))  # beyond the largest fp16
+
+
+def test_shrinkage_mixes_the_means_by_the_number_of_tokens() -> None:
+    own, pooled = gram(rows(6)), torch.eye(5)
+    expected = 6 / 8 * (own / 6) + 2 / 8 * pooled
+    torch.testing.assert_close(shrink(own.clone(), 6.0, 6, pooled, 2.0), expected)
+    weighted = gram(rows(6), torch.full((6,), 3.0))  # a constant weight changes nothing
+    torch.testing.assert_close(shrink(weighted, 18.0, 6, pooled, 2.0), expected)
+
+
+def test_an_expert_without_tokens_gets_the_pooled_hessian() -> None:
+    assert torch.equal(shrink(torch.zeros(5, 5), 0.0, 0, torch.eye(5), 32.0), torch.eye(5))
+
+
+def test_an_expert_with_many_tokens_gets_nearly_its_own() -> None:
+    own = gram(rows(500))
+    found = shrink(own.clone(), 500.0, 500, torch.eye(5) * 100, 0.0)
+    torch.testing.assert_close(found, own / 500)
+
+
+def stream_at(source: object, windows: Tensor, layer: int, folder: Path) -> Stream:
+    """A stream after the first step of a layer."""
+    model = StreamedModel(source, device=CPU, dtype=torch.float32)  # type: ignore[arg-type]
+    stream = open_stream(model, windows, Scratch(folder, LIMITS.memory_bytes), LIMITS, observe=False)
+    for number in range(layer + 1):
+        model.load_layer(number)
+        if first_step(stream, number) and number < layer:
+            add_experts(stream, number)
+    return stream
+
+
+@pytest.mark.parametrize("key", ["deepseek_v3", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_hessians_are_of_the_tokens_that_the_pruned_router_sends(
+    tiny_model: Callable[..., Path], tmp_path: Path, key: str, power: int
+) -> None:
+    """Held against transformers' model of the pruned folder, whose experts are watched; expert by expert."""
+    folder = tiny_model(key)
+    checkpoint = open_checkpoint(folder)
+    keep = keep_of(checkpoint, checkpoint.shape.experts // 2)
+    pruned_folder(folder, keep, tmp_path / "pruned")
+    windows = tiny_models.windows(256, count=6, length=12)
+    model = tiny_models.reference(tmp_path / "pruned")
+    with watched(model) as seen:
+        logits_of(model, windows)
+    layer, options = 2, HessianOptions(weight_power=power, shrinkage_tokens=0.0)
+    with torch.inference_mode():
+        stream = stream_at(prune_source(checkpoint, keep), windows, layer, tmp_path)
+        experts = stream.model.shape.experts
+        positions, pooled, sample = tokens_of(stream.chosen, experts), pooled_hessian(stream), torch.zeros(0, 64)
+        there = seen[layer]
+        torch.testing.assert_close(pooled, there["inputs"].T @ there["inputs"] / windows.numel(), rtol=1e-3, atol=1e-4)
+        counts = []
+        for expert in range(experts):
+            inputs, weights = [], []
+            for token, row in enumerate(there["chosen"].tolist()):
+                if expert in row:
+                    inputs.append(there["inputs"][token])
+                    weights.append(float(there["weights"][token, row.index(expert)]) ** power)
+            counts.append(len(inputs))
+            if not inputs:
+                continue
+            mass, stacked = torch.tensor(weights), torch.stack(inputs)
+            expected = (stacked * mass[:, None]).T @ stacked / mass.sum()
+            found = _input_hessian(stream, positions[expert], pooled, options)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+            gate, up = model.model.layers[layer].mlp.experts.gate_up_proj[expert].chunk(2)
+            middle = silu(stacked @ gate.T) * (stacked @ up.T)
+            expected = (middle * mass[:, None]).T @ middle / mass.sum()
+            plain = (coded(gate), coded(up))
+            found = _down_hessian(stream, layer, positions[expert], sample, plain, options)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+        assert sum(counts) == windows.numel() * stream.model.shape.top_k
+        assert len(set(counts)) > 1
+
+
+def coded(weight: Tensor) -> Coded:
+    """Any matrix as codes 1 and a scale per element, so that its dense form is itself."""
+    return Coded(codes=torch.ones(weight.shape, dtype=torch.int8), scales=weight.detach())
+
+
+def test_the_sample_for_rare_experts_is_spread_over_all_tokens(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    windows = tiny_models.windows(256, count=6, length=12)
+    with torch.inference_mode():
+        stream = stream_at(open_checkpoint(tiny_model("mixtral")), windows, 0, tmp_path)
+    sample = pooled_inputs(stream, HessianOptions(pooled_tokens=18))
+    assert torch.equal(sample, stream.inputs[::4])
+    assert torch.equal(pooled_inputs(stream, HessianOptions()), stream.inputs)

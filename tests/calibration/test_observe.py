@@ -1,0 +1,240 @@
+"""Every accumulator is held against transformers' own model, with every expert applied to every token in fp64."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from stage_runs import CPU, LIMITS, corpus_of, expert_outputs, logits_of, profile_of, watched
+from torch import Tensor
+
+from moepress.calibration.observe import ACCUMULATORS, TOTALS, shard_of_windows
+from moepress.calibration.profile import SHARDS, Profile
+from moepress.models.checkpoint import open_checkpoint
+from moepress.models.forward import StreamedModel
+from moepress.models.walk import Limits, Scratch, add_experts, first_step, open_stream
+
+GROUPED = ("deepseek_v3", "deepseek_v2")
+UNGROUPED = ("moonlight", "deepseek_v2_lite", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+DOMAINS = ("prose", "code", "numbers")
+
+Seen = dict[int, dict[str, Tensor]]
+
+
+def text(vocabulary: int, count: int = 9, length: int = 8) -> tuple[Tensor, Tensor]:
+    """Windows of three domains, of which the last one is small."""
+    windows = tiny_models.windows(vocabulary, count=count, length=length, seed=11)
+    return windows, torch.tensor([0, 1, 0, 1, 1, 0, 2, 0, 1])[torch.arange(count) % 9]
+
+
+class Case:
+    """One tiny model, observed by us and watched in transformers."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.model = tiny_models.reference(folder)
+        self.windows, self.index = text(self.model.config.vocab_size)
+        corpus = corpus_of(self.windows, self.index, DOMAINS)
+        self.profile: Profile = profile_of(folder, corpus, work)
+        with watched(self.model) as seen:
+            logits_of(self.model, self.windows)
+        self.seen: Seen = seen
+
+    def cells(self) -> list[tuple[int, int]]:
+        """Domain and shard of every token, the shard by its definition."""
+        shards = [
+            int.from_bytes(hashlib.sha256(row.numpy().tobytes()).digest()[:4], "little") % SHARDS
+            for row in self.windows
+        ]
+        pairs = zip(self.index.tolist(), shards, strict=True)
+        return [pair for pair in pairs for _ in range(self.windows.shape[1])]
+
+
+@pytest.fixture(scope="module")
+def case(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    made: dict[str, Case] = {}
+
+    def get(key: str, **changes: Any) -> Case:
+        name = f"{key}{changes}"
+        if name not in made:
+            made[name] = Case(tiny_model(key, **changes), tmp_path_factory.mktemp("work") / "profile")
+        return made[name]
+
+    return get
+
+
+def by_hand(case: Case, layer: int) -> dict[str, Tensor]:
+    """The sums of FORMULAS, token by token."""
+    seen, experts = case.seen[layer], case.profile.shape.experts
+    outputs = expert_outputs(case.model, layer, seen["inputs"])
+    names = [name for name in ACCUMULATORS if name != "leave_one_out"]
+    out = {name: torch.zeros(len(DOMAINS), SHARDS, experts, dtype=torch.float64) for name in names}
+    out |= {name: torch.zeros(len(DOMAINS), SHARDS, dtype=torch.float64) for name in TOTALS}
+    for token, (domain, shard) in enumerate(case.cells()):
+        chosen, weights = seen["chosen"][token].tolist(), seen["weights"][token].double().tolist()
+        routed = sum(w * outputs[token, e] for e, w in zip(chosen, weights, strict=True))
+        residual = seen["residual"][token].double()
+        beta = max(0.0, 1 - float(torch.nn.functional.cosine_similarity(residual, residual + routed, dim=0)))
+        for expert, weight in zip(chosen, weights, strict=True):
+            norm, where = float(outputs[token, expert].norm()), (domain, shard, expert)
+            out["count"][where] += 1
+            out["gate"][where] += weight
+            out["norm"][where] += norm
+            out["norm_squared"][where] += norm**2
+            out["weighted_norm"][where] += weight * norm
+            out["weighted_norm_squared"][where] += (weight * norm) ** 2
+            out["turned_norm"][where] += beta * weight * norm
+            out["peak"][where] = max(float(out["peak"][where]), float(outputs[token, expert].abs().max()))
+        out["tokens"][domain, shard] += 1
+        out["routed_squared"][domain, shard] += float(routed.square().sum())
+        out["residual_squared"][domain, shard] += float(residual.square().sum())
+    return out
+
+
+@pytest.mark.parametrize("key", [*GROUPED, *UNGROUPED])
+def test_every_accumulator_equals_a_sum_over_tokens_in_transformers(case: Callable[..., Case], key: str) -> None:
+    made = case(key)
+    assert set(made.profile.statistics) == set(made.seen)
+    for layer, found in made.profile.statistics.items():
+        expected = by_hand(made, layer)
+        assert set(found) == set(ACCUMULATORS) | set(TOTALS)
+        for name, value in expected.items():
+            assert found[name].dtype == torch.float64
+            torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5 * float(value.max()), msg=name)
+        assert torch.equal(found["count"], expected["count"])
+        assert torch.equal(found["tokens"], expected["tokens"])
+        assert int(found["count"].sum()) == made.windows.numel() * made.profile.shape.top_k
+        assert (found["count"].sum(dim=(1, 2)) > 0).all()  # every domain
+
+
+def routed_without(case: Case, layer: int, removed: int | None, *, fixed_groups: bool = False) -> tuple[Tensor, Tensor]:
+    """Chosen experts and weights when an expert is really away: its logit is gone before the scores are formed.
+
+    `fixed_groups`: the router's groups stay as they were chosen with all experts.
+    """
+    config, logits = case.model.config, case.seen[layer]["logits"].double().clone()
+    gate = case.model.model.layers[layer].mlp.gate
+    bias = getattr(gate, "e_score_correction_bias", None)
+    allowed = torch.ones_like(logits, dtype=torch.bool)
+    if fixed_groups:
+        full = logits.sigmoid() + bias.double() if bias is not None else logits.softmax(dim=1)
+        grouped = full.view(len(full), config.n_group, -1)
+        rank = grouped.topk(2, dim=2).values.sum(dim=2) if bias is not None else grouped.amax(dim=2)
+        best = torch.zeros_like(rank, dtype=torch.bool).scatter(1, rank.topk(config.topk_group).indices, value=True)
+        allowed = best.repeat_interleave(grouped.shape[2], dim=1)
+    if removed is not None:
+        logits[:, removed] = -torch.inf
+        allowed[:, removed] = False
+    score = logits.sigmoid() if bias is not None else logits.softmax(dim=1)
+    choice = (score if bias is None else score + bias.double()).masked_fill(~allowed, -torch.inf)
+    chosen = choice.topk(config.num_experts_per_tok, dim=1)
+    weights = score.gather(1, chosen.indices) * torch.isfinite(chosen.values)
+    if config.model_type == "mixtral" or (config.model_type != "deepseek_v2" and config.norm_topk_prob):
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    scaled = config.model_type in {"deepseek_v3", "deepseek_v2"}
+    return chosen.indices, weights * (config.routed_scaling_factor if scaled else 1.0)
+
+
+def losses_by_hand(case: Case, layer: int, *, fixed_groups: bool = False) -> Tensor:
+    """L_e by routing again without each expert, fp64 [S, B, E]."""
+    seen, experts = case.seen[layer], case.profile.shape.experts
+    outputs = expert_outputs(case.model, layer, seen["inputs"])
+
+    def routed(chosen: Tensor, weights: Tensor) -> Tensor:
+        dense = torch.zeros(outputs.shape[:2], dtype=torch.float64).scatter(1, chosen, weights.double())
+        return torch.einsum("te,ted->td", dense, outputs)
+
+    full = routed(seen["chosen"], seen["weights"])
+    same = routed(*routed_without(case, layer, None, fixed_groups=fixed_groups))
+    torch.testing.assert_close(same, full, rtol=1e-5, atol=1e-5)  # the reference routes as the model does
+    out = torch.zeros(len(DOMAINS), SHARDS, experts, dtype=torch.float64)
+    for expert in range(experts):
+        change = full - routed(*routed_without(case, layer, expert, fixed_groups=fixed_groups))
+        for token, (domain, shard) in enumerate(case.cells()):
+            if expert in seen["chosen"][token].tolist():
+                out[domain, shard, expert] += float(change[token].square().sum())
+    return out
+
+
+@pytest.mark.parametrize("key", UNGROUPED)
+def test_leave_one_out_equals_routing_again_without_the_expert(case: Callable[..., Case], key: str) -> None:
+    made = case(key)
+    for layer, found in made.profile.statistics.items():
+        expected = losses_by_hand(made, layer)
+        scale = float(expected.max())
+        assert scale > 0
+        torch.testing.assert_close(found["leave_one_out"], expected, rtol=1e-3, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("key", GROUPED)
+def test_leave_one_out_of_grouped_routers_keeps_the_chosen_groups(case: Callable[..., Case], key: str) -> None:
+    made = case(key)
+    for layer, found in made.profile.statistics.items():
+        expected = losses_by_hand(made, layer, fixed_groups=True)
+        torch.testing.assert_close(found["leave_one_out"], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+def test_leave_one_out_without_a_spare_expert_goes_on_with_fewer(case: Callable[..., Case]) -> None:
+    """One group of four experts is allowed and all four are chosen: nothing can take the place of the one that goes."""
+    made = case("deepseek_v3", topk_group=1)
+    for layer, found in made.profile.statistics.items():
+        expected = losses_by_hand(made, layer, fixed_groups=True)
+        assert float(expected.max()) > 0
+        torch.testing.assert_close(found["leave_one_out"], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_chunks_of_tokens_give_the_same_sums(
+    tiny_model: Callable[..., Path], tmp_path: Path, leave_one_out: bool
+) -> None:
+    folder = tiny_model("mixtral")
+    corpus = corpus_of(*text(256, count=72, length=16), DOMAINS)  # 1152 tokens: 1024 and 128 in the smallest chunks
+    profiles = [
+        profile_of(
+            folder,
+            corpus,
+            tmp_path / str(memory),
+            limits=Limits(memory_bytes=memory, batch_windows=8),
+            leave_one_out=leave_one_out,
+        )
+        for memory in (1 << 30, 1000)
+    ]
+    for layer in profiles[0].layers:
+        for name in (*ACCUMULATORS, *TOTALS):
+            whole, parts = (p.statistics[layer][name] for p in profiles)
+            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6 * float(whole.max()))
+        assert bool(profiles[0].statistics[layer]["leave_one_out"].any()) == leave_one_out
+
+
+@pytest.mark.parametrize("key", ["deepseek_v3", "qwen2_moe"])
+def test_observing_does_not_change_the_hidden_states(tiny_model: Callable[..., Path], tmp_path: Path, key: str) -> None:
+    from moepress.calibration.observe import observe_layer
+    from moepress.calibration.profile import cells_of
+
+    model = StreamedModel(open_checkpoint(tiny_model(key)), device=CPU, dtype=torch.float32)
+    windows, _ = text(256)
+    scratch = Scratch(tmp_path, LIMITS.memory_bytes)
+    ends = []
+    with torch.inference_mode():
+        for observe in (False, True):
+            stream = open_stream(model, windows, scratch, LIMITS, observe=True)
+            for layer in range(model.shape.layers):
+                model.load_layer(layer)
+                if first_step(stream, layer) and observe:
+                    observe_layer(stream, layer, cells_of(corpus_of(windows)), leave_one_out=True)
+                elif layer in model.moe_layers:
+                    add_experts(stream, layer)
+                model.unload_layer(layer)
+            ends.append(stream.hidden.clone())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_falls_into_the_same_shard_wherever_it_stands() -> None:
+    windows = tiny_models.windows(256, count=400)
+    shards = shard_of_windows(windows, SHARDS)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(shard_of_windows(windows[order], SHARDS), shards[order])
+    assert torch.equal(shard_of_windows(windows[::2], SHARDS), shards[::2])
+    assert torch.bincount(shards, minlength=SHARDS).min() > 25  # 50 each on average

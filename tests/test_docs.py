@@ -1,0 +1,202 @@
+"""The documents against the code: commands parse, options exist, links resolve, and nothing is left undescribed.
+
+No command is run: click parses the arguments and stops before the function.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from pydantic import BaseModel
+
+from moepress.calibration.observe import ACCUMULATORS, TOTALS
+from moepress.cli import cli
+from moepress.compress.plan import Plan
+from moepress.compress.scoring import Criterion
+from moepress.models.families import FAMILIES
+from moepress.recipe import Recipe
+from moepress.validation.schema import Report
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+FENCE = re.compile(r"^( *)```[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+LINK = re.compile(r"\[(?:[^\]\\]|\\.)*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
+OTHER_TOOLS = {"--no-deps", "--no-build-isolation", "--editable", "--constraint", "--import-mode"}
+
+
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def blocks(text: str) -> Iterator[str]:
+    """What stands in code fences, with continued lines joined."""
+    for found in FENCE.finditer(text):
+        yield re.sub(r"\\\n\s*", " ", found[2])
+
+
+def commands_of(block: str) -> Iterator[str]:
+    """The `moepress ...` commands of a code block, without prompts, comments, pipes and redirections."""
+    for line in block.splitlines():
+        line = line.strip().removeprefix("$ ")
+        for part in re.split(r"\s(?:&&|\|\|?|;)\s", line):
+            part = re.sub(r"^(?:\S*/)?moepress(?=\s|$)", "moepress", part.strip())
+            if part == "moepress" or part.startswith("moepress "):
+                yield re.split(r"\s\d?(?:>>?|<)\s?", part)[0]
+
+
+def inline_code(text: str) -> Iterator[str]:
+    for found in INLINE.finditer(FENCE.sub("", text)):
+        yield found[1].strip()
+
+
+def help_texts(command: click.Command, name: str = "moepress") -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        for inner, sub in command.commands.items():
+            yield from help_texts(sub, f"{name} {inner}")
+
+
+COMMANDS = dict(help_texts(cli))
+
+
+def examples(text: str) -> Iterator[str]:
+    """Lines of a help text that show a command; a backspace character keeps click from rewrapping them."""
+    for paragraph in text.split("\n\n"):
+        if "\b" in paragraph:
+            block = "\n".join(line.strip().removeprefix("Example:").strip() for line in paragraph.splitlines())
+            yield from commands_of(re.sub(r"\\\n\s*", " ", block))
+
+
+def all_options() -> set[str]:
+    names = {"-h", "--help"}
+    for command in COMMANDS.values():
+        names |= {n for p in command.params if isinstance(p, click.Option) for n in (*p.opts, *p.secondary_opts)}
+    return names
+
+
+def parse(text: str) -> None:
+    """Let click parse a command; raises what click raises when it is wrong."""
+    words = shlex.split(text, comments=True)[1:]
+    try:
+        if words and words[0] in cli.commands:
+            cli.commands[words[0]].make_context(words[0], words[1:], parent=click.Context(cli, info_name="moepress"))
+        elif words:
+            context = cli.make_context("moepress", words)
+            cli.resolve_command(context, words)
+    except click.exceptions.Exit:  # --help and --version
+        return
+
+
+def check_words(text: str) -> None:
+    """For a command that is only spoken of: it exists, and so do its options; required ones may be missing."""
+    words = [word for word in text.split()[1:] if word not in {"...", "…"}]
+    if not words:
+        return
+    command: click.Command = cli
+    if not words[0].startswith("-"):
+        assert words[0] in cli.commands, f"`{text}`: there is no command {words[0]}"
+        command = cli.commands[words[0]]
+    known = {n for p in command.params for n in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
+    for word in words:
+        option = word.split("=")[0]
+        assert not option.startswith("-") or option in known, f"`{text}`: there is no option {option}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading).strip().lower()).replace(" ", "-")
+
+
+def anchors(document: Path) -> set[str]:
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    return {slug(line.lstrip("#")) for line in text.splitlines() if re.match(r"#{1,6} ", line)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_command_in_a_code_block_parses(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(document.read_text(encoding="utf-8")):
+        for command in commands_of(block):
+            if re.search(r"\.\.\.|…|\[", command):  # a sketch of a command, not one to copy
+                check_words(re.sub(r"\[|\]", "", command))
+                continue
+            try:
+                parse(command)
+            except click.ClickException as error:
+                pytest.fail(f"{name_of(document)}: `{command}`: {error.format_message()}")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_command_and_option_spoken_of_exists(document: Path) -> None:
+    known = all_options() | OTHER_TOOLS
+    for code in inline_code(document.read_text(encoding="utf-8")):
+        if code == "moepress" or code.startswith("moepress "):
+            check_words(code)
+        elif code.startswith("--"):
+            assert re.split(r"[ =]", code)[0] in known, f"{name_of(document)}: `{code}` is no option of any command"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_in_a_help_text_parses(name: str) -> None:
+    found = list(examples(COMMANDS[name].help or ""))
+    assert found, f"the help of {name} shows no example"
+    for command in found:
+        try:
+            parse(command)
+        except click.ClickException as error:
+            pytest.fail(f"{name} --help: `{command}`: {error.format_message()}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_text(name: str) -> None:
+    for parameter in COMMANDS[name].params:
+        assert not isinstance(parameter, click.Option) or parameter.help, f"{name}: {parameter.opts}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_internal_links_resolve(document: Path) -> None:
+    for target in LINK.findall(FENCE.sub("", document.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z][a-z+.-]*:", target):
+            continue
+        place, _, anchor = target.partition("#")
+        file = (document.parent / place).resolve() if place else document
+        assert file.exists(), f"{name_of(document)} links to {target}, which is not there"
+        assert file.is_relative_to(ROOT), f"{name_of(document)} links to {target}, outside of the repository"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{name_of(document)} links to {target}, and {place} has no such heading"
+
+
+def test_the_file_map_has_a_line_for_every_module() -> None:
+    lines = re.findall(r"^\s*([\w/]+\.py)\s+\S", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE)
+    folders = [ROOT, *(file.parent for file in ROOT.glob("*/__init__.py"))]
+    modules = {f.relative_to(ROOT).as_posix() for folder in folders for f in folder.glob("*.py")}
+    modules = {name for name in modules if not name.endswith("__init__.py")}
+    assert modules <= set(lines), f"add a line to ARCHITECTURE.md for {sorted(modules - set(lines))}"
+    assert set(lines) <= modules, f"ARCHITECTURE.md names {sorted(set(lines) - modules)}, which are not there"
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"), [("## plan.json", Plan), ("### recipe.yaml", Recipe), ("## Report", Report)]
+)
+def test_every_field_of_a_file_is_described(heading: str, model: type[BaseModel]) -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = text.split(f"\n{heading}\n")[1].split("\n## ")[0]
+    assert [n for n in model.model_fields if f"`{n}`" not in section] == []
+
+
+def test_every_statistic_of_a_profile_is_described() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert [n for n in (*ACCUMULATORS, *TOTALS) if f"`{n}`" not in text] == []
+
+
+def test_every_criterion_has_its_formula() -> None:
+    text = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
+    assert [c.value for c in Criterion if f"| `{c.value}` |" not in text] == []
+
+
+def test_every_family_has_its_routing_rule() -> None:
+    text = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
+    assert [name for name in FAMILIES if f"`{name}`" not in text] == []

@@ -1,0 +1,134 @@
+"""What is shipped: the package list, the data beside the code, what importing the command line costs."""
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moepress
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SHIPPED = {"tests", "benchmarks", "docs", "build", "dist"}
+
+
+def setuptools_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return settings
+
+
+def package_folders() -> dict[str, Path]:
+    """Package name -> folder, for every folder with an `__init__.py` that is not left out on purpose."""
+    found = {}
+    for file in ROOT.rglob("__init__.py"):
+        parts = file.parent.relative_to(ROOT).parts
+        if not any(part in NOT_SHIPPED or part.startswith(".") for part in parts):
+            found[".".join(("moepress", *parts))] = file.parent
+    return found
+
+
+def shipped_modules() -> list[Path]:
+    return [file for folder in package_folders().values() for file in sorted(folder.glob("*.py"))]
+
+
+def data_files(folder: Path) -> set[Path]:
+    """All files below a package that are not code, those of packages inside it left out."""
+    inner = [other for other in package_folders().values() if folder in other.parents]
+    return {
+        file
+        for file in folder.rglob("*")
+        if file.is_file()
+        and file.suffix not in {".py", ".pyc"}
+        and not any(other in file.parents for other in inner)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    }
+
+
+def test_the_package_list_equals_the_folders() -> None:
+    assert sorted(setuptools_settings()["packages"]) == sorted(package_folders())
+
+
+def test_package_data_covers_every_file_beside_the_code() -> None:
+    patterns = setuptools_settings()["package-data"]
+    for name, folder in package_folders().items():
+        if name != "moepress":  # the root holds the whole repository; of it only py.typed ships
+            covered = {file for pattern in patterns.get(name, []) for file in folder.glob(pattern)}
+            assert data_files(folder) <= covered, f"add to package-data of {name}: {data_files(folder) - covered}"
+    assert patterns["moepress"] == ["py.typed"]
+
+
+def test_the_demo_model_is_beside_the_code() -> None:
+    demo = package_folders()["moepress.models.demo"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in data_files(demo)}
+
+
+def test_the_version_is_that_of_the_metadata() -> None:
+    assert importlib.metadata.version("moepress") == moepress.__version__
+
+
+def test_the_tested_package_is_that_of_this_tree() -> None:
+    assert Path(moepress.__file__).resolve().parent == ROOT
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    assert not {file.stem for file in shipped_modules()} & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_no_module_has_the_name_of_a_library_it_uses() -> None:
+    assert not {file.stem for file in shipped_modules()} & {
+        "safetensors",
+        "onnx",
+        "torch",
+        "transformers",
+        "tokenizers",
+    }
+
+
+def test_every_console_script_is_a_function_of_the_package() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    entries = {e.name: e for e in importlib.metadata.entry_points(group="console_scripts")}
+    for name, target in scripts.items():
+        assert entries[name].value == target
+        assert callable(entries[name].load())
+
+
+def test_every_requirement_has_one_exact_pin() -> None:
+    pins = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins = [pin for pin in pins if pin]
+    names = [pin.partition("==")[0].lower().replace("_", "-") for pin in pins]
+    assert all("==" in pin and "+" not in pin for pin in pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    for requirement in wanted:
+        name = requirement.split(">")[0].split("=")[0].split("[")[0].strip().lower().replace("_", "-")
+        assert names.count(name) == 1, f"{name} needs exactly one line in constraints.txt"
+
+
+@pytest.mark.parametrize("module", ["moepress", "moepress.cli", "moepress.options", "moepress.errors"])
+def test_importing_the_command_line_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    heavy = {"torch", "transformers", "numpy", "pyarrow", "pydantic", "matplotlib", "jinja2", "rich"}
+    assert not heavy & set(loaded.stdout.split())
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "demo-out*", "out")
+    shutil.copytree(ROOT, source, ignore=hidden)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
+    files = [*shipped_modules(), ROOT / "py.typed"]
+    files += [file for name, folder in package_folders().items() if name != "moepress" for file in data_files(folder)]
+    assert names == {f"moepress/{file.relative_to(ROOT).as_posix()}" for file in files}
+    assert licences

@@ -1,0 +1,246 @@
+"""The report's three forms, and what a terminal shows."""
+
+import dataclasses
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from moepress.validation.report import html, markdown, print_tables, write_report
+from moepress.validation.results import Estimate, Quality, Throughput, ThroughputRow
+from moepress.validation.schema import (
+    Calibration,
+    DomainLoss,
+    Environment,
+    ExpertName,
+    LayerError,
+    Pruning,
+    Quantization,
+    Report,
+    SubjectInfo,
+)
+from moepress.validation.thresholds import Thresholds, judge
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+@pytest.fixture(scope="module")
+def report(quality: Quality) -> Report:
+    rows = tuple(row for row in quality.rows if row.subject != "copy")
+    speeds = (
+        ThroughputRow(
+            subject="demo", test="pp384", tokens_per_second=Estimate(value=3000.0, error=9.0), samples=(2990.0, 3010.0)
+        ),
+        ThroughputRow(subject="pruned", test="-", tokens_per_second=None, note="not measured: needs 9.0 GiB"),
+    )
+    return Report(
+        tool_version="0.1.0",
+        created="2026-11-23T13:40:00+00:00",
+        title="demo <model>",
+        subjects=(
+            SubjectInfo(
+                label="demo", folder="demo", stored_bytes=9_268_136, parameters=4_618_880, experts_per_layer=16
+            ),
+            SubjectInfo(label="pruned", stored_bytes=3_100_000, parameters=3_045_760, experts_per_layer=8, bits=4.5),
+        ),
+        quality=dataclasses.replace(quality, rows=rows),
+        throughput=Throughput(
+            device="a processor", threads=2, dtype="float32", runtime="transformers 5", repetitions=2, rows=speeds
+        ),
+        thresholds=judge(Thresholds(max_ppl_increase=1e-6, max_kl=9.0), rows),
+        pruning=Pruning(
+            criterion="reap",
+            kept=8,
+            total=16,
+            domains=(DomainLoss(domain="german", gate_mass_lost=0.12, reap_mass_lost=0.05),),
+            keep_set_stability=0.9,
+        ),
+        quantization=Quantization(
+            scheme="4 bits, groups of 32, symmetric",
+            layers=(LayerError(layer=1, mean_relative_error=0.05),),
+            fallback_experts=(ExpertName(layer=2, expert=7),),
+        ),
+        calibration=Calibration(sources=("a|b.txt",), embedded=True, tokens=4096, seed=0, digest="ab"),
+        notes=("An expert has `few` tokens | <script>alert(1)</script>",),
+        environment=Environment(versions={"torch": "2.13.0"}, device="cpu", cpus=2, platform="Linux"),
+        commands=("moepress validate demo out",),
+        recipe="model: demo\n",
+    )
+
+
+@pytest.fixture(scope="module")
+def bare(report: Report) -> Report:
+    """Only what a report can not do without, one subject, a single window in a single domain."""
+    quality = report.quality
+    rows = tuple(
+        dataclasses.replace(row, windows=1, nll=Estimate(value=1.0), perplexity=Estimate(value=2.7))
+        for row in quality.rows
+        if row.subject == "demo"
+    )
+    return Report(subjects=report.subjects[:1], quality=dataclasses.replace(quality, rows=rows, embedded=False))
+
+
+class Balance(HTMLParser):
+    """Collects tags that are closed in the wrong order, and all attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.wrong: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.stack or self.stack.pop() != tag:
+            self.wrong.append(tag)
+
+
+def parsed(page: str) -> Balance:
+    balance = Balance()
+    balance.feed(page)
+    balance.close()
+    return balance
+
+
+def test_json_round_trips_through_the_model(report: Report, bare: Report, tmp_path: Path) -> None:
+    for number, one in enumerate((report, bare)):
+        paths = write_report(one, tmp_path / str(number))
+        assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
+        assert Report.model_validate_json(paths[0].read_text()) == one
+        assert sorted(path.name for path in paths[0].parent.iterdir()) == ["report.html", "report.json", "report.md"]
+
+
+def test_infinite_perplexity_survives_json(bare: Report) -> None:
+    rows = tuple(dataclasses.replace(row, perplexity=Estimate(value=float("inf"))) for row in bare.quality.rows)
+    worst = bare.model_copy(update={"quality": dataclasses.replace(bare.quality, rows=rows)})
+    text = worst.model_dump_json()
+    assert '"Infinity"' in text
+    assert Report.model_validate_json(text) == worst
+
+
+def test_another_schema_version_and_unknown_keys_are_refused(report: Report) -> None:
+    data = report.model_dump()
+    for change in ({"schema_version": "2.0"}, {"surplus": 1}):
+        with pytest.raises(ValidationError):
+            Report.model_validate({**data, **change})
+
+
+def test_the_page_asks_for_nothing_from_outside(report: Report) -> None:
+    page = html(report)
+    assert re.findall(r"\w+://[^\s\"'<]*", page) == []
+    assert "@import" not in page
+    found = parsed(page)
+    assert "script" not in found.tags
+    links = [value for name, value in found.attributes if name in {"src", "href", "xlink:href", "srcset"}]
+    assert all(value is not None and value.startswith(("#", "data:")) for value in links)
+
+
+def test_the_page_is_balanced_with_unique_ids(report: Report, bare: Report) -> None:
+    for one in (report, bare):
+        found = parsed(html(one))
+        assert (found.wrong, found.stack) == ([], [])
+        ids = [value for name, value in found.attributes if name == "id"]
+        assert len(ids) == len(set(ids))
+        assert {value for name, value in found.attributes if name == "aria-labelledby"} <= set(ids)
+        targets = {value[1:] for name, value in found.attributes if name == "href" and value and value[0] == "#"}
+        assert targets <= set(ids)
+
+
+def test_the_page_can_be_read_by_ear_and_in_the_dark(report: Report) -> None:
+    page = html(report)
+    assert '<html lang="en">' in page
+    assert "prefers-color-scheme: dark" in page
+    assert page.count('role="img" aria-label="Bar chart of') == 2
+    assert page.count("<th ") == page.count("<th scope=")
+    assert "currentColor" in page
+    assert "var(--series-2)" in page
+    assert not re.search(r"#0102|#0a0b", page), "a marker colour of the charts is left"
+    assert "#000000" not in page, "black ink is invisible in the dark"
+
+
+def test_text_is_escaped_everywhere(report: Report) -> None:
+    page, text = html(report), markdown(report)
+    assert "<script>" not in page
+    assert "<script>" not in text
+    assert "demo &lt;model&gt;" in page
+    assert r"\`few\` tokens \| &lt;script" in text
+    assert r"a\|b.txt" in text
+
+
+def test_markdown_begins_with_a_sentence_for_everybody(report: Report) -> None:
+    before, after = (report.overall(label).perplexity.value for label in ("demo", "pruned"))
+    first = markdown(report).splitlines()[0]
+    assert first == (
+        f"# demo &lt;model&gt;: 9.3 MB → 3.1 MB (−67 %), perplexity +{(after / before - 1) * 100:.1f} % "
+        f"({before:.3g} → {after:.3g})"
+    )
+
+
+def test_markdown_has_a_row_for_every_domain(report: Report) -> None:
+    lines = markdown(report).splitlines()
+    for domain in (*report.quality.domains, "all windows", "mean over domains"):
+        (row,) = (line for line in lines if line.startswith(f"| {domain} |") and line.endswith("% |") and "±" in line)
+        assert f"{report.quality.row('demo', domain).perplexity.value:.2f} ±" in row
+    tables = re.findall(r"(?:^\|.*\|\n)+", markdown(report), flags=re.MULTILINE)
+    for table in tables:
+        widths = {len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1
+
+
+def test_every_section_is_shown(report: Report) -> None:
+    for text in (markdown(report), html(report)):
+        for part in (
+            "missed",
+            "not measured: needs 9.0 GiB",
+            "chosen by reap",
+            "agree by 90 %",
+            "layer 2 expert 7",
+            "GPTQ papers",
+            report.quality.digest,
+            "32 tokens",
+            "adds BOS",
+            "moepress validate demo out",
+            "model: demo",
+            "Calibrated on the small default text",
+            "report schema 1.0",
+        ):
+            assert part in text
+
+
+def test_a_single_window_is_said_to_have_no_error(bare: Report) -> None:
+    assert "single window" in markdown(bare)
+    assert markdown(bare).startswith("# demo: 9.3 MB, perplexity 2.7\n")
+
+
+def test_the_terminal_shows_before_and_after(report: Report) -> None:
+    out = io.StringIO()
+    print_tables(report, Console(file=out, width=140))
+    text = out.getvalue()
+    for part in (
+        "9.3 MB → 3.1 MB",
+        "Perplexity",
+        "german",
+        "Same top-1",
+        "not measured: needs 9.0 GiB",
+        "missed",
+        "Note:",
+    ):
+        assert part in text
+
+
+def test_charts_are_the_same_every_time(report: Report) -> None:
+    assert html(report) == html(report)
