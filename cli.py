@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. Everything heavy is imported inside the commands."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -63,6 +64,8 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its code; known errors become one line on stderr."""
+    # Threads that spin while they wait make torch several times slower where other work shares the cores (CI, laptops).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
@@ -109,8 +112,6 @@ def _gib(size: float) -> str:
 
 def _quiet_libraries() -> None:
     """No banners or bars of the libraries below; ours are on stderr."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
@@ -129,8 +130,8 @@ def inspect(model: str, as_json: bool) -> None:
     """
     from moepress.models.checkpoint import open_checkpoint
     from moepress.models.inventory import describe
-    from moepress.stages import model_folder
     from moepress.printed import print_inventory
+    from moepress.stages import model_folder
 
     found = describe(open_checkpoint(model_folder(model)))
     _emit(found) if as_json else print_inventory(found)
@@ -156,11 +157,13 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
               moepress profile MODEL -o profile --calibration chats.jsonl --domain python=code.txt
     """
     from moepress import stages
+    from moepress.journal import check_output
     from moepress.printed import print_profile
 
     _quiet_libraries()
     calibration, machine = calibration_of(options), machine_of(options)
     if options["dry_run"]:
+        check_output(output, [stages.model_folder(model)], resume=resume, force=force)
         _emit(asdict(stages.profile_estimate(model, calibration, machine)))
         return
     made = stages.profile_stage(
@@ -194,8 +197,8 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
               moepress plan profile --experts 8 --domain-weight python=1 --domain-weight german=0 -o plan.json
     """
     from moepress.journal import write_atomically
-    from moepress.stages import load_profiles
     from moepress.printed import print_plan
+    from moepress.stages import load_profiles
 
     made = plan_of(load_profiles(profiles), options, quantized=not options["no_quantization"])
     from moepress.compress.plan import plan_text
@@ -287,6 +290,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
         return
     from moepress.printed import print_quantized
 
+    _note(*result["notes"])
     print_quantized(result, output)
 
 

@@ -28,6 +28,9 @@ from moepress.validation.thresholds import Thresholds, judge
 from moepress.validation.throughput import Bench, device_name, measure_throughput
 
 
+EMBEDDED_TOKENS = 8192  # per domain; the embedded Python is longer than the prose
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What models are compared on.
@@ -36,7 +39,7 @@ class Evaluation:
         data: files, folders or data sets; none at all means the embedded evaluation text.
         domains: NAME=PATH.
         window: tokens per window; None for the model's context, at most 2048.
-        max_windows: windows per domain; None for all.
+        max_windows: windows per domain; None for all (of the embedded text, for 8192 tokens).
         throughput: also time prefill and decode.
         thresholds: limits that are judged.
     """
@@ -52,8 +55,10 @@ class Evaluation:
 def load_evaluation(
     folder: Path, data: Sequence[str], domains: Sequence[str], *, window: int, max_windows: int | None, vocabulary: int
 ) -> EvaluationCorpus:
-    """Tokenized evaluation windows; without data the embedded evaluation text."""
-    sources = parse_sources(data, domains) or embedded_sources("evaluation")
+    """Tokenized evaluation windows; without data the embedded evaluation text, as much of every domain."""
+    sources = parse_sources(data, domains)
+    if not sources:
+        sources, max_windows = embedded_sources("evaluation"), max_windows or max(1, EMBEDDED_TOKENS // window)
     return evaluation_windows(
         sources, load_tokenizer(folder), window=window, max_windows=max_windows, vocab_size=vocabulary
     )

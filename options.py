@@ -26,9 +26,10 @@ def parse_bytes(text: str | None) -> int | None:
     if text is None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].lower() not in _UNITS or float(found[1]) <= 0:
+    size = int(float(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
+    if size < 1:
         raise UsageError(f"--max-memory {text!r} is not a size; write for example 8GiB.")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return size
 
 
 def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:

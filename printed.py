@@ -11,6 +11,8 @@ from rich.table import Table
 from moepress.calibration.profile import Profile
 from moepress.compress.plan import Plan
 
+EMBEDDED_NOTE = "Note: the embedded demo text was used for calibration; give --calibration with your own text."
+
 
 def human_bytes(size: float) -> str:
     """A size with a binary unit."""
@@ -93,7 +95,7 @@ def print_profile(profile: Profile, folder: Path) -> None:
         table.add_row(domain, f"{tokens:,}", f"{sum(shares) / len(shares):.0%} of choices")
     console.print(table)
     if calibration["embedded"]:
-        console.print("The embedded demo text was used; give --calibration with your own text.")
+        console.print(EMBEDDED_NOTE)
     for note in calibration["notes"]:
         console.print(f"Note: {note}")
     console.print(f"Profile written to {folder}. Next: moepress plan {folder} --keep 0.75 -o plan.json")
@@ -127,6 +129,8 @@ def print_plan(plan: Plan, file: Path | None) -> None:
     )
     for note in plan.notes:
         console.print(f"Note: {note}")
+    if plan.calibration.get("embedded"):
+        console.print(EMBEDDED_NOTE)
     if file is not None:
         console.print(f"Plan written to {file}")
 
@@ -152,4 +156,4 @@ def print_quantized(result: Mapping[str, Any], folder: Path) -> None:
         if found:
             console.print(f"Note: {found} experts {title}.")
     if result["calibration"]["embedded"]:
-        console.print("Note: the embedded demo text was used for calibration; give --calibration with your own text.")
+        console.print(EMBEDDED_NOTE)

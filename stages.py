@@ -34,7 +34,7 @@ from moepress.compress.pipeline import check_scheme, model_dtype, quantize, scal
 from moepress.compress.plan import Plan, check_plan
 from moepress.compress.pruning import prune
 from moepress.converters.artifact import open_artifact
-from moepress.converters.export import Exported, Target, export
+from moepress.converters.export import Exported, Target, check_target, export
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.journal import Run, check_output, open_run, partial_folder, previous_settings
@@ -287,7 +287,7 @@ def quantize_stage(
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder)
     shape = checkpoint.shape
-    digest = plan.model if plan is not None and checked_plan(checkpoint, plan) else fingerprint(checkpoint)
+    digest = fingerprint(checkpoint) if plan is None else checked_plan(checkpoint, plan).model
     prunes = plan is not None and plan.prunes
     source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and prunes else checkpoint
     stored = model_dtype(checkpoint.config)
@@ -346,7 +346,7 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     artifact = open_artifact(folder)
     if artifact.layout == target:
         raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
-    headers = {name: [entry.dtype, entry.shape, entry.begin] for name, entry in artifact.stored.items()}
-    settings = {"command": "export", "moepress": __version__, "target": target, "artifact": headers}
+    check_target(artifact, target)
+    settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
     with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
         return export(artifact, target, run)

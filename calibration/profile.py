@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.observe import ACCUMULATORS, Cells, observe_layer, shard_of_windows
+from moepress.converters.artifact import Artifact
 from moepress.errors import InvalidInputError
 from moepress.journal import Run, sha256_of
 from moepress.models.checkpoint import Checkpoint, read_json
@@ -61,7 +62,7 @@ class Profile:
     statistics: Mapping[int, Mapping[str, Tensor]]
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint | Artifact) -> str:
     """A digest of the config, of every tensor's name, dtype, shape and place, and of the bytes.
 
     Shards above 4 GiB are sampled (256 places of 4 KiB each): hashing all of a 671 B model would take longer than

@@ -44,6 +44,7 @@ from moepress.models.writer import copy_companions, tensor_entry, write_index, w
 from moepress.progress import track
 
 PIECE_BYTES = 2 << 30
+_FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +262,8 @@ def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[s
 def _plain(job: Job, name: str) -> Tensor:
     source = job.stream.model.source
     tensor = source.read(name)
-    dequantized = tensor.dtype == torch.float32 and len(tensor.shape) == 2 and "quantization_config" in source.config
+    may_be_fp8 = part_of(source.family, name, job.stream.model.shape.layers) in _FP8_PARTS and tensor.ndim == 2
+    dequantized = may_be_fp8 and tensor.dtype == torch.float32 and "quantization_config" in source.config
     return tensor.to(job.options.stored_dtype) if dequantized else tensor
 
 
@@ -389,7 +391,9 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
         config["num_nextn_predict_layers"] = 0
     write_json(run.folder / "config.json", config)
     copied = copy_companions(companions, run.folder)
-    result = {"bytes_after": total, "copied": copied, **layer_report(run.pieces.values())}
+    dropped = sum(1 for name in source.shapes if (layer_of(name) or 0) >= job.stream.model.shape.layers)
+    notes = [f"The multi-token-prediction layer was dropped ({dropped} tensors)."] if dropped else []
+    result = {"bytes_after": total, "copied": copied, "notes": notes, **layer_report(run.pieces.values())}
     scheme = {"bits": job.options.scheme.bits, "group_size": job.options.scheme.group_size}
     note = {"moepress": __version__, "stage": "quantize", "scheme": scheme, "include": sorted(job.include), **result}
     write_json(run.folder / "moepress.json", note | dict(summary))
@@ -408,12 +412,17 @@ def layer_report(pieces: Iterable[Piece]) -> dict[str, Any]:
         layer = piece.note.get("layer")
         if layer is None:
             continue
-        for expert, (tokens, first, second, fell_back) in piece.note["experts"].items():
+        # Sorted, because a journal read back has its keys in another order, and sums must not differ in the last bit.
+        for expert, (tokens, first, second, fell_back) in sorted(piece.note["experts"].items(), key=_expert_number):
             errors.setdefault(layer, []).extend((first, second))
             if tokens == 0:
                 without.setdefault(str(layer), []).append(int(expert))
             if fell_back:
                 rounded.setdefault(str(layer), []).append(int(expert))
-        errors.setdefault(layer, []).extend(piece.note["linears"].values())
+        errors.setdefault(layer, []).extend(error for _, error in sorted(piece.note["linears"].items()))
     means = {str(layer): sum(found) / len(found) for layer, found in sorted(errors.items()) if found}
     return {"layer_error": means, "experts_without_tokens": without, "experts_rounded": rounded}
+
+
+def _expert_number(row: tuple[str, Any]) -> int:
+    return int(row[0])

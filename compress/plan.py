@@ -171,8 +171,6 @@ def _notes(profile: Profile, criterion: Criterion, few: Mapping[int, Sequence[in
     if few:
         total = sum(map(len, few.values()))
         notes.append(f"{total} experts in {len(few)} layers saw fewer than 32 tokens; their scores are unsupported.")
-    if profile.calibration.get("embedded"):
-        notes.append("The embedded demo text was used for calibration; give --calibration with your own text.")
     return notes
 
 

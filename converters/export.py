@@ -38,6 +38,16 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
+def check_target(artifact: Artifact, target: Target) -> None:
+    """Refuse what a layout cannot hold, before any work.
+
+    Raises:
+        UnsupportedError: lm_head is quantized.
+    """
+    if target == "gptq" and "lm_head.weight" in artifact.shapes and artifact.is_quantized("lm_head.weight"):
+        raise UnsupportedError("The GPTQ layout of a quantized lm_head is read by no MoE loader; quantize without it.")
+
+
 def export(artifact: Artifact, target: Target, run: Run) -> Exported:
     """Write the artifact in another layout into the run's folder and finish the run; shard by shard.
 
@@ -45,6 +55,7 @@ def export(artifact: Artifact, target: Target, run: Run) -> Exported:
         UnsupportedError: a scale lies outside what the target's dtype can hold, or lm_head is quantized.
         InvalidInputError: the artifact is not whole.
     """
+    check_target(artifact, target)
     by_shard: dict[str, list[str]] = {shard: [] for shard in artifact.shards}
     for name in artifact.shapes:
         stored = artifact.stored.get(name) or artifact.stored[f"{name.removesuffix('.weight')}.{artifact.suffixes[0]}"]
@@ -105,8 +116,6 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
         (n.removesuffix(".weight") for n, s in artifact.shapes.items() if _is_plain_linear(artifact, n, s)),
         key=lambda n: (layer_of(n) if layer_of(n) is not None else 1 << 30, n),
     )
-    if "lm_head" in quantized and target == "gptq":
-        raise UnsupportedError("The GPTQ layout of a quantized lm_head is read by no MoE loader; quantize without it.")
     config = dict(artifact.config)
     if target == "gptq":
         config["quantization_config"] = gptq_layout.quantize_config(
@@ -114,9 +123,12 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
         )
         write_json(run.folder / "quantize_config.json", config["quantization_config"])
     else:
-        config["quantization_config"] = compressed_layout.quantization_config(artifact.scheme, plain)
+        tied = [] if "lm_head.weight" in artifact.shapes else ["lm_head"]
+        config["quantization_config"] = compressed_layout.quantization_config(artifact.scheme, plain + tied)
     write_json(run.folder / "config.json", config)
     copy_companions(artifact.folder, run.folder)
+    if target != "gptq":
+        (run.folder / "quantize_config.json").unlink(missing_ok=True)  # of the GPTQ folder that this one was made of
     notes = []
     if scale_error > 0:
         notes.append(f"Some scales are not exact in fp16; the largest changes by {scale_error:.2g} of its value.")

@@ -12,8 +12,9 @@ and 8 divide 32). They differ in the axis that is packed, in the offset that mak
 
 Letters: O out, I in, G groups, W words.
 
-Sources: compressed-tensors 0.20 `pack_to_int32`, AutoGPTQ 0.7.1 `qlinear_cuda_old.QuantLinear.pack`, whose 3-bit branch
-(10 codes, a code split 2 + 1, 10 codes, a code split 1 + 2, 10 codes) is this same stream written out.
+Sources: compressed-tensors 0.20 `pack_to_int32` (versions before 0.18 put 10 codes of 3 bits in a word), and AutoGPTQ
+0.7.1 `qlinear_cuda_old.QuantLinear.pack`, whose 3-bit branch (10 codes, a code split 2 + 1, 10 codes, a code split
+1 + 2, 10 codes) is this same stream written out.
 """
 
 import math
@@ -159,8 +160,14 @@ def unpack_compressed(packed: Tensor, bits: int, in_features: int) -> Tensor:
 
     Raises:
         InvalidInputError: the words are not int32, or do not hold I codes.
-        UnsupportedError: another width.
+        UnsupportedError: another width, or 3-bit codes as compressed-tensors wrote them before 0.18 (10 in a word).
     """
+    padded_words, dense_words = math.ceil(in_features / 10), math.ceil(in_features * 3 / 32)
+    if bits == 3 and packed.shape[-1] == padded_words != dense_words:
+        raise UnsupportedError(
+            f"{packed.shape[-1]} words for {in_features} codes of 3 bits: compressed-tensors before 0.18 wrote 10 "
+            "codes in a word; save the model again with a newer one."
+        )
     return to_signed(unpack_bits(packed, bits, in_features), bits)
 
 

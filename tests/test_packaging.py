@@ -1,6 +1,7 @@
 """What is shipped: the package list, the data beside the code, what importing the command line costs."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,10 @@ def setuptools_settings() -> dict[str, Any]:
 def package_folders() -> dict[str, Path]:
     """Package name -> folder, for every folder with an `__init__.py` that is not left out on purpose."""
     found = {}
-    for file in ROOT.rglob("__init__.py"):
-        parts = file.parent.relative_to(ROOT).parts
-        if not any(part in NOT_SHIPPED or part.startswith(".") for part in parts):
-            found[".".join(("moepress", *parts))] = file.parent
+    for place, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in NOT_SHIPPED and not name.startswith((".", "_"))]
+        if "__init__.py" in files:
+            found[".".join(("moepress", *Path(place).relative_to(ROOT).parts))] = Path(place)
     return found
 
 

@@ -280,7 +280,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None], *, shards: int = 2) -> None:
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object], *, shards: int = 2) -> None:
     """Let `change` edit the tensors of a folder, and save them again with a fitting index."""
     tensors = load_tensors(folder)
     for file in [*folder.glob("*.safetensors"), *folder.glob(INDEX)]:

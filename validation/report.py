@@ -79,12 +79,14 @@ def print_tables(report: Report, console: "Console") -> None:
     for line in headlines(report):
         console.print(f"[bold]{literal(line)}[/bold]", highlight=False)
     for table in console_tables(report):
-        drawn = RichTable(title=literal(table.title), title_justify="left", caption_justify="left")
+        console.print(f"\n[bold]{literal(table.title)}[/bold]", highlight=False)
+        drawn = RichTable(box=None, pad_edge=False)
         for column, name in enumerate(table.header):
             drawn.add_column(literal(name), justify="right" if table.is_numeric(column) else "left")
         for row in table.rows:
             drawn.add_row(*(literal(cell) for cell in row))
         console.print(drawn, highlight=False)
+    console.print()
     for note in warnings(report):
         console.print(f"Note: {literal(note)}", highlight=False)
 

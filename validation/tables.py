@@ -58,14 +58,14 @@ def number_text(estimate: Estimate, digits: int) -> str:
 
 
 def headlines(report: Report) -> tuple[str, ...]:
-    """One sentence for each compared subject: size and perplexity, before and after."""
+    """One sentence for each compared subject, the last one (what the user takes home) first: size and perplexity."""
     first = report.subjects[0]
     before = report.overall(first.label).perplexity.value
     title = report.title or first.label
     if len(report.subjects) == 1:
         return (f"{title}: {size_text(first.stored_bytes)}, perplexity {before:.3g}",)
     lines = []
-    for subject in report.subjects[1:]:
+    for subject in reversed(report.subjects[1:]):
         row = report.overall(subject.label)
         name = title if len(report.subjects) == 2 else f"{title}, {subject.label}"
         change = row.perplexity.value / before - 1
@@ -105,9 +105,33 @@ def tables(report: Report) -> tuple[Table, ...]:
 
 
 def console_tables(report: Report) -> tuple[Table, ...]:
-    """The few tables that a terminal shows."""
-    made = (_sizes(report), _perplexity(report), _divergence(report), _throughput(report), _thresholds(report))
+    """The few tables that a terminal of 80 columns shows; everything else is in the report's files."""
+    made = (_sizes(report), _quality_in_short(report), _speed_in_short(report), _thresholds(report))
     return tuple(table for table in made if table.rows)
+
+
+def _quality_in_short(report: Report) -> Table:
+    """Perplexity and its change, a column a model, without errors."""
+    labels = [subject.label for subject in report.subjects]
+    rows = []
+    for domain in _domains(report):
+        cells = [domain]
+        for label in labels:
+            found = report.quality.row(label, domain)
+            change = "" if found.paired is None else f" ({percent_text(found.paired.perplexity_ratio.value - 1)})"
+            cells.append(f"{found.perplexity.value:.2f}{change}")
+        rows.append(tuple(cells))
+    overall = [report.quality.row(label) for label in labels]
+    kl = [_NONE if row.paired is None else f"{row.paired.kl.value:.4f}" for row in overall]
+    same = [_NONE if row.paired is None else f"{row.paired.same_top1.value:.1%}" for row in overall]
+    rows += [("KL divergence", *kl), ("same top-1", *same)]
+    return Table(title="Perplexity", header=("Text", *labels), rows=tuple(rows), numeric=len(labels))
+
+
+def _speed_in_short(report: Report) -> Table:
+    rows = [] if report.throughput is None else [_throughput_row(row) for row in report.throughput.rows]
+    header = ("Model", "Test", "Tokens per second", "Ratio")
+    return Table(title="Speed in transformers", header=header, rows=tuple(r[:2] + r[3:] for r in rows), numeric=2)
 
 
 def _size_change(first: SubjectInfo, subject: SubjectInfo) -> str:

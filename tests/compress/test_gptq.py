@@ -100,7 +100,7 @@ def assert_valid(solved: Solved, scheme: Scheme, scale_dtype: torch.dtype) -> No
     assert bool(solved.loss.isfinite().all())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 2**20),
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -121,7 +121,7 @@ def test_codes_are_valid_and_never_worse_than_round_to_nearest(
     assert bool((solved.loss <= limit_E * (1 + 1e-3) + 1e-9 * 10.0**magnitude).all())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**20), group_size=st.sampled_from([8, 16, -1]), refit_scales=st.booleans())
 def test_another_sweep_never_raises_the_loss(seed: int, group_size: int, refit_scales: bool) -> None:
     scheme = Scheme(bits=2, group_size=group_size)
@@ -228,7 +228,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_says_so() -> None:
     assert torch.equal(solved.scales[1], scales_EOG[1])
     assert torch.equal(solved.codes[1], round_to_nearest(weight_EOI, scales_EOG, SCHEME)[1])
     assert solved.rounded.tolist() == [False, True, False]
-    assert solved.damping.tolist() == [0.01, 0.0, 0.01]
+    assert solved.damping.tolist() == [0.03, 0.0, 0.03]
     assert torch.equal(solved.codes[[0, 2]], untouched.codes[[0, 2]])
 
 
@@ -246,7 +246,7 @@ def test_damping_rises_tenfold_for_the_one_expert_whose_cholesky_fails() -> None
     mean = hessian_EII[1].diagonal().mean()
     hessian_EII[1] -= (smallest + 0.05 * mean) * torch.eye(48)
     solved = solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16)
-    torch.testing.assert_close(solved.damping, torch.tensor([0.01, 0.1, 0.01], dtype=torch.float64))
+    torch.testing.assert_close(solved.damping, torch.tensor([0.03, 0.3, 0.03], dtype=torch.float64))
     assert not solved.rounded.any()
 
 

@@ -45,7 +45,7 @@ def test_the_search_finds_what_a_readable_loop_finds(bits: int, scale_dtype: tor
                 assert error == pytest.approx(min(errors), rel=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 2**20),
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -67,7 +67,7 @@ def test_searched_scales_are_positive_storable_and_no_worse_than_absmax(
     assert bool((found_error <= weighted_error(weight_EOI, plain_EOG, importance_EI, scheme) * (1 + 1e-4)).all())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**20), bits=st.sampled_from([2, 3, 4, 8]), group_size=st.sampled_from([8, 16, -1]))
 def test_rounding_what_was_dequantized_changes_nothing(seed: int, bits: int, group_size: int) -> None:
     weight_EOI, scheme = weights_of(seed), Scheme(bits=bits, group_size=group_size)

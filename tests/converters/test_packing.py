@@ -188,6 +188,12 @@ def test_words_that_do_not_hold_that_many_codes_are_refused() -> None:
         unpack_bits(torch.zeros(2, 8, dtype=torch.int64), 4, 64)
 
 
+def test_3_bit_words_of_compressed_tensors_before_0_18_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"before 0\.18 wrote 10 codes in a word"):
+        unpack_compressed(torch.zeros(2, 7, dtype=torch.int32), 3, 64)
+    assert unpack_compressed(torch.zeros(2, 1, dtype=torch.int32), 3, 10).shape == (2, 10)
+
+
 def test_gptq_refuses_axes_that_its_readers_cannot_allocate() -> None:
     with pytest.raises(UnsupportedError, match="40 input features"):
         pack_gptq_rows(torch.zeros(32, 40, dtype=torch.uint8), 4)
