@@ -27,7 +27,6 @@ from moepress.validation.schema import Environment, Report, SubjectInfo
 from moepress.validation.thresholds import Thresholds, judge
 from moepress.validation.throughput import Bench, device_name, measure_throughput
 
-
 EMBEDDED_TOKENS = 8192  # per domain; the embedded Python is longer than the prose
 
 

@@ -225,8 +225,8 @@ def _compensated_codes(
 ) -> torch.Tensor:
     """GPTQ's column loop: codes [E, I, O] int8, in the original column order.
 
-    `upper_EII` and `order_EI` come from `_inverse_factor` and `_column_order`; scales are [E, G, O] fp32. Columns beyond
-    a block are updated at its end, all at once.
+    `upper_EII` and `order_EI` come from `_inverse_factor` and `_column_order`; scales are [E, G, O] fp32. The columns
+    beyond a block are updated at its end, all at once.
     """
     columns, rows = weight_EIO.shape[1:]
     batch_E1 = torch.arange(weight_EIO.shape[0], device=weight_EIO.device)[:, None]

@@ -91,8 +91,10 @@ def _gptq(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dic
 
 
 def _compressed(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    embedding = artifact.stored["model.embed_tokens.weight"].dtype
-    return compressed_layout.layer_tensors(module, codes, scales, artifact.scheme, DTYPES[embedding])
+    """Scales get the model's dtype where it holds them exactly (ours always do), else they stay fp16."""
+    dtype = DTYPES[artifact.stored["model.embed_tokens.weight"].dtype]
+    exact = bool((scales.to(dtype).to(scales.dtype) == scales).all())
+    return compressed_layout.layer_tensors(module, codes, scales, artifact.scheme, dtype if exact else scales.dtype)
 
 
 _LAYOUTS: dict[Target, Callable[[Artifact, str, Tensor, Tensor], dict[str, Tensor]]] = {

@@ -129,9 +129,13 @@ def _quality_in_short(report: Report) -> Table:
 
 
 def _speed_in_short(report: Report) -> Table:
-    rows = [] if report.throughput is None else [_throughput_row(row) for row in report.throughput.rows]
+    measured = () if report.throughput is None else report.throughput.rows
+    rows = []
+    for row in measured:
+        label, test, remark, speed, ratio = _throughput_row(row)
+        rows.append((label, test, remark if row.tokens_per_second is None else speed, ratio))
     header = ("Model", "Test", "Tokens per second", "Ratio")
-    return Table(title="Speed in transformers", header=header, rows=tuple(r[:2] + r[3:] for r in rows), numeric=2)
+    return Table(title="Speed in transformers", header=header, rows=tuple(rows), numeric=2)
 
 
 def _size_change(first: SubjectInfo, subject: SubjectInfo) -> str:

@@ -3,7 +3,7 @@
 #
 #   setup.sh gptqmodel|autogptq|llmcompressor [FOLDER [PYTHON]]
 #
-# FOLDER defaults to ~/.cache/moepress-peers/NAME, PYTHON to python3 (AutoGPTQ has wheels for 3.8 to 3.11 only). Each
+# FOLDER defaults to ~/.cache/moepress-peers/NAME, PYTHON to python3 (AutoGPTQ was tried with 3.11). Each
 # peer pins another torch or transformers than moepress, which is why none of them is an extra. The last line printed
 # is the environment's python.
 set -euo pipefail

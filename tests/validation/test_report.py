@@ -234,7 +234,7 @@ def test_the_terminal_shows_before_and_after(report: Report) -> None:
         "9.3 MB → 3.1 MB",
         "Perplexity",
         "german",
-        "Same top-1",
+        "same top-1",
         "not measured: needs 9.0 GiB",
         "missed",
         "Note:",
