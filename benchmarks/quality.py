@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py [--bits 4 3 2]
 
-Every Linear but router, kv_b_proj and lm_head; group size 64; 64 windows of 512 tokens of the train texts;
-perplexity on 12 windows of 512 tokens per domain of the test texts; the overall figure is the mean over domains of
-log-perplexity. Without ../shared the demo model and its embedded text are used.
+Every Linear but router, kv_b_proj and lm_head; group size 64; 64 windows of 512 tokens of the train texts; perplexity
+on 12 windows of 512 tokens per domain of the test texts; the overall figure is the mean over domains of log-perplexity.
+Without ../shared the demo model and its embedded text are used.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from setting import bench_model, save, texts
 
 from moepress.calibration.hessian import HessianOptions
+from moepress.comparison import load_evaluation
 from moepress.compress.gptq import SolverOptions
 from moepress.compress.grid import absmax_scales, dequantize, round_to_nearest
 from moepress.compress.linears import Include, linear_groups
@@ -26,7 +27,7 @@ from moepress.converters.scheme import Scheme
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.family import Part, part_of
 from moepress.models.walk import Limits
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, load_evaluation, quantize_stage
+from moepress.stages import Calibration, Machine, Output, QuantizeRequest, quantize_stage
 from moepress.validation.measure import Subject, measure
 from moepress.validation.results import DOMAIN_MEAN
 

@@ -22,7 +22,7 @@ class HessianOptions:
     """
 
     weight_power: int = 0
-    shrinkage_tokens: float = 32.0
+    shrinkage_tokens: float = 128.0
     pooled_tokens: int = 1024
 
 

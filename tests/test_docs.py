@@ -12,8 +12,10 @@ import click
 import pytest
 from pydantic import BaseModel
 
+from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.observe import ACCUMULATORS, TOTALS
 from moepress.cli import cli
+from moepress.compress.gptq import SolverOptions
 from moepress.compress.plan import Plan
 from moepress.compress.scoring import Criterion
 from moepress.models.families import FAMILIES
@@ -200,3 +202,9 @@ def test_every_criterion_has_its_formula() -> None:
 def test_every_family_has_its_routing_rule() -> None:
     text = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
     assert [name for name in FAMILIES if f"`{name}`" not in text] == []
+
+
+def test_the_defaults_of_the_solver_are_the_ones_described() -> None:
+    text = (ROOT / "docs" / "formulas.md").read_text(encoding="utf-8")
+    assert f"τ = {HessianOptions().shrinkage_tokens:g}." in text
+    assert f"Damping: {100 * SolverOptions().damp:g} % of mean(diag H)" in text

@@ -27,10 +27,11 @@ from moepress.compress import pipeline
 from moepress.compress.experts import QuantizeOptions, pooled_hessian, pooled_inputs, solve_experts
 from moepress.compress.grid import absmax_scales, round_to_nearest
 from moepress.compress.linears import Include
-from moepress.compress.pipeline import check_scheme
+from moepress.compress.pipeline import check_scheme, layer_report
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
 from moepress.errors import UsageError
+from moepress.journal import Piece
 from moepress.models.checkpoint import Source, open_checkpoint
 from moepress.models.experts import moe_layers, prune_source
 from moepress.models.family import Part, layer_of, part_of
@@ -284,3 +285,20 @@ def test_quantizing_the_demo_model_beats_rounding_to_nearest(tmp_path: Path) -> 
         losses.append(nll - loss)
     assert 0 < divergences[0] < 0.7 * divergences[1]
     assert losses[0] < losses[1]
+
+
+def test_a_report_does_not_depend_on_the_order_of_keys_in_a_journal() -> None:
+    """A journal read back has its keys sorted as text; sums of floats would differ in the last bits."""
+
+    def piece(experts: list[int], linears: list[str]) -> Piece:
+        errors = {"a": 1e16, "b": 1.0, "c": -1e16}
+        note = {
+            "layer": 1,
+            "experts": {str(e): [0, errors["abc"[e % 3]], 1.0, True] for e in experts},
+            "linears": {name: errors[name] for name in linears},
+        }
+        return Piece(id="layer-1-0", name="x", bytes=0, sha256="", note=note)
+
+    one, two = piece([0, 1, 2, 10, 11], ["a", "b", "c"]), piece([10, 11, 0, 2, 1], ["c", "a", "b"])
+    assert layer_report([one]) == layer_report([two])
+    assert layer_report([one])["experts_rounded"] == {"1": [0, 1, 2, 10, 11]}
