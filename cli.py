@@ -66,8 +66,9 @@ def main() -> NoReturn:
     """Run the command line and exit with its code; known errors become one line on stderr."""
     # Threads that spin while they wait make torch several times slower where other work shares the cores (CI, laptops).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         code = cli.main(standalone_mode=False)
     except MoepressError as error:
@@ -230,6 +231,8 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     if (plan_file is None) == (not options["profiles"]):
         raise UsageError("Say what to prune: either --plan plan.json, or --profile PROFILE with --keep or --experts.")
     if plan_file is not None:
+        if not all_default("keep", "experts", "criterion", "domain_weight", "groups"):
+            raise UsageError("--plan decides what stays; leave out --keep, --experts, --criterion and the like.")
         made = load_plan(plan_file)
     else:
         made = plan_of(stages.load_profiles(options["profiles"]), options, quantized=False)
@@ -390,7 +393,9 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
     recipe = make_recipe(values)
     if options["dry_run"]:
         from moepress import stages
+        from moepress.journal import check_output
 
+        check_output(output, [stages.model_folder(recipe.model)], resume=resume, force=force, in_place=True)
         calibration = stages.Calibration(
             sources=recipe.calibration,
             domains=recipe.domain,

@@ -29,6 +29,7 @@ from moepress.errors import InvalidInputError
 from moepress.journal import Run, check_output, open_run, previous_settings, write_atomically
 from moepress.models.checkpoint import open_checkpoint
 from moepress.models.family import require_legal
+from moepress.models.walk import default_memory
 from moepress.stages import (
     Calibration,
     Machine,
@@ -136,7 +137,9 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     Scheme(bits=recipe.bits, group_size=recipe.group_size).groups(shape.hidden)
     settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
     settings |= {"recipe": recipe.model_dump(mode="json", exclude={"max_memory"})}
-    memory = recipe.max_memory or previous_settings(out).get("memory") if resume else recipe.max_memory
+    before = previous_settings(out) if resume else {}
+    memory = recipe.max_memory or before.get("memory_bytes") or default_memory()
+    settings["memory_bytes"] = memory  # batch sizes depend on it, and the last bits on them
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=memory)
     setup = _Setup(recipe=recipe, out=out, count=count, machine=machine)
     with open_run(out, settings, resume=resume, force=force, in_place=True) as run:

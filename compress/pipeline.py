@@ -43,7 +43,7 @@ from moepress.models.walk import Limits, Scratch, Stream, add_output, first_step
 from moepress.models.writer import copy_companions, tensor_entry, write_index, write_json, write_shard
 from moepress.progress import track
 
-PIECE_BYTES = 2 << 30
+PIECE_BYTES = 1 << 30
 _FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
 
 
@@ -81,6 +81,8 @@ def check_scheme(source: Source, options: QuantizeOptions, include: Iterable[Inc
     layers = int(source.config["num_hidden_layers"])
     wanted = {n for layer in range(layers) for g in linear_groups(source, layer, layers, include) for n in g.names}
     if Include.LM_HEAD in include:
+        if "lm_head.weight" not in source.shapes:
+            raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
         wanted.add("lm_head.weight")
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)

@@ -53,9 +53,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def default_memory() -> int:
+    """What may be used without --max-memory: half of what is free now, in bytes."""
+    return int(psutil.virtual_memory().available // 2)
+
+
 def choose_limits(shape: Shape, window: int, memory_bytes: int | None, batch_windows: int | None = None) -> Limits:
     """Pick the batch size for the memory that may be used; without a limit, half of what is free now."""
-    memory = memory_bytes or psutil.virtual_memory().available // 2
+    memory = memory_bytes or default_memory()
     per_window = window * 4 * 48 * shape.hidden  # some fifty activations of the hidden size live at once
     fitting = max(1, min(_BATCH_WINDOWS_LIMIT, memory // 8 // per_window))
     return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)

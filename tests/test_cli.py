@@ -16,6 +16,7 @@ import tiny_models
 from stage_runs import command, content
 
 from moepress.cli import cli
+from moepress.compress.plan import COLLAPSE_NOTE
 from moepress.journal import JOURNAL
 from moepress.models.families import FAMILIES
 from moepress.stages import model_folder
@@ -216,10 +217,11 @@ def test_json_is_all_that_is_on_stdout(folder: Path, tmp_path: Path) -> None:
 def test_people_get_tables_instead(folder: Path, tmp_path: Path) -> None:
     assert "16 routed experts" in done(command("inspect", "demo"))
     assert "8 of 16 experts stay" in done(command("plan", folder / "profile", "--experts", "8", "--group-size", "64"))
-    code, printed, errors = command("prune", "demo", "--plan", folder / "plan.json", "-o", tmp_path / "pruned")
+    choice = ["--profile", folder / "profile", "--experts", "8", "--criterion", "frequency"]
+    code, printed, errors = command("prune", "demo", *choice, "-o", tmp_path / "pruned")
     assert code == 0
     assert "8 of 16 experts stay" in printed
-    assert "embedded demo text" in errors  # the plan's notes
+    assert f"Note: {COLLAPSE_NOTE}\n" in errors  # what the plan has to say goes to stderr
 
 
 def test_the_bits_of_a_plan_are_used_unless_others_are_given(folder: Path, tmp_path: Path) -> None:
