@@ -17,7 +17,7 @@ from made import make_qwen3_moe
 from setting import save
 
 CASES = [(8, 16), (16, 16), (32, 16), (8, 64), (8, 128)]  # layers, experts
-COMMON = ["--max-memory", "512MiB"]
+COMMON = ["--max-memory", "256MiB"]
 
 
 def peak_mib(arguments: list[str]) -> float:

@@ -23,7 +23,7 @@ from moepress.models.checkpoint import Checkpoint, read_json
 from moepress.models.family import Shape, shape_of
 from moepress.models.forward import StreamedModel, require_finite_hidden
 from moepress.models.safetensors_file import read_header, read_tensor
-from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream
+from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream, release_memory
 from moepress.models.writer import tensor_entry, write_json, write_shard
 from moepress.progress import track
 
@@ -138,6 +138,7 @@ def _profile_layer(stream: Stream, layer: int, run: Run, cells: Cells, *, leave_
         entries = [tensor_entry(name, value) for name, value in sorted(found.items())]
         run.write(f"statistics-{layer}", f"statistics-{layer:05d}.safetensors", lambda path: write_shard(path, entries))
     stream.model.unload_layer(layer)
+    release_memory()
     require_finite_hidden(stream.hidden, layer)
 
 

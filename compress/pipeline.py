@@ -39,7 +39,7 @@ from moepress.models.experts import is_fused
 from moepress.models.family import Part, layer_of, part_of
 from moepress.models.forward import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.safetensors_file import read_header, read_tensor
-from moepress.models.walk import Limits, Scratch, Stream, add_output, first_step, open_stream
+from moepress.models.walk import Limits, Scratch, Stream, add_output, first_step, open_stream, release_memory
 from moepress.models.writer import copy_companions, tensor_entry, write_index, write_json, write_shard
 from moepress.progress import track
 
@@ -190,6 +190,7 @@ def _quantize_layer(job: Job, layer: int) -> None:
     for part, experts in enumerate(job.chunks[layer]):
         _do_chunk(job, layer, part, experts, pooled, sample, coded if part == 0 else {}, errors if part == 0 else {})
     model.unload_layer(layer)
+    release_memory()
     require_finite_hidden(stream.hidden, layer)
 
 

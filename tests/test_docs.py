@@ -96,7 +96,7 @@ def parse(text: str) -> None:
 def check_words(text: str) -> None:
     """For a command that is only spoken of: it exists, and so do its options; required ones may be missing."""
     words = [word for word in text.split()[1:] if word not in {"...", "…"}]
-    if not words:
+    if not words or words[0].isupper():  # `moepress COMMAND -h`
         return
     command: click.Command = cli
     if not words[0].startswith("-"):
