@@ -67,8 +67,9 @@ def main() -> NoReturn:
     # Threads that spin while they wait make torch several times slower where other work shares the cores (CI, laptops).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP on purpose
+            signal.signal(number, _interrupt)
     try:
         code = cli.main(standalone_mode=False)
     except MoepressError as error:
@@ -81,6 +82,10 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        _fail("The device ran out of memory; give a smaller --max-memory and repeat with --resume or --force.", 1)
     except OSError as error:
         _fail(f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume.", 1)
     sys.exit(code if isinstance(code, int) else 0)
@@ -131,10 +136,13 @@ def inspect(model: str, as_json: bool) -> None:
     """
     from moepress.models.checkpoint import open_checkpoint
     from moepress.models.inventory import describe
+    from moepress.models.skeleton import check_tensors
     from moepress.printed import print_inventory
     from moepress.stages import model_folder
 
-    found = describe(open_checkpoint(model_folder(model)))
+    checkpoint = open_checkpoint(model_folder(model))
+    check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
+    found = describe(checkpoint)
     _emit(found) if as_json else print_inventory(found)
 
 
@@ -201,6 +209,8 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
     from moepress.printed import print_plan
     from moepress.stages import load_profiles
 
+    if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
+        raise UsageError(f"-o {output} is not a file in a folder that exists; write for example -o plan.json.")
     made = plan_of(load_profiles(profiles), options, quantized=not options["no_quantization"])
     from moepress.compress.plan import plan_text
 
@@ -343,6 +353,8 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
 
     _quiet_libraries()
     folders = [stages.model_folder(name) for name in (before, after)]
+    if output is not None:
+        comparison.check_report_folder(output, folders)
     subjects = [comparison.subject_of(n, open_source(f)) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:
         report = comparison.validate_stage(
@@ -383,7 +395,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
               moepress run MODEL -o out --calibration my-text/ --keep 0.5 --max-ppl-increase 5%
               moepress run --recipe out/recipe.yaml -o again
     """
-    from moepress.recipe import load_recipe, make_recipe, run_recipe
+    from moepress.recipe import estimate_recipe, load_recipe, make_recipe, run_recipe
 
     _quiet_libraries()
     values = load_recipe(recipe_file) if recipe_file else {}
@@ -396,15 +408,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
         from moepress.journal import check_output
 
         check_output(output, [stages.model_folder(recipe.model)], resume=resume, force=force, in_place=True)
-        calibration = stages.Calibration(
-            sources=recipe.calibration,
-            domains=recipe.domain,
-            tokens=recipe.tokens,
-            window=recipe.window,
-            seed=recipe.seed,
-        )
-        estimate = stages.profile_estimate(recipe.model, calibration, machine_of(options))
-        _emit({"recipe": recipe.model_dump(mode="json"), "profile": asdict(estimate)})
+        _emit(estimate_recipe(recipe))
         return
     report = run_recipe(recipe, output, resume=resume, force=force)
     _show_report(report, output, as_json=options["as_json"])

@@ -16,6 +16,7 @@ from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.plan import Plan, estimate_sizes
 from moepress.converters.artifact import Artifact
+from moepress.errors import UsageError
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.experts import prune_source
 from moepress.models.family import shape_of
@@ -87,6 +88,21 @@ def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan) -> Subject:
     )
 
 
+def check_report_folder(folder: Path, models: Sequence[Path]) -> None:
+    """Refuse a place for a report that is a file, a model, or a folder with other things in it.
+
+    Raises:
+        UsageError: with what to do instead.
+    """
+    target = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"The output {folder} is a file; give the name of a folder for the report.")
+    if any(target == m.resolve() or m.resolve() in target.parents for m in models):
+        raise UsageError(f"The output {folder} lies inside a model's folder; choose another one.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
+        raise UsageError(f"The output {folder} holds other files; choose another folder for the report.")
+
+
 def validate_stage(
     subjects: Sequence[Subject], tokenizer: Path, evaluation: Evaluation, machine: Machine, work: Path, **sections: Any
 ) -> Report:
@@ -113,7 +129,7 @@ def validate_stage(
         vocabulary=shape.vocabulary,
     )
     device = choose_device(machine.device)
-    limits = choose_limits(shape, int(corpus.windows.shape[1]), machine.memory_bytes)
+    limits = choose_limits(shape, int(corpus.windows.shape[1]), machine.memory_bytes, device=device)
     quality = measure(
         subjects,
         corpus,

@@ -25,7 +25,7 @@ from typing import Any
 from moepress.errors import InvalidInputError, OutputLockedError, UsageError
 
 JOURNAL, LOCK, TEMPORARY = "journal.jsonl", "lock.json", ".tmp"
-_MARKERS = (JOURNAL, "config.json", "moepress.json", "profile.json")  # what --force may replace holds one of these
+_MARKERS = (JOURNAL, "moepress.json", "profile.json")  # what --force may replace holds one of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +182,7 @@ def open_run(
     folder.mkdir(exist_ok=True)
     _take_lock(folder)
     run = Run(out=out, folder=folder, settings=settings, resumed=False)
+    rows: list[dict[str, Any]] = [{}]  # until they are read, there may be finished pieces
     try:
         rows = list(_rows(folder / JOURNAL, mend=True))
         if rows:
@@ -191,6 +192,12 @@ def open_run(
         for leftover in folder.glob(f"*{TEMPORARY}"):
             leftover.unlink()
         yield run
+    except Exception:
+        if not (
+            rows or run.pieces or in_place
+        ):  # nothing is lost, and nobody has to pass --resume or --force next time
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         (folder / LOCK).unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from moepress.errors import UsageError
 from moepress.options import parse_bytes, parse_weights
 
 _RECIPE_OPTIONS = (
@@ -24,12 +25,20 @@ def recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
     if not all_default("domain_weight"):
         values["domain_weight"] = parse_weights(options["domain_weight"])
     if not all_default("targets"):
-        values["to"] = [part.strip() for part in options["targets"].split(",") if part.strip()]
+        values["to"] = _targets(options["targets"])
     if not all_default("no_throughput"):
         values["throughput"] = not options["no_throughput"]
     if not all_default("max_memory"):
         values["max_memory"] = parse_bytes(options["max_memory"])
     return values | _thresholds(options)
+
+
+def _targets(text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    for target in found:
+        if target != "gptq":
+            raise UsageError(f"--to {target} is not there; run exports to gptq, beside compressed-tensors.")
+    return found
 
 
 def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
@@ -40,6 +49,8 @@ def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
         given["max_ppl_increase"] = parse_threshold(options["max_ppl_increase"], "--max-ppl-increase")
     if options["max_kl"] is not None:
         given["max_kl"] = float(options["max_kl"])
+        if not 0 <= given["max_kl"] < float("inf"):
+            raise UsageError(f"--max-kl {options['max_kl']} is not a divergence; give a number of nats, 0 or more.")
     return given
 
 

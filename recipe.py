@@ -10,7 +10,7 @@ OUT/report.{html,md,json}
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,23 +19,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress import __version__
 from moepress.calibration.profile import Profile, fingerprint, load_profile
-from moepress.comparison import Evaluation, pruned_subject, subject_of, validate_stage
+from moepress.comparison import Evaluation, load_evaluation, pruned_subject, subject_of, validate_stage
+from moepress.compress.estimate import estimate_forward, estimate_quantize
 from moepress.compress.linears import Include
-from moepress.compress.plan import Plan, count_from_keep, load_plan, make_plan, plan_text
-from moepress.compress.scoring import Criterion, Groups
+from moepress.compress.pipeline import check_scheme
+from moepress.compress.plan import Plan, count_from_keep, estimate_sizes, load_plan, make_plan, plan_text
+from moepress.compress.scoring import Criterion, Groups, domain_weights
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
-from moepress.errors import InvalidInputError
+from moepress.errors import InvalidInputError, UsageError
 from moepress.journal import Run, check_output, open_run, previous_settings, write_atomically
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.family import require_legal
-from moepress.models.walk import default_memory
+from moepress.models.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.inventory import inventory
+from moepress.models.walk import choose_device, choose_dtype, default_memory
 from moepress.stages import (
+    DEFAULT_TOKENS,
+    DEFAULT_WINDOW,
+    EMBEDDED_TOKENS,
     Calibration,
     Machine,
     Output,
     QuantizeRequest,
     export_stage,
+    load_corpus,
     model_folder,
     profile_stage,
     quantize_stage,
@@ -45,7 +51,8 @@ from moepress.validation.schema import Calibration as CalibrationSection
 from moepress.validation.schema import DomainLoss, ExpertName, LayerError, Pruning, Quantization, Report
 from moepress.validation.thresholds import Thresholds
 
-REPORTS = ("report.html", "report.md", "report.json")
+# What may change on resume: it touches exports and the report alone, which are then made (again).
+LATE_FIELDS = ("to", "data", "data_domain", "max_windows", "throughput", "max_ppl_increase", "max_kl")
 
 
 class Recipe(BaseModel):
@@ -73,8 +80,8 @@ class Recipe(BaseModel):
     data_domain: tuple[str, ...] = ()
     max_windows: int | None = Field(default=None, ge=1)
     throughput: bool = True
-    max_ppl_increase: float | None = None
-    max_kl: float | None = None
+    max_ppl_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     device: str = "auto"
     dtype: str = "auto"
     max_memory: int | None = None
@@ -89,7 +96,8 @@ def load_recipe(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidInputError(f"{file} is not a readable YAML recipe ({error}).") from error
+        why = " ".join(str(error).split())
+        raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error
     if not isinstance(found, dict):
         raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")
     return found
@@ -120,6 +128,69 @@ class _Setup:
     machine: Machine
 
 
+def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int]:
+    """Everything that can be wrong with a recipe, found before the first hour of work instead of after it.
+
+    Returns:
+        The opened model, and the number of experts that stay.
+
+    Raises:
+        UsageError, InvalidInputError, UnsupportedError: as the stage concerned would.
+    """
+    folder = model_folder(recipe.model)
+    checkpoint = open_checkpoint(folder)
+    shape, degroup = checkpoint.shape, recipe.groups is Groups.DEGROUP
+    count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
+    check_scheme(checkpoint, Scheme(bits=recipe.bits, group_size=recipe.group_size), recipe.include)
+    if "gptq" in recipe.to and Include.LM_HEAD in recipe.include:
+        raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
+    corpus = load_corpus(folder, _calibration(recipe), context=shape.context, vocabulary=shape.vocabulary)
+    domain_weights(corpus.domains, recipe.domain_weight)
+    load_evaluation(
+        folder,
+        recipe.data,
+        recipe.data_domain,
+        window=recipe.window or min(shape.context, DEFAULT_WINDOW),
+        max_windows=recipe.max_windows,
+        vocabulary=shape.vocabulary,
+    )
+    return checkpoint, count
+
+
+def estimate_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What a run would take, after all its checks: the recipe in full, projected time, memory and disk by stage."""
+    checkpoint, count = check_recipe(recipe)
+    full = resolve(recipe, checkpoint, recipe.max_memory or default_memory())
+    device, tokens = choose_device(full.device), full.tokens or DEFAULT_TOKENS
+    scheme = Scheme(bits=full.bits, group_size=full.group_size)
+    return {
+        "recipe": full.model_dump(mode="json"),
+        "experts": count,
+        "sizes": estimate_sizes(inventory(checkpoint), checkpoint.shape, count, scheme).model_dump(),
+        "profile": asdict(estimate_forward(checkpoint, tokens, device)),
+        "quantize": asdict(estimate_quantize(checkpoint, count, scheme, tokens=tokens, device=device)),
+    }
+
+
+def resolve(recipe: Recipe, checkpoint: Checkpoint, memory_bytes: int) -> Recipe:
+    """The recipe with every default filled in, so that it says all that was used."""
+    embedded = not (recipe.calibration or recipe.domain)
+    device = choose_device(recipe.device)
+    weights = dict.fromkeys(recipe.domain_weight, 1.0) | recipe.domain_weight
+    differ = len({*weights.values(), 1.0}) > 1
+    model = recipe.model if not Path(recipe.model).is_dir() else str(Path(recipe.model).resolve())
+    values = {
+        "model": model,
+        "tokens": recipe.tokens or (EMBEDDED_TOKENS if embedded else DEFAULT_TOKENS),
+        "window": recipe.window or min(checkpoint.shape.context, DEFAULT_WINDOW),
+        "criterion": recipe.criterion or (Criterion.EASY_EP if differ else Criterion.REAP),
+        "device": str(device),
+        "dtype": str(choose_dtype(recipe.dtype, device)).removeprefix("torch."),
+        "max_memory": memory_bytes,
+    }
+    return recipe.model_copy(update=values)
+
+
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False) -> Report:
     """Run all stages.
 
@@ -127,20 +198,14 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         UsageError: an option or the expert count is not legal, or the output is taken.
         InvalidInputError: model or text are not sound.
     """
-    folder = model_folder(recipe.model)
-    check_output(out, [folder], resume=resume, force=force, in_place=True)
-    checkpoint = open_checkpoint(folder)
-    shape = checkpoint.shape
-    degroup = recipe.groups is Groups.DEGROUP
-    count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
-    require_legal(shape, count, degroup=degroup)
-    Scheme(bits=recipe.bits, group_size=recipe.group_size).groups(shape.hidden)
-    settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
-    settings |= {"recipe": recipe.model_dump(mode="json", exclude={"max_memory"})}
+    check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
+    checkpoint, count = check_recipe(recipe)
     before = previous_settings(out) if resume else {}
-    memory = recipe.max_memory or before.get("memory_bytes") or default_memory()
-    settings["memory_bytes"] = memory  # batch sizes depend on it, and the last bits on them
-    machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=memory)
+    # Batch sizes depend on the memory, and the last bits of the result on them.
+    recipe = resolve(recipe, checkpoint, recipe.max_memory or before.get("recipe.max_memory") or default_memory())
+    settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
+    settings |= {f"recipe.{k}": v for k, v in recipe.model_dump(mode="json", exclude=set(LATE_FIELDS)).items()}
+    machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
     setup = _Setup(recipe=recipe, out=out, count=count, machine=machine)
     with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
         write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -232,7 +297,9 @@ def _exports(setup: _Setup, run: Run) -> None:
 
 def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any]) -> Report:
     recipe, folder = setup.recipe, model_folder(setup.recipe.model)
-    if run.done("report") is not None:
+    late = recipe.model_dump(mode="json", include=set(LATE_FIELDS) - {"to"})
+    done = run.done("report")
+    if done is not None and done.note == late:
         return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
     original, artifact = open_checkpoint(folder), open_artifact(setup.out / "model")
     subjects = [subject_of("original", original)]
@@ -263,7 +330,7 @@ def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any]) -
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
     write_report(report, setup.out)
-    run.mark("report")
+    run.mark("report", late)
     return report
 
 

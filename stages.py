@@ -153,7 +153,7 @@ def _model_run(
     before = previous_settings(partial_folder(output.folder)) if output.resume else {}
     memory = machine.memory_bytes or before.get("memory_bytes")
     window = int(corpus.windows.shape[1])
-    limits = choose_limits(model.shape, window, memory, before.get("batch_windows"))
+    limits = choose_limits(model.shape, window, memory, before.get("batch_windows"), model.device)
     every = {
         "moepress": __version__,
         "torch": torch.__version__,
@@ -298,10 +298,16 @@ def quantize_stage(
         hessian=request.hessian,
         solver=request.solver,
     )
-    check_scheme(source, options, request.include)
+    check_scheme(source, request.scheme, request.include)
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = _streamed(source, machine)
-    estimate = estimate_quantize(checkpoint, plan, request.scheme, tokens=corpus.windows.numel(), device=model.device)
+    estimate = estimate_quantize(
+        checkpoint,
+        plan.experts if plan else shape.experts,
+        request.scheme,
+        tokens=corpus.windows.numel(),
+        device=model.device,
+    )
     if dry_run:
         return asdict(estimate)
     _require_room(output, estimate)

@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from made import make_qwen3_moe
 from setting import save
 
 CASES = [(8, 16), (16, 16), (32, 16), (8, 64), (8, 128)]  # layers, experts
@@ -30,12 +29,19 @@ def peak_mib(arguments: list[str]) -> float:
     return usage.ru_maxrss / 1024
 
 
+def made(folder: Path, layers: int, experts: int) -> int:
+    """Make a checkpoint in a process of its own: the ru_maxrss of a child starts at its parent's size."""
+    code = f"from made import *; print(make_qwen3_moe(Path({str(folder)!r}), layers={layers}, experts={experts}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, check=True)
+    return int(done.stdout)
+
+
 def main() -> None:
     rows = []
     for layers, experts in CASES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            size = make_qwen3_moe(folder / "model", layers=layers, experts=experts)
+            size = made(folder / "model", layers, experts)
             model, calibration = str(folder / "model"), ["--tokens", "2048", "--window", "256"]
             profiled = peak_mib(["profile", model, "-o", str(folder / "profile"), *calibration, *COMMON])
             plan = ["--profile", str(folder / "profile"), "--keep", "0.5"]

@@ -27,6 +27,7 @@ ACCUMULATORS = {
     "leave_one_out": "sum",  # L_e
     "peak": "max",  # M_e
 }
+_ROWS_AT_ONCE = 8192
 # Per layer, fp64 [S, B]: number of tokens, sum |y_t|^2, sum |h_t|^2.
 TOTALS = ("tokens", "routed_squared", "residual_squared")
 
@@ -73,7 +74,7 @@ def observe_layer(stream: Stream, layer: int, cells: Cells, *, leave_one_out: bo
 
 def _chunks(stream: Stream, leave_one_out: bool) -> list[slice]:
     """Token ranges for which the outputs of all chosen experts fit into a quarter of the memory limit."""
-    per_token = stream.model.shape.hidden * 4 * ((stream.model.shape.top_k + 2) if leave_one_out else 1)
+    per_token = stream.model.shape.hidden * 4 * (6 + (stream.model.shape.top_k + 1 if leave_one_out else 0))
     size = max(1024, stream.limits.memory_bytes // 4 // per_token)
     return [slice(start, min(start + size, stream.tokens)) for start in range(0, stream.tokens, size)]
 
@@ -95,14 +96,14 @@ def _observe_rows(
     busy = [e for e in range(model.shape.experts) if len(positions[e][0])]
     activation = model.activation(layer)
     for expert, matrices in read_ahead(model, layer, busy):
-        tokens, slots = positions[expert]
-        inputs = stream.inputs[rows][tokens].to(model.device)
-        output = apply_expert(matrices, inputs, activation).float().to("cpu")
-        norms[tokens, slots], peaks[tokens, slots] = output.norm(dim=1), output.abs().amax(dim=1)
-        own = slots < top_k
-        routed.index_add_(0, tokens[own], output[own] * weights[tokens[own], slots[own], None])
-        if leave_one_out:
-            outputs[tokens, slots] = output
+        for tokens, slots in zip(*(p.split(_ROWS_AT_ONCE) for p in positions[expert]), strict=True):
+            inputs = stream.inputs[rows][tokens].to(model.device)
+            output = apply_expert(matrices, inputs, activation).float().to("cpu")
+            norms[tokens, slots], peaks[tokens, slots] = output.norm(dim=1), output.abs().amax(dim=1)
+            own = slots < top_k
+            routed.index_add_(0, tokens[own], output[own] * weights[tokens[own], slots[own], None])
+            if leave_one_out:
+                outputs[tokens, slots] = output
     residual = stream.residual[rows].float()
     turn = (1 - torch.cosine_similarity(residual, residual + routed, dim=1)).clamp(min=0)
     _accumulate(out, cell, chosen, weights, norms[:, :top_k], peaks[:, :top_k], turn)

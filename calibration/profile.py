@@ -4,6 +4,7 @@ On disk a profile is a folder: `profile.json` (what was observed) and `statistic
 `layers.<L>.<accumulator>`, see `moepress.calibration.observe`).
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from moepress.journal import Run, sha256_of
 from moepress.models.checkpoint import Checkpoint, read_json
 from moepress.models.family import Shape, shape_of
 from moepress.models.forward import StreamedModel, require_finite_hidden
-from moepress.models.safetensors_file import read_header, read_tensor
+from moepress.models.safetensors_file import read_header, read_row, read_tensor
 from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream, release_memory
 from moepress.models.writer import tensor_entry, write_json, write_shard
 from moepress.progress import track
@@ -76,13 +77,19 @@ def fingerprint(checkpoint: Checkpoint | Artifact) -> str:
         path = checkpoint.folder / shard
         size = path.stat().st_size
         if size <= _HASHED_WHOLE_BYTES:
-            digest.update(sha256_of(path).encode())
+            digest.update(_whole_digest(path, size, path.stat().st_mtime_ns).encode())
             continue
         with path.open("rb") as stream:
             for index in range(256):
                 stream.seek(size * index // 256)
                 digest.update(stream.read(4096))
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_digest(path: Path, _size: int, _mtime_ns: int) -> str:
+    """SHA-256 of a file, remembered within the process: `run` asks for the same model at every stage."""
+    return sha256_of(path)
 
 
 def describe_corpus(corpus: Corpus, seed: int) -> dict[str, Any]:
@@ -170,14 +177,17 @@ def resume_hidden(run: Run, stream: Stream) -> int:
     for layer in reversed(range(layers - 1)):
         piece = run.done(f"hidden-{layer}")
         if piece is not None:
-            stream.hidden.copy_(read_tensor(read_header(run.path(piece))["hidden"]))
+            stored = read_header(run.path(piece))["hidden"]
+            for window in range(stream.hidden.shape[0]):
+                stream.hidden[window] = read_row(stored, window)
             return layer + 1
     return 0
 
 
 def drop_hidden(run: Run) -> None:
     """Remove what only a resume needed."""
-    for piece in [p for p in run.pieces if p.startswith(("hidden-", "statistics-"))]:
+    # Hidden states first: killed in between, a resume must not think that all statistics are there.
+    for piece in sorted(p for p in run.pieces if p.startswith(("hidden-", "statistics-"))):
         run.drop(piece)
 
 

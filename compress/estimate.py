@@ -74,11 +74,10 @@ def estimate_forward(checkpoint: Checkpoint, tokens: int, device: torch.device) 
 
 
 def estimate_quantize(
-    checkpoint: Checkpoint, plan: Plan | None, scheme: Scheme, *, tokens: int, device: torch.device
+    checkpoint: Checkpoint, count: int, scheme: Scheme, *, tokens: int, device: torch.device
 ) -> Estimate:
     """Forward pass twice, Hessians, and the solver's cubic part."""
     shape = checkpoint.shape
-    count = plan.experts if plan else shape.experts
     after = estimate_sizes(inventory(checkpoint), shape, count, scheme).after_bytes
     forward = estimate_forward(checkpoint, tokens, device)
     parts = weigh(checkpoint)

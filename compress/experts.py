@@ -11,8 +11,10 @@ from moepress.compress.gptq import Solved, SolverOptions, solve
 from moepress.converters.artifact import dense
 from moepress.converters.scheme import Scheme
 from moepress.models.experts import Expert
-from moepress.models.forward import StreamedModel, tokens_of
+from moepress.models.forward import StreamedModel
 from moepress.models.walk import Stream, read_ahead
+
+_ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,13 @@ def pooled_hessian(stream: Stream) -> Tensor:
 
 
 def solve_experts(
-    stream: Stream, layer: int, experts: Sequence[int], pooled_DD: Tensor, sample_PD: Tensor, options: QuantizeOptions
+    stream: Stream,
+    layer: int,
+    experts: Sequence[int],
+    positions: Sequence[tuple[Tensor, Tensor]],
+    pooled_DD: Tensor,
+    sample_PD: Tensor,
+    options: QuantizeOptions,
 ) -> list[CodedExpert]:
     """Quantize a batch of experts of one layer.
 
@@ -105,14 +113,16 @@ def solve_experts(
         stream: after the layer's first step.
         layer: the layer's number.
         experts: which of its experts; all are in memory at once.
+        positions: `tokens_of` the layer.
         pooled_DD: `pooled_hessian`.
         sample_PD: `pooled_inputs`.
         options: see `QuantizeOptions`.
     """
-    model, positions = stream.model, tokens_of(stream.chosen, stream.model.shape.experts)
-    weights = dict(read_ahead(model, layer, list(experts)))
-    stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)).float() for e in experts])
+    model, device = stream.model, stream.model.solver_device
+    weights = dict(read_ahead(model, layer, list(experts), torch.float32))
+    stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)) for e in experts]).to(device)
     hessians = torch.stack([_input_hessian(stream, positions[e], pooled_DD, options.hessian) for e in experts])
+    hessians = hessians.to(device)
     first = solve(stacked, hessians, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
     first_error = relative_errors(stacked, hessians, first)
     del hessians, stacked
@@ -121,7 +131,7 @@ def solve_experts(
         _down_hessian(stream, layer, positions[e], sample_PD, gate_up, options.hessian)
         for e, gate_up in zip(experts, coded, strict=True)
     ]
-    downs, hessians = torch.stack([weights[e].down.float() for e in experts]), torch.stack(middle)
+    downs, hessians = torch.stack([weights[e].down for e in experts]).to(device), torch.stack(middle).to(device)
     second = solve(downs, hessians, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
     second_error = relative_errors(downs, hessians, second)
     return [
@@ -150,6 +160,11 @@ def token_weights(stream: Stream, position: tuple[Tensor, Tensor], options: Hess
     return stream.weights[position[0], position[1]].pow(options.weight_power).to(stream.model.device)
 
 
+def _slices(tokens: int) -> list[slice]:
+    """An expert's tokens in parts: of a model with few experts one of them may see most of the text."""
+    return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, tokens, _ROWS_AT_ONCE)]
+
+
 def _mass(weights: Tensor | None, tokens: int) -> float:
     return float(tokens) if weights is None else float(weights.sum())
 
@@ -158,7 +173,10 @@ def _input_hessian(
     stream: Stream, position: tuple[Tensor, Tensor], pooled_DD: Tensor, options: HessianOptions
 ) -> Tensor:
     weights, tokens = token_weights(stream, position, options), len(position[0])
-    own = gram(stream.inputs[position[0]].to(stream.model.device), weights)
+    own = torch.zeros_like(pooled_DD)
+    for rows in _slices(tokens):
+        part = stream.inputs[position[0][rows]].to(stream.model.device)
+        own += gram(part, None if weights is None else weights[rows])
     return shrink(own, _mass(weights, tokens), tokens, pooled_DD, options.shrinkage_tokens)
 
 
@@ -184,8 +202,11 @@ def _down_hessian(
         return activation(linear(inputs, gate)) * linear(inputs, up)
 
     weights = token_weights(stream, position, options)
-    own = gram(middle(stream.inputs[position[0]].to(model.device)), weights)
     pooled = gram(middle(sample_PD)) / max(sample_PD.shape[0], 1)
+    own = torch.zeros_like(pooled)
+    for rows in _slices(tokens):
+        part = middle(stream.inputs[position[0][rows]].to(model.device))
+        own += gram(part, None if weights is None else weights[rows])
     return shrink(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
 
 

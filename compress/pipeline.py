@@ -33,6 +33,7 @@ from moepress.compress.gptq import solve
 from moepress.compress.linears import Include, LinearGroup, linear_groups, unquantized_modules
 from moepress.converters import compressed_layout
 from moepress.converters.artifact import Source
+from moepress.converters.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.journal import Piece, Run
 from moepress.models.experts import is_fused
@@ -72,7 +73,7 @@ def scale_value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.float32 else dtype
 
 
-def check_scheme(source: Source, options: QuantizeOptions, include: Iterable[Include]) -> None:
+def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> None:
     """Refuse a group size that does not divide a matrix, before any work.
 
     Raises:
@@ -89,7 +90,7 @@ def check_scheme(source: Source, options: QuantizeOptions, include: Iterable[Inc
         columns = shape[-1] if name in wanted or (part is Part.ROUTED and len(shape) >= 2) else None
         if columns is not None:
             try:
-                options.scheme.groups(columns)
+                scheme.groups(columns)
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from error
 
@@ -142,7 +143,7 @@ def quantize(
     Returns:
         Bytes, per-layer errors, experts that fell back, notes.
     """
-    check_scheme(model.source, options, include)
+    check_scheme(model.source, options.scheme, include)
     layers = model.shape.layers
     chunks = plan_chunks(model.source, layers, dict.fromkeys(model.moe_layers, model.shape.experts), options)
     scratch = Scratch(run.folder, limits.memory_bytes)
@@ -215,7 +216,7 @@ def _do_chunk(
     for start in range(0, len(experts), job.at_once):
         batch = experts[start : start + job.at_once]
         if done is None:
-            solved = solve_experts(job.stream, layer, batch, pooled, sample, job.options)
+            solved = solve_experts(job.stream, layer, batch, positions, pooled, sample, job.options)
         else:
             solved = [_read_expert(job, done, layer, expert) for expert in batch]
         for expert, coded in zip(batch, solved, strict=True):
@@ -224,6 +225,7 @@ def _do_chunk(
             if done is None:
                 tensors |= _expert_tensors(job, layer, expert, coded)
                 note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
+        release_memory()
     if done is None:
         entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
         job.run.write(piece, job.piece_names[piece], functools.partial(_write_piece, entries, note))
@@ -341,7 +343,8 @@ def _captured_gram(job: Job, layer: int, linear: torch.nn.Module) -> Tensor:
 def _solve_stack(job: Job, names: Sequence[str], hessian_II: Tensor) -> tuple[list[Coded], list[float]]:
     """Solve Linears with the same input as one: their rows are independent."""
     model = job.stream.model
-    weights = [model.source.read(name).to(model.device, torch.float32) for name in names]
+    weights = [model.source.read(name).to(model.solver_device, torch.float32) for name in names]
+    hessian_II = hessian_II.to(model.solver_device)
     stacked = torch.cat(weights).unsqueeze(0)
     solved = solve(
         stacked,

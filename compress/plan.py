@@ -109,7 +109,8 @@ def count_from_keep(shape: Shape, keep: float | None, experts: int | None, *, de
         UsageError: both or neither are given, the share is not in (0, 1], or the count is not legal.
     """
     if (keep is None) == (experts is None):
-        raise UsageError("Say how much stays: either --keep 0.75 (a share) or --experts 48 (a count).")
+        given = "both --keep and --experts were given" if keep is not None else "neither --keep nor --experts was given"
+        raise UsageError(f"Say how much stays, --keep 0.75 (a share) or --experts 48 (a count): {given}.")
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"--keep {keep} is not a share; give a number above 0 and up to 1.")
     if experts is not None and experts < 1:
@@ -141,7 +142,7 @@ def make_plan(
     selection = Selection(criterion=chosen, count=count, weights=every, groups=groups)
     kept = keep_sets(profile, selection)
     gate, reap = (removed_share(profile, kept, name) for name in ("gate", "weighted_norm"))
-    few = unsupported(profile)
+    few = unsupported(profile, every)
     prunes = count < shape.experts
     return Plan(
         model=profile.model,

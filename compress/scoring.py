@@ -205,10 +205,15 @@ def removed_share(profile: Profile, kept: Mapping[int, Sequence[int]], accumulat
     return {d: float(s) for d, s in zip(profile.domains, (shares / len(profile.layers)).tolist(), strict=True)}
 
 
-def unsupported(profile: Profile, min_tokens: int = MIN_TOKENS) -> dict[int, list[int]]:
-    """Per layer, the experts whose score rests on fewer than `min_tokens` tokens."""
+def unsupported(
+    profile: Profile, weights: Mapping[str, float] | None = None, min_tokens: int = MIN_TOKENS
+) -> dict[int, list[int]]:
+    """Per layer, the experts whose score rests on fewer than `min_tokens` tokens of the domains that count."""
+    counted = torch.tensor([(weights or {}).get(d, 1.0) > 0 for d in profile.domains])
     few = {
-        layer: torch.nonzero(token_counts(profile.statistics[layer]) < min_tokens).flatten().tolist()
+        layer: torch.nonzero(profile.statistics[layer]["count"][counted].sum(dim=(0, 1)) < min_tokens)
+        .flatten()
+        .tolist()
         for layer in profile.layers
     }
     return {layer: experts for layer, experts in few.items() if experts}

@@ -120,7 +120,8 @@ def nonfinite(entry: Stored, expert: int | None = None) -> InvalidInputError:
     """The refusal of a tensor that holds NaN or Inf."""
     where = "" if expert is None else f" (expert {expert})"
     return InvalidInputError(
-        f"{entry.name}{where} in {entry.file} holds NaN or Inf; download the file again, or pass --allow-nonfinite."
+        f"{entry.name}{where} in {entry.file} holds NaN or Inf; download the file again "
+        "(profile and prune can go on with --allow-nonfinite)."
     )
 
 

@@ -80,7 +80,13 @@ class StreamedModel:
         self.source, self.device, self.dtype = source, device, dtype
         self.family, self.shape = source.family, shape_of(source.family, source.config)
         self.skeleton = build_skeleton(source.config)
-        check_tensors(source.family, source.config, source.shapes, folder="the model folder", model=self.skeleton)
+        check_tensors(
+            source.family,
+            source.config,
+            source.shapes,
+            folder=getattr(source, "folder", "the model folder"),
+            model=self.skeleton,
+        )
         self.config = self.skeleton.config
         self.moe_layers = frozenset(moe_layers(source))
         self._disk_names = _names_by_layer(source)
@@ -170,9 +176,14 @@ class StreamedModel:
         names = [name for name in router_disk_names(self.source, layer) if name.endswith("bias")]
         return self.source.read(names[0]).float() if names else None
 
-    def read_expert(self, layer: int, expert: int) -> Expert:
-        """One expert of a layer on the device, in the compute dtype."""
-        return read_expert(self.source, layer, expert).to(self.device, self.dtype)
+    def read_expert(self, layer: int, expert: int, dtype: torch.dtype | None = None) -> Expert:
+        """One expert of a layer on the device, in the compute dtype or another one."""
+        return read_expert(self.source, layer, expert).to(self.device, dtype or self.dtype)
+
+    @property
+    def solver_device(self) -> torch.device:
+        """Where matrices are solved: MPS has no float64, so there it is the CPU."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
 
     def final_norm(self) -> Callable[[Tensor], Tensor]:
         """The norm before lm_head, loaded."""
@@ -264,7 +275,8 @@ def require_finite_hidden(hidden: Tensor, layer: int) -> None:
     Raises:
         InvalidInputError: naming the layer.
     """
-    if not bool(torch.isfinite(hidden).all()):
+    # Window by window: a test of all at once would take the memory that mapping them saves.
+    if not all(bool(torch.isfinite(window).all()) for window in hidden):
         raise InvalidInputError(
             f"Layer {layer} gives NaN or Inf activations; use --dtype float32, or check the model with transformers."
         )

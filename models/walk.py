@@ -61,9 +61,17 @@ def default_memory() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
-def choose_limits(shape: Shape, window: int, memory_bytes: int | None, batch_windows: int | None = None) -> Limits:
-    """Pick the batch size for the memory that may be used; without a limit, half of what is free now."""
+def choose_limits(
+    shape: Shape,
+    window: int,
+    memory_bytes: int | None,
+    batch_windows: int | None = None,
+    device: torch.device | None = None,
+) -> Limits:
+    """Pick the batch size for the memory that may be used: half of what is free now, and of what a GPU has free."""
     memory = memory_bytes or default_memory()
+    if device is not None and device.type == "cuda":
+        memory = min(memory, torch.cuda.mem_get_info(device)[0] // 2)
     per_window = window * 4 * 48 * shape.hidden  # some fifty activations of the hidden size live at once
     fitting = max(1, min(_BATCH_WINDOWS_LIMIT, memory // 8 // per_window))
     return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)
@@ -188,14 +196,16 @@ def _store(stream: Stream, routed: Routed, start: int) -> None:
         stream.logits[rows] = routed.logits.to("cpu", torch.float32)
 
 
-def read_ahead(model: StreamedModel, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+def read_ahead(
+    model: StreamedModel, layer: int, experts: Sequence[int], dtype: torch.dtype | None = None
+) -> Iterator[tuple[int, Expert]]:
     """Experts in order, the next one being read from disk while the present one is used."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [(e, pool.submit(model.read_expert, layer, e)) for e in experts[:1]]
+        pending = [(e, pool.submit(model.read_expert, layer, e, dtype)) for e in experts[:1]]
         for following in [*experts[1:], None] if experts else []:
             expert, future = pending.pop(0)
             if following is not None:
-                pending.append((following, pool.submit(model.read_expert, layer, following)))
+                pending.append((following, pool.submit(model.read_expert, layer, following, dtype)))
             yield expert, future.result()
 
 

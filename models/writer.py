@@ -12,9 +12,10 @@ from torch import Tensor
 from moepress.models.checkpoint import INDEX, SINGLE
 from moepress.models.safetensors_file import DTYPE_NAMES, tensor_bytes
 
-# What belongs to a model besides its weights; everything else in the folder stays behind.
-_CARRIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".md"}
-_NOT_CARRIED = {"config.json", INDEX, "README.md", "moepress.json", "metrics.json", "training.json"}
+# What belongs to a model besides its weights; everything else in the folder stays behind. Code that the config names
+# in auto_map goes along as bytes and is never run here.
+_CARRIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".md", ".py"}
+_NOT_CARRIED = {"config.json", "__init__.py", INDEX, "README.md", "moepress.json", "metrics.json", "training.json"}
 
 Chunk = bytes | bytearray | memoryview
 

@@ -98,7 +98,7 @@ def test_wrong_use_of_an_option_exits_2() -> None:
 
 ILLEGAL: list[tuple[list[str], str]] = [
     (["plan", "{}/profile", "--keep", "0.6"], "Cannot keep 10 of 16 experts"),
-    (["plan", "{}/profile"], "either --keep 0.75"),
+    (["plan", "{}/profile"], "neither --keep nor --experts was given"),
     (["plan", "{}/profile", "--keep", "7"], "--keep 7.0 is not a share"),
     (["plan", "{}/profile", "--experts", "8", "--domain-weight", "klingon=1"], "no domain 'klingon'"),
     (["plan", "{}/profile", "--experts", "8", "--domain-weight", "klingon"], "NAME=NUMBER"),

@@ -85,7 +85,9 @@ def parse(text: str) -> None:
     words = shlex.split(text, comments=True)[1:]
     try:
         if words and words[0] in cli.commands:
-            cli.commands[words[0]].make_context(words[0], words[1:], parent=click.Context(cli, info_name="moepress"))
+            # With the group's own settings, for click keeps the help option that it makes from them.
+            parent = click.Context(cli, info_name="moepress", **cli.context_settings)
+            cli.commands[words[0]].make_context(words[0], words[1:], parent=parent)
         elif words:
             context = cli.make_context("moepress", words)
             cli.resolve_command(context, words)

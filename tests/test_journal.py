@@ -415,6 +415,8 @@ class TestCheckOutput:
         assert "not empty" in self.refusal(out, resume=True)
         assert "--force will not replace it" in self.refusal(out, force=True)
         (out / "config.json").write_text("{}")
+        assert "--force will not replace it" in self.refusal(out, force=True)  # it may be anybody's model
+        (out / "moepress.json").write_text("{}")
         assert "not empty" in self.refusal(out)
         check_output(out, [], resume=False, force=True)
 

@@ -25,7 +25,7 @@ class SubjectInfo(_Section):
         stored_bytes: size of its weights on disk.
         parameters: weights when dense.
         experts_per_layer: routed experts in each MoE layer.
-        bits: stored bits per weight of the quantized experts, scales included; None: not quantized.
+        bits: stored bits per weight, over all weights, scales included.
     """
 
     label: str
@@ -58,7 +58,7 @@ class Pruning(_Section):
         kept: experts kept in each layer.
         total: experts that each layer had.
         domains: loss in each calibration domain.
-        keep_set_stability: mean overlap (Jaccard, 0 to 1) of the keep sets that shards of the tokens would give.
+        keep_set_stability: share of kept experts (0 to 1) that two halves of the calibration tokens agree on.
     """
 
     criterion: str

@@ -209,7 +209,13 @@ def _time_group(
         for repetition in range(bench.repetitions + 1):
             for model in loaded:
                 for test, (tokens, run) in model.tests.items():
-                    seconds = _seconds(run, bench.device)
+                    if reasons.get(model.subject.label):
+                        continue
+                    try:
+                        seconds = _seconds(run, bench.device)
+                    except Exception as error:  # a kernel that is missing, memory: the report must not be lost
+                        reasons[model.subject.label] = f"it can not run here ({_first_line(error)})"
+                        continue
                     if repetition:  # the first one is the warm-up
                         samples[model.subject.label].setdefault(test, []).append(tokens / seconds)
                     advance(1)

@@ -35,7 +35,7 @@ from moepress.journal import Piece
 from moepress.models.checkpoint import Source, open_checkpoint
 from moepress.models.experts import moe_layers, prune_source
 from moepress.models.family import Part, layer_of, part_of
-from moepress.models.forward import StreamedModel
+from moepress.models.forward import StreamedModel, tokens_of
 from moepress.models.walk import Scratch, Stream, add_experts, first_step, open_stream
 
 G16 = Scheme(bits=4, group_size=16)
@@ -44,12 +44,18 @@ KEYS = ("deepseek_v3", "deepseek_v2_lite", "qwen3_moe", "qwen2_moe", "mixtral", 
 WINDOWS = tiny_models.windows(256, count=6, length=16)
 
 
+def untied(source: Source, include: tuple[Include, ...]) -> tuple[Include, ...]:
+    """The parts to include, without an lm_head that is tied to the embeddings."""
+    return tuple(i for i in include if i is not Include.LM_HEAD or "lm_head.weight" in source.shapes)
+
+
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("include", [(), EVERYTHING], ids=["experts", "everything"])
 def test_what_is_written_is_what_was_asked_for(
     tiny_model: Callable[..., Path], tmp_path: Path, key: str, include: tuple[Include, ...]
 ) -> None:
     source = open_checkpoint(tiny_model(key))
+    include = untied(source, include)
     quantized_folder(tiny_model(key), WINDOWS, tmp_path / "q", include=include, scheme=G16)
     tensors = tiny_models.load_tensors(tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
@@ -77,7 +83,7 @@ def test_what_is_written_is_what_was_asked_for(
 
 def test_the_same_input_gives_the_same_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
-        quantized_folder(tiny_model("qwen2_moe"), WINDOWS, tmp_path / name, include=EVERYTHING)
+        quantized_folder(tiny_model("qwen3_moe"), WINDOWS, tmp_path / name, include=EVERYTHING)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
@@ -143,9 +149,9 @@ def test_calibration_flows_through_the_pruned_and_quantized_layers(
         linears = {n: artifact.read(n) for n in artifact.shapes if layer_of(n) == 2 and artifact.is_quantized(n)}
         stream.model.load_layer(2, linears)
         first_step(stream, 2)
-        solved = solve_experts(
-            stream, 2, experts, pooled_hessian(stream), pooled_inputs(stream, options.hessian), options
-        )
+        positions = tokens_of(stream.chosen, stream.model.shape.experts)
+        pooled, sample = pooled_hessian(stream), pooled_inputs(stream, options.hessian)
+        solved = solve_experts(stream, 2, experts, positions, pooled, sample, options)
         return [matrix.codes for expert in solved for matrix in (expert.gate, expert.up, expert.down)]
 
     written = [artifact.codes(name)[0] for e in experts for name in source.family.expert_names(2, e)]
@@ -222,11 +228,13 @@ def test_a_float32_router_of_an_fp8_model_stays_float32(tiny_copy: Callable[...,
 def test_a_group_size_that_does_not_divide_is_refused_naming_the_matrix(
     tiny_model: Callable[..., Path], key: str, group_size: int, include: tuple[Include, ...], message: str
 ) -> None:
-    options = QuantizeOptions(
-        scheme=Scheme(bits=4, group_size=group_size), scale_dtype=torch.float16, stored_dtype=torch.float32
-    )
     with pytest.raises(UsageError, match=message):
-        check_scheme(open_checkpoint(tiny_model(key)), options, include)
+        check_scheme(open_checkpoint(tiny_model(key)), Scheme(bits=4, group_size=group_size), include)
+
+
+def test_a_tied_lm_head_cannot_be_included(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match="ties lm_head to its embeddings"):
+        check_scheme(open_checkpoint(tiny_model("qwen2_moe")), Scheme(bits=4, group_size=32), [Include.LM_HEAD])
 
 
 def test_errors_are_reported_for_every_layer_and_fall_with_more_bits(

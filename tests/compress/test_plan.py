@@ -161,8 +161,8 @@ def test_a_plan_for_another_model_is_refused(made: Profile, tiny_model: Callable
 @pytest.mark.parametrize(
     ("keep", "experts", "degroup", "message"),
     [
-        (None, None, False, "either --keep 0.75"),
-        (0.5, 8, False, "either --keep 0.75"),
+        (None, None, False, "neither --keep nor --experts"),
+        (0.5, 8, False, "both --keep and --experts"),
         (0.0, None, False, "--keep 0.0 is not a share"),
         (1.5, None, False, "--keep 1.5 is not a share"),
         (-0.5, None, False, "not a share"),

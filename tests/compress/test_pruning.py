@@ -189,7 +189,7 @@ COMPANIONS = {
     "LICENSE": b"licence\xff",
     "NOTICE": b"notice",
 }
-LEFT = {"pytorch_model.bin": b"pickle", "README.md": b"# old", "modeling_deepseek.py": b"import os", "x.onnx": b"1"}
+LEFT = {"pytorch_model.bin": b"pickle", "README.md": b"# old", "x.onnx": b"1"}
 
 
 def test_tokenizer_template_and_licence_are_copied_as_bytes(tiny_copy: Callable[..., Path], tmp_path: Path) -> None:

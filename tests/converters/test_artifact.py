@@ -63,6 +63,8 @@ ALL_PARTS = (Include.ATTENTION, Include.SHARED, Include.DENSE, Include.LM_HEAD)
 def test_transformers_loads_it_and_its_logits_are_ours(
     quantized: Callable[..., Path], tmp_path: Path, key: str, pruned: bool, include: tuple[Include, ...], fused: bool
 ) -> None:
+    if key == "qwen2_moe":  # its lm_head is tied to the embeddings
+        include = tuple(i for i in include if i is not Include.LM_HEAD)
     folder = quantized(key, pruned=pruned, include=include, fused=fused)
     artifact = open_artifact(folder)
     windows = tiny_models.windows(int(artifact.config["vocab_size"]), seed=8)

@@ -80,7 +80,7 @@ def test_limits_follow_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_experts_are_read_ahead_in_order() -> None:
-    model = SimpleNamespace(read_expert=lambda layer, expert: (layer, expert))
+    model = SimpleNamespace(read_expert=lambda layer, expert, dtype: (layer, expert))
     assert list(read_ahead(model, 2, [4, 1, 7])) == [(e, (2, e)) for e in (4, 1, 7)]  # type: ignore[arg-type]
     assert list(read_ahead(model, 2, [])) == []  # type: ignore[arg-type]
 

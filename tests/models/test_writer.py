@@ -152,6 +152,7 @@ def test_companions_are_copied_as_bytes_and_the_rest_stays(tmp_path: Path) -> No
         "merges.txt": b"a b",
         "generation_config.json": b"{}",
         "LICENSE": b"MIT",
+        "modeling_x.py": b"raise SystemExit",
         "LICENSE-MODEL": b"x",
         "Notice.txt": b"x",
     }
@@ -161,7 +162,6 @@ def test_companions_are_copied_as_bytes_and_the_rest_stays(tmp_path: Path) -> No
         "other.index.json",
         "model.safetensors",
         "pytorch_model.bin",
-        "modeling_x.py",
         "README.md",
         "image.png",
     ]
