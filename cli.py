@@ -109,13 +109,6 @@ def _note(*notes: str) -> None:
         click.echo(f"Note: {note}", err=True)
 
 
-def _gib(size: float) -> str:
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size:.0f} B"
-
-
 def _quiet_libraries() -> None:
     """No banners or bars of the libraries below; ours are on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -255,7 +248,9 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
         _emit(result)
         return
     _note(*result["notes"])
-    sizes = f"{_gib(result['bytes_before'])} -> {_gib(result['bytes_after'])}"
+    from moepress.printed import human_bytes
+
+    sizes = f"{human_bytes(result['bytes_before'])} -> {human_bytes(result['bytes_after'])}"
     click.echo(f"{output}: {result['experts']} of {result['experts_before']} experts stay, {sizes}")
 
 
@@ -325,7 +320,9 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
     if as_json:
         _emit({"output": str(output), **asdict(result)})
     else:
-        click.echo(f"{output}: {result.modules} matrices in {target} layout, {_gib(result.bytes_after)}")
+        from moepress.printed import human_bytes
+
+        click.echo(f"{output}: {result.modules} matrices in {target} layout, {human_bytes(result.bytes_after)}")
 
 
 @cli.command()
