@@ -1,0 +1,139 @@
+"""`run`: the stages in order in one folder, with everything that can be refused refused before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.journal import open_run, partial_folder
+from moepress.recipe import load_recipe, make_recipe, run_recipe
+from moepress.validation.schema import Report
+
+SMALL: dict[str, Any] = {
+    "model": "demo",
+    "tokens": 2048,
+    "window": 64,
+    "keep": 0.75,
+    "group_size": 64,
+    "max_windows": 2,
+    "throughput": False,
+    "to": ["gptq"],
+    "max_memory": 1 << 30,
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of the results, without the reports and journals, which hold times."""
+    names = [p for part in ("model", "exports", "profile") for p in (folder / part).rglob("*") if p.is_file()]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in [*names, folder / "plan.json"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has ended; not to be changed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    run_recipe(make_recipe(SMALL), out)
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir()}
+    reports = {"report.html", "report.md", "report.json"}
+    assert names == {"model", "exports", "profile", "plan.json", "recipe.yaml", "journal.jsonl"} | reports
+    assert (finished / "exports" / "gptq" / "quantize_config.json").is_file()
+    report = Report.model_validate_json((finished / "report.json").read_text())
+    assert [s.label for s in report.subjects] == ["original", "pruned", "pruned + 4 bit"]
+    assert report.subjects[2].stored_bytes < report.subjects[1].stored_bytes < report.subjects[0].stored_bytes
+    assert report.pruning is not None
+    assert (report.pruning.kept, report.pruning.total) == (12, 16)
+
+
+def test_the_recipe_left_behind_is_complete_and_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    written = load_recipe(finished / "recipe.yaml")
+    assert written["criterion"] == "reap"
+    assert written["device"] != "auto"
+    assert written["dtype"] != "auto"
+    run_recipe(make_recipe(written), tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(finished)
+
+
+def test_a_resume_may_change_what_touches_the_report_alone(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_recipe(make_recipe(SMALL | {"to": [], "max_windows": 1}), out)
+    before = (out / "model" / "config.json").stat().st_mtime_ns
+    report = run_recipe(make_recipe(SMALL | {"max_windows": 2}), out, resume=True)
+    assert (out / "model" / "config.json").stat().st_mtime_ns == before
+    assert (out / "exports" / "gptq").is_dir()
+    assert report.quality.windows == 8
+    assert contents(out) == contents(finished)
+
+
+def test_a_resume_with_another_setting_is_refused_by_its_name(finished: Path) -> None:
+    with pytest.raises(UsageError, match=r"recipe\.keep was 0\.75, now 0\.5"):
+        run_recipe(make_recipe(SMALL | {"keep": 0.5}), finished, resume=True)
+    assert (finished / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": 0.3}, "Cannot keep 5 of 16 experts"),
+        ({"data": ["/nonexistent.txt"]}, "/nonexistent.txt"),
+        ({"calibration": ["/nonexistent.txt"]}, "/nonexistent.txt"),
+        ({"domain_weight": {"pythn": 3.0}}, "no domain 'pythn'"),
+        ({"group_size": 96}, "--group-size 96 does not divide the 128"),
+        ({"include": ["lm_head"]}, "exclude each other"),
+        ({"bits": 5}, "--bits 5 is not supported"),
+    ],
+)
+def test_what_is_wrong_is_found_before_any_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(MoepressError, match=message):
+        run_recipe(make_recipe(SMALL | change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "not a readable YAML recipe"),
+        ("- demo", "does not hold a YAML mapping"),
+        ("model: demo\nkep: 0.5", "kep: Extra inputs"),
+        ("model: demo\nmax_kl: -1", "max_kl"),
+        ("keep: 0.5", "model: Field required"),
+    ],
+)
+def test_a_broken_recipe_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        make_recipe(load_recipe(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_three_quarters_stay_unless_told_otherwise() -> None:
+    assert make_recipe({"model": "demo"}).keep == 0.75
+    assert make_recipe({"model": "demo", "experts": 8}).keep is None
+
+
+def test_a_finished_run_says_so_in_its_journal(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "journal.jsonl").read_text().splitlines()]
+    assert [row["piece"] for row in rows[1:]] == ["profile", "plan", "model", "export-gptq", "report"]
+    assert yaml.safe_load((finished / "recipe.yaml").read_text())["model"] == "demo"
+
+
+def test_a_refused_resume_of_a_stage_keeps_its_work(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def interrupted() -> None:
+        with open_run(out, {"seed": 0}) as run:
+            run.write("a", "a.txt", lambda path: path.write_text("x") and None)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(UsageError, match="seed was 0, now 1"), open_run(out, {"seed": 1}, resume=True):
+        pass
+    assert (partial_folder(out) / "a.txt").read_text() == "x"
