@@ -372,7 +372,9 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
 @cli.command()
 @click.argument("model", required=False)
 @output_options("Folder for the run: model/, exports/, profile/, plan.json, report.html, ...")
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A YAML recipe; options go before it.")
+@click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="A YAML recipe; options given here win over it."
+)
 @selection_options
 @scheme_options
 @include_option
