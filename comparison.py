@@ -19,7 +19,7 @@ from moepress.converters.artifact import Artifact
 from moepress.errors import UsageError
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.experts import prune_source
-from moepress.models.family import shape_of
+from moepress.models.family import Shape, shape_of
 from moepress.models.inventory import inventory
 from moepress.models.walk import choose_device, choose_dtype, choose_limits
 from moepress.stages import DEFAULT_WINDOW, Machine, load_tokenizer
@@ -61,6 +61,18 @@ def load_evaluation(
         sources, max_windows = embedded_sources("evaluation"), max_windows or max(1, EMBEDDED_TOKENS // window)
     return evaluation_windows(
         sources, load_tokenizer(folder), window=window, max_windows=max_windows, vocab_size=vocabulary
+    )
+
+
+def evaluation_corpus(folder: Path, evaluation: Evaluation, shape: Shape) -> EvaluationCorpus:
+    """The windows that an evaluation describes, for a model of that shape with its tokenizer in `folder`."""
+    return load_evaluation(
+        folder,
+        evaluation.data,
+        evaluation.domains,
+        window=evaluation.window or min(shape.context, DEFAULT_WINDOW),
+        max_windows=evaluation.max_windows,
+        vocabulary=shape.vocabulary,
     )
 
 
@@ -120,14 +132,7 @@ def validate_stage(
         InvalidInputError: the subjects have different vocabularies, or the text is too short.
     """
     shape = shape_of(subjects[0].source.family, subjects[0].source.config)
-    corpus = load_evaluation(
-        tokenizer,
-        evaluation.data,
-        evaluation.domains,
-        window=evaluation.window or min(shape.context, DEFAULT_WINDOW),
-        max_windows=evaluation.max_windows,
-        vocabulary=shape.vocabulary,
-    )
+    corpus = evaluation_corpus(tokenizer, evaluation, shape)
     device = choose_device(machine.device)
     limits = choose_limits(shape, int(corpus.windows.shape[1]), machine.memory_bytes, device=device)
     quality = measure(

@@ -193,9 +193,7 @@ def open_run(
             leftover.unlink()
         yield run
     except Exception:
-        if not (
-            rows or run.pieces or in_place
-        ):  # nothing is lost, and nobody has to pass --resume or --force next time
+        if not (rows or run.pieces or in_place):  # nothing is lost: the next try needs no --resume or --force
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:

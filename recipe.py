@@ -19,12 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress import __version__
 from moepress.calibration.profile import Profile, fingerprint, load_profile
-from moepress.comparison import Evaluation, load_evaluation, pruned_subject, subject_of, validate_stage
+from moepress.comparison import Evaluation, evaluation_corpus, pruned_subject, subject_of, validate_stage
 from moepress.compress.estimate import estimate_forward, estimate_quantize
 from moepress.compress.linears import Include
 from moepress.compress.pipeline import check_scheme
 from moepress.compress.plan import Plan, count_from_keep, estimate_sizes, load_plan, make_plan, plan_text
-from moepress.compress.scoring import Criterion, Groups, domain_weights
+from moepress.compress.scoring import Criterion, Groups, default_criterion, domain_weights
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, UsageError
@@ -128,11 +128,11 @@ class _Setup:
     machine: Machine
 
 
-def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int]:
+def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     """Everything that can be wrong with a recipe, found before the first hour of work instead of after it.
 
     Returns:
-        The opened model, and the number of experts that stay.
+        The opened model, the number of experts that stay, and the criterion that chooses them.
 
     Raises:
         UsageError, InvalidInputError, UnsupportedError: as the stage concerned would.
@@ -145,22 +145,15 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int]:
     if "gptq" in recipe.to and Include.LM_HEAD in recipe.include:
         raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
     corpus = load_corpus(folder, _calibration(recipe), context=shape.context, vocabulary=shape.vocabulary)
-    domain_weights(corpus.domains, recipe.domain_weight)
-    load_evaluation(
-        folder,
-        recipe.data,
-        recipe.data_domain,
-        window=recipe.window or min(shape.context, DEFAULT_WINDOW),
-        max_windows=recipe.max_windows,
-        vocabulary=shape.vocabulary,
-    )
-    return checkpoint, count
+    criterion = recipe.criterion or default_criterion(domain_weights(corpus.domains, recipe.domain_weight))
+    evaluation_corpus(folder, _evaluation(recipe), shape)
+    return checkpoint, count, criterion
 
 
 def estimate_recipe(recipe: Recipe) -> dict[str, Any]:
     """What a run would take, after all its checks: the recipe in full, projected time, memory and disk by stage."""
-    checkpoint, count = check_recipe(recipe)
-    full = resolve(recipe, checkpoint, recipe.max_memory or default_memory())
+    checkpoint, count, criterion = check_recipe(recipe)
+    full = resolve(recipe, checkpoint, criterion, recipe.max_memory or default_memory())
     device, tokens = choose_device(full.device), full.tokens or DEFAULT_TOKENS
     scheme = Scheme(bits=full.bits, group_size=full.group_size)
     return {
@@ -172,18 +165,16 @@ def estimate_recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def resolve(recipe: Recipe, checkpoint: Checkpoint, memory_bytes: int) -> Recipe:
+def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory_bytes: int) -> Recipe:
     """The recipe with every default filled in, so that it says all that was used."""
     embedded = not (recipe.calibration or recipe.domain)
     device = choose_device(recipe.device)
-    weights = dict.fromkeys(recipe.domain_weight, 1.0) | recipe.domain_weight
-    differ = len({*weights.values(), 1.0}) > 1
     model = recipe.model if not Path(recipe.model).is_dir() else str(Path(recipe.model).resolve())
     values = {
         "model": model,
         "tokens": recipe.tokens or (EMBEDDED_TOKENS if embedded else DEFAULT_TOKENS),
         "window": recipe.window or min(checkpoint.shape.context, DEFAULT_WINDOW),
-        "criterion": recipe.criterion or (Criterion.EASY_EP if differ else Criterion.REAP),
+        "criterion": criterion,
         "device": str(device),
         "dtype": str(choose_dtype(recipe.dtype, device)).removeprefix("torch."),
         "max_memory": memory_bytes,
@@ -199,10 +190,12 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         InvalidInputError: model or text are not sound.
     """
     check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
-    checkpoint, count = check_recipe(recipe)
+    checkpoint, count, criterion = check_recipe(recipe)
     before = previous_settings(out) if resume else {}
     # Batch sizes depend on the memory, and the last bits of the result on them.
-    recipe = resolve(recipe, checkpoint, recipe.max_memory or before.get("recipe.max_memory") or default_memory())
+    recipe = resolve(
+        recipe, checkpoint, criterion, recipe.max_memory or before.get("recipe.max_memory") or default_memory()
+    )
     settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
     settings |= {f"recipe.{k}": v for k, v in recipe.model_dump(mode="json", exclude=set(LATE_FIELDS)).items()}
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
@@ -223,6 +216,17 @@ def _calibration(recipe: Recipe) -> Calibration:
         tokens=recipe.tokens,
         window=recipe.window,
         seed=recipe.seed,
+    )
+
+
+def _evaluation(recipe: Recipe) -> Evaluation:
+    return Evaluation(
+        data=recipe.data,
+        domains=recipe.data_domain,
+        window=recipe.window,
+        max_windows=recipe.max_windows,
+        throughput=recipe.throughput,
+        thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
     )
 
 
@@ -307,18 +311,10 @@ def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any]) -
         subjects.append(pruned_subject("pruned", original, plan))
     name = f"pruned + {recipe.bits} bit" if plan.prunes else f"{recipe.bits} bit"
     subjects.append(subject_of(name, artifact))
-    evaluation = Evaluation(
-        data=recipe.data,
-        domains=recipe.data_domain,
-        window=recipe.window,
-        max_windows=recipe.max_windows,
-        throughput=recipe.throughput,
-        thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
-    )
     report = validate_stage(
         subjects,
         folder,
-        evaluation,
+        _evaluation(recipe),
         setup.machine,
         setup.out,
         title=plan.model_name,

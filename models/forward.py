@@ -96,8 +96,7 @@ class StreamedModel:
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Token embeddings [B, T, D], in the compute dtype, on the device."""
-        weight = self._read("model.embed_tokens.weight")
-        return nn.functional.embedding(tokens_BT.to(self.device), weight).to(self.dtype)
+        return next(self.embed_all(iter((tokens_BT,))))
 
     def embed_all(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """`embed` for many batches, reading the table once."""

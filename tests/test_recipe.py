@@ -9,7 +9,7 @@ import yaml
 
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.journal import open_run, partial_folder
-from moepress.recipe import load_recipe, make_recipe, run_recipe
+from moepress.recipe import check_recipe, load_recipe, make_recipe, run_recipe
 from moepress.validation.schema import Report
 
 SMALL: dict[str, Any] = {
@@ -111,6 +111,14 @@ def test_a_broken_recipe_is_refused_in_one_line(tmp_path: Path, text: str, messa
     with pytest.raises(InvalidInputError, match=message) as caught:
         make_recipe(load_recipe(file))
     assert "\n" not in str(caught.value)
+
+
+def test_equal_weights_keep_the_default_criterion() -> None:
+    def chosen(weights: dict[str, float]) -> str:
+        return check_recipe(make_recipe(SMALL | {"domain_weight": weights}))[2].value
+
+    assert chosen(dict.fromkeys(("german", "math", "python", "wiki"), 3.0)) == "reap"
+    assert chosen({"python": 3.0}) == "easy-ep"
 
 
 def test_three_quarters_stay_unless_told_otherwise() -> None:
