@@ -20,7 +20,7 @@ help:
 .venv/.installed-run: $(INSTALL_INPUTS)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing moepress into .venv (a minute or two the first time) ..."
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[onnx]"
 	@touch $@
 
 .venv/.installed-dev: $(INSTALL_INPUTS)

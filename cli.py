@@ -15,12 +15,14 @@ from moepress import __version__
 from moepress.errors import MoepressError, ThresholdMissedError, UsageError
 from moepress.options import (
     calibration_options,
+    device_options,
     dry_run_option,
     evaluation_options,
     include_option,
     json_option,
     machine_options,
     nonfinite_option,
+    onnx_options,
     output_options,
     scheme_options,
     selection_options,
@@ -137,6 +139,29 @@ def inspect(model: str, as_json: bool) -> None:
     check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
     found = describe(checkpoint)
     _emit(found) if as_json else print_inventory(found)
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Tell what is installed, what ONNX Runtime's sessions really run on, devices and free disk, and what to mend.
+
+    Ends with 5 when two ONNX Runtime packages clash or what is installed of it cannot be used, else with 0.
+
+    \b
+    Example:  moepress doctor --json
+    """
+    from moepress.doctor import diagnose, print_diagnosis
+    from moepress.errors import UnsupportedError
+
+    found = diagnose(Path.cwd())
+    _emit(asdict(found)) if as_json else print_diagnosis(found)
+    _note(*found.notes)
+    for problem in found.problems:
+        if problem not in found.clashes:
+            click.echo(f"Problem: {problem}", err=True)
+    if found.clashes:
+        raise UnsupportedError(" ".join(found.clashes))
 
 
 @cli.command()
@@ -305,17 +330,33 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
 @cli.command()
 @click.argument("artifact")
 @output_options("Folder for the export.")
-@click.option("--to", "target", required=True, type=click.Choice(["gptq", "compressed-tensors"]), help="The layout.")
+@click.option(
+    "--to", "target", required=True, type=click.Choice(["gptq", "compressed-tensors", "onnx"]), help="The format."
+)
+@onnx_options
+@dry_run_option
 @json_option
-def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool) -> None:
-    """Lay the codes of a quantized ARTIFACT out in another format. Codes do not change; nothing is solved again.
+def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool, **options: Any) -> None:
+    """Write a quantized ARTIFACT in another format. Codes do not change; nothing is solved again.
+
+    gptq and compressed-tensors take a quantized folder. onnx takes any folder: quantized, pruned, or the original,
+    whose experts then stay dense. Its result runs in ONNX Runtime and onnxruntime-genai, and is held against ARTIFACT
+    before it appears. --for, --experts, --accuracy-level, --no-check and --dry-run belong to onnx.
 
     \b
     Example:  moepress export quantized --to gptq -o quantized-gptq
+              moepress export quantized --to onnx -o quantized-onnx
+              moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
     """
-    from moepress import stages
+    from moepress import exports, stages
 
-    result = stages.export_stage(artifact, stages.Output(folder=output, resume=resume, force=force), target)
+    place = stages.Output(folder=output, resume=resume, force=force)
+    if target == "onnx":
+        _export_onnx(artifact, place, options, as_json=as_json)
+        return
+    if not all_default("preset", "kernel", "accuracy_level", "no_check", "dry_run"):
+        raise UsageError("--for, --experts, --accuracy-level, --no-check and --dry-run go with --to onnx only.")
+    result = exports.export_stage(artifact, place, target)
     _note(*result.notes)
     if as_json:
         _emit({"output": str(output), **asdict(result)})
@@ -323,6 +364,21 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
         from moepress.printed import human_bytes
 
         click.echo(f"{output}: {result.modules} matrices in {target} layout, {human_bytes(result.bytes_after)}")
+
+
+def _export_onnx(artifact: str, place: Any, options: Mapping[str, Any], *, as_json: bool) -> None:
+    from moepress import exports
+    from moepress.parsed import onnx_of
+    from moepress.printed import print_onnx
+
+    _quiet_libraries()
+    request = onnx_of(options)
+    if options["dry_run"]:
+        _emit(exports.onnx_estimate(artifact, request))
+        return
+    result = exports.onnx_stage(artifact, place, request, check=not options["no_check"])
+    _note(*result.notes)
+    _emit({"output": str(place.folder), **asdict(result)}) if as_json else print_onnx(result, place.folder)
 
 
 @cli.command()
@@ -367,6 +423,63 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
         output.mkdir(parents=True, exist_ok=True)
         write_report(report, output)
     _show_report(report, output, as_json=as_json)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, help="Stop after so many tokens.")
+@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
+@click.option("--top-k", type=int, help="Draw among so many likeliest tokens only.  [default: all]")
+@click.option("--top-p", type=float, help="Draw among the likeliest tokens of this share only.  [default: all]")
+@click.option("--seed", type=int, default=0, help="Of the draws: the same seed gives the same text.")
+@click.option("--chat", is_flag=True, help="Write the prompt with the tokenizer's chat template.")
+@device_options
+@json_option
+def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
+    """Let MODEL go on from PROMPT, to look at what was made: an original, pruned or quantized folder. A PROMPT of - is
+    read from stdin.
+
+    The text comes to stdout as it is made. The whole model is loaded, quantized weights as dense ones, so it must fit
+    into memory.
+
+    \b
+    Example:  moepress generate demo "def main():"
+              moepress generate pressed "The sum of" --temperature 0.8 --top-p 0.95 --seed 7
+    """
+    from moepress import generation
+    from moepress.stages import Machine
+    from moepress.validation.generate import Sampling
+
+    _quiet_libraries()
+    request = generation.Request(
+        prompt=_prompt_of_stdin() if prompt == "-" else prompt,
+        chat=options["chat"],
+        max_new_tokens=options["max_new_tokens"],
+        sampling=Sampling(**{name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}),
+    )
+    machine = Machine(device=options["device"], dtype=options["dtype"])
+    try:
+        made = generation.generate_stage(
+            model, request, machine, write=lambda piece: None if as_json else click.echo(piece, nl=False)
+        )
+    except KeyboardInterrupt:
+        _fail("Interrupted.", INTERRUPTED)  # there is nothing to resume
+    if as_json:
+        _emit(asdict(made))
+        return
+    click.echo()
+    speed = f"{made.tokens} tokens in {made.seconds:.1f} s ({made.tokens / made.seconds:.1f} per second)"
+    _note(f"{speed}, {made.runtime}, {made.dtype} on {made.device}, stopped: {made.stopped}")
+
+
+def _prompt_of_stdin() -> str:
+    """What stands in stdin, without the newline that a shell puts at its end."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("The text on stdin is not valid UTF-8; convert it to UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 @cli.command()

@@ -70,6 +70,33 @@ nonfinite_option: Decorator = click.option(
 )
 
 
+def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--for, --experts, --accuracy-level and --no-check of `export --to onnx`."""
+    return _stack(
+        click.option(
+            "--for",
+            "preset",
+            type=click.Choice(["cpu", "cuda"]),
+            default="cpu",
+            help="cpu: an fp32 graph; cuda: an fp16 graph. The codes are the same.",
+        ),
+        click.option(
+            "--experts",
+            "kernel",
+            type=click.Choice(["qmoe", "loop"]),
+            default="qmoe",
+            help="qmoe: a layer's experts as one fused node; loop: as matrices of their own, for providers without it.",
+        ),
+        click.option(
+            "--accuracy-level",
+            type=click.Choice(["0", "4"]),
+            default="0",
+            help="On the CPU: 0 keeps activations in fp32; 4 rounds them to int8, faster and less exact.",
+        ),
+        click.option("--no-check", is_flag=True, help="Leave out the self-check in ONNX Runtime."),
+    )(function)
+
+
 def output_options(what: str) -> Decorator:
     """-o, --resume and --force."""
     return _stack(
@@ -97,7 +124,7 @@ calibration_options: Decorator = _stack(
     click.option("--seed", type=int, default=0, show_default=True, help="Chooses the windows."),
 )
 
-machine_options: Decorator = _stack(
+device_options: Decorator = _stack(
     click.option(
         "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the layers run."
     ),
@@ -108,6 +135,10 @@ machine_options: Decorator = _stack(
         show_default=True,
         help="Compute dtype: auto is float32 on the CPU and bfloat16 elsewhere.",
     ),
+)
+
+machine_options: Decorator = _stack(
+    device_options,
     click.option(
         "--max-memory", metavar="SIZE", help="Memory to work in, such as 8GiB.  [default: half of what is free]"
     ),

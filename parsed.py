@@ -82,6 +82,18 @@ def includes_of(options: Mapping[str, Any]) -> Any:
     return frozenset(Include(name) for name in options["include"])
 
 
+def onnx_of(options: Mapping[str, Any]) -> Any:
+    """The ONNX model that --for, --experts and --accuracy-level describe."""
+    from moepress.converters.onnx_runtime import require_onnx
+
+    require_onnx()  # before the module below, which imports it
+    from moepress.converters.onnx_export import OnnxRequest
+
+    return OnnxRequest(
+        preset=options["preset"], kernel=options["kernel"], accuracy_level=int(options["accuracy_level"])
+    )
+
+
 def calibration_of(options: Mapping[str, Any]) -> Any:
     """The calibration that --calibration, --domain, --tokens, --window and --seed describe."""
     from moepress.stages import Calibration

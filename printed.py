@@ -157,3 +157,23 @@ def print_quantized(result: Mapping[str, Any], folder: Path) -> None:
             console.print(f"Note: {found} experts {title}.")
     if result["calibration"]["embedded"]:
         console.print(EMBEDDED_NOTE)
+
+
+def print_onnx(result: Any, folder: Path) -> None:
+    """What `export --to onnx` made, and what its self-check found."""
+    console = _console()
+    console.print(f"{folder}: ONNX, {result.nodes} nodes, {human_bytes(result.bytes_after)}")
+    found = result.checked
+    if found is None:
+        return
+    prefill, decode = found.tokens
+    console.print(f"checked against {found.compared_with}, in a session on {', '.join(found.providers)}:")
+    table = _table("tokens", "largest difference, of the largest logit")
+    table.add_row(f"{prefill} prefill", f"{found.prefill_error:.1e}")
+    table.add_row(f"{decode} decode", f"{found.decode_error:.1e}")
+    console.print(table)
+    console.print(f"same most likely token: {found.same_top1:.0%}")
+    if found.genai_same is not None:
+        console.print(f"onnxruntime-genai goes on with the same greedy tokens: {'yes' if found.genai_same else 'no'}")
+    for note in found.notes:
+        console.print(f"Note: {note}.")

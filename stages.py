@@ -33,10 +33,8 @@ from moepress.compress.linears import Include
 from moepress.compress.pipeline import check_scheme, model_dtype, quantize, scale_value_dtype
 from moepress.compress.plan import Plan, check_plan
 from moepress.compress.pruning import prune
-from moepress.converters.artifact import open_artifact
-from moepress.converters.export import Exported, Target, check_target, export
 from moepress.converters.scheme import Scheme
-from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.errors import InvalidInputError, MoepressError
 from moepress.journal import Run, check_output, open_run, partial_folder, previous_settings
 from moepress.models.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.experts import moe_layers, prune_source
@@ -128,7 +126,11 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
-        raise InvalidInputError(f"{folder} has no tokenizer that transformers can read ({error}).") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".:")
+        raise InvalidInputError(
+            f"{folder} has no tokenizer that transformers can read ({reason}); put the tokenizer files of the original "
+            "model into it."
+        ) from error
 
 
 def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabulary: int) -> Corpus:
@@ -173,13 +175,18 @@ def _streamed(source: Source, machine: Machine) -> StreamedModel:
     return StreamedModel(source, device=device, dtype=choose_dtype(machine.dtype, device))
 
 
-def _require_room(output: Output, estimate: Estimate) -> None:
+def require_room(output: Output, disk_bytes: int) -> None:
+    """Refuse to start what the disk can not hold.
+
+    Raises:
+        MoepressError: with what is free and what is needed.
+    """
     parent = next(p for p in (output.folder, *output.folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
-    if free < estimate.disk_bytes and not output.resume:
+    if free < disk_bytes and not output.resume:
         raise MoepressError(
             f"{parent} has {free / 2**30:.1f} GiB free and the output needs about "
-            f"{estimate.disk_bytes / 2**30:.1f} GiB; make room or write to another disk."
+            f"{disk_bytes / 2**30:.1f} GiB; make room or write to another disk."
         )
 
 
@@ -259,7 +266,7 @@ def prune_stage(
     estimate = estimate_prune(checkpoint, plan)
     if dry_run:
         return asdict(estimate)
-    _require_room(output, estimate)
+    require_room(output, estimate.disk_bytes)
     settings = {
         "command": "prune",
         "moepress": __version__,
@@ -310,7 +317,7 @@ def quantize_stage(
     )
     if dry_run:
         return asdict(estimate)
-    _require_room(output, estimate)
+    require_room(output, estimate.disk_bytes)
     settings = {
         "command": "quantize",
         "model": digest,
@@ -343,16 +350,3 @@ def quantize_stage(
             summary=summary,
         )
     return {"bytes_before": checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}
-
-
-def export_stage(artifact_name: str, output: Output, target: Target) -> Exported:
-    """Lay a quantized folder out in another format."""
-    folder = Path(artifact_name)
-    check_output(output.folder, [folder], resume=output.resume, force=output.force)
-    artifact = open_artifact(folder)
-    if artifact.layout == target:
-        raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
-    check_target(artifact, target)
-    settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
-    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
-        return export(artifact, target, run)

@@ -44,6 +44,7 @@ class Artifact:
         scheme: bits and group size.
         layout: `compressed-tensors` or `gptq`.
         suffixes: the quantized tensors that stand for one weight.
+        exact: `read` multiplies in fp32 instead of the scales' dtype, as runtimes do that keep the codes.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Artifact:
     scheme: Scheme
     layout: str
     suffixes: tuple[str, ...]
+    exact: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -64,6 +66,18 @@ class Artifact:
     def is_quantized(self, name: str) -> bool:
         """Whether a weight is stored as codes."""
         return name not in self.stored
+
+    def scheme_of(self, name: str) -> Scheme:
+        """Bits and group size of a quantized weight."""
+        return self.scheme
+
+    def scales(self, name: str) -> Tensor:
+        """Scales [O, G] of a quantized weight, without reading its codes."""
+        suffix, by_groups = _SCALES[self.layout]
+        entry = self.stored[f"{name.removesuffix('.weight')}.{suffix}"]
+        scales = read_tensor(entry)
+        require_finite(entry, scales)
+        return scales.mT.contiguous() if by_groups else scales
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes int8 [O, I] and scales [O, G] of a quantized weight.
@@ -83,13 +97,13 @@ class Artifact:
         return reader.read_layer(module, tensors, self.scheme)
 
     def read(self, name: str) -> Tensor:
-        """One dense tensor: in its scales' dtype where it was quantized, else as stored."""
+        """One dense tensor: in its scales' dtype (fp32 if `exact`) where it was quantized, else as stored."""
         if not self.is_quantized(name):
             tensor = read_tensor(self.stored[name])
             require_finite(self.stored[name], tensor)
             return tensor
         codes, scales = self.codes(name)
-        return dense(codes, scales)
+        return dense(codes, scales.float() if self.exact else scales)
 
     def read_row(self, name: str, row: int) -> Tensor:
         """`read(name)[row]`; only unquantized tensors have rows that can be read alone."""
@@ -97,6 +111,7 @@ class Artifact:
 
 
 _READERS = {"compressed-tensors": compressed_layout, "gptq": gptq_layout}
+_SCALES = {"compressed-tensors": ("weight_scale", False), "gptq": ("scales", True)}  # suffix, stored as [G, O]
 
 
 def dense(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:

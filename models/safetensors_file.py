@@ -146,6 +146,14 @@ def read_row(entry: Stored, row: int) -> Tensor:
     return _tensor(read_bytes(entry, row * length, length), entry.dtype, entry.shape[1:])
 
 
+def read_rows(entry: Stored, begin: int, end: int) -> Tensor:
+    """Read `tensor[begin:end]`, reading no other bytes."""
+    length = entry.bytes // entry.shape[0]
+    return _tensor(
+        read_bytes(entry, begin * length, (end - begin) * length), entry.dtype, (end - begin, *entry.shape[1:])
+    )
+
+
 def _tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
     if not data:
         return torch.empty(shape, dtype=DTYPES[dtype])

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,10 +105,24 @@ def test_every_requirement_has_one_exact_pin() -> None:
     names = [pin.partition("==")[0].lower().replace("_", "-") for pin in pins]
     assert all("==" in pin and "+" not in pin for pin in pins)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["onnx"], *extras["dev"]]
+    wanted.remove("moepress[onnx]")
     for requirement in wanted:
         name = requirement.split(">")[0].split("=")[0].split("[")[0].strip().lower().replace("_", "-")
         assert names.count(name) == 1, f"{name} needs exactly one line in constraints.txt"
+
+
+def test_extras_with_different_onnx_runtimes_exclude_each_other() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = settings["project"]["optional-dependencies"]
+    conflicts = [{entry["extra"] for entry in group} for group in settings["tool"]["uv"]["conflicts"]]
+    cpu = {
+        name for name, wanted in extras.items() if any(re.match(r"onnxruntime>|moepress\[onnx\]", w) for w in wanted)
+    }
+    gpu = {name for name, wanted in extras.items() if any(w.startswith("onnxruntime-gpu") for w in wanted)}
+    assert (cpu, gpu) == ({"onnx", "dev"}, {"onnx-gpu"})
+    assert all({one, other} in conflicts for one in cpu for other in gpu)
 
 
 @pytest.mark.parametrize("module", ["moepress", "moepress.cli", "moepress.options", "moepress.errors"])
@@ -115,6 +130,7 @@ def test_importing_the_command_line_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     heavy = {"torch", "transformers", "numpy", "pyarrow", "pydantic", "matplotlib", "jinja2", "rich"}
+    heavy |= {"onnx", "onnxruntime"}
     assert not heavy & set(loaded.stdout.split())
 
 

@@ -16,9 +16,10 @@ from moepress.compress.linears import Include
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
 from moepress.errors import UnsupportedError, UsageError
+from moepress.exports import export_stage
 from moepress.models.checkpoint import open_checkpoint
 from moepress.models.family import Part, part_of
-from moepress.stages import Output, export_stage
+from moepress.stages import Output
 
 KEYS = ("deepseek_v3", "deepseek_v2", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
 WINDOWS = tiny_models.windows(256, count=3, length=16)

@@ -1,0 +1,108 @@
+"""export as functions: what was quantized or pruned, in the form that another runtime reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepress import __version__
+from moepress.calibration.profile import fingerprint
+from moepress.converters.artifact import open_artifact, open_source
+from moepress.converters.export import Exported, Target, check_target, export
+from moepress.errors import UsageError
+from moepress.journal import check_output, open_run
+from moepress.stages import Output, model_folder, require_room
+
+
+def export_stage(artifact_name: str, output: Output, target: Target) -> Exported:
+    """Lay a quantized folder out in another format."""
+    folder = Path(artifact_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    artifact = open_artifact(folder)
+    if artifact.layout == target:
+        raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
+    check_target(artifact, target)
+    settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
+    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+        return export(artifact, target, run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxResult:
+    """What an export to ONNX gave.
+
+    Attributes:
+        bytes_after: size of the graph and its weights.
+        nodes: number of the graph's nodes.
+        checked: findings of the self-check; None when there was none.
+        notes: what a user should know.
+    """
+
+    bytes_after: int
+    nodes: int
+    checked: Any
+    notes: tuple[str, ...]
+
+
+def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = True) -> OnnxResult:
+    """Export any folder that moepress reads to ONNX, and hold the result against it before it appears.
+
+    Args:
+        model_name: an artifact in either layout, a pruned or plain folder, or `demo`.
+        output: where to.
+        request: a `converters.onnx_export.OnnxRequest`.
+        check: run the self-check.
+
+    Raises:
+        UnsupportedError: a part of the model has no kernel, or onnx is not installed.
+        InvalidInputError: the folder is not sound.
+        MoepressError: the disk is too small, or the check failed.
+    """
+    from moepress.converters.onnx_runtime import require_onnx, require_onnxruntime
+
+    require_onnx()  # before the modules below, which import it
+    if check:
+        require_onnxruntime()
+    from moepress.converters.onnx_export import onnx_bytes, plan_onnx, write_onnx
+
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    source = open_source(folder)
+    decoder = plan_onnx(source, request)
+    require_room(output, onnx_bytes(decoder))
+    settings = {
+        "command": "export",
+        "moepress": __version__,
+        "target": "onnx",
+        "artifact": fingerprint(source),
+        "for": request.preset,
+        "kernel": request.kernel,
+        "accuracy_level": request.accuracy_level,
+    }
+    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+        made = write_onnx(source, decoder, request, run)
+        found: Any = None
+        if check:
+            from moepress.validation.onnx_check import check_export
+
+            found = check_export(source, run.folder)
+        run.finish()
+    notes = [*made.notes, *([f"Not checked in full: {found}."] if isinstance(found, str) else [])]
+    checked = None if isinstance(found, str) else found
+    return OnnxResult(bytes_after=made.bytes_after, nodes=made.nodes, checked=checked, notes=tuple(notes))
+
+
+def onnx_estimate(model_name: str, request: Any) -> dict[str, Any]:
+    """What an export would write, exactly, from the headers alone."""
+    from moepress.converters.onnx_runtime import require_onnx
+
+    require_onnx()
+    from moepress.converters.onnx_export import onnx_bytes, plan_onnx
+    from moepress.converters.onnx_graph import file_bytes
+
+    decoder = plan_onnx(open_source(model_folder(model_name)), request)
+    return {
+        "disk_bytes": onnx_bytes(decoder),
+        "nodes": len(decoder.model.graph.node),
+        "experts": decoder.experts,
+        "files": {name: file_bytes(entries) for name, entries in decoder.files.items()},
+    }

@@ -1,0 +1,157 @@
+"""An ONNX decoder in a session of ONNX Runtime, fed token by token or window by window.
+
+Letters: B batch, S tokens given, P tokens in the cache, V vocabulary, T tokens of a window.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moepress.converters.onnx_folder import MODEL, OnnxFolder
+from moepress.converters.onnx_runtime import CPU_PROVIDER, require_onnxruntime, session_options
+from moepress.errors import InvalidInputError, UnsupportedError, UsageError
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+# ONNX Runtime reads this when a session is made: 0 makes 8-bit experts compute with fp32 activations on the CPU.
+_INT8_SWITCH = "ORT_QMOE_CPU_QNBIT_GEMM"
+_CHUNK = 256  # tokens of a window that go through together: bounds the logits in memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxModel:
+    """A session.
+
+    Attributes:
+        folder: what it runs.
+        session: of ONNX Runtime.
+        providers: that it really got, best first.
+    """
+
+    folder: OnnxFolder
+    session: Any
+    providers: tuple[str, ...]
+
+    @property
+    def provider(self) -> str:
+        """The one that runs what it can, without `ExecutionProvider`."""
+        return self.providers[0].removesuffix("ExecutionProvider")
+
+
+def open_session(folder: OnnxFolder, device: str = "auto", *, exact: bool = True) -> OnnxModel:
+    """Load a decoder.
+
+    Args:
+        folder: from `open_onnx`.
+        device: `cpu`, `cuda`, or `auto`: CUDA when the folder was made for it and a session gets it, else the CPU.
+        exact: compute with fp32 activations wherever the CPU kernels can; for measuring quality, not speed.
+
+    Raises:
+        UsageError: CUDA was asked for and the session did not get it.
+        UnsupportedError: ONNX Runtime is not installed, or has no kernel for a node.
+    """
+    runtime = require_onnxruntime()
+    wants_cuda = device.startswith("cuda") or (device == "auto" and folder.summary.get("for") == "cuda")
+    wanted = [CUDA_PROVIDER, CPU_PROVIDER] if wants_cuda else [CPU_PROVIDER]
+    available = runtime.get_available_providers()
+    options = session_options()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with _switch(exact):
+        try:
+            session = runtime.InferenceSession(
+                str(folder.folder / MODEL), options, providers=[name for name in wanted if name in available]
+            )
+        except Exception as error:  # ONNX Runtime raises types of its own
+            why = " ".join(str(error).split())[:300]
+            raise UnsupportedError(f"ONNX Runtime can not load {folder.folder / MODEL} ({why}).") from error
+    model = OnnxModel(folder=folder, session=session, providers=tuple(session.get_providers()))
+    if device.startswith("cuda") and model.providers[0] != CUDA_PROVIDER:
+        raise UsageError(
+            f"--device {device}: the session got {', '.join(model.providers)} instead of CUDA; `moepress doctor` says "
+            "why."
+        )
+    return model
+
+
+@contextmanager
+def _switch(exact: bool) -> Iterator[None]:
+    before = os.environ.get(_INT8_SWITCH)
+    if exact:
+        os.environ[_INT8_SWITCH] = "0"
+    try:
+        yield
+    finally:
+        if exact:
+            os.environ.pop(_INT8_SWITCH, None)
+            if before is not None:
+                os.environ[_INT8_SWITCH] = before
+
+
+class Decoding:
+    """Sequences in the making: one cache, tokens in, logits out."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        self.model, self.length = model, 0
+        self._cache: list[Any] | None = None
+        self._names = [
+            f"past_key_values.{layer}.{part}" for layer in range(len(model.folder.caches)) for part in ("key", "value")
+        ]
+        self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in self._names)]
+
+    def step(self, tokens_BS: Tensor) -> Tensor:
+        """Logits fp32 [B, S, V] of the tokens given, int64 [B, S], which go into the cache.
+
+        Raises:
+            InvalidInputError: the logits hold NaN.
+        """
+        runtime = require_onnxruntime()
+        batch, given = tokens_BS.shape
+        self.length += given
+        folder = self.model.folder
+        feed: dict[str, Any] = {
+            "input_ids": np.ascontiguousarray(tokens_BS.numpy()),
+            "attention_mask": np.ones((batch, self.length), dtype=np.int64),
+        }
+        if "position_ids" in folder.inputs:
+            positions = np.arange(self.length - given, self.length, dtype=np.int64)
+            feed["position_ids"] = np.tile(positions, (batch, 1))
+        cache = self._cache or [runtime.OrtValue.ortvalue_from_numpy(empty) for empty in self._empty(batch)]
+        values = {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
+        values |= dict(zip(self._names, cache, strict=True))
+        made = self.model.session.run_with_ort_values(self._outputs, values)
+        self._cache = made[1:]
+        logits = torch.from_numpy(made[0].numpy()).float()
+        if not bool(torch.isfinite(logits).all()):
+            raise InvalidInputError(f"{folder.folder} gives NaN or Inf logits; export with --for cpu, which is fp32.")
+        return logits
+
+    def _empty(self, batch: int) -> list[Any]:
+        dtype = np.float32 if self.model.folder.dtype == "float32" else np.float16
+        shapes = [(batch, heads, 0, size) for heads, size in self.model.folder.caches for _part in range(2)]
+        return [np.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+def window_logits(model: OnnxModel, window_T: Tensor) -> Iterator[Tensor]:
+    """Logits of one window in chunks [S, V], in order: later chunks continue with the cache of earlier ones."""
+    decoding = Decoding(model)
+    for chunk in torch.split(window_T, _CHUNK):
+        yield decoding.step(chunk[None])[0]
+
+
+class OnnxDecoder:
+    """A session as a `Decoder` of `validation.generate`: one sequence, its own cache."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        self.context, self.vocabulary = model.folder.context, model.folder.vocabulary
+        self._decoding = Decoding(model)
+
+    def step(self, tokens_1S: Tensor) -> Tensor:
+        """New tokens int64 [1, S] to fp32 logits [1, V] of the last one."""
+        for chunk in torch.split(tokens_1S, _CHUNK, dim=1):
+            logits = self._decoding.step(chunk)
+        return logits[:, -1]
