@@ -41,7 +41,7 @@ class Artifact:
         stored: every tensor in every shard.
         shards: shard file names.
         shapes: the dense tensors that `read` gives.
-        scheme: bits and group size.
+        schemes: bits and group size, with the modules they are for; one for all Linears unless bits are mixed.
         layout: `compressed-tensors` or `gptq`.
         suffixes: the quantized tensors that stand for one weight.
         exact: `read` multiplies in fp32 instead of the scales' dtype, as runtimes do that keep the codes.
@@ -53,7 +53,7 @@ class Artifact:
     stored: dict[str, Stored]
     shards: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
-    scheme: Scheme
+    schemes: compressed_layout.Groups
     layout: str
     suffixes: tuple[str, ...]
     exact: bool = False
@@ -67,9 +67,16 @@ class Artifact:
         """Whether a weight is stored as codes."""
         return name not in self.stored
 
+    @property
+    def scheme(self) -> Scheme:
+        """Bits and group size; where they are mixed, those of the first group."""
+        return self.schemes[0][1]
+
     def scheme_of(self, name: str) -> Scheme:
         """Bits and group size of a quantized weight."""
-        return self.scheme
+        if len(self.schemes) == 1:
+            return self.scheme
+        return compressed_layout.scheme_for(name.removesuffix(".weight"), self.schemes)
 
     def scales(self, name: str) -> Tensor:
         """Scales [O, G] of a quantized weight, without reading its codes."""
@@ -94,7 +101,7 @@ class Artifact:
         for part in parts:
             require_finite(self.stored[part], tensors[part])
         reader: Layout = _READERS[self.layout]
-        return reader.read_layer(module, tensors, self.scheme)
+        return reader.read_layer(module, tensors, self.scheme_of(name))
 
     def read(self, name: str) -> Tensor:
         """One dense tensor: in its scales' dtype (fp32 if `exact`) where it was quantized, else as stored."""
@@ -139,15 +146,18 @@ def open_artifact(folder: Path) -> Artifact:
             f"{folder} is not in a quantized layout that moepress reads (compressed-tensors or gptq, not {method!r}); "
             "make one with `moepress quantize`."
         )
-    parse = compressed_layout.parse_config if method == "compressed-tensors" else gptq_layout.parse_config
-    scheme, _ignored = parse(quantization)
+    if method == "gptq":
+        scheme, _plain = gptq_layout.parse_config(quantization)
+        schemes: compressed_layout.Groups = ((("Linear",), scheme),)
+    else:
+        schemes, _ignored = compressed_layout.parse_groups(quantization)
     stored, shards = open_shards(folder)
     suffixes = _SUFFIXES[method]
     first = f".{suffixes[0]}"
     shapes = {n: e.shape for n, e in stored.items() if not n.endswith(tuple(f".{s}" for s in suffixes))}
     for name, entry in stored.items():
         if name.endswith(first):
-            shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, scheme, method)
+            shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, schemes[0][1], method)
     return Artifact(
         folder=folder,
         config=config,
@@ -155,7 +165,7 @@ def open_artifact(folder: Path) -> Artifact:
         stored=stored,
         shards=shards,
         shapes=shapes,
-        scheme=scheme,
+        schemes=schemes,
         layout=method,
         suffixes=suffixes,
     )

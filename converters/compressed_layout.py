@@ -9,6 +9,7 @@
 Letters: O out, I in, G groups. Source: compressed-tensors 0.20 `PackedQuantizationCompressor`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -172,22 +173,48 @@ def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
         UnsupportedError: asymmetric codes, several groups, another format, quantized activations, or any other
             setting under which the bytes mean something else.
     """
+    groups, ignore = parse_groups(config)
+    if len(groups) > 1:
+        raise UnsupportedError(f"quantization_config has {len(groups)} config groups: mixed bits, where one is wanted.")
+    return groups[0][1], ignore
+
+
+Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
+
+
+def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:
+    """All groups of a `quantization_config`: mixed bits have several, each with the modules it is for.
+
+    Returns:
+        Pairs of targets (module names, `re:` patterns, or `Linear` for all) and scheme, in order, and the ignore list.
+
+    Raises:
+        InvalidInputError, UnsupportedError: as `parse_config`; also two groups for the same target.
+    """
     _check_rules("quantization_config", config, _MODEL_RULES)
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise InvalidInputError(
             "quantization_config.config_groups is missing; config.json does not describe the codes."
         )
-    if len(groups) > 1:
+    found = tuple(
+        _group(f"quantization_config.config_groups.{n}", g, alone=len(groups) == 1) for n, g in groups.items()
+    )
+    targets = [target for own, _scheme in found for target in own]
+    if len(set(targets)) < len(targets):
         raise UnsupportedError(
-            f"quantization_config has {len(groups)} config groups ({', '.join(groups)}): mixed bits, which "
-            "transformers loads wrong without a word; moepress reads one scheme for the whole model."
+            f"quantization_config has {len(groups)} config groups for the same modules; not read here."
         )
-    [(name, group)] = groups.items()
-    where = f"quantization_config.config_groups.{name}"
+    return found, tuple(config.get("ignore") or ())
+
+
+def _group(where: str, group: Any, *, alone: bool) -> tuple[tuple[str, ...], Scheme]:
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         raise UnsupportedError(f"{where} does not spell out its weights' settings (a preset?); moepress needs them.")
-    _check_rules(where, group, _GROUP_RULES)
+    _check_rules(where, group, _GROUP_RULES[1:] if not alone else _GROUP_RULES)
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        raise InvalidInputError(f"{where}.targets is {targets!r}; it must be a list of names or patterns.")
     weights = group["weights"]
     _check_rules(f"{where}.weights", weights, _WEIGHT_RULES)
     group_size = weights.get("group_size")
@@ -195,7 +222,35 @@ def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
         group_size = PER_CHANNEL
     elif not isinstance(group_size, int):
         raise InvalidInputError(f"{where}.weights.group_size is {group_size!r}; the strategy `group` needs a number.")
-    return Scheme(bits=weights.get("num_bits", 8), group_size=group_size), tuple(config.get("ignore") or ())
+    return tuple(targets), Scheme(bits=weights.get("num_bits", 8), group_size=group_size)
+
+
+def scheme_for(module_name: str, groups: Groups) -> Scheme:
+    """The scheme of a module: the first group that names it or has a pattern for it, else the one for all Linears.
+
+    Raises:
+        InvalidInputError: no group is for it, or a pattern is no regular expression.
+    """
+    for targets, scheme in groups:
+        for target in targets:
+            if target == module_name or (
+                target.startswith(IGNORE_REGEX_PREFIX)
+                and _matches(target.removeprefix(IGNORE_REGEX_PREFIX), module_name)
+            ):
+                return scheme
+    for targets, scheme in groups:
+        if "Linear" in targets:
+            return scheme
+    raise InvalidInputError(f"config.json says nothing of how {module_name} is quantized; restore it.")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise InvalidInputError(
+            f"config.json holds the pattern {pattern!r}, which is none ({error}); mend it."
+        ) from error
 
 
 def check_layer(module_name: str, codes: Tensor, scales: Tensor, scheme: Scheme) -> None:

@@ -42,8 +42,13 @@ def check_target(artifact: Artifact, target: Target) -> None:
     """Refuse what a layout cannot hold, before any work.
 
     Raises:
-        UnsupportedError: lm_head is quantized.
+        UnsupportedError: bits are mixed, or lm_head is quantized.
     """
+    if len(artifact.schemes) > 1:
+        raise UnsupportedError(
+            f"{artifact.folder} has mixed bits, which moepress lays out for ONNX only (--to onnx); loaders of other "
+            "layouts take one scheme for the whole model."
+        )
     if target == "gptq" and "lm_head.weight" in artifact.shapes and artifact.is_quantized("lm_head.weight"):
         raise UnsupportedError("The GPTQ layout of a quantized lm_head is read by no MoE loader; quantize without it.")
 

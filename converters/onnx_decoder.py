@@ -14,6 +14,7 @@
 These are the names of onnxruntime-genai's and optimum's decoders.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,11 +25,11 @@ from moepress.converters.artifact import Artifact
 from moepress.converters.onnx_attention import Cache, Inputs, attention, cache_of, shared_inputs
 from moepress.converters.onnx_graph import ONNX_DTYPES, Graph
 from moepress.converters.onnx_moe import moe_block
-from moepress.converters.onnx_parts import Build, Kernel, gated_mlp, rms_norm
+from moepress.converters.onnx_parts import Build, Kernel, gated_mlp, linear, rms_norm
 from moepress.converters.onnx_weights import Weights, require_whole
 from moepress.errors import UnsupportedError
 from moepress.models.checkpoint import Checkpoint
-from moepress.models.experts import moe_layers
+from moepress.models.experts import moe_layers, router_disk_names
 from moepress.models.family import shape_of
 from moepress.models.skeleton import build_skeleton
 from moepress.models.writer import Entry
@@ -73,6 +74,8 @@ def build_decoder(
         raise UnsupportedError(
             f"Experts with the activation {model.config.hidden_act!r} have no ONNX kernel; use silu."
         )
+    if isinstance(source, Artifact):  # what is multiplied out here is multiplied out as ONNX Runtime does
+        source = dataclasses.replace(source, exact=True)
     build = Build(
         graph=Graph(),
         weights=Weights(source=source, dtype=dtype),
@@ -106,8 +109,6 @@ def layer_file(layer: int) -> str:
 
 
 def _experts_of(source: Checkpoint | Artifact, layer: int) -> int:
-    from moepress.models.experts import router_disk_names
-
     return source.shapes[router_disk_names(source, layer)[0]][0]
 
 
@@ -152,8 +153,6 @@ def _head(build: Build, hidden: str, inputs: Inputs, vocabulary: int) -> None:
     normed = rms_norm(build, HEAD_FILE, "model.norm.weight", eps, hidden, "/model/norm")
     name, table = "lm_head.weight", "model.embed_tokens.weight"
     if name in weights.source.shapes and weights.is_quantized(name):
-        from moepress.converters.onnx_parts import linear
-
         logits = linear(build, HEAD_FILE, name, normed, "/lm_head")
     else:
         if name not in weights.source.shapes:  # tied: the same numbers, in the dtype that a product needs

@@ -152,9 +152,8 @@ def _fused(build: Build, file: str, layer: int, experts: int, value: str, routin
         "normalize_routing_weights": 1,
     }
     if quantized:
-        out = graph.node(
-            "QMoE", _codes(build, file, layer, experts, value, rows), f"{scope}/QMoE", **common, **_qmoe(build, layer)
-        )
+        codes, packing = _codes(build, file, layer, experts)
+        out = graph.node("QMoE", [value, rows, *codes], f"{scope}/QMoE", **common, **packing)
     else:
         prefix = f"model.layers.{layer}.mlp.experts"
         parts = [
@@ -182,32 +181,33 @@ def _router_rows(build: Build, layer: int, routing: _Routing) -> str:
     return rows if build.onnx_dtype == 1 else build.cast(rows, build.onnx_dtype, f"{scope}/rows_cast")
 
 
-def _qmoe(build: Build, layer: int) -> dict[str, Any]:
-    names = build.weights.source.family.expert_names(layer, 0)
-    scheme = build.weights.scheme_of(names[0])
-    width, hidden = build.weights.expert_shape(layer)
-    return {
-        "expert_weight_bits": scheme.bits,
-        "block_size": block_size(scheme, hidden, width),
+def _codes(build: Build, file: str, layer: int, experts: int) -> tuple[list[str], dict[str, Any]]:
+    """Weights of a QMoE node, in the order of its inputs, and the attributes that say how they are packed.
+
+    Raises:
+        UnsupportedError: the matrices of the layer have different widths.
+    """
+    weights, prefix = build.weights, f"model.layers.{layer}.mlp.experts"
+    names = [weights.source.family.expert_names(layer, e) for e in range(experts)]
+    schemes = {weights.scheme_of(name) for own in names for name in own}
+    bits = {scheme.bits for scheme in schemes}
+    if len(bits) > 1:
+        raise UnsupportedError(
+            f"Layer {layer} has experts of {' and '.join(map(str, sorted(bits)))} bits, and a QMoE has one width; "
+            "export with --experts loop."
+        )
+    width, hidden = weights.expert_shape(layer)
+    block = min(block_size(scheme, hidden, width) for scheme in schemes)
+    fc1 = weights.expert_matrices([(gate, up) for gate, up, _ in names], f"{prefix}.fc1", block)
+    fc2 = weights.expert_matrices([(down,) for *_, down in names], f"{prefix}.fc2", block)
+    entries = [build.graph.weight(file, entry) for entry in (*fc1, *fc2)]
+    attributes = {
+        "expert_weight_bits": bits.pop(),
+        "block_size": block,
         "weights_prepacked": 0,  # codes as they are; the default means packed for CUTLASS
         "accuracy_level": build.accuracy_level,
     }
-
-
-def _codes(build: Build, file: str, layer: int, experts: int, value: str, rows: str) -> list[str]:
-    family, prefix = build.weights.source.family, f"model.layers.{layer}.mlp.experts"
-    names = [family.expert_names(layer, e) for e in range(experts)]
-    schemes = {build.weights.scheme_of(name).bits for name in names[0]}
-    if len(schemes) > 1:
-        raise UnsupportedError(
-            f"Layer {layer} has experts of {' and '.join(map(str, sorted(schemes)))} bits, and a QMoE has one width; "
-            "export with --experts loop."
-        )
-    block = _qmoe(build, layer)["block_size"]
-    fc1 = build.weights.expert_matrices([(gate, up) for gate, up, _ in names], f"{prefix}.fc1", block)
-    fc2 = build.weights.expert_matrices([(down,) for *_, down in names], f"{prefix}.fc2", block)
-    weights = [build.graph.weight(file, entry) for entry in (*fc1, *fc2)]
-    return [value, rows, weights[0], weights[1], "", weights[2], weights[3]]
+    return [entries[0], entries[1], "", entries[2], entries[3]], attributes
 
 
 def _loop(build: Build, file: str, layer: int, experts: int, value: str, routing: _Routing) -> str:

@@ -59,6 +59,8 @@ class Weights:
     def plain(self, name: str, new_name: str, *, keep_dtype: bool = False, dtype: torch.dtype | None = None) -> Entry:
         """A tensor as it is, cast to the graph's dtype (or another, or none at all), read in rows."""
         shape = self.source.shapes[name]
+        if self.is_quantized(name):  # a router, say, that another tool quantized
+            return self.made(new_name, shape, lambda: self.source.read(name), dtype)
         stored = self.source.stored[name]
         wanted = dtype or self.dtype
         if keep_dtype and stored.dtype in ("F32", "F16", "BF16"):
@@ -76,11 +78,16 @@ class Weights:
             require_finite(stored, rows)
             yield tensor_bytes(cast(rows, dtype, name))
 
-    def made(self, new_name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Entry:
-        """A tensor that is computed when it is written, in the graph's dtype."""
-        return self._entry(
-            new_name, self.dtype, shape, lambda: iter((tensor_bytes(cast(make(), self.dtype, new_name)),))
-        )
+    def made(
+        self, new_name: str, shape: tuple[int, ...], make: Callable[[], Tensor], dtype: torch.dtype | None = None
+    ) -> Entry:
+        """A tensor that is computed when it is written, in the graph's dtype or another one."""
+        wanted = dtype or self.dtype
+
+        def data() -> Iterator[Any]:
+            yield tensor_bytes(cast(make(), wanted, new_name))
+
+        return self._entry(new_name, wanted, shape, data)
 
     def matrix(self, name: str, new_name: str) -> tuple[Entry, Entry]:
         """Codes and scales of one quantized matrix for MatMulNBits."""

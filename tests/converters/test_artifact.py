@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moepress.compress.linears import Include
 from moepress.converters.artifact import dense, open_artifact, open_source
+from moepress.converters.export import check_target
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
@@ -203,7 +204,7 @@ def test_scales_that_are_not_finite_are_refused_by_name(spoilt: Path) -> None:
         open_artifact(spoilt).read(f"{MODULE}.weight")
 
 
-def test_mixed_bits_are_refused(spoilt: Path) -> None:
+def test_two_groups_for_the_same_modules_are_refused(spoilt: Path) -> None:
     config = json.loads((spoilt / "config.json").read_text())["quantization_config"]
     config["config_groups"]["group_1"] = config["config_groups"]["group_0"]
     tiny_models.edit_config(spoilt, quantization_config=config)
@@ -219,3 +220,25 @@ def test_other_schemes_load_too(tiny_model: Callable[..., Path], tmp_path: Path,
     assert artifact.scheme == scheme
     windows = tiny_models.windows(256, seed=8)
     assert_near(streamed_logits(artifact, windows, tmp_path), logits_of(loaded(folder), windows), 2e-5)
+
+
+def test_mixed_bits_are_read_layer_by_layer(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Layer 0 of an 8-bit folder in a 4-bit folder: both give the numbers that they had."""
+    model, windows = tiny_model("olmoe"), tiny_models.windows(256, count=2)
+    schemes = {bits: Scheme(bits=bits, group_size=32) for bits in (4, 8)}
+    for bits, scheme in schemes.items():
+        quantized_folder(model, windows, tmp_path / str(bits), scheme=scheme)
+    folder, eight = tmp_path / "4", tiny_models.load_tensors(tmp_path / "8")
+    names = [f"model.layers.{layer}.mlp.experts.2.gate_proj.weight" for layer in range(2)]
+    before = [open_artifact(tmp_path / "8").read(names[0]), open_artifact(folder).read(names[1])]
+    first = {n: t for n, t in eight.items() if n.startswith("model.layers.0.mlp.experts")}
+    tiny_models.rewrite(folder, lambda tensors: tensors.update(first))
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    group = json.loads((tmp_path / "8" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    config["config_groups"]["group_1"] = group | {"targets": ["re:model.layers.0.mlp.experts"]}
+    tiny_models.edit_config(folder, quantization_config=config)
+    mixed = open_artifact(folder)
+    assert [mixed.scheme_of(name) for name in names] == [schemes[8], schemes[4]]
+    assert all(torch.equal(mixed.read(name), weight) for name, weight in zip(names, before, strict=True))
+    with pytest.raises(UnsupportedError, match="mixed bits"):
+        check_target(mixed, "gptq")

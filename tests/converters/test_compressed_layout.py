@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from moepress.converters.compressed_layout import layer_tensors, parse_config, quantization_config, read_layer
+from moepress.converters.compressed_layout import (
+    layer_tensors,
+    parse_config,
+    parse_groups,
+    quantization_config,
+    read_layer,
+    scheme_for,
+)
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 
@@ -152,11 +159,56 @@ def test_a_config_that_means_other_bytes_is_refused(path: tuple[str, ...], value
         parse_config(config)
 
 
-def test_two_config_groups_are_refused_because_transformers_loads_them_wrong() -> None:
+def mixed_config() -> dict[str, Any]:
+    """8 bits in layer 0 and in one Linear that is named, 4 bits elsewhere."""
+    config = quantization_config(Scheme(), [])
+    eight = copy.deepcopy(config["config_groups"]["group_0"])
+    eight["targets"] = [r"re:model\.layers\.0\..*", "model.layers.1.self_attn.q_proj"]
+    eight["weights"] |= {"num_bits": 8, "group_size": 32}
+    config["config_groups"]["group_1"] = eight
+    return config
+
+
+def test_two_groups_where_one_is_wanted_or_for_the_same_modules_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="2 config groups"):
+        parse_config(mixed_config())
     config = quantization_config(Scheme(), [])
     config["config_groups"]["group_1"] = config["config_groups"]["group_0"]
-    with pytest.raises(UnsupportedError, match="2 config groups"):
-        parse_config(config)
+    with pytest.raises(UnsupportedError, match="2 config groups for the same modules"):
+        parse_groups(config)
+
+
+def test_the_group_of_a_module_is_the_one_that_names_it_then_the_one_for_all() -> None:
+    groups, _ignored = parse_groups(mixed_config())
+    eight, four = Scheme(bits=8, group_size=32), Scheme()
+    found = {
+        name: scheme_for(name, groups)
+        for name in (
+            "model.layers.0.mlp.experts.3.up_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.self_attn.k_proj",
+            "model.layers.10.mlp.experts.3.up_proj",
+        )
+    }
+    assert list(found.values()) == [eight, eight, four, four]
+
+
+def test_a_module_of_no_group_and_a_broken_pattern_are_refused() -> None:
+    config = mixed_config()
+    config["config_groups"]["group_0"]["targets"] = ["re:model[.layers"]
+    groups, _ignored = parse_groups(config)
+    with pytest.raises(InvalidInputError, match="which is none"):
+        scheme_for("lm_head", groups)
+    with pytest.raises(InvalidInputError, match=r"says nothing of how lm_head"):
+        scheme_for("lm_head", groups[1:])
+
+
+@pytest.mark.parametrize("targets", [None, [], "Linear", [3]])
+def test_targets_that_are_no_list_of_names_are_refused(targets: object) -> None:
+    config = mixed_config()
+    config["config_groups"]["group_1"]["targets"] = targets
+    with pytest.raises(InvalidInputError, match=r"group_1\.targets"):
+        parse_groups(config)
 
 
 def test_a_config_without_groups_is_invalid() -> None:
