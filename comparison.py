@@ -1,5 +1,6 @@
 """validate as a function: several models, one text, one report."""
 
+import dataclasses
 import math
 import os
 import platform
@@ -9,24 +10,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from moepress import __version__
 from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.plan import Plan, estimate_sizes
-from moepress.converters.artifact import Artifact
-from moepress.errors import UsageError
-from moepress.models.checkpoint import Checkpoint
+from moepress.converters.artifact import Artifact, open_source
+from moepress.converters.onnx_folder import OnnxFolder, is_onnx, open_onnx
+from moepress.converters.onnx_runtime import installed_version, require_onnxruntime, session_providers
+from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.models.checkpoint import Checkpoint, Source
 from moepress.models.experts import prune_source
 from moepress.models.family import Shape, shape_of
 from moepress.models.inventory import inventory
-from moepress.models.walk import choose_device, choose_dtype, choose_limits
+from moepress.models.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
 from moepress.stages import DEFAULT_WINDOW, Machine, load_tokenizer
-from moepress.validation.measure import Subject, measure
+from moepress.validation.measure import Subject, measure, vocabulary_of
 from moepress.validation.schema import Environment, Report, SubjectInfo
 from moepress.validation.thresholds import Thresholds, judge
-from moepress.validation.throughput import Bench, device_name, measure_throughput
+from moepress.validation.throughput import device_name, measure_throughput
+from moepress.validation.timing import Bench
 
 EMBEDDED_TOKENS = 8192  # per domain; the embedded Python is longer than the prose
 
@@ -38,7 +43,7 @@ class Evaluation:
     Attributes:
         data: files, folders or data sets; none at all means the embedded evaluation text.
         domains: NAME=PATH.
-        window: tokens per window; None for the model's context, at most 2048.
+        window: tokens per window; None for the reference's context, at most 2048.
         max_windows: windows per domain; None for all (of the embedded text, for 8192 tokens).
         throughput: also time prefill and decode.
         thresholds: limits that are judged.
@@ -64,20 +69,44 @@ def load_evaluation(
     )
 
 
-def evaluation_corpus(folder: Path, evaluation: Evaluation, shape: Shape) -> EvaluationCorpus:
-    """The windows that an evaluation describes, for a model of that shape with its tokenizer in `folder`."""
+def evaluation_corpus(folder: Path, evaluation: Evaluation, *, context: int, vocabulary: int) -> EvaluationCorpus:
+    """The windows that an evaluation describes, for a model of that context and vocabulary, tokenizer in `folder`."""
     return load_evaluation(
         folder,
         evaluation.data,
         evaluation.domains,
-        window=evaluation.window or min(shape.context, DEFAULT_WINDOW),
+        window=evaluation.window or min(context, DEFAULT_WINDOW),
         max_windows=evaluation.max_windows,
-        vocabulary=shape.vocabulary,
+        vocabulary=vocabulary,
+    )
+
+
+def open_subject(label: str, folder: Path) -> Subject:
+    """Any model folder as one side of a comparison: original, pruned, quantized in either layout, or ONNX.
+
+    Raises:
+        InvalidInputError: the folder is not sound.
+        UnsupportedError: it is an ONNX folder, and onnx or ONNX Runtime is not installed.
+    """
+    if not is_onnx(folder):
+        return subject_of(label, open_source(folder))
+    require_onnxruntime()
+    return onnx_subject(label, open_onnx(folder))
+
+
+def onnx_subject(label: str, source: OnnxFolder) -> Subject:
+    """An ONNX folder as one side of a comparison."""
+    return Subject(
+        label=label,
+        source=source,
+        folder=source.folder,
+        stored_bytes=source.total_bytes,
+        parameters=source.parameters,
     )
 
 
 def subject_of(label: str, source: Checkpoint | Artifact) -> Subject:
-    """A model folder as one side of a comparison."""
+    """A folder of safetensors as one side of a comparison."""
     parameters = sum(math.prod(shape) for shape in source.shapes.values())
     return Subject(
         label=label,
@@ -86,6 +115,24 @@ def subject_of(label: str, source: Checkpoint | Artifact) -> Subject:
         stored_bytes=source.total_bytes,
         parameters=parameters,
     )
+
+
+def tokenizer_folder(folders: Sequence[Path]) -> Path:
+    """The first folder with a tokenizer that can be read.
+
+    Raises:
+        InvalidInputError: none has one; of the first folder.
+    """
+    first: InvalidInputError | None = None
+    for folder in folders:
+        try:
+            load_tokenizer(folder)
+        except InvalidInputError as error:
+            first = first or error
+        else:
+            return folder
+    assert first is not None, "there is a folder"
+    raise first
 
 
 def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan) -> Subject:
@@ -116,7 +163,15 @@ def check_report_folder(folder: Path, models: Sequence[Path]) -> None:
 
 
 def validate_stage(
-    subjects: Sequence[Subject], tokenizer: Path, evaluation: Evaluation, machine: Machine, work: Path, **sections: Any
+    subjects: Sequence[Subject],
+    tokenizer: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    work: Path,
+    *,
+    onnx_device: str | None = None,
+    also_timed: Sequence[Subject] = (),
+    **sections: Any,
 ) -> Report:
     """Measure all subjects on the same text and make a report; the first one is the reference.
 
@@ -126,27 +181,45 @@ def validate_stage(
         evaluation: text, windows, thresholds.
         machine: device, dtype, memory.
         work: folder for scratch files.
+        onnx_device: `cpu`, `cuda` or `auto` for ONNX folders; None: as the machine says.
+        also_timed: models that have rows of throughput and no others; they come after the reference.
         sections: further fields of the report (title, pruning, quantization, calibration, notes, commands, recipe).
 
     Raises:
+        UsageError: CUDA is wanted for an ONNX folder and no session gets it, or the window exceeds a context.
         InvalidInputError: the subjects have different vocabularies, or the text is too short.
+        MoepressError: an ONNX folder does not fit into memory.
     """
-    shape = shape_of(subjects[0].source.family, subjects[0].source.config)
-    corpus = evaluation_corpus(tokenizer, evaluation, shape)
-    device = choose_device(machine.device)
-    limits = choose_limits(shape, int(corpus.windows.shape[1]), machine.memory_bytes, device=device)
+    provider = onnx_device or machine.device
+    streamed = [s.source for s in subjects if not isinstance(s.source, OnnxFolder)]
+    device = choose_device(machine.device if streamed else "cpu")
+    dtype = choose_dtype(machine.dtype if streamed else "float32", device)
+    folders = [s.source for s in subjects if isinstance(s.source, OnnxFolder)]
+    if folders:
+        _check_onnx(folders, provider)
+        subjects = [_exact(subject) for subject in subjects]
+    corpus = evaluation_corpus(
+        tokenizer,
+        evaluation,
+        context=min([_context(subjects[0]), *(folder.context for folder in folders)]),
+        vocabulary=vocabulary_of(subjects[0].source),
+    )
+    window = int(corpus.windows.shape[1])
+    _check_contexts(folders, window)
     quality = measure(
         subjects,
         corpus,
         device=device,
-        dtype=choose_dtype(machine.dtype, device),
-        limits=limits,
+        dtype=dtype,
+        limits=_limits(streamed, window, machine, device),
         scratch_folder=work,
+        onnx_device=provider,
     )
     timed = None
     if evaluation.throughput:
-        with_folder = [s for s in subjects if s.folder is not None]
-        timed = measure_throughput(with_folder, Bench(device=device, dtype=choose_dtype("auto", device)))
+        with_folder = [s for s in (subjects[0], *also_timed, *subjects[1:]) if s.folder is not None]
+        bench = Bench(device=device, dtype=choose_dtype("auto", device), onnx_device=provider)
+        timed = measure_throughput(with_folder, bench)
     return Report(
         tool_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -154,27 +227,88 @@ def validate_stage(
         quality=quality,
         throughput=timed,
         thresholds=judge(evaluation.thresholds, quality.rows),
-        environment=_environment(device),
+        environment=_environment(device, onnx=bool(folders)),
         **sections,
     )
 
 
+def _exact(subject: Subject) -> Subject:
+    """The subject with codes multiplied out in fp32, as ONNX Runtime does, so that like is compared with like."""
+    if not isinstance(subject.source, Artifact):
+        return subject
+    return dataclasses.replace(subject, source=dataclasses.replace(subject.source, exact=True))
+
+
+def _context(subject: Subject) -> int:
+    source = subject.source
+    return source.context if isinstance(source, OnnxFolder) else _shape(source).context
+
+
+def _limits(streamed: Sequence[Source], window: int, machine: Machine, device: torch.device) -> Limits:
+    if not streamed:  # sessions do not ask for it
+        return Limits(memory_bytes=machine.memory_bytes or default_memory(), batch_windows=1)
+    return choose_limits(_shape(streamed[0]), window, machine.memory_bytes, device=device)
+
+
+def _check_onnx(folders: Sequence[OnnxFolder], device: str) -> None:
+    """Refuse what a session would refuse, before the other models are measured."""
+    if device.startswith("cuda"):
+        got = session_providers("CUDAExecutionProvider")
+        if "CUDAExecutionProvider" not in got:
+            raise UsageError(
+                f"--device {device}: ONNX Runtime's session gets {', '.join(got)} instead of CUDA; `moepress doctor` "
+                "says why."
+            )
+    free = psutil.virtual_memory().available
+    for folder in folders:
+        if folder.total_bytes > free:
+            raise MoepressError(
+                f"{folder.folder} has {folder.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
+                "free; a session holds the whole model. Free some memory, or use a larger machine."
+            )
+
+
+def _check_contexts(folders: Sequence[OnnxFolder], window: int) -> None:
+    for folder in folders:
+        if window > folder.context:
+            raise UsageError(
+                f"--window {window} exceeds the {folder.context} tokens that {folder.folder} has room for."
+            )
+
+
 def _subject_info(subject: Subject) -> SubjectInfo:
-    shape = shape_of(subject.source.family, subject.source.config)
+    source = subject.source
     return SubjectInfo(
         label=subject.label,
         folder=subject.folder.name if subject.folder else None,
         stored_bytes=subject.stored_bytes,
         parameters=subject.parameters,
-        experts_per_layer=shape.experts,
-        bits=8 * subject.stored_bytes / max(subject.parameters, 1),
+        experts_per_layer=_onnx_experts(source) if isinstance(source, OnnxFolder) else _shape(source).experts,
+        bits=8 * subject.stored_bytes / subject.parameters if subject.parameters else None,
+        onnx=isinstance(source, OnnxFolder),
     )
 
 
-def _environment(device: torch.device) -> Environment:
+def _shape(source: Source) -> Shape:
+    return shape_of(source.family, source.config)
+
+
+def _onnx_experts(folder: OnnxFolder) -> int | tuple[int, int] | None:
+    counts = folder.summary.get("experts")
+    if not isinstance(counts, dict) or not counts:
+        return None
+    fewest, most = min(map(int, counts.values())), max(map(int, counts.values()))
+    return fewest if fewest == most else (fewest, most)
+
+
+def _environment(device: torch.device, *, onnx: bool) -> Environment:
     import transformers
 
     versions = {"moepress": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    if onnx:
+        versions["onnxruntime"] = require_onnxruntime().__version__
+        genai = next(filter(None, map(installed_version, ("onnxruntime-genai", "onnxruntime-genai-cuda"))), None)
+        versions |= {"onnxruntime-genai": genai} if genai else {}
     return Environment(
         versions=versions | {"python": platform.python_version()},
         device=device_name(device),

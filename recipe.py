@@ -5,31 +5,44 @@ OUT/journal.jsonl    settings and finished stages
 OUT/profile/         how the model uses its experts
 OUT/plan.json        what stays
 OUT/model/           the canonical artifact, compressed-tensors
-OUT/exports/<fmt>/   the same codes in other layouts
+OUT/exports/<fmt>/   the same codes in other layouts; onnx-before: the original, to be timed beside exports/onnx
 OUT/report.{html,md,json}
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress import __version__
 from moepress.calibration.profile import Profile, fingerprint, load_profile
-from moepress.comparison import Evaluation, evaluation_corpus, pruned_subject, subject_of, validate_stage
+from moepress.comparison import (
+    Evaluation,
+    evaluation_corpus,
+    onnx_subject,
+    pruned_subject,
+    subject_of,
+    validate_stage,
+)
 from moepress.compress.estimate import estimate_forward, estimate_quantize
-from moepress.compress.linears import Include
+from moepress.compress.linears import Include, linear_groups
 from moepress.compress.pipeline import check_scheme
 from moepress.compress.plan import Plan, count_from_keep, estimate_sizes, load_plan, make_plan, plan_text
 from moepress.compress.scoring import Criterion, Groups, default_criterion, domain_weights
-from moepress.converters.artifact import open_artifact
+from moepress.converters.artifact import open_artifact, open_source
+from moepress.converters.onnx_folder import open_onnx
+from moepress.converters.onnx_runtime import require_onnx, require_onnxruntime
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, UsageError
+from moepress.exports import export_stage, onnx_stage
 from moepress.journal import Run, check_output, open_run, previous_settings, write_atomically
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.experts import moe_layers
 from moepress.models.inventory import inventory
 from moepress.models.walk import choose_device, choose_dtype, default_memory
 from moepress.stages import (
@@ -40,15 +53,14 @@ from moepress.stages import (
     Machine,
     Output,
     QuantizeRequest,
-    export_stage,
     load_corpus,
     model_folder,
     profile_stage,
     quantize_stage,
 )
 from moepress.validation.report import write_report
-from moepress.validation.schema import Calibration as CalibrationSection
-from moepress.validation.schema import DomainLoss, ExpertName, LayerError, Pruning, Quantization, Report
+from moepress.validation.schema import Report
+from moepress.validation.sections import calibration_section, pruning_section, quantization_section
 from moepress.validation.thresholds import Thresholds
 
 # What may change on resume: it touches exports and the report alone, which are then made (again).
@@ -75,7 +87,7 @@ class Recipe(BaseModel):
     bits: int = 4
     group_size: int = 128
     include: tuple[Include, ...] = ()
-    to: tuple[Literal["gptq"], ...] = ()
+    to: tuple[Literal["gptq", "onnx"], ...] = ()
     data: tuple[str, ...] = ()
     data_domain: tuple[str, ...] = ()
     max_windows: int | None = Field(default=None, ge=1)
@@ -128,6 +140,15 @@ class _Setup:
     machine: Machine
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Onnx:
+    """Exports to ONNX: of the result, and of the original where there is one, with what the report says of them."""
+
+    after: Path | None = None
+    before: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
 def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     """Everything that can be wrong with a recipe, found before the first hour of work instead of after it.
 
@@ -141,13 +162,40 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     checkpoint = open_checkpoint(folder)
     shape, degroup = checkpoint.shape, recipe.groups is Groups.DEGROUP
     count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
-    check_scheme(checkpoint, Scheme(bits=recipe.bits, group_size=recipe.group_size), recipe.include)
+    scheme = Scheme(bits=recipe.bits, group_size=recipe.group_size)
+    check_scheme(checkpoint, scheme, recipe.include)
     if "gptq" in recipe.to and Include.LM_HEAD in recipe.include:
         raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
+    if "onnx" in recipe.to:
+        check_onnx(checkpoint, scheme, recipe.include)
     corpus = load_corpus(folder, _calibration(recipe), context=shape.context, vocabulary=shape.vocabulary)
     criterion = recipe.criterion or default_criterion(domain_weights(corpus.domains, recipe.domain_weight))
-    evaluation_corpus(folder, _evaluation(recipe), shape)
+    evaluation_corpus(folder, _evaluation(recipe), context=shape.context, vocabulary=shape.vocabulary)
     return checkpoint, count, criterion
+
+
+def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:
+    """Refuse what could not be exported to ONNX after it was quantized, as far as the original and the scheme tell.
+
+    Raises:
+        UnsupportedError: a package is missing, or a part of the model or the scheme has no kernel.
+    """
+    require_onnx()  # before the modules below, which import it
+    require_onnxruntime()
+    import torch
+
+    from moepress.converters.onnx_export import OnnxRequest, plan_onnx
+    from moepress.converters.onnx_weights import Weights, block_size
+
+    weights = Weights(source=checkpoint, dtype=torch.float32)
+    for layer in moe_layers(checkpoint):
+        block_size(scheme, *weights.expert_shape(layer))
+    layers = checkpoint.shape.layers
+    groups = [group for layer in range(layers) for group in linear_groups(checkpoint, layer, layers, include)]
+    names = {name for group in groups for name in group.names}
+    for name in names | ({"lm_head.weight"} if Include.LM_HEAD in include else set()):
+        block_size(scheme, checkpoint.shapes[name][1])
+    plan_onnx(checkpoint, OnnxRequest())
 
 
 def estimate_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -205,8 +253,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         profile = _profile(setup, run)
         plan = _plan(setup, run, profile)
         quantized = _quantize(setup, run, plan)
-        _exports(setup, run)
-        return _report(setup, run, plan, quantized)
+        exported = _exports(setup, run)
+        return _report(setup, run, plan, quantized, exported)
 
 
 def _calibration(recipe: Recipe) -> Calibration:
@@ -290,18 +338,58 @@ def _quantize(setup: _Setup, run: Run, plan: Plan) -> Mapping[str, Any]:
     return run.pieces["model"].note
 
 
-def _exports(setup: _Setup, run: Run) -> None:
-    for target in setup.recipe.to:
-        folder = setup.out / "exports" / target
-        if run.done(f"export-{target}") is None:
-            if not folder.exists():
-                export_stage(str(setup.out / "model"), Output(folder=folder, resume=True), target)
+def _exports(setup: _Setup, run: Run) -> _Onnx:
+    recipe, exports = setup.recipe, setup.out / "exports"
+    for target in recipe.to:
+        if target != "onnx" and run.done(f"export-{target}") is None:
+            if not (exports / target).exists():
+                export_stage(str(setup.out / "model"), Output(folder=exports / target, resume=True), target)
             run.mark(f"export-{target}")
+    if "onnx" not in recipe.to:
+        return _Onnx()
+    notes = _export_onnx(setup, run, "onnx", str(setup.out / "model"))
+    if not recipe.throughput:
+        return _Onnx(after=exports / "onnx", notes=notes)
+    lack = None if (exports / "onnx-before").exists() else _no_room(setup)
+    if lack is not None:
+        return _Onnx(after=exports / "onnx", notes=(*notes, lack))
+    notes += _export_onnx(setup, run, "onnx-before", recipe.model)
+    return _Onnx(after=exports / "onnx", before=exports / "onnx-before", notes=notes)
 
 
-def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any]) -> Report:
+def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, ...]:
+    from moepress.converters.onnx_export import OnnxRequest
+
+    folder, done = setup.out / "exports" / name, run.done(f"export-{name}")
+    if done is None:
+        made = None if folder.exists() else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
+        run.mark(f"export-{name}", {"notes": [f"exports/{name}: {note}" for note in made.notes] if made else []})
+    return tuple(run.pieces[f"export-{name}"].note["notes"])
+
+
+def _no_room(setup: _Setup) -> str | None:
+    """Why the original is not exported to ONNX, or None: it would be large, and is only needed to be timed."""
+    from moepress.converters.onnx_export import OnnxRequest, onnx_bytes, plan_onnx
+
+    size = onnx_bytes(plan_onnx(open_source(model_folder(setup.recipe.model)), OnnxRequest()))
+    memory, disk = _free_memory(), shutil.disk_usage(setup.out).free
+    lack = f"The original has no throughput in ONNX Runtime: in fp32 it has {size / 2**30:.1f} GiB, and"
+    if 2 * size > memory:
+        return f"{lack} {memory / 2**30:.1f} GiB of memory are free, of which it may take half."
+    if size > disk:
+        return f"{lack} {disk / 2**30:.1f} GiB of the disk are free."
+    return None
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any], onnx: _Onnx) -> Report:
     recipe, folder = setup.recipe, model_folder(setup.recipe.model)
     late = recipe.model_dump(mode="json", include=set(LATE_FIELDS) - {"to"})
+    if onnx.after is not None:
+        late["onnx"] = "before and after" if onnx.before is not None else "after"
     done = run.done("report")
     if done is not None and done.note == late:
         return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
@@ -311,61 +399,24 @@ def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any]) -
         subjects.append(pruned_subject("pruned", original, plan))
     name = f"pruned + {recipe.bits} bit" if plan.prunes else f"{recipe.bits} bit"
     subjects.append(subject_of(name, artifact))
+    if onnx.after is not None:
+        subjects.append(onnx_subject(f"{name}, ONNX", open_onnx(onnx.after)))
     report = validate_stage(
         subjects,
         folder,
         _evaluation(recipe),
         setup.machine,
         setup.out,
+        onnx_device="auto",  # the export is for the CPU; its throughput is taken on CUDA as well where there is one
+        also_timed=[onnx_subject("original, ONNX", open_onnx(onnx.before))] if onnx.before is not None else [],
         title=plan.model_name,
         pruning=pruning_section(plan) if plan.prunes else None,
         quantization=quantization_section(quantized, artifact.scheme, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
-        notes=tuple(plan.notes),
+        notes=(*plan.notes, *onnx.notes),
         commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
     write_report(report, setup.out)
     run.mark("report", late)
     return report
-
-
-def pruning_section(plan: Plan) -> Pruning:
-    """What the report says of the pruning."""
-    return Pruning(
-        criterion=plan.criterion.value,
-        kept=plan.experts,
-        total=plan.experts_before,
-        domains=tuple(
-            DomainLoss(domain=d, gate_mass_lost=loss.gate_mass, reap_mass_lost=loss.reap_sum_mass)
-            for d, loss in plan.loss.items()
-        ),
-        keep_set_stability=plan.stability,
-    )
-
-
-def quantization_section(result: Mapping[str, Any], scheme: Scheme, plan: Plan | None) -> Quantization:
-    """What the report says of the quantization."""
-    group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
-    return Quantization(
-        scheme=f"{scheme.bits} bit {group}, symmetric",
-        layers=tuple(LayerError(layer=int(n), mean_relative_error=e) for n, e in result["layer_error"].items()),
-        fallback_experts=_experts(result["experts_without_tokens"]) + _experts(result["experts_rounded"]),
-        unsupported_experts=_experts(plan.unsupported) if plan else (),
-    )
-
-
-def _experts(found: Mapping[Any, Sequence[int]]) -> tuple[ExpertName, ...]:
-    return tuple(ExpertName(layer=int(layer), expert=e) for layer, experts in found.items() for e in experts)
-
-
-def calibration_section(sources: Sequence[str], found: Mapping[str, Any]) -> CalibrationSection:
-    """What the report says of the calibration text."""
-    return CalibrationSection(
-        sources=tuple(sources) or ("the embedded text of moepress",),
-        embedded=bool(found["embedded"]),
-        domains=tuple(found["tokens_per_domain"]),
-        tokens=int(found["tokens"]),
-        seed=found["seed"],
-        digest=found["digest"],
-    )

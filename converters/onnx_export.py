@@ -152,11 +152,12 @@ def _summary(
 
 def _notes(source: Checkpoint | Artifact, request: OnnxRequest) -> list[str]:
     notes = []
-    bits = source.scheme.bits if isinstance(source, Artifact) else None
-    if request.kernel == "qmoe" and bits in (2, 8):
+    schemes = source.schemes if isinstance(source, Artifact) else ()
+    rounded = sorted({scheme.bits for _targets, scheme in schemes} & {2, 8})
+    if request.kernel == "qmoe" and rounded:
         notes.append(
-            f"ONNX Runtime's CPU kernel for {bits}-bit experts rounds activations to int8, whatever the accuracy "
-            "level; --experts loop is exact."
+            f"ONNX Runtime's CPU kernel for {' and '.join(map(str, rounded))}-bit experts rounds activations to int8, "
+            "whatever the accuracy level; --experts loop is exact."
         )
     if request.preset == "cuda":
         notes.append("The CUDA provider was not measured yet; the self-check ran the same graph on the CPU.")

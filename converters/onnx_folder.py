@@ -52,12 +52,12 @@ class OnnxFolder:
     @property
     def context(self) -> int:
         """Tokens that a sequence may have."""
-        return int(self.config.get("max_position_embeddings") or 2048)
+        return _whole(self.folder / "config.json", self.config, "max_position_embeddings") or 2048
 
     @property
     def parameters(self) -> int:
         """How many weights it has when dense; 0 where nobody noted it."""
-        return int(self.summary.get("parameters") or 0)
+        return _whole(self.folder / SUMMARY, self.summary, "parameters")
 
     @property
     def int8_activations(self) -> bool:
@@ -97,16 +97,26 @@ def open_onnx(folder: Path) -> OnnxFolder:
     element = inputs["past_key_values.0.key"].type.tensor_type.elem_type
     if element not in (_FLOAT, _FLOAT16):
         raise InvalidInputError(f"{file} has a cache that is neither float32 nor float16; moepress runs these two.")
-    return OnnxFolder(
+    opened = OnnxFolder(
         folder=folder,
         config=config,
         summary=read_json(folder / SUMMARY) if (folder / SUMMARY).is_file() else {},
         inputs=frozenset(inputs),
         caches=tuple(keys),
         dtype="float32" if element == _FLOAT else "float16",
-        vocabulary=int(config.get("vocab_size") or 0),
+        vocabulary=_whole(folder / "config.json", config, "vocab_size"),
         total_bytes=total,
     )
+    assert opened.context > 0  # refuses what is no number here, before anything is run
+    return opened
+
+
+def _whole(file: Path, values: Mapping[str, Any], key: str) -> int:
+    """A number of a JSON file that is not negative; 0 where it is not stated."""
+    found = values.get(key) or 0
+    if not isinstance(found, int) or found < 0:
+        raise InvalidInputError(f"{file}: {key} is {found!r}, which is no size; restore the file.")
+    return found
 
 
 def _cache(file: Path, inputs: Mapping[str, Any], layer: int) -> tuple[int, int]:
@@ -128,11 +138,10 @@ def _external_bytes(folder: Path, graph: Any) -> int:
             continue
         place = {row.key: row.value for row in tensor.external_data}
         name = place.get("location", "")
-        try:
-            end = int(place.get("offset") or 0) + int(place.get("length") or 0)
-        except ValueError as error:
-            raise InvalidInputError(f"{folder / MODEL}: {tensor.name} has no sound place; export it again.") from error
-        ends[name] = max(ends.get(name, 0), end)
+        begin, length = (place.get(key) or "0" for key in ("offset", "length"))
+        if not (begin.isdecimal() and length.isdecimal()):
+            raise InvalidInputError(f"{folder / MODEL}: {tensor.name} has no sound place; export it again.")
+        ends[name] = max(ends.get(name, 0), int(begin) + int(length))
     total = 0
     for name, end in ends.items():
         plain = name not in {"", ".", ".."} and PurePosixPath(name).name == name == PureWindowsPath(name).name

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import tiny_models
 import torch
+from onnx_runs import to_onnx
 from stage_runs import (
     add_tokenizer,
     command,
@@ -122,6 +124,46 @@ def test_every_kind_of_folder_goes_on_from_a_prompt(tiny_model: Callable[..., Pa
         assert streamed[0, ids.shape[1] - 1 : -1].argmax(-1).tolist() == found[name]
         assert content(folder) == before
     assert found["plain"] != found["pruned"]
+
+
+@pytest.fixture(scope="module")
+def demo_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return to_onnx(model_folder("demo"), tmp_path_factory.mktemp("demo") / "onnx")
+
+
+def test_an_onnx_folder_gives_the_text_of_its_original(demo_onnx: Path) -> None:
+    before = content(demo_onnx)
+    theirs = made("demo", PROMPT, "--max-new-tokens", 40, "--device", "cpu")
+    found = made(demo_onnx, PROMPT, "--max-new-tokens", 40)
+    assert (found["token_ids"], found["text"]) == (theirs["token_ids"], theirs["text"])
+    assert found["runtime"] == f"ONNX Runtime {onnxruntime.__version__}"
+    assert (found["device"], found["dtype"], found["stopped"]) == ("CPU", "float32", "length")
+    options = ["--temperature", 1, "--top-p", 0.8, "--seed", 3, "--max-new-tokens", 12]
+    assert made(demo_onnx, PROMPT, *options)["token_ids"] == made("demo", PROMPT, *options)["token_ids"]
+    assert content(demo_onnx) == before
+
+
+def test_an_onnx_folder_has_a_context_and_a_chat_template_too(demo_onnx: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(demo_onnx, tmp_path / "onnx"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    assert made(folder, "Hello", "--chat", "--max-new-tokens", 3)["tokens"] == 3
+    assert "room for 512" in refused(2, folder, "word " * 2000)
+    tiny_models.edit_config(folder, max_position_embeddings=12, eos_token_id=2047)
+    (folder / "generation_config.json").unlink()
+    found = made(folder, PROMPT)
+    assert (found["stopped"], found["tokens"]) == ("context", 12 - found["prompt_tokens"])
+
+
+def test_what_cannot_be_done_with_an_onnx_folder_is_said(demo_onnx: Path, tmp_path: Path) -> None:
+    assert "leave out --dtype" in refused(2, demo_onnx, PROMPT, "--dtype", "bfloat16")
+    assert "--device abacus" in refused(2, demo_onnx, PROMPT, "--device", "abacus")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        assert "instead of CUDA" in refused(2, demo_onnx, PROMPT, "--device", "cuda")
+    folder = Path(shutil.copytree(demo_onnx, tmp_path / "onnx"))
+    (folder / "model.head.data").unlink()
+    assert "model.head.data, which is missing" in refused(4, folder, PROMPT)
+    (folder / "model.onnx").write_bytes(b"\xff" * 99)
+    assert "not a readable ONNX model" in refused(4, folder, PROMPT)
 
 
 def test_sampling_follows_its_options_and_its_seed() -> None:

@@ -1,16 +1,22 @@
 """`run`: the stages in order in one folder, with everything that can be refused refused before any work."""
 
+import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from stage_runs import command
 
+from moepress import comparison, recipe
+from moepress.converters.onnx_folder import open_onnx
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.journal import open_run, partial_folder
 from moepress.recipe import check_recipe, load_recipe, make_recipe, run_recipe
 from moepress.validation.schema import Report
+from moepress.validation.timing import Bench
 
 SMALL: dict[str, Any] = {
     "model": "demo",
@@ -87,6 +93,8 @@ def test_a_resume_with_another_setting_is_refused_by_its_name(finished: Path) ->
         ({"group_size": 96}, "--group-size 96 does not divide the 128"),
         ({"include": ["lm_head"]}, "exclude each other"),
         ({"bits": 5}, "--bits 5 is not supported"),
+        ({"to": ["onnx"], "bits": 3}, "3-bit codes can not be exported to ONNX"),
+        ({"to": ["onnx"], "group_size": 8}, "Groups of 8 columns can not be exported to ONNX"),
     ],
 )
 def test_what_is_wrong_is_found_before_any_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -145,3 +153,76 @@ def test_a_refused_resume_of_a_stage_keeps_its_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="seed was 0, now 1"), open_run(out, {"seed": 1}, resume=True):
         pass
     assert (partial_folder(out) / "a.txt").read_text() == "x"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Throughput on few tokens."""
+    small = functools.partial(Bench, prompt=16, decode=4, repetitions=2)
+    monkeypatch.setattr(comparison, "Bench", small)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_to_onnx_reports_its_quality_and_the_speed_before_and_after(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = ["--tokens", "1024", "--window", "64", "--max-windows", "1", "--group-size", "64", "--max-memory", "1GiB"]
+    code, printed, errors = command("run", "demo", "-o", out, *small, "--to", "onnx")
+    assert code == 0, errors
+    assert {p.name for p in (out / "exports").iterdir()} == {"onnx", "onnx-before"}
+    report = Report.model_validate_json((out / "report.json").read_text())
+    assert [s.label for s in report.subjects] == ["original", "pruned", "pruned + 4 bit", "pruned + 4 bit, ONNX"]
+    onnx, artifact = report.overall("pruned + 4 bit, ONNX"), report.overall("pruned + 4 bit")
+    assert onnx.perplexity.value == pytest.approx(artifact.perplexity.value, rel=1e-4)
+    assert report.subjects[3].stored_bytes == open_onnx(out / "exports" / "onnx").total_bytes
+    assert report.throughput is not None
+    for runtime in ("ONNX Runtime", "onnxruntime-genai"):
+        rows = [row for row in report.throughput.rows if row.runtime.startswith(runtime)]
+        assert [row.subject for row in rows] == ["original, ONNX"] * 2 + ["pruned + 4 bit, ONNX"] * 2
+        assert [row.test for row in rows] == ["pp16", "tg4"] * 2
+        assert [row.ratio is None for row in rows] == [True, True, False, False]
+        assert all(row.provider == "CPU" and row.tokens_per_second for row in rows)
+    assert "ONNX Runtime" in printed
+
+
+@pytest.mark.usefixtures("quick")
+def test_onnx_can_be_added_on_resume_and_its_report_is_not_made_twice(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = contents(out)
+    alone = make_recipe(SMALL | {"to": ["gptq", "onnx"]})
+    report = run_recipe(alone, out, resume=True)
+    assert [s.label for s in report.subjects][3:] == ["pruned + 4 bit, ONNX"]
+    assert {p.name for p in (out / "exports").iterdir()} == {"gptq", "onnx"}  # nothing is timed
+    assert {name: data for name, data in contents(out).items() if name in before} == before
+    assert run_recipe(alone, out, resume=True).created == report.created
+    with_speed = make_recipe(SMALL | {"to": ["gptq", "onnx"], "throughput": True})
+    report = run_recipe(with_speed, out, resume=True)
+    assert report.throughput is not None
+    assert "original, ONNX" in {row.subject for row in report.throughput.rows}
+    assert run_recipe(make_recipe(SMALL), out, resume=True).subjects[-1].label == "pruned + 4 bit"
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_original_that_is_too_large_is_not_exported_and_the_report_says_so(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    monkeypatch.setattr(recipe, "_free_memory", lambda: 30 << 20)  # the demo has 18 MB
+    report = run_recipe(make_recipe(SMALL | {"to": ["gptq", "onnx"], "throughput": True}), out, resume=True)
+    assert not (out / "exports" / "onnx-before").exists()
+    assert any(note.startswith("The original has no throughput in ONNX Runtime: in fp32") for note in report.notes)
+    assert report.throughput is not None
+    assert "pruned + 4 bit, ONNX" in {row.subject for row in report.throughput.rows}
+
+
+def test_what_onnx_can_not_hold_is_refused_with_the_right_exit_code(tmp_path: Path) -> None:
+    arguments = ["run", "demo", "-o", tmp_path / "out", "--to"]
+    for more, code, message in (
+        (["gptq,onnx", "--bits", "3", "--group-size", "64"], 5, "3-bit codes can not be exported to ONNX"),
+        (["gguf"], 2, "--to gguf is not there; run exports to gptq and onnx"),
+    ):
+        found, printed, errors = command(*arguments, *more)
+        assert (found, printed) == (code, "")
+        assert message in errors
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ Letters: B batch, S tokens given, P tokens in the cache, V vocabulary, T tokens 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moepress.converters.onnx_folder import MODEL, OnnxFolder
 from moepress.converters.onnx_runtime import CPU_PROVIDER, require_onnxruntime, session_options
-from moepress.errors import InvalidInputError, UnsupportedError, UsageError
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # ONNX Runtime reads this when a session is made: 0 makes 8-bit experts compute with fp32 activations on the CPU.
@@ -52,15 +52,19 @@ def open_session(folder: OnnxFolder, device: str = "auto", *, exact: bool = True
         exact: compute with fp32 activations wherever the CPU kernels can; for measuring quality, not speed.
 
     Raises:
-        UsageError: CUDA was asked for and the session did not get it.
+        UsageError: CUDA was asked for and the session did not get it, or another device was.
         UnsupportedError: ONNX Runtime is not installed, or has no kernel for a node.
     """
+    if device not in {"auto", "cpu"} and not device.startswith("cuda"):
+        raise UsageError(f"--device {device}: ONNX models run on cpu or cuda; give one of them, or auto.")
     runtime = require_onnxruntime()
     wants_cuda = device.startswith("cuda") or (device == "auto" and folder.summary.get("for") == "cuda")
     wanted = [CUDA_PROVIDER, CPU_PROVIDER] if wants_cuda else [CPU_PROVIDER]
     available = runtime.get_available_providers()
     options = session_options()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that go on spinning after a run slow down whatever comes next, such as another model that is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with _switch(exact):
         try:
             session = runtime.InferenceSession(
@@ -106,8 +110,11 @@ class Decoding:
     def step(self, tokens_BS: Tensor) -> Tensor:
         """Logits fp32 [B, S, V] of the tokens given, int64 [B, S], which go into the cache.
 
+        The CPU continues several sequences by one token at a time only, a single one by any number.
+
         Raises:
             InvalidInputError: the logits hold NaN.
+            MoepressError: ONNX Runtime stops: the graph and its config.json do not agree, or memory ran out.
         """
         runtime = require_onnxruntime()
         batch, given = tokens_BS.shape
@@ -123,7 +130,11 @@ class Decoding:
         cache = self._cache or [runtime.OrtValue.ortvalue_from_numpy(empty) for empty in self._empty(batch)]
         values = {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
         values |= dict(zip(self._names, cache, strict=True))
-        made = self.model.session.run_with_ort_values(self._outputs, values)
+        try:
+            made = self.model.session.run_with_ort_values(self._outputs, values)
+        except Exception as error:  # ONNX Runtime raises types of its own
+            why = " ".join(str(error).split())[:300]
+            raise MoepressError(f"ONNX Runtime stopped in {folder.folder} ({why}); export it again.") from error
         self._cache = made[1:]
         logits = torch.from_numpy(made[0].numpy()).float()
         if not bool(torch.isfinite(logits).all()):
@@ -136,11 +147,32 @@ class Decoding:
         return [np.zeros(shape, dtype=dtype) for shape in shapes]
 
 
-def window_logits(model: OnnxModel, window_T: Tensor) -> Iterator[Tensor]:
-    """Logits of one window in chunks [S, V], in order: later chunks continue with the cache of earlier ones."""
-    decoding = Decoding(model)
-    for chunk in torch.split(window_T, _CHUNK):
-        yield decoding.step(chunk[None])[0]
+def read_logits(model: OnnxModel, windows_NT: Tensor) -> Callable[[int], Tensor]:
+    """A reader: logits fp32 [R, V] of the next R positions, counted through all windows without their last tokens.
+
+    Each window has a cache of its own.
+    """
+    per_window, start, decoding = windows_NT.shape[1] - 1, 0, Decoding(model)
+
+    def read(count: int) -> Tensor:
+        nonlocal start, decoding
+        logits_RV, filled = torch.empty(count, model.folder.vocabulary), 0
+        while filled < count:
+            window, place = divmod(start, per_window)
+            if place == 0:
+                decoding = Decoding(model)
+            given = min(count - filled, per_window - place, _CHUNK)
+            made = decoding.step(windows_NT[window, place : place + given][None])[0]
+            if made.shape[1] != logits_RV.shape[1]:
+                raise InvalidInputError(
+                    f"{model.folder.folder} gives {made.shape[1]} logits and its config.json has a vocab_size of "
+                    f"{logits_RV.shape[1]}; mend the config."
+                )
+            logits_RV[filled : filled + given] = made
+            start, filled = start + given, filled + given
+        return logits_RV
+
+    return read
 
 
 class OnnxDecoder:

@@ -3,7 +3,7 @@
 A `subject` is a model by its label; the first one is the reference. Errors are one standard error (sigma).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 ALL_WINDOWS = "all windows"
@@ -78,11 +78,12 @@ class Quality:
         embedded: whether any of the text is the default text that comes with moepress.
         bytes_exact: whether bytes come from offsets in the text (else from decoded tokens).
         vocabulary: entries in the subjects' vocabulary.
-        device: where it was computed.
-        dtype: compute dtype.
+        device: where it was computed, but for ONNX subjects.
+        dtype: compute dtype, but for ONNX subjects.
         domains: names in order.
         rows: subject by subject; in each the domains, then `ALL_WINDOWS`, then `DOMAIN_MEAN` if there are several.
-        notes: of the corpus.
+        notes: of the corpus and the subjects.
+        runtimes: what computed each subject, by its label.
     """
 
     convention: str
@@ -99,6 +100,7 @@ class Quality:
     domains: tuple[str, ...]
     rows: tuple[QualityRow, ...]
     notes: tuple[str, ...] = ()
+    runtimes: dict[str, str] = field(default_factory=dict)
 
     def row(self, subject: str, domain: str = ALL_WINDOWS) -> QualityRow:
         """The row of a subject and a domain (or `ALL_WINDOWS`, `DOMAIN_MEAN`); KeyError if there is none."""
@@ -114,10 +116,14 @@ class ThroughputRow:
 
     Attributes:
         subject: its label.
+        runtime: name and version of what ran it.
+        provider: what that really ran on: `CPU`, `CUDA` or `MPS`.
+        dtype: of activations.
         test: `pp512` is prefill of 512 tokens, `tg128` decode of 128 tokens, both with batch 1.
         tokens_per_second: mean and standard deviation (not standard error, as in llama-bench); None: not measured.
         samples: all of them, tokens per second, without the warm-up.
-        ratio: to the reference's samples of the same repetitions: geometric mean and standard error; None for itself.
+        ratio: to the first model in the same runtime and provider, over samples of the same repetitions: geometric mean
+            and standard error; None for itself.
         note: why it was not measured, or how.
     """
 
@@ -127,6 +133,9 @@ class ThroughputRow:
     samples: tuple[float, ...] = ()
     ratio: Estimate | None = None
     note: str | None = None
+    runtime: str = ""
+    provider: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +144,5 @@ class Throughput:
 
     device: str
     threads: int
-    dtype: str
-    runtime: str
     repetitions: int
     rows: tuple[ThroughputRow, ...]

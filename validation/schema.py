@@ -23,17 +23,19 @@ class SubjectInfo(_Section):
         label: as in the rows.
         folder: name of its folder, without the path; None: it was only in memory.
         stored_bytes: size of its weights on disk.
-        parameters: weights when dense.
-        experts_per_layer: routed experts in each MoE layer.
+        parameters: weights when dense; 0 where nobody knows.
+        experts_per_layer: routed experts in each MoE layer; (fewest, most) where layers differ.
         bits: stored bits per weight, over all weights, scales included.
+        onnx: it is an ONNX folder.
     """
 
     label: str
     folder: str | None = None
     stored_bytes: int
     parameters: int
-    experts_per_layer: int | None = None
+    experts_per_layer: int | tuple[int, int] | None = None
     bits: float | None = None
+    onnx: bool = False
 
 
 class DomainLoss(_Section):

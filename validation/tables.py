@@ -1,5 +1,6 @@
 """The report as headline and tables of text, the same for Markdown, HTML and the terminal."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,18 +55,22 @@ def percent_text(share: float, *, digits: int = 1) -> str:
 def number_text(estimate: Estimate, digits: int) -> str:
     """`25.10 ± 0.31`."""
     error = "" if estimate.error is None else f" ± {estimate.error:.{digits}f}"
-    return f"{estimate.value:.{digits}f}{error}".replace("-", _MINUS)
+    value = round(estimate.value, digits) + 0.0  # no minus zero
+    return f"{value:.{digits}f}{error}".replace("-", _MINUS)
 
 
 def headlines(report: Report) -> tuple[str, ...]:
-    """One sentence for each compared subject, the last one (what the user takes home) first: size and perplexity."""
+    """One sentence for each compared subject: size and perplexity.
+
+    The last one (what the user takes home) comes first, exports to ONNX of the same weights behind the others.
+    """
     first = report.subjects[0]
     before = report.overall(first.label).perplexity.value
     title = report.title or first.label
     if len(report.subjects) == 1:
         return (f"{title}: {size_text(first.stored_bytes)}, perplexity {before:.3g}",)
     lines = []
-    for subject in reversed(report.subjects[1:]):
+    for subject in sorted(report.subjects[:0:-1], key=lambda subject: subject.onnx):
         row = report.overall(subject.label)
         name = title if len(report.subjects) == 2 else f"{title}, {subject.label}"
         change = row.perplexity.value / before - 1
@@ -122,7 +127,7 @@ def _quality_in_short(report: Report) -> Table:
             cells.append(f"{found.perplexity.value:.2f}{change}")
         rows.append(tuple(cells))
     overall = [report.quality.row(label) for label in labels]
-    kl = [_NONE if row.paired is None else f"{row.paired.kl.value:.4f}" for row in overall]
+    kl = [_NONE if row.paired is None else number_text(Estimate(value=row.paired.kl.value), 4) for row in overall]
     same = [_NONE if row.paired is None else f"{row.paired.same_top1.value:.1%}" for row in overall]
     rows += [("KL divergence", *kl), ("same top-1", *same)]
     return Table(title="Perplexity", header=("Text", *labels), rows=tuple(rows), numeric=len(labels))
@@ -132,10 +137,15 @@ def _speed_in_short(report: Report) -> Table:
     measured = () if report.throughput is None else report.throughput.rows
     rows = []
     for row in measured:
-        label, test, remark, speed, ratio = _throughput_row(row)
-        rows.append((label, test, remark if row.tokens_per_second is None else speed, ratio))
-    header = ("Model", "Test", "Tokens per second", "Ratio")
-    return Table(title="Speed in transformers", header=header, rows=tuple(rows), numeric=2)
+        label, _, test, remark, speed, ratio = _throughput_row(row)
+        runtime = f"{_without_version(row.runtime)}, {row.provider}"
+        rows.append((label, runtime, test, remark if row.tokens_per_second is None else speed, ratio))
+    header = ("Model", "Runtime", "Test", "Tokens/s", "Ratio")
+    return Table(title="Speed", header=header, rows=tuple(rows), numeric=2)
+
+
+def _without_version(runtime: str) -> str:
+    return re.sub(r" [\d.]+\S*$", "", runtime)
 
 
 def _size_change(first: SubjectInfo, subject: SubjectInfo) -> str:
@@ -146,14 +156,24 @@ def _sizes(report: Report) -> Table:
     rows = []
     for subject in report.subjects:
         change = _NONE if subject is report.subjects[0] else _size_change(report.subjects[0], subject)
-        experts = _NONE if subject.experts_per_layer is None else str(subject.experts_per_layer)
+        experts = _experts_text(subject.experts_per_layer)
         bits = _NONE if subject.bits is None else f"{subject.bits:.2f}"
-        parameters = (
-            f"{subject.parameters / 1e9:.3g} B" if subject.parameters >= 1e9 else f"{subject.parameters / 1e6:.3g} M"
-        )
+        parameters = _parameters_text(subject.parameters)
         rows.append((subject.label, size_text(subject.stored_bytes), change, parameters, experts, bits))
     header = ("Model", "On disk", "Change", "Parameters", "Experts per layer", "Bits per weight")
     return Table(title="Size", header=header, rows=tuple(rows), numeric=5)
+
+
+def _parameters_text(count: int) -> str:
+    if not count:
+        return _NONE
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
+def _experts_text(count: int | tuple[int, int] | None) -> str:
+    if isinstance(count, tuple):
+        return f"{count[0]} to {count[1]}"
+    return _NONE if count is None else str(count)
 
 
 def _perplexity(report: Report) -> Table:
@@ -218,17 +238,21 @@ def _throughput(report: Report) -> Table:
     rows = [] if measured is None else [_throughput_row(row) for row in measured.rows]
     note = "" if measured is None else (
         f"pp: reading a prompt of that many tokens; tg: writing that many tokens; batch 1, {measured.repetitions} "
-        f"repetitions after a warm-up, mean ± standard deviation; ratio: to the first model, ± standard error. "
-        f"{measured.device}, {measured.threads} threads, {measured.dtype}, {measured.runtime}."
+        f"repetitions after a warm-up, mean ± standard deviation; ratio: to the first model in the same runtime, ± "
+        f"standard error. transformers computes the logits of the prompt's last token only, the others those of all "
+        f"tokens. {measured.device}, {measured.threads} threads."
     )  # fmt: skip
-    header = ("Model", "Test", "Remark", "Tokens per second", "Ratio")
+    header = ("Model", "Runtime", "Test", "Remark", "Tokens per second", "Ratio")
     return Table(title="Throughput", header=header, rows=tuple(rows), note=note, numeric=2)
 
 
 def _throughput_row(row: ThroughputRow) -> tuple[str, ...]:
-    speed = _NONE if row.tokens_per_second is None else number_text(row.tokens_per_second, 1)
+    speed = _NONE
+    if row.tokens_per_second is not None:
+        speed = number_text(row.tokens_per_second, 0 if row.tokens_per_second.value >= 1000 else 1)
     ratio = _NONE if row.ratio is None else number_text(row.ratio, 2)
-    return (row.subject, row.test, row.note or "", speed, ratio)
+    runtime = ", ".join(filter(None, (row.runtime, row.provider, row.dtype)))
+    return (row.subject, runtime, row.test, row.note or "", speed, ratio)
 
 
 def _thresholds(report: Report) -> Table:
@@ -289,7 +313,7 @@ def _conditions(report: Report) -> Table:
         ("Special tokens", quality.bos_policy),
         ("Evaluation text", _text_kind(quality.embedded)),
         ("Evaluation digest", quality.digest),
-        ("Computed", f"{quality.dtype} on {quality.device}"),
+        *_computed(report),
     ]
     calibration = report.calibration
     if calibration is not None:
@@ -308,6 +332,16 @@ def _conditions(report: Report) -> Table:
             ("Versions", versions),
         ]
     return Table(title="How it was measured", header=("What", "Value"), rows=tuple(rows))
+
+
+def _computed(report: Report) -> list[tuple[str, str]]:
+    """What computed the quality, a row for each runtime with its models."""
+    models: dict[str, list[str]] = {}
+    for label, runtime in report.quality.runtimes.items():
+        models.setdefault(runtime, []).append(label)
+    return [(f"Computed: {', '.join(labels)}", runtime) for runtime, labels in models.items()] or [
+        ("Computed", f"{report.quality.dtype} on {report.quality.device}")
+    ]
 
 
 def _text_kind(embedded: bool) -> str:

@@ -1,132 +1,141 @@
 """Tokens per second as llama-bench measures them: `pp512` (prefill) and `tg128` (decode), batch 1.
 
-Prefill is one forward pass over a prompt of random tokens, logits of its last position only. Decode starts from an
-empty cache with one token, takes the most likely next token 128 times, and never stops at an end-of-text token. The
-models run in transformers; their samples are taken in turn (A B A B ...), so that a slow moment of the machine hits
-all alike.
+Prefill is one forward pass over a prompt of random tokens. Decode starts from an empty cache with one token, takes the
+most likely next token 128 times, and never stops at an end-of-text token. ONNX folders run in ONNX Runtime and, where
+it is installed, in onnxruntime-genai; all others in transformers, which computes only the logits of the prompt's last
+token.
 """
 
 import gc
-import math
 import os
 import platform
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
+from moepress.converters.onnx_folder import OnnxFolder
 from moepress.errors import InvalidInputError
 from moepress.models.checkpoint import load_config
-from moepress.progress import track
 from moepress.validation.measure import Subject
-from moepress.validation.results import Estimate, Throughput, ThroughputRow
+from moepress.validation.onnx_throughput import onnx_candidates
+from moepress.validation.results import Throughput, ThroughputRow
+from moepress.validation.timing import (
+    Bench,
+    Candidate,
+    Loaded,
+    Timed,
+    free_bytes,
+    lengths,
+    paired_ratio,
+    random_prompt,
+    summarize,
+    time_group,
+)
 
-PROMPT, DECODE, REPETITIONS = 512, 128, 5
 _DENSE_NOTE = "compressed-tensors, made dense when loaded: the speed of this runtime, not of INT4 kernels"
 _NOISY_SHARE = 0.1
 _NOISY_NOTE = "noisy: the samples spread by more than 10 %, the machine had other work"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
-    """What is run, and on what.
-
-    Attributes:
-        device: where the models run.
-        dtype: of their weights.
-        prompt: tokens of the prefill, if the context has room.
-        decode: tokens decoded.
-        repetitions: samples after one warm-up.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    prompt: int = PROMPT
-    decode: int = DECODE
-    repetitions: int = REPETITIONS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Loaded:
-    """A model that can be timed: its tests by name, each with its number of tokens and what to run."""
-
-    subject: Subject
-    tests: Mapping[str, tuple[int, Callable[[], None]]]
+_APART_NOTE = "not interleaved: the models do not fit into memory together"
 
 
 def measure_throughput(subjects: Sequence[Subject], bench: Bench) -> Throughput:
-    """Time every subject; the first one is the reference of the ratios.
+    """Time every subject in every runtime that runs it; rows are grouped by runtime and provider.
 
-    A subject that can not be measured (too large, no folder, refused by transformers) has a row that says why. If the
-    models do not fit into memory together they are timed one after the other, and the rows say so.
+    A ratio is to the first model of the same runtime and provider; a model that is alone there is compared with the
+    first subject in its own runtime, and the row says so. What can not be measured (too large, no folder, refused by a
+    runtime) has a row that says why. If the models do not fit into memory together they are timed one after the other,
+    and the rows say so.
     """
-    rows: list[ThroughputRow] = []
+    candidates = [candidate for subject in subjects for candidate in _candidates(subject, bench)]
+    runnable = [candidate for candidate in candidates if candidate.obstacle is None]
     with _quiet(), torch.inference_mode():
-        reasons = {subject.label: _obstacle(subject, bench) for subject in subjects}
-        runnable = [subject for subject in subjects if reasons[subject.label] is None]
-        together = sum(_dense_bytes(subject, bench) for subject in runnable) <= free_bytes(bench.device)
-        groups = [runnable] if together else [[subject] for subject in runnable]
-        samples: dict[str, dict[str, list[float]]] = {}
-        for group in groups:
-            samples |= _time_group(group, bench, reasons)
+        together = _fit_together(runnable)
+        timed: list[Timed] = []
+        for group in [runnable] if together else [[candidate] for candidate in runnable]:
+            timed += time_group(group, bench.repetitions)
             _release(bench.device)
-    first = samples.get(subjects[0].label, {}) if subjects else {}
-    for subject in subjects:
-        if subject.label in samples:
-            notes = [_DENSE_NOTE] if _is_compressed(subject) else []
-            notes += [] if together else ["not interleaved: the models do not fit into memory together"]
-            mine = samples[subject.label]
-            rows += _rows(subject.label, mine, None if mine is first else first, notes)
-        else:
-            note = f"not measured: {reasons[subject.label]}"
-            rows.append(ThroughputRow(subject=subject.label, test="-", tokens_per_second=None, note=note))
+    timed += [Timed(candidate=c, provider=c.provider, samples={}, reason=c.obstacle) for c in candidates if c.obstacle]
     return Throughput(
         device=device_name(bench.device),
         threads=torch.get_num_threads(),
-        dtype=str(bench.dtype).removeprefix("torch."),
-        runtime=_runtime(),
         repetitions=bench.repetitions,
-        rows=tuple(rows),
+        rows=tuple(_all_rows(_by_runtime(timed, candidates), subjects, [] if together else [_APART_NOTE])),
     )
 
 
-def summarize(samples: Sequence[float]) -> Estimate:
-    """Mean and sample standard deviation, as llama-bench prints them."""
-    return Estimate(value=fmean(samples), error=stdev(samples) if len(samples) > 1 else None)
+def _candidates(subject: Subject, bench: Bench) -> list[Candidate]:
+    if isinstance(subject.source, OnnxFolder):
+        return onnx_candidates(subject.label, subject.source, bench)
+    return [_in_transformers(subject, bench)]
 
 
-def paired_ratio(samples: Sequence[float], before: Sequence[float]) -> Estimate:
-    """Geometric mean of the ratios of samples taken side by side, with its standard error.
-
-    The logarithm makes noise fall alike on both sides: the ratio of B to A is one over that of A to B.
-    """
-    logs = [math.log(a / b) for a, b in zip(samples, before, strict=True)]
-    ratio = math.exp(fmean(logs))
-    return Estimate(value=ratio, error=ratio * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None)
+def _fit_together(candidates: Sequence[Candidate]) -> bool:
+    needed: dict[str, int] = {}
+    for candidate in candidates:
+        place, size = candidate.memory
+        needed[place] = needed.get(place, 0) + size
+    return all(size <= free_bytes(torch.device(place)) for place, size in needed.items())
 
 
-def lengths(context: int, prompt: int, decode: int) -> tuple[int, int]:
-    """Tokens of prefill and decode that a context has room for: (min(prompt, context - decode), decode).
-
-    In a context not longer than twice `decode`, each gets half of it.
-    """
-    decode = min(decode, max(1, context // 2))
-    return min(prompt, max(1, context - decode)), decode
+def _by_runtime(timed: Sequence[Timed], candidates: Sequence[Candidate]) -> list[Timed]:
+    """Runtimes in the order in which they first came, in each the subjects in their order."""
+    order = list(dict.fromkeys((c.runtime, c.provider) for c in candidates))
+    places = {id(c): (order.index((c.runtime, c.provider)), place) for place, c in enumerate(candidates)}
+    return sorted(timed, key=lambda one: places[id(one.candidate)])
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def _all_rows(timed: Sequence[Timed], subjects: Sequence[Subject], common: Sequence[str]) -> list[ThroughputRow]:
+    rows = []
+    ran = [one for one in timed if one.reason is None]
+    original = next((one for one in ran if one.candidate.subject == subjects[0].label), None)
+    for one in timed:
+        if one.reason is not None:
+            rows.append(_row(one, "-", None, [f"not measured: {one.reason}"]))
+            continue
+        here = [o for o in ran if (o.candidate.runtime, o.provider) == (one.candidate.runtime, one.provider)]
+        first, notes = None if here[0] is one else here[0], [*one.notes, *common]
+        if len(here) == 1 and original is not None and original is not one:
+            first = original
+            notes.append(f"ratio: to {first.candidate.subject} in {first.candidate.runtime}")
+        rows += [_row(one, test, first, notes) for test in one.samples]
+    return rows
+
+
+def _row(one: Timed, test: str, first: Timed | None, notes: Sequence[str]) -> ThroughputRow:
+    samples = one.samples.get(test, [])
+    before = first.samples.get(test) if first is not None else None
+    speed = summarize(samples) if samples else None
+    busy = [_NOISY_NOTE] if speed is not None and (speed.error or 0.0) > _NOISY_SHARE * speed.value else []
+    return ThroughputRow(
+        subject=one.candidate.subject,
+        runtime=one.candidate.runtime,
+        provider=one.provider,
+        dtype=one.candidate.dtype,
+        test=test,
+        tokens_per_second=speed,
+        samples=tuple(samples),
+        ratio=None if before is None else paired_ratio(samples, before),
+        note="; ".join([*notes, *busy]) or None,
+    )
+
+
+def _in_transformers(subject: Subject, bench: Bench) -> Candidate:
+    import transformers
+
+    return Candidate(
+        subject=subject.label,
+        runtime=f"transformers {transformers.__version__}",
+        provider=bench.device.type.upper(),
+        dtype=str(bench.dtype).removeprefix("torch."),
+        memory=(str(bench.device), _dense_bytes(subject, bench)),
+        load=lambda: _prepare(subject, _load(subject, bench), bench),
+        obstacle=_obstacle(subject, bench),
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -138,29 +147,6 @@ def device_name(device: torch.device) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name} ({device.type}, {os.cpu_count()} logical cores)"
-
-
-def _rows(
-    label: str,
-    mine: Mapping[str, Sequence[float]],
-    first: Mapping[str, Sequence[float]] | None,
-    notes: Sequence[str],
-) -> list[ThroughputRow]:
-    rows = []
-    for test, samples in mine.items():
-        before = first.get(test) if first is not None else None
-        speed = summarize(samples)
-        busy = [_NOISY_NOTE] if (speed.error or 0.0) > _NOISY_SHARE * speed.value else []
-        row = ThroughputRow(
-            subject=label,
-            test=test,
-            tokens_per_second=speed,
-            samples=tuple(samples),
-            ratio=None if before is None else paired_ratio(samples, before),
-            note="; ".join([*notes, *busy]) or None,
-        )
-        rows.append(row)
-    return rows
 
 
 def _dense_bytes(subject: Subject, bench: Bench) -> int:
@@ -192,40 +178,6 @@ def _is_compressed(subject: Subject) -> bool:
     return subject.folder is not None and _quantization(subject.folder) == "compressed-tensors"
 
 
-def _time_group(
-    group: Sequence[Subject], bench: Bench, reasons: dict[str, str | None]
-) -> dict[str, dict[str, list[float]]]:
-    """Samples of models that are in memory together: label to test to tokens per second; failures go to `reasons`."""
-    loaded = []
-    for subject in group:
-        try:
-            model = _load(subject, bench)
-        except Exception as error:  # transformers refuses models with many exception types
-            reasons[subject.label] = f"transformers can not load it ({_first_line(error)})"
-        else:
-            loaded.append(_prepare(subject, model, bench))
-    samples: dict[str, dict[str, list[float]]] = {model.subject.label: {} for model in loaded}
-    with track("throughput", (bench.repetitions + 1) * sum(len(model.tests) for model in loaded)) as advance:
-        for repetition in range(bench.repetitions + 1):
-            for model in loaded:
-                for test, (tokens, run) in model.tests.items():
-                    if reasons.get(model.subject.label):
-                        continue
-                    try:
-                        seconds = _seconds(run, bench.device)
-                    except Exception as error:  # a kernel that is missing, memory: the report must not be lost
-                        reasons[model.subject.label] = f"it can not run here ({_first_line(error)})"
-                        continue
-                    if repetition:  # the first one is the warm-up
-                        samples[model.subject.label].setdefault(test, []).append(tokens / seconds)
-                    advance(1)
-    return samples
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def _load(subject: Subject, bench: Bench) -> Any:
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -237,17 +189,17 @@ def _load(subject: Subject, bench: Bench) -> Any:
     return model.to(bench.device).eval()
 
 
-def _prepare(subject: Subject, model: Any, bench: Bench) -> _Loaded:
+def _prepare(subject: Subject, model: Any, bench: Bench) -> Loaded:
     context = int(getattr(model.config, "max_position_embeddings", 0) or bench.prompt + bench.decode)
     prompt, decode = lengths(context, bench.prompt, bench.decode)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(int(model.config.vocab_size), (1, prompt), generator=generator).to(bench.device)
-    return _Loaded(
-        subject=subject,
+    tokens = random_prompt(int(model.config.vocab_size), prompt).to(bench.device)
+    return Loaded(
+        provider=bench.device.type.upper(),
         tests={
-            f"pp{prompt}": (prompt, lambda: _prefill(model, tokens)),
-            f"tg{decode}": (decode, lambda: _decode(model, tokens[:, :1], decode)),
+            f"pp{prompt}": (prompt, _synchronized(bench.device, lambda: _prefill(model, tokens))),
+            f"tg{decode}": (decode, _synchronized(bench.device, lambda: _decode(model, tokens[:, :1], decode))),
         },
+        notes=(_DENSE_NOTE,) if _is_compressed(subject) else (),
     )
 
 
@@ -262,12 +214,14 @@ def _decode(model: Any, token_B1: Tensor, steps: int) -> None:
         token, cache = output.logits[:, -1].argmax(dim=-1, keepdim=True), output.past_key_values
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
+def _synchronized(device: torch.device, run: Callable[[], None]) -> Callable[[], None]:
+    """The run with its result waited for; nothing of an earlier one is left when it begins."""
+
+    def synchronized() -> None:
+        run()
+        _synchronize(device)
+
+    return synchronized
 
 
 def _synchronize(device: torch.device) -> None:
@@ -281,12 +235,6 @@ def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _runtime() -> str:
-    import transformers
-
-    return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""The demo model, a pruned view of it, and a few short windows; measured once for all tests."""
+"""The demo model, a pruned view of it, and a few short windows, measured once for all tests; 4 bit and ONNX folders."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import torch
 import moepress.models.demo
 from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
 from moepress.calibration.sources import embedded_sources
+from moepress.converters.compressed_layout import layer_tensors, quantization_config
+from moepress.converters.onnx_export import OnnxRequest
+from moepress.converters.onnx_folder import OnnxFolder, open_onnx
+from moepress.converters.scheme import Scheme
+from moepress.exports import onnx_stage
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import prune_source
 from moepress.models.walk import Limits
+from moepress.stages import Output
 from moepress.validation.measure import Subject, measure
 from moepress.validation.results import Quality
 
@@ -66,3 +73,43 @@ def quality(subjects: Sequence[Subject], corpus: EvaluationCorpus, tmp_path_fact
         limits=LIMITS,
         scratch_folder=tmp_path_factory.mktemp("scratch"),
     )
+
+
+@pytest.fixture(scope="session")
+def artifact(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with its routed experts rounded to 4 bits, in the compressed-tensors layout."""
+    from safetensors.torch import save_file
+
+    folder, scheme = tmp_path_factory.mktemp("artifact"), Scheme(bits=4, group_size=32)
+    tensors: dict[str, torch.Tensor] = {}
+    ignored = ["lm_head"]
+    for name in demo.shapes:
+        weight, module = demo.read(name), name.removesuffix(".weight")
+        if ".mlp.experts." in name:
+            grouped = weight.float().unflatten(1, (-1, 32))
+            scales = (grouped.abs().amax(-1) / 7).bfloat16().float()
+            codes = torch.clamp(torch.round(grouped / scales[..., None]), -8, 7).to(torch.int8).flatten(1)
+            tensors |= layer_tensors(module, codes, scales, scheme, torch.bfloat16)
+        else:
+            tensors[name] = weight.contiguous()
+            ignored += [module] if weight.ndim == 2 and "embed" not in name else []
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {**demo.config, "quantization_config": quantization_config(scheme, ignored)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxFolder:
+    """The artifact in ONNX, with fp32 activations."""
+    folder = tmp_path_factory.mktemp("onnx") / "onnx"
+    onnx_stage(str(artifact), Output(folder=folder), OnnxRequest(), check=False)
+    return open_onnx(folder)
+
+
+@pytest.fixture(scope="session")
+def rough_onnx(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxFolder:
+    """The artifact in ONNX, with int8 activations."""
+    folder = tmp_path_factory.mktemp("rough") / "onnx"
+    onnx_stage(str(artifact), Output(folder=folder), OnnxRequest(accuracy_level=4), check=False)
+    return open_onnx(folder)

@@ -11,7 +11,7 @@ from moepress.calibration.corpus import EvaluationCorpus
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.walk import Limits
-from moepress.validation.measure import Pass, Subject, measure, score_tokens
+from moepress.validation.measure import Subject, hidden_pass, measure, score_tokens
 from moepress.validation.results import ALL_WINDOWS, DOMAIN_MEAN, Quality
 
 
@@ -81,8 +81,8 @@ def test_the_reference_is_not_paired_and_every_cut_is_there(quality: Quality) ->
 def test_the_size_of_a_chunk_changes_nothing_but_the_last_bits(
     whole_logits: torch.Tensor, corpus: EvaluationCorpus
 ) -> None:
-    before = Pass(hidden=whole_logits, head=lambda logits: logits)
-    after = Pass(hidden=whole_logits * 0.9, head=lambda logits: logits)
+    before = hidden_pass(whole_logits, lambda logits: logits, "")
+    after = hidden_pass(whole_logits * 0.9, lambda logits: logits, "")
     whole = score_tokens(after, before, corpus.windows)
     for logits_bytes in (1, 200_000):
         part = score_tokens(after, before, corpus.windows, logits_bytes=logits_bytes)

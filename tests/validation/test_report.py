@@ -33,7 +33,24 @@ def report(quality: Quality) -> Report:
     rows = tuple(row for row in quality.rows if row.subject != "copy")
     speeds = (
         ThroughputRow(
-            subject="demo", test="pp384", tokens_per_second=Estimate(value=3000.0, error=9.0), samples=(2990.0, 3010.0)
+            subject="demo",
+            runtime="transformers 5.23.0",
+            provider="CPU",
+            dtype="float32",
+            test="pp384",
+            tokens_per_second=Estimate(value=3000.0, error=9.0),
+            samples=(2990.0, 3010.0),
+        ),
+        ThroughputRow(
+            subject="pruned, ONNX",
+            runtime="ONNX Runtime 1.32.0",
+            provider="CUDA",
+            dtype="float16",
+            test="pp384",
+            tokens_per_second=Estimate(value=9000.0, error=9.0),
+            samples=(8990.0, 9010.0),
+            ratio=Estimate(value=3.0, error=0.1),
+            note="ratio: to demo in transformers 5.23.0",
         ),
         ThroughputRow(subject="pruned", test="-", tokens_per_second=None, note="not measured: needs 9.0 GiB"),
     )
@@ -48,9 +65,7 @@ def report(quality: Quality) -> Report:
             SubjectInfo(label="pruned", stored_bytes=3_100_000, parameters=3_045_760, experts_per_layer=8, bits=4.5),
         ),
         quality=dataclasses.replace(quality, rows=rows),
-        throughput=Throughput(
-            device="a processor", threads=2, dtype="float32", runtime="transformers 5", repetitions=2, rows=speeds
-        ),
+        throughput=Throughput(device="a processor", threads=2, repetitions=2, rows=speeds),
         thresholds=judge(Thresholds(max_ppl_increase=1e-6, max_kl=9.0), rows),
         pruning=Pruning(
             criterion="reap",
@@ -219,6 +234,39 @@ def test_every_section_is_shown(report: Report) -> None:
             "report schema 1.0",
         ):
             assert part in text
+
+
+def test_every_speed_names_its_runtime_and_provider(report: Report) -> None:
+    row = "| pruned, ONNX | ONNX Runtime 1.32.0, CUDA, float16 | pp384 | ratio: to demo in transformers 5.23.0 | 9000 ±"
+    assert row in markdown(report)
+    assert "ONNX Runtime 1.32.0, CUDA, float16" in html(report)
+    out = io.StringIO()
+    print_tables(report, Console(file=out, width=140))
+    assert re.search(r"pruned, ONNX +ONNX Runtime, CUDA +pp384 +9000 ± 9 +3.00 ± 0.10", out.getvalue())
+
+
+def test_what_computed_the_quality_is_said_by_runtime(report: Report) -> None:
+    runtimes = {"demo": "torch 2", "pruned": "torch 2", "pruned, ONNX": "ONNX Runtime 1.32.0"}
+    made = report.model_copy(update={"quality": dataclasses.replace(report.quality, runtimes=runtimes)})
+    for line in ("| Computed: demo, pruned | torch 2 |", "| Computed: pruned, ONNX | ONNX Runtime 1.32.0 |"):
+        assert line in markdown(made)
+
+
+def test_onnx_subjects_may_have_uneven_experts_and_come_last_in_the_headlines(report: Report) -> None:
+    quality = report.quality
+    onnx = [dataclasses.replace(row, subject="onnx") for row in quality.rows if row.subject == "pruned"]
+    made = report.model_copy(
+        update={
+            "quality": dataclasses.replace(quality, rows=(*quality.rows, *onnx)),
+            "subjects": (
+                *report.subjects,
+                SubjectInfo(label="onnx", stored_bytes=9, parameters=0, experts_per_layer=(6, 8), onnx=True),
+            ),
+        }
+    )
+    assert "| onnx | 9 B | −100 % | – | 6 to 8 | – |" in markdown(made)
+    assert markdown(made).startswith("# demo &lt;model&gt;, pruned: ")
+    assert Report.model_validate_json(made.model_dump_json()) == made
 
 
 def test_a_single_window_is_said_to_have_no_error(bare: Report) -> None:

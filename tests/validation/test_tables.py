@@ -33,3 +33,4 @@ def test_changes_have_a_sign(share: float, text: str) -> None:
 def test_numbers_have_their_error_if_it_is_known() -> None:
     assert number_text(Estimate(value=25.1, error=0.314), 2) == "25.10 ± 0.31"
     assert number_text(Estimate(value=-0.5), 1) == "−0.5"
+    assert number_text(Estimate(value=-1e-9), 4) == "0.0000"

@@ -3,45 +3,19 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from moepress.converters.compressed_layout import layer_tensors, quantization_config
-from moepress.converters.scheme import Scheme
-from moepress.models.checkpoint import Checkpoint
 from moepress.validation import throughput
 from moepress.validation.measure import Subject
 from moepress.validation.results import Throughput
-from moepress.validation.throughput import Bench, lengths, measure_throughput, paired_ratio, summarize
+from moepress.validation.throughput import measure_throughput
+from moepress.validation.timing import Bench, Candidate, Loaded, Timed, lengths, paired_ratio, summarize, time_group
 
 SMALL = Bench(device=torch.device("cpu"), dtype=torch.float32, prompt=8, decode=2)
-
-
-@pytest.fixture(scope="module")
-def artifact(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo with its routed experts rounded to 4 bits, in the compressed-tensors layout."""
-    from safetensors.torch import save_file
-
-    folder, scheme = tmp_path_factory.mktemp("artifact"), Scheme(bits=4, group_size=32)
-    tensors: dict[str, torch.Tensor] = {}
-    ignored = ["lm_head"]
-    for name in demo.shapes:
-        weight, module = demo.read(name), name.removesuffix(".weight")
-        if ".mlp.experts." in name:
-            grouped = weight.float().unflatten(1, (-1, 32))
-            scales = (grouped.abs().amax(-1) / 7).bfloat16().float()
-            codes = torch.clamp(torch.round(grouped / scales[..., None]), -8, 7).to(torch.int8).flatten(1)
-            tensors |= layer_tensors(module, codes, scales, scheme, torch.bfloat16)
-        else:
-            tensors[name] = weight.contiguous()
-            ignored += [module] if weight.ndim == 2 and "embed" not in name else []
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {**demo.config, "quantization_config": quantization_config(scheme, ignored)}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +70,8 @@ def test_what_can_not_be_measured_says_why(measured: Throughput, label: str, rea
 def test_device_threads_and_runtime_are_named(measured: Throughput) -> None:
     assert "cpu" in measured.device
     assert measured.threads == torch.get_num_threads()
-    assert measured.runtime.startswith("transformers 5.")
-    assert torch.__version__ in measured.runtime
+    assert {row.runtime.rpartition(".")[0].rpartition(".")[0] for row in measured.rows} == {"transformers 5"}
+    assert {(row.provider, row.dtype) for row in measured.rows} == {("CPU", "float32")}
 
 
 def test_nothing_is_printed_and_settings_are_put_back(measured: Throughput, capfd: pytest.CaptureFixture[str]) -> None:
@@ -132,15 +106,16 @@ def test_models_that_do_not_fit_together_are_timed_one_after_the_other(
 ) -> None:
     groups: list[list[str]] = []
 
-    def fake(group: Sequence[Subject], *_: object) -> dict[str, dict[str, list[float]]]:
-        groups.append([subject.label for subject in group])
-        return {subject.label: {"pp8": [1.0, 1.01]} for subject in group}
+    def fake(group: Sequence[Candidate], _: int) -> list[Timed]:
+        groups.append([candidate.subject for candidate in group])
+        return [Timed(candidate=c, provider="CPU", samples={"pp8": [1.0, 1.01]}) for c in group]
 
-    monkeypatch.setattr(throughput, "_time_group", fake)
+    monkeypatch.setattr(throughput, "time_group", fake)
     monkeypatch.setattr(throughput, "free_bytes", lambda _: subjects[0].parameters * 4 + 1)
     rows = measure_throughput(subjects[:2], SMALL).rows
     assert groups == [["demo"], ["copy"]]
     assert all("not interleaved" in (row.note or "") for row in rows)
+    assert [row.ratio is None for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +133,32 @@ def test_the_ratio_is_fair_to_both_sides() -> None:
     assert forth.error == pytest.approx(math.log(2) / math.sqrt(3))
 
 
-def test_noisy_samples_are_called_noisy() -> None:
-    rows = throughput._rows("a", {"pp8": [1.0, 2.0], "tg2": [1.0, 1.01]}, None, ["x"])
+def candidate(load: Callable[[], Loaded]) -> Candidate:
+    return Candidate(subject="a", runtime="R 1.0", provider="CPU", dtype="float32", memory=("cpu", 0), load=load)
+
+
+def test_noisy_samples_are_called_noisy(subjects: Sequence[Subject]) -> None:
+    samples = {"pp8": [1.0, 2.0], "tg2": [1.0, 1.01]}
+    one = Timed(candidate=candidate(dict), provider="CPU", samples=samples, notes=("x",))
+    rows = throughput._all_rows([one], subjects, [])
     assert [row.note for row in rows] == [f"x; {throughput._NOISY_NOTE}", "x"]
+
+
+def test_samples_are_taken_in_turn_without_the_warm_up() -> None:
+    runs: list[str] = []
+
+    def load(name: str) -> Callable[[], Loaded]:
+        return lambda: Loaded(provider="CPU", tests={"pp8": (8, lambda: runs.append(name))})
+
+    timed = time_group([candidate(load("a")), candidate(load("b"))], 2)
+    assert runs == ["a", "b", "a", "b", "a", "b"]
+    assert [len(one.samples["pp8"]) for one in timed] == [2, 2]
+
+
+def test_a_model_that_fails_halfway_has_a_reason_and_no_samples() -> None:
+    left = [None, None]
+    broken = Loaded(provider="CPU", tests={"pp8": (8, lambda: left.pop()), "tg2": (2, dict)})
+    sound = Loaded(provider="CPU", tests={"pp8": (8, dict)})
+    first, second = time_group([candidate(lambda: broken), candidate(lambda: sound)], 3)
+    assert (first.samples, first.reason) == ({}, "it can not run here (pop from empty list)")
+    assert (len(second.samples["pp8"]), second.reason) == (3, None)

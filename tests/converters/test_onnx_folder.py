@@ -1,0 +1,244 @@
+"""An ONNX folder: what lies in it, and what is refused when one is opened."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_runs
+import pytest
+import tiny_models
+from onnx_runs import Models, graph_of
+from stage_runs import add_tokenizer, content
+
+from moepress.converters.artifact import open_artifact
+from moepress.converters.onnx_folder import genai_config, is_onnx, open_onnx
+from moepress.errors import InvalidInputError, MoepressError
+
+LAYER = "model.layer-001.data"
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return onnx_runs.models_of(tiny_model, tmp_path_factory)
+
+
+@pytest.fixture
+def spoiled(models: Models, tmp_path: Path) -> Path:
+    """An export in a folder of the test's own."""
+    return Path(shutil.copytree(models.onnx(models.quantized("mixtral")), tmp_path / "spoiled"))
+
+
+def edit_graph(folder: Path, change: Callable[[Any], object]) -> None:
+    model = graph_of(folder)
+    change(model.graph)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def places_of(graph: Any, file: str = LAYER) -> list[Any]:
+    """The places of all weights in that file, by their rows of key and value."""
+    places = [{row.key: row for row in tensor.external_data} for tensor in graph.initializer if tensor.external_data]
+    return [place for place in places if place["location"].value == file]
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(InvalidInputError, match=match):
+        open_onnx(folder)
+
+
+def test_an_export_is_opened_with_what_a_session_needs(models: Models) -> None:
+    folder = models.onnx(models.quantized("deepseek_v3"))
+    opened = open_onnx(folder)
+    assert is_onnx(folder)
+    assert not is_onnx(models.quantized("deepseek_v3"))
+    assert opened.caches == ((1, 48),) * 3  # the latent and the rotated key, once for all heads
+    assert opened.inputs >= {"input_ids", "attention_mask", "past_key_values.2.value"}
+    assert (opened.dtype, opened.vocabulary, opened.context) == ("float32", 256, 256)
+    assert opened.total_bytes == sum(f.stat().st_size for f in folder.glob("model.*"))
+    assert opened.parameters == sum(
+        t.numel()
+        for t in tiny_models.load_tensors(
+            onnx_runs.dequantized(models.quantized("deepseek_v3"), folder.parent / "dense")
+        ).values()
+    )
+    assert not opened.int8_activations
+    assert open_onnx(models.onnx(models.quantized("mixtral"), accuracy_level=4)).int8_activations
+    assert open_onnx(models.onnx(models.quantized("mixtral"), preset="cuda")).dtype == "float16"
+
+
+def test_grouped_queries_have_a_cache_of_key_heads(models: Models) -> None:
+    assert open_onnx(models.onnx(models.quantized("qwen3_moe"))).caches == ((2, 32),) * 3
+
+
+def test_companions_go_along_without_traces_of_the_layout(models: Models, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models.quantized("mixtral"), tmp_path / "quantized"))
+    add_tokenizer(folder)
+    (folder / "LICENSE").write_bytes(b"licence\xff")
+    out = onnx_runs.to_onnx(folder, tmp_path / "onnx")
+    found, before = content(out), content(folder)
+    for name in ("LICENSE", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert found[name] == before[name]
+    assert json.loads(found["config.json"]) == {
+        k: v for k, v in json.loads(before["config.json"]).items() if k != "quantization_config"
+    }
+    summary = json.loads(found["moepress.json"])
+    wanted = {"stage": "export", "target": "onnx", "for": "cpu", "dtype": "float32", "kernel": "qmoe", "bits": 4}
+    assert {key: summary[key] for key in wanted} == wanted
+    assert summary["experts"] == {"0": 4, "1": 4, "2": 4}
+    assert not [name for name in found if name.endswith((".safetensors", ".index.json", ".tmp"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx", "quantized"]
+
+
+def test_the_genai_config_describes_the_graph(models: Models) -> None:
+    folder = models.onnx(models.quantized("deepseek_v2"))
+    found = json.loads((folder / "genai_config.json").read_text())
+    model, decoder = found["model"], found["model"]["decoder"]
+    assert (model["type"], model["vocab_size"], model["context_length"]) == ("decoder", 256, 256)
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (0, 1, 1)
+    assert (decoder["head_size"], decoder["num_key_value_heads"], decoder["num_hidden_layers"]) == (48, 1, 3)
+    assert decoder["filename"] == "model.onnx"
+    graph = graph_of(folder).graph
+    names = {value.name for value in [*graph.input, *graph.output]}
+    for value in [*decoder["inputs"].values(), *decoder["outputs"].values()]:
+        assert {value.replace("%d", str(layer)) for layer in range(3)} <= names
+    assert decoder["session_options"]["provider_options"] == []
+    assert found["search"]["max_length"] == 256
+
+
+def test_what_generation_config_states_wins_in_the_genai_config() -> None:
+    config = {"vocab_size": 9, "hidden_size": 4, "num_attention_heads": 2, "eos_token_id": 1, "bos_token_id": 0}
+    config |= {"max_position_embeddings": 100_000}
+    generation = {"eos_token_id": [5, 6], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
+    found = genai_config(config, generation, [(2, 8)], layers=1, cuda=True)
+    model, search = found["model"], found["search"]
+    assert (model["eos_token_id"], model["pad_token_id"], model["bos_token_id"]) == ([5, 6], 5, 0)
+    assert (search["do_sample"], search["temperature"], search["top_k"], search["top_p"]) == (True, 0.6, 20, 0.9)
+    assert (model["context_length"], search["max_length"]) == (100_000, 4096)  # genai allocates all of it at once
+    assert model["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "weights/model.data",
+        "../spoiled/" + LAYER,
+        "..",
+        ".",
+        "",
+        "/etc/hostname",
+        "./" + LAYER,
+        "C:\\model.data",
+        "..\\model.data",
+        "\\\\host\\share",
+        "a/../" + LAYER,
+    ],
+)
+def test_weights_in_other_places_than_the_folder_are_refused(spoiled: Path, location: str) -> None:
+    (spoiled / "weights").mkdir()
+    shutil.copy(spoiled / LAYER, spoiled / "weights" / "model.data")
+
+    def move(graph: Any) -> None:
+        for place in places_of(graph):
+            place["location"].value = location
+
+    edit_graph(spoiled, move)
+    refused(spoiled, "which leads out of the folder; refused")
+
+
+def test_an_absolute_path_into_the_folder_is_refused_too(spoiled: Path) -> None:
+    edit_graph(spoiled, lambda graph: setattr(places_of(graph)[0]["location"], "value", str(spoiled / LAYER)))
+    refused(spoiled, "leads out of the folder")
+
+
+def test_links_are_refused(spoiled: Path, tmp_path: Path) -> None:
+    shutil.move(spoiled / LAYER, tmp_path / "elsewhere")
+    (spoiled / LAYER).symlink_to(tmp_path / "elsewhere")
+    refused(spoiled, f"{LAYER} is a link, which ONNX refuses; copy the files")
+    (spoiled / LAYER).unlink()
+    os.link(tmp_path / "elsewhere", spoiled / LAYER)
+    refused(spoiled, f"{LAYER} is a link")
+    (tmp_path / "elsewhere").unlink()
+    open_onnx(spoiled)
+
+
+def test_missing_and_short_files_are_refused(spoiled: Path) -> None:
+    file = spoiled / LAYER
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    refused(spoiled, f"{LAYER} has {size - 1} bytes and model.onnx wants {size}; copy or export it again")
+    file.unlink()
+    refused(spoiled, f"names {LAYER}, which is missing")
+    file.mkdir()
+    refused(spoiled, f"names {LAYER}, which is missing")
+
+
+@pytest.mark.parametrize("value", ["many", "-4096", "1.5"])
+@pytest.mark.parametrize("key", ["offset", "length"])
+def test_places_that_are_no_numbers_are_refused(spoiled: Path, key: str, value: str) -> None:
+    edit_graph(spoiled, lambda graph: setattr(places_of(graph)[-1][key], "value", value))
+    refused(spoiled, "has no sound place")
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 100, b"\x08", b"not a model at all", b"\x00" * 4096])
+def test_files_that_are_no_graph_are_refused(spoiled: Path, data: bytes) -> None:
+    (spoiled / "model.onnx").write_bytes(data)
+    refused(spoiled, r"is not a readable ONNX model|is not a decoder with a KV cache")
+
+
+def test_a_graph_cut_short_is_refused(spoiled: Path) -> None:
+    file = spoiled / "model.onnx"
+    whole = file.read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        file.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(MoepressError):
+            open_onnx(spoiled)
+
+
+def test_a_graph_that_is_no_decoder_is_refused(spoiled: Path) -> None:
+    info = onnx.helper.make_tensor_value_info
+    ends = [info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "neg", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph), spoiled / "model.onnx")
+    refused(spoiled, "is not a decoder with a KV cache .* `moepress export --to onnx`")
+
+
+def test_a_cache_without_a_shape_or_of_another_dtype_is_refused(spoiled: Path) -> None:
+    def value_of(graph: Any) -> Any:
+        return next(value for value in graph.input if value.name == "past_key_values.1.key").type.tensor_type
+
+    edit_graph(spoiled, lambda graph: value_of(graph).shape.dim[1].Clear())
+    refused(spoiled, "does not state the shape of layer 1's cache")
+    edit_graph(spoiled, lambda graph: value_of(graph).ClearField("shape"))
+    refused(spoiled, "does not state the shape of layer 1's cache")
+
+    def double(graph: Any) -> None:
+        for value in graph.input:
+            if value.name.startswith("past"):
+                value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+
+    edit_graph(spoiled, double)
+    refused(spoiled, "does not state|neither float32 nor float16")
+
+
+def test_a_folder_without_a_sound_config_is_refused(spoiled: Path) -> None:
+    (spoiled / "moepress.json").write_text("[]")
+    refused(spoiled, "moepress.json does not hold a JSON object")
+    (spoiled / "moepress.json").unlink()
+    assert open_onnx(spoiled).summary == {}
+    before = (spoiled / "config.json").read_text()
+    for key in ("vocab_size", "max_position_embeddings"):
+        for value in ("many", -1, [256]):
+            tiny_models.edit_config(spoiled, **{key: value})
+            refused(spoiled, f"config.json: {key} is .* which is no size")
+            (spoiled / "config.json").write_text(before)
+    (spoiled / "config.json").unlink()
+    refused(spoiled, "has no config.json")
+
+
+def test_an_export_knows_its_scheme(models: Models) -> None:
+    assert open_onnx(models.onnx(models.quantized("olmoe"))).summary["group_size"] == 16
+    assert open_onnx(models.onnx(models.tiny("olmoe"))).summary["bits"] is None
+    assert open_artifact(models.quantized("olmoe")).scheme.group_size == 16

@@ -1,0 +1,49 @@
+"""What the report says of a plan, a quantization and the calibration text, taken from their results."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moepress.compress.plan import Plan
+from moepress.converters.scheme import Scheme
+from moepress.validation.schema import Calibration, DomainLoss, ExpertName, LayerError, Pruning, Quantization
+
+
+def pruning_section(plan: Plan) -> Pruning:
+    """What the report says of the pruning."""
+    return Pruning(
+        criterion=plan.criterion.value,
+        kept=plan.experts,
+        total=plan.experts_before,
+        domains=tuple(
+            DomainLoss(domain=d, gate_mass_lost=loss.gate_mass, reap_mass_lost=loss.reap_sum_mass)
+            for d, loss in plan.loss.items()
+        ),
+        keep_set_stability=plan.stability,
+    )
+
+
+def quantization_section(result: Mapping[str, Any], scheme: Scheme, plan: Plan | None) -> Quantization:
+    """What the report says of the quantization."""
+    group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
+    return Quantization(
+        scheme=f"{scheme.bits} bit {group}, symmetric",
+        layers=tuple(LayerError(layer=int(n), mean_relative_error=e) for n, e in result["layer_error"].items()),
+        fallback_experts=_experts(result["experts_without_tokens"]) + _experts(result["experts_rounded"]),
+        unsupported_experts=_experts(plan.unsupported) if plan else (),
+    )
+
+
+def _experts(found: Mapping[Any, Sequence[int]]) -> tuple[ExpertName, ...]:
+    return tuple(ExpertName(layer=int(layer), expert=e) for layer, experts in found.items() for e in experts)
+
+
+def calibration_section(sources: Sequence[str], found: Mapping[str, Any]) -> Calibration:
+    """What the report says of the calibration text."""
+    return Calibration(
+        sources=tuple(sources) or ("the embedded text of moepress",),
+        embedded=bool(found["embedded"]),
+        domains=tuple(found["tokens_per_domain"]),
+        tokens=int(found["tokens"]),
+        seed=found["seed"],
+        digest=found["digest"],
+    )
