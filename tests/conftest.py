@@ -1,5 +1,6 @@
 """Fixtures that many test files share: tiny models, made once per session."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 
+gc.freeze()  # each layer of a streamed forward collects garbage: it need not look at torch and transformers again
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other, minutes in all where tests run in parallel
 
 TinyFactory = Callable[..., Path]
