@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from moepress.options import (
     include_option,
     json_option,
     machine_options,
+    mtp_option,
     nonfinite_option,
     onnx_options,
     output_options,
@@ -33,6 +35,7 @@ from moepress.parsed import (
     evaluation_of,
     includes_of,
     machine_of,
+    mtp_of,
     plan_of,
     recipe_values,
 )
@@ -111,6 +114,16 @@ def _note(*notes: str) -> None:
         click.echo(f"Note: {note}", err=True)
 
 
+def _show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a dry run found: a table, or as JSON the one estimate of a stage."""
+    if as_json:
+        _emit(next(iter(estimates.values())))
+        return
+    from moepress.printed_inspection import print_estimates
+
+    print_estimates(estimates)
+
+
 def _quiet_libraries() -> None:
     """No banners or bars of the libraries below; ours are on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -122,23 +135,27 @@ def _quiet_libraries() -> None:
 
 @cli.command()
 @click.argument("model")
+@click.option("--tokens", type=click.IntRange(1), help="Calibration tokens to plan for.  [default: 131072]")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens in the KV cache.  [default: 8192, or the model's context]"
+)
 @json_option
-def inspect(model: str, as_json: bool) -> None:
-    """Tell what MODEL is: family, experts, sizes by part, and how many experts can legally stay.
+def inspect(model: str, tokens: int | None, context: int | None, as_json: bool) -> None:
+    """Tell what MODEL is and what pressing it takes: family, experts, sizes by part, the expert counts that can stay
+    and those to try first, time, memory and disk on this machine, and which GPU holds the result.
+
+    Reads headers, and some weights to time the disk; writes nothing. All times are projected.
 
     \b
     Example:  moepress inspect demo
+              moepress inspect MODEL --tokens 262144 --context 32768
     """
-    from moepress.models.checkpoint import open_checkpoint
-    from moepress.models.inventory import describe
-    from moepress.models.skeleton import check_tensors
-    from moepress.printed import print_inventory
-    from moepress.stages import model_folder
+    from moepress.inspection import inspect_model
+    from moepress.printed_inspection import print_inspection
 
-    checkpoint = open_checkpoint(model_folder(model))
-    check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
-    found = describe(checkpoint)
-    _emit(found) if as_json else print_inventory(found)
+    _quiet_libraries()
+    found = inspect_model(model, tokens=tokens, context=context)
+    _emit(found) if as_json else print_inspection(found)
 
 
 @cli.command()
@@ -191,7 +208,8 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     calibration, machine = calibration_of(options), machine_of(options)
     if options["dry_run"]:
         check_output(output, [stages.model_folder(model)], resume=resume, force=force)
-        _emit(asdict(stages.profile_estimate(model, calibration, machine)))
+        found = stages.profile_estimate(model, calibration, machine, leave_one_out=not options["no_loo"])
+        _show_estimates({"profile": asdict(found)}, as_json=options["as_json"])
         return
     made = stages.profile_stage(
         model,
@@ -243,6 +261,7 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan made by `moepress plan`.")
 @click.option("--profile", "profiles", multiple=True, type=click.Path(path_type=Path), help="Plan from this profile.")
 @selection_options
+@mtp_option
 @nonfinite_option
 @dry_run_option
 @json_option
@@ -267,9 +286,17 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     _note(*made.notes)
     place = stages.Output(folder=output, resume=resume, force=force)
     result = stages.prune_stage(
-        model, place, made, allow_nonfinite=options["allow_nonfinite"], dry_run=options["dry_run"]
+        model,
+        place,
+        made,
+        mtp=mtp_of(options),
+        allow_nonfinite=options["allow_nonfinite"],
+        dry_run=options["dry_run"],
     )
-    if options["as_json"] or options["dry_run"]:
+    if options["dry_run"]:
+        _show_estimates({"prune": result}, as_json=options["as_json"])
+        return
+    if options["as_json"]:
         _emit(result)
         return
     _note(*result["notes"])
@@ -285,6 +312,8 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
 @scheme_options
 @include_option
+@mtp_option
+@click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
 @machine_options
 @dry_run_option
@@ -296,9 +325,13 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     The routed experts are quantized, and what --include adds; router, norms, embeddings and what a runtime trips over
     stay as they are. The result is a compressed-tensors folder that transformers and vLLM load.
 
+    A large model may be quantized in several sittings: --max-pieces ends each after so many pieces (of about 256 MiB of
+    the result), and the folder appears with the last one.
+
     \b
     Example:  moepress quantize demo --bits 4 --group-size 64 -o quantized
               moepress quantize MODEL --plan plan.json --include attention --include shared -o pressed
+              moepress quantize MODEL --plan plan.json -o pressed --max-pieces 20 --resume
     """
     from moepress import stages
     from moepress.compress.plan import load_plan
@@ -316,10 +349,20 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
         stages.QuantizeRequest(scheme=scheme, include=includes_of(options)),
         calibration_of(options),
         machine_of(options),
+        mtp=mtp_of(options),
+        max_pieces=options["max_pieces"],
         dry_run=options["dry_run"],
     )
-    if options["as_json"] or options["dry_run"]:
+    if options["dry_run"]:
+        _show_estimates({"quantize": result}, as_json=options["as_json"])
+        return
+    if not result["finished"]:
+        done = f"{result['pieces_done']} of {result['pieces']} pieces are done"
+        _note(f"{done}; repeat the command with --resume to go on.")
+    if options["as_json"]:
         _emit(result)
+        return
+    if not result["finished"]:
         return
     from moepress.printed import print_quantized
 
@@ -374,7 +417,7 @@ def _export_onnx(artifact: str, place: Any, options: Mapping[str, Any], *, as_js
     _quiet_libraries()
     request = onnx_of(options)
     if options["dry_run"]:
-        _emit(exports.onnx_estimate(artifact, request))
+        _emit(exports.onnx_estimate(artifact, place, request))
         return
     result = exports.onnx_stage(artifact, place, request, check=not options["no_check"])
     _note(*result.notes)
@@ -392,32 +435,32 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
     """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
     tokens per second on this machine.
 
-    BEFORE and AFTER are folders: original, pruned, compressed-tensors or GPTQ. Ends with 3 when a threshold is missed
-    by more than two sigma.
+    BEFORE and AFTER are folders: original, pruned, compressed-tensors, GPTQ or ONNX, which ONNX Runtime runs. Ends with
+    3 when a threshold is missed by more than two sigma.
 
     \b
     Example:  moepress validate demo pressed --max-ppl-increase 3% -o report
+              moepress validate pressed pressed-onnx --no-throughput
     """
     import tempfile
 
     from moepress import comparison, stages
-    from moepress.converters.artifact import open_source
     from moepress.validation.report import write_report
 
     _quiet_libraries()
     folders = [stages.model_folder(name) for name in (before, after)]
     if output is not None:
         comparison.check_report_folder(output, folders)
-    subjects = [comparison.subject_of(n, open_source(f)) for n, f in zip(("before", "after"), folders, strict=True)]
+    subjects = [comparison.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:
         report = comparison.validate_stage(
             subjects,
-            folders[0],
+            comparison.tokenizer_folder(folders),
             evaluation_of(options),
             machine_of(options),
             Path(work),
             title=f"{folders[0].resolve().name} and {folders[1].resolve().name}",
-            commands=(f"moepress validate {before} {after}",),
+            commands=(shlex.join(["moepress", *sys.argv[1:]]),),
         )
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -437,11 +480,11 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
 @device_options
 @json_option
 def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
-    """Let MODEL go on from PROMPT, to look at what was made: an original, pruned or quantized folder. A PROMPT of - is
-    read from stdin.
+    """Let MODEL go on from PROMPT, to look at what was made: an original, pruned, quantized or ONNX folder. A PROMPT of
+    - is read from stdin.
 
-    The text comes to stdout as it is made. The whole model is loaded, quantized weights as dense ones, so it must fit
-    into memory.
+    The text comes to stdout as it is made. The whole model is loaded, so it must fit into memory; ONNX models keep
+    their codes there, other quantized folders become dense.
 
     \b
     Example:  moepress generate demo "def main():"
@@ -493,7 +536,7 @@ def _prompt_of_stdin() -> str:
 @include_option
 @calibration_options
 @evaluation_options
-@click.option("--to", "targets", help="Further formats, with commas between them: gptq.")
+@click.option("--to", "targets", help="Further formats, with commas between them: gptq, onnx.")
 @machine_options
 @dry_run_option
 @json_option
@@ -504,7 +547,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
 
     \b
     Example:  moepress run demo -o out --keep 0.75 --bits 4
-              moepress run MODEL -o out --calibration my-text/ --keep 0.5 --max-ppl-increase 5%
+              moepress run MODEL -o out --calibration my-text/ --keep 0.5 --to gptq,onnx --max-ppl-increase 5%
               moepress run --recipe out/recipe.yaml -o again
     """
     from moepress.recipe import estimate_recipe, load_recipe, make_recipe, run_recipe
@@ -520,7 +563,11 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
         from moepress.journal import check_output
 
         check_output(output, [stages.model_folder(recipe.model)], resume=resume, force=force, in_place=True)
-        _emit(estimate_recipe(recipe))
+        found = estimate_recipe(recipe)
+        if options["as_json"]:
+            _emit(found)
+        else:
+            _show_estimates({name: found[name] for name in ("profile", "quantize")}, as_json=False)
         return
     report = run_recipe(recipe, output, resume=resume, force=force)
     _show_report(report, output, as_json=options["as_json"])

@@ -1,5 +1,6 @@
 """export as functions: what was quantized or pruned, in the form that another runtime reads."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from moepress import __version__
 from moepress.calibration.profile import fingerprint
 from moepress.converters.artifact import open_artifact, open_source
 from moepress.converters.export import Exported, Target, check_target, export
-from moepress.errors import UsageError
+from moepress.errors import MoepressError, UsageError
 from moepress.journal import check_output, open_run
 from moepress.stages import Output, model_folder, require_room
 
@@ -84,15 +85,20 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
         if check:
             from moepress.validation.onnx_check import check_export
 
-            found = check_export(source, run.folder)
+            try:
+                found = check_export(source, run.folder)
+            except MoepressError:
+                shutil.rmtree(run.folder)  # it is wrong, so there is nothing to go on with
+                raise
         run.finish()
     notes = [*made.notes, *([f"Not checked in full: {found}."] if isinstance(found, str) else [])]
     checked = None if isinstance(found, str) else found
     return OnnxResult(bytes_after=made.bytes_after, nodes=made.nodes, checked=checked, notes=tuple(notes))
 
 
-def onnx_estimate(model_name: str, request: Any) -> dict[str, Any]:
+def onnx_estimate(model_name: str, output: Output, request: Any) -> dict[str, Any]:
     """What an export would write, exactly, from the headers alone."""
+    check_output(output.folder, [model_folder(model_name)], resume=output.resume, force=output.force)
     from moepress.converters.onnx_runtime import require_onnx
 
     require_onnx()

@@ -13,7 +13,7 @@ from moepress.converters.onnx_folder import is_onnx, open_onnx
 from moepress.converters.onnx_runtime import installed_version
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.models.checkpoint import read_json
-from moepress.models.dense import load_dense
+from moepress.models.dense import free_memory_bytes, load_dense
 from moepress.models.skeleton import hf_config
 from moepress.models.walk import choose_device, choose_dtype
 from moepress.stages import Machine, load_tokenizer, model_folder
@@ -26,6 +26,7 @@ from moepress.validation.generate import (
     generate,
     why_stopped,
 )
+from moepress.validation.onnx_session import OnnxDecoder, cuda_number, open_session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class Runnable:
         context: tokens that a sequence may have.
         vocabulary: number of token ids.
         runtime: what runs it, with its version.
-        device: where it runs.
+        device: where it is to run; of ONNX models the session decides.
         dtype: of its computation.
         load: reads the weights; gives a decoder with nothing in its cache.
     """
@@ -122,17 +123,25 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
 def _open_onnx(folder: Path, machine: Machine) -> Runnable:
     if machine.dtype != "auto":
         raise UsageError("An ONNX model has its dtype in its graph; leave out --dtype.")
-    from moepress.validation.onnx_session import OnnxDecoder, open_session
-
+    cuda_number(machine.device)  # refuses other devices
     opened = open_onnx(folder)
-    model = open_session(opened, machine.device, exact=False)
+
+    def load() -> OnnxDecoder:
+        free = free_memory_bytes(torch.device("cpu"))
+        if opened.total_bytes > free:
+            raise MoepressError(
+                f"{folder} has {opened.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+                "close other programs or take a smaller model."
+            )
+        return OnnxDecoder(open_session(opened, machine.device, exact=False))
+
     return Runnable(
         context=opened.context,
         vocabulary=opened.vocabulary,
         runtime=f"ONNX Runtime {installed_version('onnxruntime') or installed_version('onnxruntime-gpu')}",
-        device=model.provider,
+        device=machine.device,
         dtype=opened.dtype,
-        load=lambda: OnnxDecoder(model),
+        load=load,
     )
 
 
@@ -187,7 +196,7 @@ def generate_stage(
         stopped=why_stopped(ids, max_new_tokens=limit, stop=stop),
         sampling=request.sampling,
         runtime=model.runtime,
-        device=model.device,
+        device=decoder.provider if isinstance(decoder, OnnxDecoder) else model.device,
         dtype=model.dtype,
     )
 

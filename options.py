@@ -176,6 +176,14 @@ include_option: Decorator = click.option(
     help="Quantize this part too, besides the routed experts. Repeatable.",
 )
 
+mtp_option: Decorator = click.option(
+    "--mtp",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    show_default=True,
+    help="DeepSeek's multi-token-prediction layer: drop it, or keep it with as many experts as the others.",
+)
+
 evaluation_options: Decorator = _stack(
     click.option(
         "--data",

@@ -36,9 +36,9 @@ def recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
 def _targets(text: str) -> list[str]:
     found = [part.strip() for part in text.split(",") if part.strip()]
     for target in found:
-        if target != "gptq":
-            raise UsageError(f"--to {target} is not there; run exports to gptq, beside compressed-tensors.")
-    return found
+        if target not in ("gptq", "onnx"):
+            raise UsageError(f"--to {target} is not there; run exports to gptq and onnx, beside compressed-tensors.")
+    return list(dict.fromkeys(found))
 
 
 def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
@@ -80,6 +80,13 @@ def includes_of(options: Mapping[str, Any]) -> Any:
     from moepress.compress.linears import Include
 
     return frozenset(Include(name) for name in options["include"])
+
+
+def mtp_of(options: Mapping[str, Any]) -> Any:
+    """What --mtp says is to become of the multi-token-prediction layer."""
+    from moepress.compress.mtp import Mtp
+
+    return Mtp(options["mtp"])
 
 
 def onnx_of(options: Mapping[str, Any]) -> Any:

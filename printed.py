@@ -64,7 +64,7 @@ def print_inventory(found: Mapping[str, Any]) -> None:
         console.print(f"with --groups degroup: {_ranges(found['legal_expert_counts_degrouped'])}")
     console.print(f"never quantized: {', '.join(found['never_quantized'])}")
     if found["mtp_layers"]:
-        console.print("The multi-token-prediction layer is dropped when the model is pruned or quantized.")
+        console.print("The multi-token-prediction layer is dropped, or kept by `prune --mtp keep`.")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -29,10 +29,12 @@ from moepress.comparison import (
     subject_of,
     validate_stage,
 )
-from moepress.compress.estimate import estimate_forward, estimate_quantize
+from moepress.compress.estimate import estimate_profile, estimate_quantize
+from moepress.compress.figures import figures_of
 from moepress.compress.linears import Include, linear_groups
 from moepress.compress.pipeline import check_scheme
 from moepress.compress.plan import Plan, count_from_keep, estimate_sizes, load_plan, make_plan, plan_text
+from moepress.compress.rates import measure_rates
 from moepress.compress.scoring import Criterion, Groups, default_criterion, domain_weights
 from moepress.converters.artifact import open_artifact, open_source
 from moepress.converters.onnx_folder import open_onnx
@@ -57,6 +59,7 @@ from moepress.stages import (
     model_folder,
     profile_stage,
     quantize_stage,
+    workload,
 )
 from moepress.validation.report import write_report
 from moepress.validation.schema import Report
@@ -202,14 +205,17 @@ def estimate_recipe(recipe: Recipe) -> dict[str, Any]:
     """What a run would take, after all its checks: the recipe in full, projected time, memory and disk by stage."""
     checkpoint, count, criterion = check_recipe(recipe)
     full = resolve(recipe, checkpoint, criterion, recipe.max_memory or default_memory())
-    device, tokens = choose_device(full.device), full.tokens or DEFAULT_TOKENS
-    scheme = Scheme(bits=full.bits, group_size=full.group_size)
+    machine = Machine(device=full.device, dtype=full.dtype, memory_bytes=full.max_memory)
+    work = workload(machine, tokens=full.tokens or DEFAULT_TOKENS, window=full.window or DEFAULT_WINDOW)
+    scheme, figures = Scheme(bits=full.bits, group_size=full.group_size), figures_of(checkpoint)
+    rates = measure_rates(checkpoint, work.device, work.dtype)
+    quantized = estimate_quantize(checkpoint, figures, count, scheme, work, rates, include=full.include)
     return {
         "recipe": full.model_dump(mode="json"),
         "experts": count,
         "sizes": estimate_sizes(inventory(checkpoint), checkpoint.shape, count, scheme).model_dump(),
-        "profile": asdict(estimate_forward(checkpoint, tokens, device)),
-        "quantize": asdict(estimate_quantize(checkpoint, count, scheme, tokens=tokens, device=device)),
+        "profile": asdict(estimate_profile(figures, work, rates)),
+        "quantize": asdict(quantized),
     }
 
 

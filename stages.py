@@ -26,13 +26,18 @@ from moepress.calibration.profile import (
     save_profile,
 )
 from moepress.calibration.sources import embedded_sources, parse_sources
-from moepress.compress.estimate import Estimate, estimate_forward, estimate_prune, estimate_quantize
+from moepress.compress.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
 from moepress.compress.experts import QuantizeOptions
+from moepress.compress.figures import figures_of
+from moepress.compress.footprint import Workload
 from moepress.compress.gptq import SolverOptions
 from moepress.compress.linears import Include
+from moepress.compress.mtp import Mtp, refuse_quantized_mtp
+from moepress.compress.pieces import PIECE_BYTES
 from moepress.compress.pipeline import check_scheme, model_dtype, quantize, scale_value_dtype
 from moepress.compress.plan import Plan, check_plan
-from moepress.compress.pruning import prune
+from moepress.compress.pruning import mtp_keep, planned_bytes, planned_entries, prune
+from moepress.compress.rates import measure_rates
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.journal import Run, check_output, open_run, partial_folder, previous_settings
@@ -227,12 +232,25 @@ def profile_stage(
     return profile
 
 
-def profile_estimate(model_name: str, calibration: Calibration, machine: Machine) -> Estimate:
+def profile_estimate(
+    model_name: str, calibration: Calibration, machine: Machine, *, leave_one_out: bool = True
+) -> Estimate:
     """What `profile` would take."""
     folder = model_folder(model_name)
     checkpoint = open_checkpoint(folder)
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
-    return estimate_forward(checkpoint, corpus.windows.numel(), choose_device(machine.device))
+    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1], domains=len(corpus.domains))
+    rates = measure_rates(checkpoint, work.device, work.dtype)
+    return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out)
+
+
+def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) -> Workload:
+    """That much text on that machine."""
+    device = choose_device(machine.device)
+    dtype = choose_dtype(machine.dtype, device)
+    return Workload(
+        tokens=tokens, window=window, domains=domains, device=device, dtype=dtype, memory_bytes=machine.memory_bytes
+    )
 
 
 def _display_name(folder: Path, given: str) -> str:
@@ -256,27 +274,36 @@ def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:
 
 
 def prune_stage(
-    model_name: str, output: Output, plan: Plan, *, allow_nonfinite: bool = False, dry_run: bool = False
+    model_name: str,
+    output: Output,
+    plan: Plan,
+    *,
+    mtp: Mtp = Mtp.DROP,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Rewrite the checkpoint without the experts that the plan leaves out."""
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     checked_plan(checkpoint, plan)
-    estimate = estimate_prune(checkpoint, plan)
+    keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
+    size = planned_bytes(planned_entries(checkpoint, keep))  # known to the byte before any is written
     if dry_run:
-        return asdict(estimate)
-    require_room(output, estimate.disk_bytes)
+        rates = measure_rates(checkpoint, torch.device("cpu"), torch.float32)
+        return asdict(estimate_prune(size, rates))
+    require_room(output, size)
     settings = {
         "command": "prune",
         "moepress": __version__,
         "model": plan.model,
         "keep": {str(layer): kept for layer, kept in plan.keep.items()},
         "groups": plan.groups.value,
+        "mtp": mtp.value,
         "allow_nonfinite": allow_nonfinite,
     }
     with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
-        return prune(checkpoint, plan, run)
+        return prune(checkpoint, plan, run, mtp=mtp)
 
 
 def quantize_stage(
@@ -287,14 +314,23 @@ def quantize_stage(
     calibration: Calibration,
     machine: Machine,
     *,
+    mtp: Mtp = Mtp.DROP,
+    max_pieces: int | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Quantize the model, pruned by the plan where there is one, to a compressed-tensors folder."""
+    """Quantize the model, pruned by the plan where there is one, to a compressed-tensors folder.
+
+    With `max_pieces` it stops after so many new pieces: the result then says `"finished": False` and how far it is,
+    there is no folder yet, and a resume goes on.
+    """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder)
+    if mtp is Mtp.KEEP:
+        refuse_quantized_mtp(checkpoint)
     shape = checkpoint.shape
-    digest = fingerprint(checkpoint) if plan is None else checked_plan(checkpoint, plan).model
+    if plan is not None:
+        checked_plan(checkpoint, plan)
     prunes = plan is not None and plan.prunes
     source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and prunes else checkpoint
     stored = model_dtype(checkpoint.config)
@@ -308,16 +344,20 @@ def quantize_stage(
     check_scheme(source, request.scheme, request.include)
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = _streamed(source, machine)
+    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
     estimate = estimate_quantize(
         checkpoint,
+        figures_of(checkpoint),
         plan.experts if plan else shape.experts,
         request.scheme,
-        tokens=corpus.windows.numel(),
-        device=model.device,
+        work,
+        measure_rates(checkpoint, work.device, work.dtype) if dry_run else None,
+        include=request.include,
     )
     if dry_run:
         return asdict(estimate)
     require_room(output, estimate.disk_bytes)
+    digest = fingerprint(checkpoint) if plan is None else plan.model
     settings = {
         "command": "quantize",
         "model": digest,
@@ -328,6 +368,7 @@ def quantize_stage(
         "hessian": asdict(request.hessian),
         "solver": asdict(request.solver),
         "seed": calibration.seed,
+        "piece_bytes": PIECE_BYTES,
     }
     summary = {
         "model": digest,
@@ -348,5 +389,6 @@ def quantize_stage(
             include=request.include,
             companions=folder,
             summary=summary,
+            max_pieces=max_pieces,
         )
     return {"bytes_before": checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _ROWS_AT_ONCE = 8192
+_STRIP = 1024  # columns of a wide Hessian that are formed together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,10 @@ def gram(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
         part = inputs_TI[start : start + _ROWS_AT_ONCE].float()
         if weights_T is not None:
             part = part * weights_T[start : start + _ROWS_AT_ONCE, None].float().sqrt()
-        out.addmm_(part.T, part)
+        for strip in range(0, size, _STRIP):  # only the lower triangle: half of the work where it is wide
+            out[strip:, strip : strip + _STRIP].addmm_(part[:, strip:].T, part[:, strip : strip + _STRIP])
+    for strip in range(_STRIP, size, _STRIP):
+        out[:strip, strip : strip + _STRIP] = out[strip : strip + _STRIP, :strip].T
     return out
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moepress.models.family import Shape
 from moepress.models.forward import apply_expert, tokens_of
 from moepress.models.routing import Router, choice_scores, combine_weights, router_of, scores
 from moepress.models.walk import Stream, read_ahead
@@ -72,10 +73,14 @@ def observe_layer(stream: Stream, layer: int, cells: Cells, *, leave_one_out: bo
     return {name: value.unflatten(0, (cells.domains, cells.shards)) for name, value in out.items()}
 
 
+def tokens_at_once(shape: Shape, memory_bytes: int, *, leave_one_out: bool) -> int:
+    """Tokens whose outputs of all chosen experts fit into a quarter of the memory limit; experts are read per chunk."""
+    per_token = shape.hidden * 4 * (6 + (shape.top_k + 1 if leave_one_out else 0))
+    return max(1024, memory_bytes // 4 // per_token)
+
+
 def _chunks(stream: Stream, leave_one_out: bool) -> list[slice]:
-    """Token ranges for which the outputs of all chosen experts fit into a quarter of the memory limit."""
-    per_token = stream.model.shape.hidden * 4 * (6 + (stream.model.shape.top_k + 1 if leave_one_out else 0))
-    size = max(1024, stream.limits.memory_bytes // 4 // per_token)
+    size = tokens_at_once(stream.model.shape, stream.limits.memory_bytes, leave_one_out=leave_one_out)
     return [slice(start, min(start + size, stream.tokens)) for start in range(0, stream.tokens, size)]
 
 

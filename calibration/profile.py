@@ -30,7 +30,7 @@ from moepress.progress import track
 
 SCHEMA_VERSION = "1.0"
 SHARDS = 8
-_HASHED_WHOLE_BYTES = 4 << 30
+_HASHED_WHOLE_BYTES = 1 << 30
 STATISTICS, DESCRIPTION = "statistics.safetensors", "profile.json"
 
 
@@ -66,7 +66,7 @@ class Profile:
 def fingerprint(checkpoint: Checkpoint | Artifact) -> str:
     """A digest of the config, of every tensor's name, dtype, shape and place, and of the bytes.
 
-    Shards above 4 GiB are sampled (256 places of 4 KiB each): hashing all of a 671 B model would take longer than
+    Shards above 1 GiB are sampled (256 places of 4 KiB each): hashing all of a 671 B model would take longer than
     pruning it.
     """
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())

@@ -1,15 +1,45 @@
-"""What a stage will take, before it starts: disk, memory, and time projected from this machine's matmul rate."""
+"""What a stage will take, before it starts: time, memory and disk, term by term. All of it is projected."""
 
-import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
-import torch
-
-from moepress.compress.plan import Plan, estimate_sizes
+from moepress.calibration.hessian import HessianOptions
+from moepress.calibration.observe import ACCUMULATORS, tokens_at_once
+from moepress.calibration.profile import SHARDS
+from moepress.compress.experts import experts_that_fit
+from moepress.compress.figures import Figures, Matrices, expert_matrices, included_matrices, pressed_sizes
+from moepress.compress.footprint import (
+    ROWS_AT_ONCE,
+    Workload,
+    buffer_bytes,
+    device_bytes,
+    disk_peak,
+    hidden_bytes,
+    hidden_disk,
+    least_memory,
+    libraries_bytes,
+    limits_of,
+    memory_notes,
+    peak_of,
+    quantize_peak,
+    resident,
+    slice_bytes,
+    solver_memory,
+)
+from moepress.compress.gptq import SolverOptions
+from moepress.compress.linears import Include
+from moepress.compress.rates import Rates
 from moepress.converters.scheme import Scheme
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.family import Part
-from moepress.models.inventory import active_parameters, inventory, weigh
+
+PROJECTED = "Projected, not measured: within a factor of two or three where nothing else keeps the machine busy."
+# Fitted to gptq.py on 2 cores at 1024 to 4096 columns; the spread between widths was a third.
+_FACTOR_COST = 3.0  # Cholesky and inverse, against 2/3 I^3 at the rate of a large matmul
+_COLUMN_SECONDS = 50e-6  # some eight small operations for each column of a loop
+_START_SECONDS = 2.0  # transformers' model on the meta device, text to tokens
+_FEW_TOKENS_COST = 1.3  # an expert's matmuls with a few hundred tokens, against large ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +49,15 @@ class Estimate:
     Attributes:
         disk_bytes: free space needed for the output and what lies beside it while it is made.
         output_bytes: size of the result.
-        peak_memory_bytes: of the process, beyond Python and torch.
-        seconds: projected time; None where it is the disk's speed that counts.
+        peak_memory_bytes: of the process, Python and its libraries included.
+        device_memory_bytes: of the GPU; None on the CPU.
+        seconds: of all terms; None where rates were not measured.
         tokens_per_expert: mean calibration tokens that reach a routed expert.
-        notes: how the figures come about.
+        time: term -> seconds.
+        memory: term -> bytes; `libraries`, `token buffers` and `mapped files` (the token buffers beyond the limit,
+            which the system takes back when it needs room) are there all the time, of the others those that meet.
+        disk: term -> bytes; not all of the output is there while the most hidden states are.
+        notes: what a user should know beforehand.
     """
 
     disk_bytes: int
@@ -30,69 +65,201 @@ class Estimate:
     peak_memory_bytes: int
     seconds: float | None
     tokens_per_expert: float | None
+    device_memory_bytes: int | None = None
+    time: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def matmul_rate(device: torch.device) -> float:
-    """fp32 multiply-adds of this machine in FLOP/s, measured in a fraction of a second."""
-    size = 768 if device.type == "cpu" else 4096
-    left = torch.randn(size, size, device=device)
-    (left @ left).sum().item()
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.2:
-        (left @ left)[0, 0].item()
-        rounds += 1
-    return 2 * size**3 * rounds / (time.perf_counter() - start)
-
-
-def estimate_prune(checkpoint: Checkpoint, plan: Plan) -> Estimate:
-    """Pruning copies bytes: the output's size is all that matters."""
-    after = estimate_sizes(inventory(checkpoint), checkpoint.shape, plan.experts, None).after_bytes
+def estimate_prune(output_bytes: int, rates: Rates | None = None) -> Estimate:
+    """Pruning copies bytes in chunks: what is read is what is written."""
+    memory = {"libraries": libraries_bytes(), "chunks": 4 * (32 << 20)}
+    time = {}
+    if rates is not None:
+        each = output_bytes / rates.read_bytes_per_second
+        time = {"read": each, "check": output_bytes * rates.load_seconds / 4, "write": each}
     return Estimate(
-        disk_bytes=after,
-        output_bytes=after,
-        peak_memory_bytes=64 << 20,
-        seconds=None,
+        disk_bytes=output_bytes,
+        output_bytes=output_bytes,
+        peak_memory_bytes=sum(memory.values()),
+        seconds=sum(time.values()) if rates is not None else None,
         tokens_per_expert=None,
-        notes=("Tensors are copied in chunks of 32 MiB; the time is that of the disk.",),
+        time=time,
+        memory=memory,
+        disk={"output": output_bytes},
+        notes=(PROJECTED,),
     )
 
 
-def estimate_forward(checkpoint: Checkpoint, tokens: int, device: torch.device) -> Estimate:
-    """Profiling: one forward pass, with the hidden states of all tokens kept."""
-    shape = checkpoint.shape
-    active = active_parameters(weigh(checkpoint), shape.experts, shape.top_k)
-    hidden = tokens * shape.hidden * 4
+def estimate_profile(
+    figures: Figures, work: Workload, rates: Rates | None = None, *, leave_one_out: bool = True
+) -> Estimate:
+    """One forward pass; where memory is short, experts are read again for every chunk of tokens."""
+    shape, limits = figures.shape, limits_of(figures, work)
+    buffers, spilled = buffer_bytes(figures, work, limits, observe=True)
+    at_once = min(work.tokens, tokens_at_once(shape, limits.memory_bytes, leave_one_out=leave_one_out))
+    passes = -(-work.tokens // at_once)
+    chosen = shape.top_k + (1 if leave_one_out else 0)
+    expert = 3 * shape.hidden * shape.expert_width
+    rows = min(at_once, ROWS_AT_ONCE)
+    outputs = at_once * shape.hidden * 4 * (8 + (chosen if leave_one_out else 0)) + at_once * chosen * 64
+    rest = resident(figures, work, limits, (buffers, spilled))
+    # The expert in use, the next one, and what it is made of.
+    rest |= {"routed outputs": outputs, "experts": 3 * expert * 8 + slice_bytes(figures, rows)}
+    statistics = figures.moe_layers * shape.experts * len(ACCUMULATORS) * SHARDS * 8 * work.domains
+    disk = {"output": statistics, "statistics by layer": statistics} | hidden_disk(figures, work, spilled)
+    time = {}
+    if rates is not None:
+        routed = passes * figures.parts[Part.ROUTED].bytes
+        weights = passes * figures.parameters(Part.ROUTED) + rest_parameters(figures)
+        time = {
+            "start": _START_SECONDS,
+            "read": (routed + figures.stored(Part.ROUTED, Part.LM_HEAD)) / rates.read_bytes_per_second,
+            "load": weights * rates.load_seconds,
+            **_forward_seconds(figures, work, rates, chosen),
+            "observe": 2 * rates.load_seconds * work.tokens * chosen * shape.hidden * figures.moe_layers,
+            "hidden states": _hidden_seconds(figures, work, spilled, rates),
+        }
+    peak = peak_of(rest, ("embeddings",), ("layer", "activations"), ("layer", "routed outputs", "experts"))
     return Estimate(
-        disk_bytes=2 * hidden,
-        output_bytes=shape.experts * shape.layers * 9 * 8 * 8,
-        peak_memory_bytes=4 * hidden,
-        seconds=2 * active * tokens / matmul_rate(device),
-        tokens_per_expert=tokens * shape.top_k / shape.experts,
-        notes=("Projected from this machine's matmul rate; reading the weights comes on top.",),
+        disk_bytes=disk_peak(disk, shape.layers),
+        output_bytes=statistics,
+        peak_memory_bytes=peak,
+        device_memory_bytes=device_bytes(work, rest, ("embeddings",), ("layer", "activations"), ("layer", "experts")),
+        seconds=sum(time.values()) if rates is not None else None,
+        tokens_per_expert=work.tokens * shape.top_k / shape.experts,
+        time=time,
+        memory=rest,
+        disk=disk,
+        notes=(PROJECTED, *_reread_note(passes), *memory_notes(work, peak, least_memory(figures, work, None))),
     )
 
 
 def estimate_quantize(
-    checkpoint: Checkpoint, count: int, scheme: Scheme, *, tokens: int, device: torch.device
+    checkpoint: Checkpoint,
+    figures: Figures,
+    count: int,
+    scheme: Scheme,
+    work: Workload,
+    rates: Rates | None = None,
+    *,
+    include: Iterable[Include] = (),
 ) -> Estimate:
-    """Forward pass twice, Hessians, and the solver's cubic part."""
-    shape = checkpoint.shape
-    after = estimate_sizes(inventory(checkpoint), shape, count, scheme).after_bytes
-    forward = estimate_forward(checkpoint, tokens, device)
-    parts = weigh(checkpoint)
-    layers = parts[Part.ROUTED].parameters // (3 * shape.hidden * shape.expert_width * shape.experts)
-    hidden, width = shape.hidden, shape.expert_width
-    # Hessians of the routed tokens; Cholesky and inverse; column loop, sweeps and scale search over the weights.
-    hessians = 2 * tokens * shape.top_k * (hidden**2 + width**2)
-    factors = count * 2 * (hidden**3 + width**3)
-    solving = count * 4 * 2 * (2 * width * hidden**2 + hidden * width**2)
-    flops = layers * (hessians + factors + solving)
+    """One forward pass, in which every layer is solved before the next."""
+    shape, limits = figures.shape, limits_of(figures, work)
+    extra = included_matrices(checkpoint, include)
+    sizes = pressed_sizes(checkpoint, figures, count, scheme, include)
+    output = sum(sizes.values())
+    buffers, spilled = buffer_bytes(figures, work, limits, observe=False)
+    at_once = experts_that_fit(replace(shape, experts=count), limits.memory_bytes)
+    rest = resident(figures, work, limits, (buffers, spilled))
+    rest |= solver_memory(figures, at_once, extra, sizes, output)
+    rest["expert's tokens"] = slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
+    disk = {"output": output} | hidden_disk(figures, work, spilled)
+    time = _quantize_seconds(figures, count, work, rates, at_once, extra, spilled, output) if rates is not None else {}
+    peak = quantize_peak(rest)
     return Estimate(
-        disk_bytes=after + forward.disk_bytes,
-        output_bytes=after,
-        peak_memory_bytes=forward.peak_memory_bytes + 4 * 4 * hidden**2 + 40 * 2 * width * hidden,
-        seconds=(forward.seconds or 0.0) * 2 + flops / matmul_rate(device),
-        tokens_per_expert=tokens * shape.top_k / count,
-        notes=("Projected from this machine's matmul rate; reading the weights comes on top.",),
+        disk_bytes=disk_peak(disk, shape.layers),
+        output_bytes=output,
+        peak_memory_bytes=peak,
+        device_memory_bytes=device_bytes(
+            work, rest, ("embeddings",), ("layer", "activations"), ("layer", "solver", "expert's tokens")
+        ),
+        seconds=sum(time.values()) if rates is not None else None,
+        tokens_per_expert=work.tokens * shape.top_k / count,
+        time=time,
+        memory=rest,
+        disk=disk,
+        notes=(PROJECTED, *memory_notes(work, peak, least_memory(figures, work, (extra, sizes, output)))),
     )
+
+
+def rest_parameters(figures: Figures) -> int:
+    """Parameters that every token passes in the layers: all but routed experts, embeddings and lm_head."""
+    parts = [p for p in figures.parts if p not in {Part.ROUTED, Part.EMBEDDINGS, Part.LM_HEAD, Part.MTP}]
+    return figures.parameters(*parts)
+
+
+def _routed_flops(figures: Figures, tokens: int, chosen: int) -> float:
+    return 2 * tokens * figures.parameters(Part.ROUTED) * chosen / figures.shape.experts
+
+
+def _forward_seconds(figures: Figures, work: Workload, rates: Rates, chosen: int) -> dict[str, float]:
+    attention = figures.attention
+    scores = 2 * work.tokens * work.window * attention.heads * (attention.key_width + attention.value_width)
+    dense = 2 * work.tokens * rest_parameters(figures)
+    routed = _routed_flops(figures, work.tokens, chosen) * _FEW_TOKENS_COST
+    return {
+        "forward": (dense + routed) / rates.forward_flops,
+        "attention scores": scores * figures.shape.layers / rates.forward_flops,
+    }
+
+
+def _hidden_seconds(figures: Figures, work: Workload, spilled: int, rates: Rates) -> float:
+    """Kept after every layer but the last; buffers in files are written and read a few times in every layer."""
+    layers = figures.shape.layers
+    return ((layers - 1) * hidden_bytes(figures, work) + 4 * layers * spilled) / rates.read_bytes_per_second
+
+
+def _quantize_seconds(
+    figures: Figures,
+    count: int,
+    work: Workload,
+    rates: Rates,
+    at_once: int,
+    extra: Sequence[Matrices],
+    spilled: int,
+    output: int,
+) -> dict[str, float]:
+    shape, sample = figures.shape, HessianOptions().pooled_tokens
+    kept = figures.stored(Part.ROUTED) + figures.parts[Part.ROUTED].bytes * count / shape.experts
+    weights = rest_parameters(figures) + figures.parameters(Part.ROUTED) * count / shape.experts
+    forward = _forward_seconds(figures, work, rates, shape.top_k)
+    gate_up, down = expert_matrices(figures, count)
+    routed_tokens = work.tokens * shape.top_k * figures.moe_layers
+    # down's Hessian wants gate and up once more; of an expert with few tokens also a sample of the layer's.
+    again = 2 * shape.hidden * 2 * shape.expert_width * (routed_tokens + sample * down.count)
+    grams = routed_tokens * _gram_flops(gate_up.columns) + work.tokens * figures.moe_layers * _gram_flops(shape.hidden)
+    grams += (routed_tokens + sample * down.count) * _gram_flops(down.columns)
+    grams += sum(m.count * work.tokens * _gram_flops(m.columns) for m in extra)
+    for matrices in extra:  # every group of Linears wants its layer's attention once more
+        share = matrices.count / max(shape.layers, 1)
+        forward = {term: seconds * (1 + share / 2) for term, seconds in forward.items()}
+    solved = [_solve_seconds(m, rates, at_once if m.part is Part.ROUTED else 1) for m in chain((gate_up, down), extra)]
+    return {
+        "start": _START_SECONDS,
+        "read": kept / rates.read_bytes_per_second,
+        "load": weights * rates.load_seconds,
+        **forward,
+        "Hessians": (grams + again) / rates.solver_flops,
+        **{term: sum(terms[term] for terms in solved) for term in solved[0]},
+        "pack": 2 * weights * rates.load_seconds,
+        "hidden states": _hidden_seconds(figures, work, spilled, rates),
+        "write": output / rates.read_bytes_per_second,
+    }
+
+
+def _gram_flops(columns: int) -> float:
+    """2 I^2 of a token, of wide matrices the lower triangle in strips of 1024 columns."""
+    return columns**2 * (2 if columns <= 1024 else 1 + 1024 / columns)
+
+
+def _solve_seconds(matrices: Matrices, rates: Rates, at_once: int) -> dict[str, float]:
+    """One Cholesky and inverse, the column loop, the sweeps, three losses: 1 + 2 x sweeps + 6 times O I^2."""
+    sweeps = SolverOptions().sweeps
+    square = matrices.rows * matrices.columns**2
+    loops = matrices.columns * (1 + sweeps) * _COLUMN_SECONDS / at_once
+    return {
+        "factor": matrices.count * _FACTOR_COST * 2 / 3 * matrices.columns**3 / rates.solver_flops,
+        "solve": matrices.count * (7 + 2 * sweeps) * square / rates.solver_flops,
+        "rounding": matrices.weights * (2 + sweeps) * rates.search_seconds + matrices.count * loops,
+    }
+
+
+def _reread_note(passes: int) -> Iterable[str]:
+    if passes > 1:
+        yield (
+            f"The experts' outputs of so many tokens do not fit into the memory limit: every expert is read {passes} "
+            "times. More --max-memory, fewer --tokens or --no-loo make it fewer."
+        )

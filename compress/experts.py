@@ -11,6 +11,7 @@ from moepress.compress.gptq import Solved, SolverOptions, solve
 from moepress.converters.artifact import dense
 from moepress.converters.scheme import Scheme
 from moepress.models.experts import Expert
+from moepress.models.family import Shape
 from moepress.models.forward import StreamedModel
 from moepress.models.walk import Stream, read_ahead
 
@@ -72,11 +73,15 @@ class CodedExpert:
 
 
 def experts_at_once(model: StreamedModel, memory_bytes: int) -> int:
-    """How many experts fit into a quarter of the memory limit while they are solved."""
-    hidden, width = model.shape.hidden, model.shape.expert_width
-    hessians = 4 * hidden * hidden
-    matrices = 10 * 2 * width * hidden
-    return max(1, min(model.shape.experts, memory_bytes // 4 // (4 * (hessians + matrices))))
+    """How many experts of a model fit into a quarter of the memory limit while they are solved."""
+    return experts_that_fit(model.shape, memory_bytes)
+
+
+def experts_that_fit(shape: Shape, memory_bytes: int) -> int:
+    """`experts_at_once` of any model of that shape, one at least."""
+    hessians = 4 * shape.hidden * shape.hidden
+    matrices = 10 * 2 * shape.expert_width * shape.hidden
+    return max(1, min(shape.experts, memory_bytes // 4 // (4 * (hessians + matrices))))
 
 
 def pooled_inputs(stream: Stream, options: HessianOptions) -> Tensor:

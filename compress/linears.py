@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moepress.models.checkpoint import Source
+from moepress.models.experts import names_by_layer
 from moepress.models.family import Part, layer_of, part_of
 
 
@@ -30,12 +31,22 @@ class LinearGroup:
     names: tuple[str, ...]
 
 
-def linear_groups(source: Source, layer: int, layers: int, include: Iterable[Include]) -> list[LinearGroup]:
-    """The groups of a layer to be quantized, in the order in which the data meets them."""
+def linear_groups(
+    source: Source, layer: int, layers: int, include: Iterable[Include], names: Iterable[str] | None = None
+) -> list[LinearGroup]:
+    """The groups of a layer to be quantized, in the order in which the data meets them.
+
+    Args:
+        source: the model.
+        layer: the layer's number.
+        layers: how many there are.
+        include: the parts wanted.
+        names: the layer's tensors (`names_by_layer`) where many layers are asked for; otherwise all names are searched.
+    """
     wanted, groups = set(include), list[LinearGroup]()
     by_part: dict[Part, list[str]] = {}
-    for name, shape in source.shapes.items():
-        if layer_of(name) != layer or len(shape) != 2 or not name.endswith(".weight"):
+    for name in names_by_layer(source).get(layer, []) if names is None else names:
+        if len(source.shapes[name]) != 2 or not name.endswith(".weight"):
             continue
         by_part.setdefault(part_of(source.family, name, layers), []).append(name)
     for part, kind in _PARTS.items():
@@ -44,16 +55,25 @@ def linear_groups(source: Source, layer: int, layers: int, include: Iterable[Inc
         orders = source.family.attention_groups if part is Part.ATTENTION else _MLP_GROUPS
         for order in orders:
             leaves = [leaf for leaf in order if leaf not in source.family.never_quantize]
-            names = tuple(n for leaf in leaves for n in by_part.get(part, []) if n.split(".")[-2] == leaf)
-            if names:
-                groups.append(LinearGroup(part=part, names=names))
+            found = tuple(n for leaf in leaves for n in by_part.get(part, []) if n.split(".")[-2] == leaf)
+            if found:
+                groups.append(LinearGroup(part=part, names=found))
     return groups
+
+
+def quantized_linears(source: Source, layers: int, include: Iterable[Include]) -> set[str]:
+    """Names of all Linears of decoder layers that are quantized besides the routed experts."""
+    wanted, by_layer = set(include), names_by_layer(source)
+    groups = [
+        g for layer in range(layers) for g in linear_groups(source, layer, layers, wanted, by_layer.get(layer, []))
+    ]
+    return {name for group in groups for name in group.names}
 
 
 def unquantized_modules(source: Source, layers: int, include: Iterable[Include]) -> list[str]:
     """Names of Linears and routers that keep their weights, for the `ignore` list of quantization configs."""
     wanted = set(include)
-    quantized = {n for layer in range(layers) for g in linear_groups(source, layer, layers, wanted) for n in g.names}
+    quantized = quantized_linears(source, layers, wanted)
     ignored = []
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)

@@ -1,8 +1,9 @@
 """quantize: one walk over the layers. Calibration tokens flow through the pruned model; each layer is solved on what
 reaches it, and its quantized output goes on to the next.
 
-Pieces are the shards of the result: a layer, or where a layer is large its parts. A killed run finds its finished
-pieces, takes their dequantized weights in place of solving, and so ends with the same bytes.
+Pieces are the shards of the result: a layer, or where a layer is large its parts. A run that was killed, or that
+stopped after as many pieces as were asked for, finds its finished pieces, takes their dequantized weights in place of
+solving, and so ends with the same bytes.
 """
 
 import functools
@@ -30,21 +31,22 @@ from moepress.compress.experts import (
     solve_experts,
 )
 from moepress.compress.gptq import solve
-from moepress.compress.linears import Include, LinearGroup, linear_groups, unquantized_modules
+from moepress.compress.linears import Include, LinearGroup, linear_groups, quantized_linears, unquantized_modules
+from moepress.compress.mtp import mtp_note
+from moepress.compress.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
 from moepress.converters import compressed_layout
 from moepress.converters.artifact import Source
 from moepress.converters.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.journal import Piece, Run
-from moepress.models.experts import is_fused
-from moepress.models.family import Part, layer_of, part_of
+from moepress.models.experts import names_by_layer
+from moepress.models.family import Part, part_of
 from moepress.models.forward import StreamedModel, require_finite_hidden, tokens_of
-from moepress.models.safetensors_file import read_header, read_tensor
+from moepress.models.safetensors_file import DTYPE_NAMES, Stored, read_header, read_tensor, tensor_bytes
 from moepress.models.walk import Limits, Scratch, Stream, add_output, first_step, open_stream, release_memory
-from moepress.models.writer import copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.models.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
 from moepress.progress import track
 
-PIECE_BYTES = 1 << 30
 _FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
 
 
@@ -58,7 +60,9 @@ class Job:
     include: frozenset[Include]
     chunks: Mapping[int, Sequence[Sequence[int]]]
     piece_names: Mapping[str, str]
+    names: Mapping[int | None, Sequence[str]]
     at_once: int
+    allowance: Allowance
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -80,7 +84,7 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> 
         UsageError: naming the first such matrix.
     """
     layers = int(source.config["num_hidden_layers"])
-    wanted = {n for layer in range(layers) for g in linear_groups(source, layer, layers, include) for n in g.names}
+    wanted = quantized_linears(source, layers, include)
     if Include.LM_HEAD in include:
         if "lm_head.weight" not in source.shapes:
             raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
@@ -95,28 +99,6 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> 
                 raise UsageError(f"{name}: {error}") from error
 
 
-def plan_chunks(
-    source: Source, layers: int, experts: Mapping[int, int], options: QuantizeOptions
-) -> dict[int, list[list[int]]]:
-    """Which experts share a piece, per layer; a dense layer has one empty chunk. Depends on the model alone."""
-    family, chunks = source.family, dict[int, list[list[int]]]()
-    for layer in range(layers):
-        count = experts.get(layer, 0)
-        if not count:
-            chunks[layer] = [[]]
-            continue
-        if is_fused(source, layer):
-            elements = sum(
-                math.prod(source.shapes[n.format(layer=layer)][1:]) for n in (family.fused_gate_up, family.fused_down)
-            )
-        else:
-            elements = sum(math.prod(source.shapes[n]) for n in family.expert_names(layer, 0))
-        each = elements * (options.scheme.bits + 1) // 8
-        size = max(1, PIECE_BYTES // each)
-        chunks[layer] = [list(range(s, min(s + size, count))) for s in range(0, count, size)]
-    return chunks
-
-
 def quantize(
     model: StreamedModel,
     corpus: Corpus,
@@ -127,6 +109,7 @@ def quantize(
     include: frozenset[Include],
     companions: Path,
     summary: Mapping[str, Any],
+    max_pieces: int | None = None,
 ) -> dict[str, Any]:
     """Quantize a model (perhaps seen through a keep list) into a compressed-tensors folder and finish the run.
 
@@ -139,9 +122,11 @@ def quantize(
         include: parts besides the routed experts.
         companions: the folder whose tokenizer and other files go along.
         summary: what moepress.json is to say about the plan and the calibration.
+        max_pieces: stop after so many new pieces; the run is then not finished and can be resumed.
 
     Returns:
-        Bytes, per-layer errors, experts that fell back, notes.
+        `finished`, `pieces_done` and `pieces`; of a finished run also bytes, per-layer errors, experts that fell back,
+        notes.
     """
     check_scheme(model.source, options.scheme, include)
     layers = model.shape.layers
@@ -156,32 +141,36 @@ def quantize(
                 options=options,
                 include=include,
                 chunks=chunks,
-                piece_names=_piece_names(chunks),
+                piece_names=piece_names(chunks),
+                names=names_by_layer(model.source),
                 at_once=experts_at_once(model, limits.memory_bytes),
+                allowance=Allowance(left=max_pieces),
             )
             first = resume_hidden(run, stream)
             advance(first)
             for layer in range(first, layers):
+                job.allowance.require()
                 _quantize_layer(job, layer)
                 if layer == layers - 1 and run.done("outer") is None:
                     _write_outer(job)
                 save_hidden(run, stream, layer)
                 advance(1)
+    except SpentError:
+        return {"finished": False, **_progress(job)}
     finally:
         scratch.close()
-    return _finish(job, companions, summary)
+    return {"finished": True, **_progress(job), **_finish(job, companions, summary)}
 
 
-def _piece_names(chunks: Mapping[int, Sequence[Sequence[int]]]) -> dict[str, str]:
-    ids = [f"layer-{layer}-{part}" for layer, parts in chunks.items() for part in range(len(parts))] + ["outer"]
-    return {piece: f"model-{n:05d}-of-{len(ids):05d}.safetensors" for n, piece in enumerate(ids, start=1)}
+def _progress(job: Job) -> dict[str, int]:
+    return {"pieces_done": sum(piece in job.run.pieces for piece in job.piece_names), "pieces": len(job.piece_names)}
 
 
 def _quantize_layer(job: Job, layer: int) -> None:
     """Solve (or take from finished pieces) one layer, and move the hidden states through it."""
     stream, model = job.stream, job.stream.model
     done = job.run.done(f"layer-{layer}-0")
-    groups = linear_groups(model.source, layer, model.shape.layers, job.include)
+    groups = linear_groups(model.source, layer, model.shape.layers, job.include, job.names.get(layer, []))
     coded, errors = _solve_linears(job, layer, groups) if done is None else (_read_linears(job, done, groups), {})
     replaced = {name: matrix.dense() for name, matrix in coded.items()}
     model.load_layer(layer, replaced)
@@ -208,6 +197,9 @@ def _do_chunk(
     """One piece: its experts are solved in batches, their output is added, their codes are written."""
     piece = f"layer-{layer}-{part}"
     done = job.run.done(piece)
+    if done is None:
+        job.allowance.require()
+    stored = {} if done is None else read_header(job.run.path(done))
     model, tensors = job.stream.model, dict[str, Tensor]()
     note: dict[str, Any] = {"layer": layer, "experts": {}, "linears": dict(errors)}
     positions = tokens_of(job.stream.chosen, model.shape.experts) if experts else []
@@ -218,7 +210,7 @@ def _do_chunk(
         if done is None:
             solved = solve_experts(job.stream, layer, batch, positions, pooled, sample, job.options)
         else:
-            solved = [_read_expert(job, done, layer, expert) for expert in batch]
+            solved = [_read_expert(job, stored, layer, expert) for expert in batch]
         for expert, coded in zip(batch, solved, strict=True):
             tokens, slots = positions[expert]
             add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer)
@@ -229,6 +221,7 @@ def _do_chunk(
     if done is None:
         entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
         job.run.write(piece, job.piece_names[piece], functools.partial(_write_piece, entries, note))
+        job.allowance.spend()
 
 
 def _write_piece(entries: Any, note: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -254,8 +247,8 @@ def _packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
 def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
     """Everything of a layer but its routed experts: quantized where asked for, else as stored (fp8 becomes bf16)."""
     source, tensors = job.stream.model.source, dict[str, Tensor]()
-    for name in source.shapes:
-        if layer_of(name) != layer or ".experts." in source.family.module_name(name):
+    for name in job.names.get(layer, []):
+        if ".experts." in source.family.module_name(name):
             continue
         if name in linears:
             tensors |= _packed(job, name, linears[name])
@@ -274,19 +267,35 @@ def _plain(job: Job, name: str) -> Tensor:
 
 def _write_outer(job: Job) -> None:
     """Embeddings, final norm and lm_head; lm_head quantized where asked for."""
-    source, tensors = job.stream.model.source, dict[str, Tensor]()
+    job.allowance.require()
+    entries: list[Entry] = []
     note: dict[str, Any] = {"linears": {}}
-    for name in source.shapes:
-        if layer_of(name) is not None:
-            continue
+    for name in job.names.get(None, []):
         if name == "lm_head.weight" and Include.LM_HEAD in job.include:
             matrix, error = _solve_head(job)
-            tensors |= _packed(job, name, matrix)
+            entries += [tensor_entry(*pair) for pair in _packed(job, name, matrix).items()]
             note["linears"][name] = error
         else:
-            tensors[name] = _plain(job, name)
-    entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
+            entries.append(_outer_entry(job, name))
     job.run.write("outer", job.piece_names["outer"], functools.partial(_write_piece, entries, note))
+    job.allowance.spend()
+
+
+def _outer_entry(job: Job, name: str) -> Entry:
+    """A tensor that is read when it is written: R1's embeddings and lm_head are 1.85 GB each."""
+    source = job.stream.model.source
+    shape = source.shapes[name]
+    first = source.read_row(name, 0) if len(shape) == 2 else None
+    if first is None or first.dtype == torch.float8_e4m3fn:
+        return tensor_entry(name, _plain(job, name))
+    size = math.prod(shape) * first.dtype.itemsize
+    return Entry(
+        name=name,
+        dtype=DTYPE_NAMES[first.dtype],
+        shape=shape,
+        bytes=size,
+        data=lambda: iter((tensor_bytes(source.read(name)),)),
+    )
 
 
 def _solve_head(job: Job) -> tuple[Coded, float]:
@@ -360,20 +369,22 @@ def _solve_stack(job: Job, names: Sequence[str], hessian_II: Tensor) -> tuple[li
     return [Coded(codes=codes, scales=scale) for codes, scale in parts], [error] * len(names)
 
 
-def _read_coded(job: Job, piece: Piece, name: str) -> Coded:
+def _read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
+    """A matrix of a finished piece, whose header is `stored`."""
     module = name.removesuffix(".weight")
-    entries = read_header(job.run.path(piece))
-    tensors = {n: read_tensor(e) for n, e in entries.items() if n.rsplit(".", 1)[0] == module}
+    names = [module + suffix for suffix in compressed_layout.SUFFIXES]
+    tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
     codes, scales = compressed_layout.read_layer(module, tensors, job.options.scheme)
     return Coded(codes=codes, scales=scales)
 
 
 def _read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Coded]:
-    return {name: _read_coded(job, piece, name) for group in groups for name in group.names}
+    stored = read_header(job.run.path(piece))
+    return {name: _read_coded(job, stored, name) for group in groups for name in group.names}
 
 
-def _read_expert(job: Job, piece: Piece, layer: int, expert: int) -> CodedExpert:
-    gate, up, down = (_read_coded(job, piece, n) for n in job.stream.model.family.expert_names(layer, expert))
+def _read_expert(job: Job, stored: Mapping[str, Stored], layer: int, expert: int) -> CodedExpert:
+    gate, up, down = (_read_coded(job, stored, n) for n in job.stream.model.family.expert_names(layer, expert))
     return CodedExpert(gate=gate, up=up, down=down, tokens=0, error=(0.0, 0.0), rounded=False)
 
 
@@ -397,8 +408,8 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
         config["num_nextn_predict_layers"] = 0
     write_json(run.folder / "config.json", config)
     copied = copy_companions(companions, run.folder)
-    dropped = sum(1 for name in source.shapes if (layer_of(name) or 0) >= job.stream.model.shape.layers)
-    notes = [f"The multi-token-prediction layer was dropped ({dropped} tensors)."] if dropped else []
+    dropped = sum(len(names) for n, names in job.names.items() if (n or 0) >= job.stream.model.shape.layers)
+    notes = mtp_note(dropped, {}, job.stream.model.shape.experts)
     result = {"bytes_after": total, "copied": copied, "notes": notes, **layer_report(run.pieces.values())}
     scheme = {"bits": job.options.scheme.bits, "group_size": job.options.scheme.group_size}
     note = {"moepress": __version__, "stage": "quantize", "scheme": scheme, "include": sorted(job.include), **result}
@@ -407,28 +418,3 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
         run.drop(name)
     run.finish()
     return result
-
-
-def layer_report(pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Per layer: mean relative error, experts without tokens, experts that were rounded to nearest."""
-    errors: dict[int, list[float]] = {}
-    without: dict[str, list[int]] = {}
-    rounded: dict[str, list[int]] = {}
-    for piece in pieces:
-        layer = piece.note.get("layer")
-        if layer is None:
-            continue
-        # Sorted, because a journal read back has its keys in another order, and sums must not differ in the last bit.
-        for expert, (tokens, first, second, fell_back) in sorted(piece.note["experts"].items(), key=_expert_number):
-            errors.setdefault(layer, []).extend((first, second))
-            if tokens == 0:
-                without.setdefault(str(layer), []).append(int(expert))
-            if fell_back:
-                rounded.setdefault(str(layer), []).append(int(expert))
-        errors.setdefault(layer, []).extend(error for _, error in sorted(piece.note["linears"].items()))
-    means = {str(layer): sum(found) / len(found) for layer, found in sorted(errors.items()) if found}
-    return {"layer_error": means, "experts_without_tokens": without, "experts_rounded": rounded}
-
-
-def _expert_number(row: tuple[str, Any]) -> int:
-    return int(row[0])

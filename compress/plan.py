@@ -176,26 +176,29 @@ def _notes(profile: Profile, criterion: Criterion, few: Mapping[int, Sequence[in
 
 
 def estimate_sizes(inventory: Mapping[str, Any], shape: Shape, count: int, scheme: Scheme | None) -> Sizes:
-    """Bytes of all weights before and after; quantization of the routed experts only, the MTP layer dropped.
+    """Bytes of all weights before and after; quantization of the routed experts only, the MTP layer dropped."""
+    before = sum(int(row["bytes"]) for row in inventory.values())
+    return Sizes(before_bytes=before, after_bytes=round(sum(part_sizes(inventory, shape, count, scheme).values())))
+
+
+def part_sizes(inventory: Mapping[str, Any], shape: Shape, count: int, scheme: Scheme | None) -> dict[Part, float]:
+    """Bytes of every part of the result.
 
     Pruning copies bytes. Quantizing an fp8 model stores the rest as bf16; scales have the model's dtype.
     """
     parts = {Part(name): (int(row["bytes"]), int(row["parameters"])) for name, row in inventory.items()}
-    before = sum(size for size, _ in parts.values())
     routed_bytes, routed_parameters = parts.get(Part.ROUTED, (0, 0))
     share = count / shape.experts
     rest = {part: float(size) for part, (size, _) in parts.items() if part not in {Part.ROUTED, Part.MTP}}
     rest[Part.ROUTER] = rest.get(Part.ROUTER, 0) * share
     if scheme is None:
-        routed_after = routed_bytes * share
-    else:
-        # A third of an expert is down [D, F], with the expert's width as its input; the rest has the hidden size.
-        scale_bits = 32 if routed_bytes >= 4 * routed_parameters else 16
-        inputs = (shape.hidden, shape.hidden, shape.expert_width)
-        bits = sum(scheme.bits_per_weight(columns, scale_bits) for columns in inputs) / 3
-        routed_after = routed_parameters * share * bits / 8
-        rest |= {p: 2 * parts[p][1] for p in rest if p in parts and p is not Part.ROUTER and _is_fp8(*parts[p])}
-    return Sizes(before_bytes=before, after_bytes=round(sum(rest.values()) + routed_after))
+        return rest | {Part.ROUTED: routed_bytes * share}
+    # A third of an expert is down [D, F], with the expert's width as its input; the rest has the hidden size.
+    scale_bits = 32 if routed_bytes >= 4 * routed_parameters else 16
+    inputs = (shape.hidden, shape.hidden, shape.expert_width)
+    bits = sum(scheme.bits_per_weight(columns, scale_bits) for columns in inputs) / 3
+    rest |= {p: 2.0 * parts[p][1] for p in rest if p in parts and p is not Part.ROUTER and _is_fp8(*parts[p])}
+    return rest | {Part.ROUTED: routed_parameters * share * bits / 8}
 
 
 def _is_fp8(size_bytes: int, parameters: int) -> bool:

@@ -1,32 +1,34 @@
 """Rewrite a checkpoint by a plan: copy, rename, slice. Nothing is dequantized; memory is one chunk of one tensor."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from moepress import __version__
+from moepress.compress.mtp import Mtp, mtp_keep_sets, mtp_note
 from moepress.compress.plan import Plan
 from moepress.journal import Run
 from moepress.models.checkpoint import Checkpoint, nonfinite
-from moepress.models.experts import is_fused, pruned_config, router_disk_names
+from moepress.models.experts import is_fused, mtp_layers, pruned_config, router_disk_names
 from moepress.models.family import layer_of
 from moepress.models.safetensors_file import DTYPES, Stored, read_bytes
-from moepress.models.skeleton import check_tensors
+from moepress.models.skeleton import check_mtp, check_tensors
 from moepress.models.writer import Entry, copy_companions, write_index, write_json, write_shard
 from moepress.progress import track
 
 CHUNK_BYTES = 32 << 20
 
 
-def prune(checkpoint: Checkpoint, plan: Plan, run: Run) -> dict[str, Any]:
+def prune(checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP) -> dict[str, Any]:
     """Write the pruned model into the run's folder and finish the run; every shard is a piece.
 
     Args:
         checkpoint: the original; its tensors are checked against its config first.
         plan: held against the checkpoint by `check_plan` before.
         run: the output in the making.
+        mtp: whether the multi-token-prediction layer goes or stays, pruned like the others.
 
     Returns:
         Bytes before and after, tensors written, notes.
@@ -35,29 +37,31 @@ def prune(checkpoint: Checkpoint, plan: Plan, run: Run) -> dict[str, Any]:
         InvalidInputError: tensors are missing or surplus, or hold NaN or Inf.
     """
     check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
-    planned = {shard: shard_entries(checkpoint, plan, shard) for shard in checkpoint.shards}
-    planned = {shard: entries for shard, entries in planned.items() if entries}
+    predicting = mtp_keep(checkpoint, plan, mtp)
+    planned = planned_entries(checkpoint, {**plan.keep, **predicting})
     with track("prune", len(planned)) as advance:
         for shard, entries in planned.items():
             if run.done(shard) is None:
                 run.write(shard, shard, functools.partial(_write, entries))
             advance(1)
     weight_map = {entry.name: shard for shard, entries in planned.items() for entry in entries}
-    after = sum(entry.bytes for entries in planned.values() for entry in entries)
+    after = planned_bytes(planned)
     write_index(run.folder, weight_map, after)
-    config = pruned_config(checkpoint.family, checkpoint.config, plan.experts, degroup=plan.degroup)
+    config = pruned_config(
+        checkpoint.family, checkpoint.config, plan.experts, degroup=plan.degroup, keep_mtp=bool(predicting)
+    )
     write_json(run.folder / "config.json", config)
     copied = copy_companions(checkpoint.folder, run.folder)
     dropped = sum(1 for name in checkpoint.stored if (layer_of(name) or 0) >= checkpoint.shape.layers)
-    notes = [f"The multi-token-prediction layer was dropped ({dropped} tensors)."] if dropped else []
-    result = {
+    result: dict[str, Any] = {
         "bytes_before": checkpoint.total_bytes,
         "bytes_after": after,
         "tensors": len(weight_map),
         "experts_before": plan.experts_before,
         "experts": plan.experts,
+        "mtp_keep": {str(layer): kept for layer, kept in predicting.items()},
         "copied": copied,
-        "notes": notes,
+        "notes": mtp_note(dropped, predicting, plan.experts_before),
     }
     write_json(
         run.folder / "moepress.json", {"moepress": __version__, "stage": "prune", **result, "plan": _summary(plan)}
@@ -76,40 +80,71 @@ def _write(entries: list[Entry], path: Any) -> None:
     write_shard(path, entries)
 
 
-def shard_entries(checkpoint: Checkpoint, plan: Plan, shard: str) -> list[Entry]:
-    """What a shard of the original becomes, in its original order; pruned experts' tensors are not in it."""
-    selected = _selected_rows(checkpoint, plan)
-    entries = []
-    for stored in sorted((e for e in checkpoint.stored.values() if e.file.name == shard), key=lambda e: e.begin):
-        layer = layer_of(stored.name)
-        if layer is not None and layer >= checkpoint.shape.layers:
-            continue
-        name: str | None = stored.name
-        if stored.name in selected:
-            entries.append(_rows_entry(stored, selected[stored.name], checkpoint.allow_nonfinite))
-            continue
-        found = checkpoint.family.expert_of(stored.name)
-        if found is not None and found[0] in plan.keep:
-            name = _new_name(checkpoint, plan, *found)
-        if name is not None:
-            data = functools.partial(_copy, stored, [(0, stored.bytes)], checkpoint.allow_nonfinite)
-            entries.append(Entry(name=name, dtype=stored.dtype, shape=stored.shape, bytes=stored.bytes, data=data))
-    return entries
+def mtp_keep(checkpoint: Checkpoint, plan: Plan, mtp: Mtp) -> dict[int, list[int]]:
+    """The experts that the multi-token-prediction layers keep; empty when they go.
+
+    Raises:
+        InvalidInputError: such a layer is to stay and is not whole.
+    """
+    if mtp is Mtp.DROP:
+        return {}
+    for layer in mtp_layers(checkpoint):
+        check_mtp(checkpoint, layer, folder=checkpoint.folder)
+    return mtp_keep_sets(checkpoint, plan.experts, degroup=plan.degroup)
 
 
-def _new_name(checkpoint: Checkpoint, plan: Plan, layer: int, expert: int, rest: str) -> str | None:
-    kept = _positions(plan, layer)
-    return checkpoint.family.renumber(layer, kept[expert], rest) if expert in kept else None
+def planned_bytes(planned: Mapping[str, Sequence[Entry]]) -> int:
+    """Size of all tensors of a pruned model."""
+    return sum(entry.bytes for entries in planned.values() for entry in entries)
 
 
-def _positions(plan: Plan, layer: int) -> dict[int, int]:
-    return {old: new for new, old in enumerate(plan.keep[layer])}
+def planned_entries(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> dict[str, list[Entry]]:
+    """What the shards of the original become, tensors in their original order; a shard without any is not there.
+
+    One pass over all tensors: a model may have a hundred thousand of them, in hundreds of shards.
+
+    Args:
+        checkpoint: the original.
+        keep: layer -> experts kept, ascending. A layer behind the last that is not among them is dropped.
+    """
+    selected = _selected_rows(checkpoint, keep)
+    positions = {layer: {old: new for new, old in enumerate(kept)} for layer, kept in keep.items()}
+    by_shard: dict[str, list[Stored]] = {shard: [] for shard in checkpoint.shards}
+    for stored in checkpoint.stored.values():
+        by_shard[stored.file.name].append(stored)
+    layers, planned = checkpoint.shape.layers, {}
+    for shard, tensors in by_shard.items():
+        stay = [t for t in tensors if (layer_of(t.name) or 0) < layers or layer_of(t.name) in keep]
+        stay.sort(key=lambda stored: stored.begin)
+        entries = [entry for stored in stay if (entry := _entry(checkpoint, stored, positions, selected))]
+        if entries:
+            planned[shard] = entries
+    return planned
 
 
-def _selected_rows(checkpoint: Checkpoint, plan: Plan) -> dict[str, list[int]]:
+def _entry(
+    checkpoint: Checkpoint,
+    stored: Stored,
+    positions: Mapping[int, Mapping[int, int]],
+    selected: Mapping[str, Sequence[int]],
+) -> Entry | None:
+    """What a tensor becomes; None when it is a pruned expert's."""
+    if stored.name in selected:
+        return _rows_entry(stored, selected[stored.name], checkpoint.allow_nonfinite)
+    name = stored.name
+    found = checkpoint.family.expert_of(name)
+    if found is not None and found[0] in positions:
+        if found[1] not in positions[found[0]]:
+            return None
+        name = checkpoint.family.renumber(found[0], positions[found[0]][found[1]], found[2])
+    data = functools.partial(_copy, stored, [(0, stored.bytes)], checkpoint.allow_nonfinite)
+    return Entry(name=name, dtype=stored.dtype, shape=stored.shape, bytes=stored.bytes, data=data)
+
+
+def _selected_rows(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> dict[str, Sequence[int]]:
     """Tensors with an expert axis -> the rows kept."""
-    rows: dict[str, list[int]] = {}
-    for layer, kept in plan.keep.items():
+    rows: dict[str, Sequence[int]] = {}
+    for layer, kept in keep.items():
         for name in router_disk_names(checkpoint, layer):
             rows[name] = kept
         if is_fused(checkpoint, layer):
@@ -118,7 +153,7 @@ def _selected_rows(checkpoint: Checkpoint, plan: Plan) -> dict[str, list[int]]:
     return rows
 
 
-def _rows_entry(stored: Stored, kept: list[int], allow_nonfinite: bool) -> Entry:
+def _rows_entry(stored: Stored, kept: Sequence[int], allow_nonfinite: bool) -> Entry:
     row = stored.bytes // stored.shape[0]
     ranges = [(index * row, row) for index in kept]
     return Entry(

@@ -8,18 +8,22 @@ Per token and layer of DeepSeek-V3 that is 2 x 576 values instead of 128 x (192 
 Source: DeepSeek-V2 (https://arxiv.org/abs/2405.04434), section 2.1 and appendix C (weight absorption).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from moepress.converters.onnx_graph import CONTRIB
 from moepress.converters.onnx_parts import Build, linear, reshape, rms_norm
-from moepress.errors import UnsupportedError
+from moepress.errors import InvalidInputError, UnsupportedError
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")  # frequencies do not depend on the length of the text
 _LAST_INT64 = (1 << 63) - 1
+_ROTATED, _AS_IS = 16, 8  # what GroupQueryAttention's head size must be a multiple of, when it rotates and always
+_CHUNK_BYTES = 16 << 20  # of angles in fp64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +60,43 @@ def is_latent(build: Build, layer: int) -> bool:
 
 
 def cache_of(build: Build, layer: int) -> Cache:
-    """The cache's shape of a layer."""
+    """The cache's shape of a layer.
+
+    Raises:
+        UnsupportedError: a head size that GroupQueryAttention refuses when it runs.
+    """
     attention, config = build.model.model.layers[layer].self_attn, build.model.config
-    if is_latent(build, layer):
-        return Cache(heads=1, size=attention.kv_lora_rank + attention.qk_rope_head_dim)
+    if is_latent(build, layer):  # rotated before
+        size = attention.kv_lora_rank + attention.qk_rope_head_dim
+        _require_multiple(size, _AS_IS, f"Latent heads of {size} values (kv_lora_rank + qk_rope_head_dim)")
+        return Cache(heads=1, size=size)
+    _require_multiple(attention.head_dim, _ROTATED, f"Heads of {attention.head_dim} values")
     return Cache(heads=config.num_key_value_heads, size=attention.head_dim)
+
+
+def _require_multiple(size: int, of: int, what: str) -> None:
+    if size % of:
+        raise UnsupportedError(
+            f"{what} can not be exported to ONNX: ONNX Runtime's GroupQueryAttention takes multiples of {of} there; "
+            "run this model in another runtime."
+        )
+
+
+def context_of(config: Any) -> int:
+    """Tokens that the rotary tables are made for: transformers' default where config.json states no number.
+
+    Args:
+        config: transformers' config object.
+
+    Raises:
+        InvalidInputError: neither states one.
+    """
+    context = config.max_position_embeddings
+    if not isinstance(context, int) or context < 1:
+        raise InvalidInputError(
+            f"config.json: max_position_embeddings is {context!r}, and rotary tables need a number; mend the file."
+        )
+    return context
 
 
 def shared_inputs(build: Build, file: str) -> Inputs:
@@ -71,7 +107,7 @@ def shared_inputs(build: Build, file: str) -> Inputs:
     counts = graph.node("ReduceSum", [mask, graph.integers(1)], f"{scope}/counts", keepdims=0)
     seqlens = graph.node("Sub", [counts, graph.integers(1)], f"{scope}/last")
     width = graph.node("Shape", [mask], f"{scope}/width", start=1, end=2)
-    # Positions count the tokens that the mask lets through, so rows of unequal length may share a batch.
+    # Positions count the tokens that the mask lets through: rows of unequal length, padded on the right, share a batch.
     running = graph.node(
         "CumSum", [mask, graph.constant("/constants/axis_1", np.array(1, dtype=np.int64))], f"{scope}/running"
     )
@@ -105,14 +141,17 @@ def _rotary_tables(build: Build, file: str) -> tuple[str, str]:
         )
     rotary = type(build.model.model.rotary_emb)(config=config)
     frequencies, factor = rotary.inv_freq.double(), float(rotary.attention_scaling)
-    context = int(config.max_position_embeddings)
+    context = context_of(config)
+    step = max(1, _CHUNK_BYTES // (8 * len(frequencies)))
 
-    def table(of: str) -> torch.Tensor:
-        angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)
-        return (angles.cos() if of == "cos" else angles.sin()) * factor
+    def rows(of: str) -> Iterator[torch.Tensor]:
+        for begin in range(0, context, step):
+            positions = torch.arange(begin, min(begin + step, context), dtype=torch.float64)
+            angles = torch.outer(positions, frequencies)
+            yield (angles.cos() if of == "cos" else angles.sin()) * factor
 
     shape = (context, len(frequencies))
-    tables = [build.weights.made(f"model.rotary_emb.{of}", shape, partial(table, of)) for of in ("cos", "sin")]
+    tables = [build.weights.streamed(f"model.rotary_emb.{of}", shape, partial(rows, of)) for of in ("cos", "sin")]
     names = [build.graph.weight(file, entry) for entry in tables]
     return names[0], names[1]
 

@@ -16,7 +16,8 @@ These are the names of onnxruntime-genai's and optimum's decoders.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
@@ -46,12 +47,16 @@ class Decoder:
         files: file name -> weights to be written there.
         caches: the cache's shape, layer by layer.
         experts: number of routed experts in each MoE layer.
+        config: transformers' config, which has a value where config.json states none.
+        genai: what genai_config.json will hold; empty until `plan_onnx` fills it in.
     """
 
     model: ModelProto
     files: dict[str, list[Entry]]
     caches: tuple[Cache, ...]
     experts: dict[int, int]
+    config: Any
+    genai: dict[str, Any] = field(default_factory=dict)
 
 
 def build_decoder(
@@ -66,7 +71,8 @@ def build_decoder(
         accuracy_level: see `Build`.
 
     Raises:
-        UnsupportedError: a width, group size, activation or rotary embedding that ONNX Runtime has no kernel for.
+        UnsupportedError: a width, group size, head size, activation or rotary embedding that ONNX Runtime has no
+            kernel for.
         InvalidInputError: a tensor is missing.
     """
     model = build_skeleton(source.config)
@@ -100,6 +106,7 @@ def build_decoder(
         files=build.graph.files,
         caches=caches,
         experts=experts,
+        config=model.config,
     )
 
 

@@ -23,6 +23,10 @@ from moepress.models.checkpoint import load_config, read_json
 MODEL, GENAI_CONFIG, SUMMARY = "model.onnx", "genai_config.json", "moepress.json"
 _FLOAT, _FLOAT16, _EXTERNAL = 1, 10, 1
 _GENAI_LENGTH = 4096  # default of max_length: genai allocates the whole cache before the first token
+_MOST_DIGITS = 18  # of a place in a file
+_MOST_HEADS = 1 << 20  # heads of a cache, and values of a head: far above any model
+_INT32, _FLOAT32 = 1 << 31, 3.4e38  # what genai's numbers end at
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +55,9 @@ class OnnxFolder:
 
     @property
     def context(self) -> int:
-        """Tokens that a sequence may have."""
-        return _whole(self.folder / "config.json", self.config, "max_position_embeddings") or 2048
+        """Tokens that a sequence may have: the rows of the rotary tables, where it was noted."""
+        noted = _whole(self.folder / SUMMARY, self.summary, "context")
+        return noted or _whole(self.folder / "config.json", self.config, "max_position_embeddings") or 2048
 
     @property
     def parameters(self) -> int:
@@ -127,6 +132,10 @@ def _cache(file: Path, inputs: Mapping[str, Any], layer: int) -> tuple[int, int]
         heads = size = 0
     if not (heads and size):
         raise InvalidInputError(f"{file} does not state the shape of layer {layer}'s cache; export it again.")
+    if not (0 < heads <= _MOST_HEADS and 0 < size <= _MOST_HEADS):
+        raise InvalidInputError(
+            f"{file}: layer {layer}'s cache has {heads} heads of {size} values, which is no size; export it again."
+        )
     return heads, size
 
 
@@ -139,7 +148,7 @@ def _external_bytes(folder: Path, graph: Any) -> int:
         place = {row.key: row.value for row in tensor.external_data}
         name = place.get("location", "")
         begin, length = (place.get(key) or "0" for key in ("offset", "length"))
-        if not (begin.isdecimal() and length.isdecimal()):
+        if not all(text.isdecimal() and len(text) <= _MOST_DIGITS for text in (begin, length)):
             raise InvalidInputError(f"{folder / MODEL}: {tensor.name} has no sound place; export it again.")
         ends[name] = max(ends.get(name, 0), int(begin) + int(length))
     total = 0
@@ -164,8 +173,10 @@ def genai_config(
     generation: Mapping[str, Any],
     caches: Sequence[tuple[int, int]],
     *,
-    layers: int,
+    context: int,
+    heads: int,
     cuda: bool,
+    folder: Path,
 ) -> dict[str, Any]:
     """The JSON of genai_config.json: type `decoder`, head size and key heads as the cache has them.
 
@@ -173,23 +184,24 @@ def genai_config(
         config: config.json of the model.
         generation: generation_config.json, or empty.
         caches: (heads, size) per layer, all alike.
-        layers: number of decoder layers.
+        context: tokens that the graph's rotary tables are made for.
+        heads: attention heads, of queries.
         cuda: run on CUDA rather than the CPU.
+        folder: that both files are from, for messages.
+
+    Raises:
+        InvalidInputError: a value of either file is none that onnxruntime-genai could work with.
     """
-    context = int(config.get("max_position_embeddings") or 2048)
-    special = {name: _token(name, config, generation) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    end = special["eos_token_id"]
-    if special["pad_token_id"] is None:  # genai wants one, and a single sequence never shows it
-        special["pad_token_id"] = end[0] if isinstance(end, list) else end
-    heads, size = caches[0]
+    special = _special_tokens(config, generation, folder)
+    key_heads, size = caches[0]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [{"cuda": {}}] if cuda else []},
         "filename": MODEL,
         "head_size": size,
         "hidden_size": config["hidden_size"],
-        "num_attention_heads": config["num_attention_heads"],
-        "num_hidden_layers": layers,
-        "num_key_value_heads": heads,
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(caches),
+        "num_key_value_heads": key_heads,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
@@ -202,32 +214,95 @@ def genai_config(
             "present_value_names": "present.%d.value",
         },
     }
+    model = {
+        "type": "decoder",
+        "context_length": context,
+        "vocab_size": config["vocab_size"],
+        "decoder": decoder,
+        **special,
+    }
     search = {
-        "do_sample": bool(generation.get("do_sample", False)),
-        "temperature": float(generation.get("temperature") or 1.0),
-        "top_k": int(generation.get("top_k") or 50),
-        "top_p": float(generation.get("top_p") or 1.0),
-        "repetition_penalty": float(generation.get("repetition_penalty") or 1.0),
+        **_sampling(generation, folder / _GENERATION, config["vocab_size"]),
         "max_length": min(context, _GENAI_LENGTH),
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
         "past_present_share_buffer": True,
     }
-    known = {name: value for name, value in special.items() if value is not None}
-    model = {
-        "type": "decoder",
-        "context_length": context,
-        "vocab_size": config["vocab_size"],
-        "decoder": decoder,
-        **known,
-    }
     return {"model": model, "search": search}
 
 
-def _token(name: str, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
-    found = generation.get(name)
-    return config.get(name) if found is None else found
+def generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model's folder; empty where there is none.
+
+    Raises:
+        InvalidInputError: it is no JSON object.
+    """
+    file = folder / _GENERATION
+    return read_json(file) if file.is_file() else {}
+
+
+def _sampling(generation: Mapping[str, Any], file: Path, vocabulary: int) -> dict[str, Any]:
+    """How genai samples unless it is told: what generation_config.json states, else transformers' defaults."""
+    sample = generation.get("do_sample")
+    if sample is not None and not isinstance(sample, bool):
+        raise InvalidInputError(f"{file}: do_sample is {sample!r}, but true or false is needed; mend the file.")
+    temperature = _number(generation, "temperature", 1.0, file)
+    # Temperature 0 means the likeliest token, which a division by it would not give.
+    sample, temperature = (bool(sample), temperature) if temperature > 0 else (False, 1.0)
+    top_k = generation.get("top_k")
+    top_k = 50 if top_k is None else top_k
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k < _INT32:
+        raise InvalidInputError(f"{file}: top_k is {top_k!r}, but a count is needed (0 for all); mend the file.")
+    penalty = _number(generation, "repetition_penalty", 1.0, file)
+    if penalty == 0:
+        raise InvalidInputError(
+            f"{file}: repetition_penalty is 0, but it divides, 1 leaves all as it is; mend the file."
+        )
+    return {
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": min(top_k, vocabulary),  # genai refuses more
+        "top_p": _number(generation, "top_p", 1.0, file, most=1.0),
+        "repetition_penalty": penalty,
+    }
+
+
+def _number(values: Mapping[str, Any], key: str, default: float, file: Path, *, most: float = _FLOAT32) -> float:
+    found = values.get(key)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= most:  # no NaN either
+        raise InvalidInputError(
+            f"{file}: {key} is {found!r}, but a number from 0 to {most:g} is needed; mend the file."
+        )
+    return float(found)
+
+
+def _special_tokens(config: Mapping[str, Any], generation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """bos, eos and pad as numbers; eos may be a list of them. What is stated nowhere is left out."""
+    found: dict[str, Any] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        stated = generation.get(name)
+        value, file = (stated, _GENERATION) if stated is not None else (config.get(name), "config.json")
+        if value is None or value in (-1, []):  # both stand for none in old folders
+            continue
+        several = isinstance(value, list) and name == "eos_token_id"
+        below = config["vocab_size"] if name == "eos_token_id" else _INT32  # genai checks those it waits for
+        if not all(_is_token(token, below) for token in (value if several else [value])):
+            raise InvalidInputError(
+                f"{folder / file}: {name} is {value!r}, which is no token of this model (they are numbers below "
+                f"{config['vocab_size']}); mend the file."
+            )
+        found[name] = value
+    end = found.get("eos_token_id")
+    if end is not None:  # genai wants one to pad with, and a single sequence never shows it
+        found.setdefault("pad_token_id", end[0] if isinstance(end, list) else end)
+    return found
+
+
+def _is_token(value: Any, below: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
 
 
 def count_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:

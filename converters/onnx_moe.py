@@ -139,7 +139,7 @@ def _fused(build: Build, file: str, layer: int, experts: int, value: str, routin
     """One QMoE (codes) or MoE (dense weights) node."""
     graph, scope = build.graph, f"/model/layers.{layer}/mlp"
     source = build.weights.source
-    quantized = not is_fused(source, layer) and build.weights.is_quantized(source.family.expert_names(layer, 0)[0])
+    quantized = _are_codes(build, layer, experts)
     rows = _router_rows(build, layer, routing)
     top_k = shape_of(source.family, source.config).top_k
     common: dict[str, Any] = {
@@ -167,6 +167,24 @@ def _fused(build: Build, file: str, layer: int, experts: int, value: str, routin
     if build.onnx_dtype != 1:
         total = build.cast(total, build.onnx_dtype, f"{scope}/weight_sum_cast")
     return graph.node("Mul", [out, total], f"{scope}/scaled")
+
+
+def _are_codes(build: Build, layer: int, experts: int) -> bool:
+    """Whether the experts of a layer are codes.
+
+    Raises:
+        UnsupportedError: some are and some are not.
+    """
+    if is_fused(build.weights.source, layer):
+        return False
+    names = [name for e in range(experts) for name in build.weights.source.family.expert_names(layer, e)]
+    codes = sum(map(build.weights.is_quantized, names))
+    if 0 < codes < len(names):
+        raise UnsupportedError(
+            f"Layer {layer} has {codes} expert matrices in codes and {len(names) - codes} dense ones, and a node takes "
+            "one kind; export with --experts loop."
+        )
+    return codes > 0
 
 
 def _router_rows(build: Build, layer: int, routing: _Routing) -> str:

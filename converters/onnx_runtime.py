@@ -34,7 +34,7 @@ REINSTALL = 'run `pip uninstall -y {wheels}`, then `pip install` either `"moepre
 
 _REINSTALL_ONNX = "reinstall it with `pip install --force-reinstall --no-deps onnx`"
 
-_ERRORS_ONLY = 3  # of ONNX Runtime's severities 0 to 4; 2, with warnings, is its default
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4  # of ONNX Runtime's severities 0 to 4; 2, with warnings, is its default
 
 # Tried and shown, and no problem where missing: the CUDA wheel always lists TensorRT, and nothing here needs it.
 OPTIONAL_PROVIDERS = frozenset({"TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"})
@@ -127,14 +127,14 @@ def _imported(name: str, absent: str, mend: str) -> ModuleType:
         raise UnsupportedError(f"{name} does not import ({error}){mend}") from error
 
 
-def session_options() -> Any:
-    """Fresh `onnxruntime.SessionOptions` that let errors through to stderr, and no warnings.
+def session_options(severity: int = _FATAL_ONLY) -> Any:
+    """Fresh `onnxruntime.SessionOptions` that write no warnings to stderr, nor errors: the exceptions say those.
 
     Raises:
         UnsupportedError: ONNX Runtime cannot be used.
     """
     options = require_onnxruntime().SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = severity
     return options
 
 
@@ -155,7 +155,7 @@ def session_providers(provider: str) -> tuple[str, ...]:
     runtime.set_default_logger_severity(_ERRORS_ONLY)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints when it falls back
         warnings.simplefilter("ignore", UserWarning)  # "... is not in available provider names": our answer says it
-        session = runtime.InferenceSession(model, session_options(), providers=[provider])
+        session = runtime.InferenceSession(model, session_options(_ERRORS_ONLY), providers=[provider])
     return tuple(session.get_providers())
 
 

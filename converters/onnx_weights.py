@@ -82,10 +82,21 @@ class Weights:
         self, new_name: str, shape: tuple[int, ...], make: Callable[[], Tensor], dtype: torch.dtype | None = None
     ) -> Entry:
         """A tensor that is computed when it is written, in the graph's dtype or another one."""
+        return self.streamed(new_name, shape, lambda: iter((make(),)), dtype)
+
+    def streamed(
+        self,
+        new_name: str,
+        shape: tuple[int, ...],
+        rows: Callable[[], Iterator[Tensor]],
+        dtype: torch.dtype | None = None,
+    ) -> Entry:
+        """The same for a tensor too large to be made at once: some of its rows at a time."""
         wanted = dtype or self.dtype
 
         def data() -> Iterator[Any]:
-            yield tensor_bytes(cast(make(), wanted, new_name))
+            for part in rows():
+                yield tensor_bytes(cast(part, wanted, new_name))
 
         return self._entry(new_name, wanted, shape, data)
 

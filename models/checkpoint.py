@@ -12,12 +12,13 @@ from torch import Tensor
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families import family_of
 from moepress.models.family import Family, Shape, illegal_count, layer_of, shape_of
-from moepress.models.fp8 import dequantize_blocks
+from moepress.models.fp8 import dequantize_blocks, is_finite
 from moepress.models.safetensors_file import Stored, read_header, read_row, read_tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SCALE = ".weight_scale_inv"
+_CHECKED_AT_ONCE = 1 << 22  # elements
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -84,12 +85,16 @@ class Checkpoint:
         """
         tensor = read_tensor(self._entry(name))
         if tensor.dtype == torch.float8_e4m3fn and self.block is not None:
-            tensor = dequantize_blocks(tensor, read_tensor(self._entry(f"{name}_scale_inv")), self.block)
+            scales = read_tensor(self._entry(f"{name}_scale_inv"))
+            if not self.allow_nonfinite and not is_finite(tensor, scales):
+                raise nonfinite(self.stored[name])
+            return dequantize_blocks(tensor, scales, self.block)
         return self._checked(name, tensor)
 
     def read_row(self, name: str, row: int) -> Tensor:
-        """`read(name)[row]` of a fused three-dimensional tensor, reading no other expert."""
-        return self._checked(name, read_row(self._entry(name), row), row)
+        """`read(name)[row]` as it is stored, reading nothing else: an expert of a fused tensor, a row of a matrix."""
+        entry = self._entry(name)
+        return self._checked(name, read_row(entry, row), row if len(entry.shape) == 3 else None)
 
     def _entry(self, name: str) -> Stored:
         try:
@@ -111,9 +116,10 @@ def require_finite(entry: Stored, tensor: Tensor, expert: int | None = None) -> 
     """
     if not tensor.is_floating_point():
         return
-    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    if not bool(torch.isfinite(values).all()):
-        raise nonfinite(entry, expert)
+    for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE):  # a test of all at once takes copies of all
+        values = part.float() if part.dtype.itemsize == 1 else part
+        if not bool(torch.isfinite(values).all()):
+            raise nonfinite(entry, expert)
 
 
 def nonfinite(entry: Stored, expert: int | None = None) -> InvalidInputError:
@@ -294,6 +300,8 @@ def open_shards(folder: Path) -> tuple[dict[str, Stored], tuple[str, ...]]:
 
 
 def _no_weights(folder: Path) -> InvalidInputError:
+    if (folder / "model.onnx").is_file():
+        return InvalidInputError(f"{folder} holds an ONNX model; give the folder that it was exported from.")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickles:
         return InvalidInputError(

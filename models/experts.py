@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moepress.models.checkpoint import Source
-from moepress.models.family import Family, experts_key, shape_of
+from moepress.models.family import Family, experts_key, layer_of, shape_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,21 @@ def moe_layers(source: Source) -> tuple[int, ...]:
     return tuple(layer for layer in range(min(shape.layers, len(names))) if router.format(layer=layer) in names)
 
 
+def mtp_layers(source: Source) -> tuple[int, ...]:
+    """The multi-token-prediction layers behind the last decoder layer, ascending; mostly there is none or one."""
+    if not source.family.mtp:
+        return ()
+    layers, marker = shape_of(source.family, source.config).layers, ".eh_proj.weight"
+    found = {layer_of(name) for name in source.shapes if name.endswith(marker)} - {None}
+    return tuple(sorted(layer for layer in found if layer is not None and layer >= layers))
+
+
+def experts_by_layer(source: Source) -> dict[int, int]:
+    """Routed experts of every MoE layer, by the rows of its router; only what ONNX runs may differ between layers."""
+    routers = {layer: source.shapes[router_disk_names(source, layer)[0]] for layer in moe_layers(source)}
+    return {layer: shape[0] if shape else 0 for layer, shape in routers.items()}
+
+
 def read_expert(source: Source, layer: int, expert: int) -> Expert:
     """Read one expert's matrices, in the source's own dtype (fp32 where it dequantizes)."""
     family = source.family
@@ -51,6 +66,14 @@ def read_expert(source: Source, layer: int, expert: int) -> Expert:
         return Expert(gate=gate, up=up, down=source.read_row(family.fused_down.format(layer=layer), expert))
     gate, up, down = (source.read(name) for name in family.expert_names(layer, expert))
     return Expert(gate=gate, up=up, down=down)
+
+
+def names_by_layer(source: Source) -> dict[int | None, list[str]]:
+    """All names by decoder layer (None: outside of them), in the source's order: one scan for all layers."""
+    names: dict[int | None, list[str]] = {}
+    for name in source.shapes:
+        names.setdefault(layer_of(name), []).append(name)
+    return names
 
 
 def router_disk_names(source: Source, layer: int) -> tuple[str, ...]:
@@ -92,24 +115,33 @@ class PrunedSource:
     def read(self, name: str) -> Tensor:
         """One tensor of the pruned model."""
         tensor = self.base.read(self.renamed.get(name, name))
-        if name in self.routers:
-            tensor = tensor[torch.tensor(list(self.keep[self.routers[name]]))]
-        return tensor
+        kept = self._rows(name)
+        return tensor if kept is None else tensor[torch.tensor(list(kept))]
 
     def read_row(self, name: str, row: int) -> Tensor:
-        """One expert of a fused tensor of the pruned model."""
-        layer = int(name.split("layers.")[1].split(".")[0])
-        return self.base.read_row(name, self.keep[layer][row] if layer in self.keep else row)
+        """`read(name)[row]`: one expert of a fused tensor, or a row of another, reading nothing else."""
+        kept = self._rows(name)
+        return self.base.read_row(self.renamed.get(name, name), row if kept is None else kept[row])
+
+    def _rows(self, name: str) -> Sequence[int] | None:
+        """The rows kept of a tensor with an expert axis, None for others."""
+        layer = layer_of(name)
+        if layer not in self.keep or layer is None:
+            return None
+        fused = {pattern.format(layer=layer) for pattern in (self.family.fused_gate_up, self.family.fused_down)}
+        return self.keep[layer] if name in self.routers or name in fused else None
 
 
-def pruned_config(family: Family, config: Mapping[str, Any], count: int, *, degroup: bool = False) -> dict[str, Any]:
+def pruned_config(
+    family: Family, config: Mapping[str, Any], count: int, *, degroup: bool = False, keep_mtp: bool = False
+) -> dict[str, Any]:
     """The config of a model that keeps `count` experts in every layer; only keys that are there are changed."""
     out = dict(config)
     experts_key(family, config)  # refuses a config without any
     out |= {key: count for key in family.experts_keys if key in config}
     if degroup and family.groups_key and family.top_groups_key:
         out[family.groups_key] = out[family.top_groups_key] = 1
-    if config.get("num_nextn_predict_layers"):
+    if config.get("num_nextn_predict_layers") and not keep_mtp:
         out["num_nextn_predict_layers"] = 0
     return out
 

@@ -6,8 +6,9 @@ experts' inputs x, and the router's choices. Then, over all experts: each is rea
 added. So the memory needed is one layer without experts, a few experts, and the windows' hidden states.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
 from moepress.models.checkpoint import Source
-from moepress.models.experts import Expert, moe_layers, read_expert, router_disk_names
+from moepress.models.experts import (
+    Expert,
+    experts_by_layer,
+    moe_layers,
+    pruned_config,
+    read_expert,
+    router_disk_names,
+)
 from moepress.models.family import layer_of, shape_of
 from moepress.models.skeleton import build_skeleton, check_tensors
+
+_TABLE_BYTES = 1 << 28  # an embedding table that is larger in fp32 is not read as a whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +88,10 @@ class StreamedModel:
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self.family, self.shape = source.family, shape_of(source.family, source.config)
-        self.skeleton = build_skeleton(source.config)
+        counts = experts_by_layer(source)
+        shape = shape_of(source.family, source.config)
+        self.family, self.shape = source.family, replace(shape, experts=max([shape.experts, *counts.values()]))
+        self.skeleton = _skeleton(source, counts)
         check_tensors(
             source.family,
             source.config,
@@ -99,8 +111,15 @@ class StreamedModel:
         return next(self.embed_all(iter((tokens_BT,))))
 
     def embed_all(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """`embed` for many batches, reading the table once."""
-        weight = self._read("model.embed_tokens.weight")
+        """`embed` for many batches, reading the table once; of a large table only the rows that a batch needs."""
+        name = "model.embed_tokens.weight"
+        if 4 * math.prod(self.source.shapes[name]) > _TABLE_BYTES:
+            for tokens in batches:
+                ids, places = tokens.unique(return_inverse=True)
+                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()])
+                yield rows.to(self.device, self.dtype)[places.to(self.device)]
+            return
+        weight = self._read(name)
         for tokens in batches:
             yield nn.functional.embedding(tokens.to(self.device), weight)
 
@@ -216,6 +235,17 @@ class StreamedModel:
                 body.layers = nn.ModuleList(self._layers)
             self._arguments[batch, length] = [passage.arguments for passage in self._passages]
         return self._arguments[batch, length]
+
+
+def _skeleton(source: Source, counts: Mapping[int, int]) -> Any:
+    """The model on the meta device; layers with a number of experts of their own come from a model of that number."""
+    model = build_skeleton(source.config)
+    stated = shape_of(source.family, source.config).experts
+    for count in sorted(set(counts.values()) - {stated}):
+        other = build_skeleton(pruned_config(source.family, source.config, count))
+        for layer in (layer for layer, own in counts.items() if own == count):
+            model.model.layers[layer] = other.model.layers[layer]
+    return model
 
 
 def _hidden(output: Any) -> Tensor:

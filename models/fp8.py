@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
+
 
 def dequantize_blocks(weight_OI: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
     """Turn an fp8 matrix into fp32: every block is multiplied by its scale.
@@ -24,8 +26,32 @@ def dequantize_blocks(weight_OI: Tensor, scale_inv: Tensor, block: tuple[int, in
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if tuple(scale_inv.shape) != wanted:
         raise ValueError(f"{tuple(scale_inv.shape)} block scales, but a {rows} x {columns} matrix needs {wanted}")
-    out = weight_OI.to(torch.float32)
-    for index in range(wanted[0]):
-        band = out[index * block[0] : (index + 1) * block[0]]
-        band *= scale_inv[index].float().repeat_interleave(block[1])[:columns]
+    out, scales = _values(weight_OI), scale_inv.float()
+    whole = rows // block[0], columns // block[1]  # blocks that the edge does not cut off: one operation for all
+    down, right = whole[0] * block[0], whole[1] * block[1]
+    inner = out[:down, :right].unflatten(1, (whole[1], block[1])).unflatten(0, (whole[0], block[0]))
+    inner.mul_(scales[: whole[0], None, : whole[1], None])
+    if right < columns:
+        out[:, right:].mul_(scales[:, whole[1]].repeat_interleave(block[0])[:rows, None])
+    if down < rows:
+        out[down:, :right].mul_(scales[whole[0], : whole[1]].repeat_interleave(block[1]))
     return out
+
+
+def _values(weight: Tensor) -> Tensor:
+    """fp8 to fp32; on the CPU by a table of its 256 values, which is faster than torch's conversion."""
+    if weight.device.type != "cpu":
+        return weight.to(torch.float32)
+    return torch.from_numpy(_TABLE.take(weight.view(torch.uint8).numpy()))
+
+
+def is_finite(weight: Tensor, scale_inv: Tensor) -> bool:
+    """Whether an fp8 matrix is free of NaN and Inf once it is scaled, seen without scaling it.
+
+    Args:
+        weight: float8_e4m3fn; it has no infinities, and NaN has all seven lower bits set.
+        scale_inv: its block scales.
+    """
+    nan = (weight.view(torch.uint8) & 0x7F).eq_(0x7F).any()
+    largest = scale_inv.float() * 448  # no fp8 number is larger, so no product is
+    return not bool(nan) and bool(torch.isfinite(largest).all())

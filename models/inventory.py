@@ -8,6 +8,7 @@ from typing import Any
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.experts import moe_layers
 from moepress.models.family import Part, legal_counts, part_of, shape_of
+from moepress.models.skeleton import hf_config
 
 GIB = 1 << 30
 
@@ -43,6 +44,49 @@ def active_parameters(parts: Mapping[Part, Weight], experts: int, top_k: int) ->
     rest = sum(w.parameters for p, w in parts.items() if p not in {Part.ROUTED, Part.EMBEDDINGS, Part.MTP})
     routed = parts[Part.ROUTED].parameters if Part.ROUTED in parts else 0
     return rest + routed * top_k // experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Widths of a model's attention.
+
+    Attributes:
+        heads: query heads.
+        key_width, value_width: of one head's query and key, and of its value.
+        cached_values: numbers that a KV cache keeps per token and layer: keys and values of all key-value heads, or the
+            latent vector and the rotated key where the attention is latent (MLA), as vLLM and SGLang keep it.
+    """
+
+    heads: int
+    key_width: int
+    value_width: int
+    cached_values: int
+
+
+def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
+    """Read the widths; what a config leaves out is what transformers takes.
+
+    Raises:
+        InvalidInputError: transformers refuses the config.
+    """
+    parsed = hf_config(config)
+    heads, latent = int(parsed.num_attention_heads), getattr(parsed, "kv_lora_rank", None)
+    if latent:
+        rotated = int(parsed.qk_rope_head_dim)
+        return AttentionShape(
+            heads=heads,
+            key_width=int(parsed.qk_nope_head_dim) + rotated,
+            value_width=int(parsed.v_head_dim),
+            cached_values=int(latent) + rotated,
+        )
+    width = int(getattr(parsed, "head_dim", None) or parsed.hidden_size // heads)
+    cached = 2 * int(parsed.num_key_value_heads) * width
+    return AttentionShape(heads=heads, key_width=width, value_width=width, cached_values=cached)
+
+
+def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Size of the KV cache of one sequence of that many tokens, in 16 bit; sliding windows are not taken off."""
+    return 2 * attention_shape(config).cached_values * int(config["num_hidden_layers"]) * tokens
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """transformers' own model for a config, on the meta device: the truth about names, shapes and the forward pass."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from moepress.errors import InvalidInputError
+from moepress.models.checkpoint import Source
+from moepress.models.experts import moe_layers
 from moepress.models.family import Family, layer_of, shape_of
 from moepress.models.routing import router_of
 
@@ -22,7 +25,8 @@ def hf_config(config: Mapping[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    plain = {k: v for k, v in config.items() if k not in _DROPPED_KEYS}
+    # A copy in depth: transformers writes its own keys into rope_scaling; fingerprints and pruned configs are of ours.
+    plain = copy.deepcopy({k: v for k, v in config.items() if k not in _DROPPED_KEYS})
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(plain)
     except Exception as error:  # transformers validates with many exception types
@@ -66,11 +70,13 @@ def check_tensors(
     disk = {family.module_name(name): name for name in shapes}
     found = {name: shapes[disk_name] for name, disk_name in disk.items()}
     expected = _split_experts(family, expected, found)
+    layers = shape_of(family, config).layers
     for name in list(found):
         tied = name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
-        if name.endswith(_IGNORED_SUFFIXES) or tied or _is_mtp(family, config, name, disk):
+        if name.endswith(_IGNORED_SUFFIXES) or tied or _is_mtp(family, layers, name, disk):
             del found[name]
-    problems = [f"{_disk_name(family, name, disk)} is missing" for name in sorted(expected.keys() - found.keys())]
+    renames = _renames_on_disk(family, disk)
+    problems = [f"{_disk_name(renames, name)} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{disk[name]} belongs to no part of the model" for name in sorted(found.keys() - expected.keys())]
     problems += [f"{name} is there twice" for name in sorted(shapes.keys() - disk.values())]
     problems += [
@@ -79,6 +85,10 @@ def check_tensors(
         if name in found and found[name] != shape
     ]
     problems += _unstated(family, config, model.config)
+    _refuse(problems, folder)
+
+
+def _refuse(problems: Sequence[str], folder: object) -> None:
     if problems:
         more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
         raise InvalidInputError(
@@ -86,18 +96,56 @@ def check_tensors(
         )
 
 
-def _is_mtp(family: Family, config: Mapping[str, Any], name: str, names: Mapping[str, str]) -> bool:
+_MTP_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
+_MTP_COPIES = ("embed_tokens.weight", "shared_head.norm.weight", "shared_head.head.weight")  # not in every checkpoint
+
+
+def check_mtp(source: Source, layer: int, *, folder: object) -> None:
+    """Hold a multi-token-prediction layer against the decoder layers: it is one of them and the parts that join it.
+
+    `check_tensors` lets such a layer be as it is, for transformers has no module for it. Who keeps it calls this.
+
+    Args:
+        source: the model; its last layer with experts is the pattern.
+        layer: the layer's number.
+        folder: for the message.
+
+    Raises:
+        InvalidInputError: tensors are missing, surplus or of another shape, such as another number of experts.
+    """
+    own, pattern = f"model.layers.{layer}.", f"model.layers.{max(moe_layers(source))}."
+    hidden = shape_of(source.family, source.config).hidden
+    expected = {own + n.removeprefix(pattern): s for n, s in source.shapes.items() if n.startswith(pattern)}
+    expected |= dict(zip((own + n for n in _MTP_OWN), ((hidden,), (hidden,), (hidden, 2 * hidden)), strict=True))
+    optional = {own + name for name in _MTP_COPIES}
+    found = {n: s for n, s in source.shapes.items() if n.startswith(own) and not n.endswith(_IGNORED_SUFFIXES)}
+    expected = {n: s for n, s in expected.items() if not n.endswith(_IGNORED_SUFFIXES)}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    surplus = found.keys() - expected.keys() - optional
+    problems += [f"{name} belongs to no part of the model" for name in sorted(surplus)]
+    problems += [
+        f"{name} has shape {list(found[name])} and the other layers have {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in found and found[name] != shape
+    ]
+    _refuse(problems, folder)
+
+
+def _is_mtp(family: Family, layers: int, name: str, names: Mapping[str, str]) -> bool:
     """A layer behind the last one is a multi-token-prediction layer when it joins hidden state and embedding."""
-    layer = layer_of(name)
-    behind = family.mtp and layer is not None and layer >= shape_of(family, config).layers
-    return behind and f"model.layers.{layer}.eh_proj.weight" in names
+    layer = layer_of(name) if family.mtp else None
+    return layer is not None and layer >= layers and f"model.layers.{layer}.eh_proj.weight" in names
 
 
-def _disk_name(family: Family, name: str, disk: Mapping[str, str]) -> str:
+def _renames_on_disk(family: Family, disk: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The family's renames that this checkpoint uses; one scan, not one per tensor that is missing."""
+    return [(old, new) for old, new in family.renames if any(old in there for there in disk.values())]
+
+
+def _disk_name(renames: Sequence[tuple[str, str]], name: str) -> str:
     """The name that a missing tensor would have in this checkpoint, for messages."""
-    for old, new in family.renames:
-        if any(old in there for there in disk.values()):
-            name = name.replace(new, old)
+    for old, new in renames:
+        name = name.replace(new, old)
     return name
 
 

@@ -242,14 +242,43 @@ def test_a_dry_run_projects_and_writes_nothing(folder: Path, tmp_path: Path, nam
         "quantize": ["--plan", folder / "plan.json", *SMALL],
     }
     before = content(folder)
-    found = parsed(command(name, "demo", "-o", tmp_path / "out", *arguments[name], "--dry-run"))
+    table = done(command(name, "demo", "-o", tmp_path / "out", *arguments[name], "--dry-run"))
+    assert table.startswith("projected")
+    assert f"{name}, time: " in table
+    found = parsed(command(name, "demo", "-o", tmp_path / "out", *arguments[name], "--dry-run", "--json"))
     assert {"disk_bytes", "peak_memory_bytes", "seconds"} <= found.keys()
+    assert found["seconds"] == pytest.approx(sum(found["time"].values()))
     assert found["output_bytes"] > 0
     assert list(tmp_path.iterdir()) == []
     assert content(folder) == before
     if name == "quantize":
         written = sum(p.stat().st_size for p in (folder / "quantized").glob("*.safetensors"))
         assert found["output_bytes"] == pytest.approx(written, rel=0.02)
+
+
+def test_a_dry_run_of_the_whole_job_shows_both_long_stages(tmp_path: Path) -> None:
+    arguments = ["run", "demo", "-o", tmp_path / "out", *SMALL, "--dry-run"]
+    table = done(command(*arguments))
+    assert "profile, time: " in table
+    assert "quantize, memory: " in table
+    found = parsed(command(*arguments, "--json"))
+    assert found["experts"] == 12
+    assert {"profile", "quantize", "sizes", "recipe"} <= found.keys()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_says_what_to_try_and_which_gpu_holds_it() -> None:
+    text = done(command("inspect", "demo", "--tokens", "64", "--context", "256"))
+    assert "12 experts (75%)" in text
+    assert "64 calibration tokens give 16 to an expert" in text
+    assert "Fewer than the 128 columns" in text
+    assert "KV cache of 256 tokens" in text
+    assert "RTX 3060 12GB" in text
+    assert max(map(len, text.split("Which GPU holds it")[1].split("fits: ")[0].splitlines()[1:])) <= 80
+    found = parsed(command("inspect", "demo", "--json"))
+    assert found["experts"] == 16
+    assert {"recommended_expert_counts", "calibration", "machine", "estimates", "targets"} <= found.keys()
+    assert {"profile", "prune", "quantize"} <= found["estimates"].keys()
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(folder: Path) -> None:

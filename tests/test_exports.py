@@ -26,12 +26,13 @@ from moepress.models.family import Part
 
 # Runs the export again and again, each time killed at another moment: as the n-th write reaches the disk.
 KILLED = """
-import os, signal, sys
-from moepress import cli, exports
+import os, pathlib, signal, sys
+from moepress import cli, exports, stages
 from moepress.converters import onnx_export
 
 folder, outputs = sys.argv[1:]
-exports.onnx_estimate(folder, onnx_export.OnnxRequest())  # imports what every run would import again
+none = stages.Output(folder=pathlib.Path(outputs) / "none")
+exports.onnx_estimate(folder, none, onnx_export.OnnxRequest())  # imports what every run would import again
 for number in range(1, 100, 2):
     if os.fork() == 0:
         plain, count = os.fsync, 0
@@ -165,6 +166,31 @@ def test_models_without_a_graph_are_refused(copied: Path, tiny_copy: Callable[..
     assert "'dynamic' changes with the length" in refused_before_work(5, rotary, tmp_path / "out")
     tiny_models.edit_config(copied, model_type="llama")
     assert "'llama'" in refused_before_work(5, copied, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"temperature": "hot"}', "temperature is 'hot', but a number from 0"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>', which is no token"),
+        ('{"eos_token_id": 256}', "eos_token_id is 256, which is no token"),
+        ("{", "is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+    ],
+)
+def test_an_unsound_generation_config_is_refused_before_any_work(
+    copied: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    (copied / "generation_config.json").write_text(text)
+    for options in ([], ["--dry-run"]):
+        errors = refused_before_work(4, copied, tmp_path / "out", *options)
+        assert f"{copied / 'generation_config.json'}" in errors
+        assert said in errors
+
+
+def test_sampling_settings_of_zero_run_in_genai(copied: Path, tmp_path: Path) -> None:
+    (copied / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.0, "top_k": 0}')
+    assert json.loads(exported(copied, tmp_path / "out", "--json"))["checked"]["genai_same"] is True
 
 
 def without(folder: Path, name: str) -> None:

@@ -4,6 +4,7 @@ Letters: B batch, S tokens given, P tokens in the cache, V vocabulary, T tokens 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +32,13 @@ class OnnxModel:
         folder: what it runs.
         session: of ONNX Runtime.
         providers: that it really got, best first.
+        number: of the CUDA device.
     """
 
     folder: OnnxFolder
     session: Any
     providers: tuple[str, ...]
+    number: int = 0
 
     @property
     def provider(self) -> str:
@@ -43,43 +46,63 @@ class OnnxModel:
         return self.providers[0].removesuffix("ExecutionProvider")
 
 
-def open_session(folder: OnnxFolder, device: str = "auto", *, exact: bool = True) -> OnnxModel:
+def open_session(folder: OnnxFolder, device: str = "auto", *, exact: bool = True, file: str = MODEL) -> OnnxModel:
     """Load a decoder.
 
     Args:
         folder: from `open_onnx`.
-        device: `cpu`, `cuda`, or `auto`: CUDA when the folder was made for it and a session gets it, else the CPU.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto`: CUDA when the folder was made for it and a session gets it, else the
+            CPU.
         exact: compute with fp32 activations wherever the CPU kernels can; for measuring quality, not speed.
+        file: of the graph, in the folder.
 
     Raises:
-        UsageError: CUDA was asked for and the session did not get it, or another device was.
+        UsageError: CUDA was asked for and the session did not get it or the graph is not for it, or another device was.
         UnsupportedError: ONNX Runtime is not installed, or has no kernel for a node.
     """
-    if device not in {"auto", "cpu"} and not device.startswith("cuda"):
-        raise UsageError(f"--device {device}: ONNX models run on cpu or cuda; give one of them, or auto.")
+    number = cuda_number(device)
+    if number is not None and folder.dtype == "float32" and folder.summary:
+        raise UsageError(
+            f"--device {device}: {folder.folder} is an fp32 graph, most of which CUDA has no kernels for; export it "
+            "again with --for cuda."
+        )
     runtime = require_onnxruntime()
-    wants_cuda = device.startswith("cuda") or (device == "auto" and folder.summary.get("for") == "cuda")
-    wanted = [CUDA_PROVIDER, CPU_PROVIDER] if wants_cuda else [CPU_PROVIDER]
-    available = runtime.get_available_providers()
+    wants_cuda = number is not None or (device == "auto" and folder.summary.get("for") == "cuda")
+    wanted: list[Any] = [CPU_PROVIDER]
+    if wants_cuda and CUDA_PROVIDER in runtime.get_available_providers():
+        wanted.insert(0, (CUDA_PROVIDER, {"device_id": number or 0}))
     options = session_options()
     options.intra_op_num_threads = torch.get_num_threads()
     # Threads that go on spinning after a run slow down whatever comes next, such as another model that is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     with _switch(exact):
         try:
-            session = runtime.InferenceSession(
-                str(folder.folder / MODEL), options, providers=[name for name in wanted if name in available]
-            )
+            session = runtime.InferenceSession(str(folder.folder / file), options, providers=wanted)
         except Exception as error:  # ONNX Runtime raises types of its own
             why = " ".join(str(error).split())[:300]
             raise UnsupportedError(f"ONNX Runtime can not load {folder.folder / MODEL} ({why}).") from error
-    model = OnnxModel(folder=folder, session=session, providers=tuple(session.get_providers()))
-    if device.startswith("cuda") and model.providers[0] != CUDA_PROVIDER:
+    providers = tuple(session.get_providers())
+    model = OnnxModel(folder=folder, session=session, providers=providers, number=number or 0)
+    if number is not None and model.providers[0] != CUDA_PROVIDER:
         raise UsageError(
             f"--device {device}: the session got {', '.join(model.providers)} instead of CUDA; `moepress doctor` says "
             "why."
         )
     return model
+
+
+def cuda_number(device: str) -> int | None:
+    """The number in `cuda` (0) or `cuda:1`; None for `cpu` and `auto`.
+
+    Raises:
+        UsageError: another device.
+    """
+    if device in {"auto", "cpu"}:
+        return None
+    found = re.fullmatch(r"cuda(?::(\d{1,4}))?", device)
+    if found is None:
+        raise UsageError(f"--device {device}: ONNX models run on cpu, cuda or cuda:1; give one of them, or auto.")
+    return int(found[1] or 0)
 
 
 @contextmanager
@@ -179,7 +202,7 @@ class OnnxDecoder:
     """A session as a `Decoder` of `validation.generate`: one sequence, its own cache."""
 
     def __init__(self, model: OnnxModel) -> None:
-        self.context, self.vocabulary = model.folder.context, model.folder.vocabulary
+        self.context, self.vocabulary, self.provider = model.folder.context, model.folder.vocabulary, model.provider
         self._decoding = Decoding(model)
 
     def step(self, tokens_1S: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ _GROWING_NOTE = "the cache is copied at each step, for the graph has no GroupQue
 def onnx_candidates(label: str, folder: OnnxFolder, bench: Bench) -> list[Candidate]:
     """A folder in each runtime on each provider: the CPU always, CUDA where a session really gets it."""
     name = f"ONNX Runtime {require_onnxruntime().__version__}"
-    providers = ["CPU", *(["CUDA"] if _gets_cuda(bench.onnx_device) else [])]
+    providers = ["CPU", *(["CUDA"] if _gets_cuda(folder, bench.onnx_device) else [])]
     made = [
         _candidate(label, folder, name, provider, lambda p: _in_session(folder, p, bench)) for provider in providers
     ]
@@ -67,8 +67,13 @@ def _never(_provider: str) -> Loaded:
     raise AssertionError("it has an obstacle")
 
 
-def _gets_cuda(device: str) -> bool:
-    """Whether to try CUDA: when asked for by name, or when a session of a tiny model gets it."""
+def _gets_cuda(folder: OnnxFolder, device: str) -> bool:
+    """Whether to try CUDA: with an fp16 graph, when asked for by name or when a session of a tiny model gets it.
+
+    Of an fp32 graph most nodes would run on the CPU and be reported as CUDA.
+    """
+    if folder.dtype == "float32":
+        return False
     if device.startswith("cuda"):
         return True
     if device != "auto" or CUDA_PROVIDER not in require_onnxruntime().get_available_providers():
@@ -78,8 +83,8 @@ def _gets_cuda(device: str) -> bool:
 
 def int8_activations(folder: OnnxFolder) -> bool:
     """Whether ONNX Runtime's defaults round activations to int8 on the CPU: asked for, or all that its kernels do."""
-    fused = folder.summary.get("kernel") == "qmoe" and folder.summary.get("bits") in (2, 8)
-    return folder.int8_activations or fused
+    widths = folder.summary.get("experts_bits", {}).values() if folder.summary.get("kernel") == "qmoe" else ()
+    return folder.int8_activations or any(bits in (2, 8) for bits in widths)
 
 
 def _in_session(folder: OnnxFolder, provider: str, bench: Bench) -> Loaded:
@@ -129,7 +134,7 @@ class SharedDecoding:
         for layer, (heads, size) in enumerate(model.folder.caches):
             for part in ("key", "value"):
                 empty = np.zeros((1, heads, length, size), dtype=dtype)
-                buffer = values.ortvalue_from_numpy(empty, model.provider.lower(), 0)
+                buffer = values.ortvalue_from_numpy(empty, model.provider.lower(), model.number)
                 self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", buffer)
                 self._binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
 

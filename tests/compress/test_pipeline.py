@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moepress.calibration.hessian import HessianOptions
-from moepress.compress import pipeline
+from moepress.compress import pieces
 from moepress.compress.experts import QuantizeOptions, pooled_hessian, pooled_inputs, solve_experts
 from moepress.compress.grid import absmax_scales, round_to_nearest
 from moepress.compress.linears import Include
-from moepress.compress.pipeline import check_scheme, layer_report
+from moepress.compress.pieces import layer_report
+from moepress.compress.pipeline import check_scheme
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
 from moepress.errors import UsageError
@@ -175,7 +176,7 @@ def test_a_large_layer_is_written_in_parts(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     quantized_folder(tiny_model(key), WINDOWS, tmp_path / "whole")
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 3 * 7680 + 1)  # three experts of 3 * 64 * 64 weights at 5 bits
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3 * 7680 + 1)  # three experts of 3 * 64 * 64 weights at 5 bits
     quantized_folder(tiny_model(key), WINDOWS, tmp_path / "parts")
     whole, parts = (tiny_models.load_tensors(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()

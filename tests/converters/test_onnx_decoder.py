@@ -35,6 +35,7 @@ from torch import Tensor
 
 from moepress.converters.artifact import open_artifact, open_source
 from moepress.converters.onnx_decoder import build_decoder
+from moepress.converters.onnx_folder import open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.exports import export_stage
@@ -142,6 +143,12 @@ def test_a_layer_for_multi_token_prediction_is_left_out(tiny_copy: Callable[...,
     assert not list(out.glob("model.layer-003*"))
     for file in plain.glob("model*"):
         assert (out / file.name).read_bytes() == file.read_bytes()
+    before, after = open_onnx(plain), open_onnx(out)
+    assert before.parameters == after.parameters > 0
+    assert before.summary["notes"] == []
+    dropped = sum(name.startswith("model.layers.3.") for name in open_source(folder).shapes)
+    assert after.summary["notes"] == [f"The multi-token-prediction layer was dropped ({dropped} tensors)."]
+    assert after.config["num_nextn_predict_layers"] == 0
 
 
 def test_tied_embeddings_become_a_head(models: Models) -> None:
@@ -301,6 +308,21 @@ def test_several_widths_in_one_layer_need_the_loop(models: Models, tmp_path: Pat
 
     folder = coded_folder(models.tiny("olmoe"), tmp_path / "mixed", scheme, [Part.ROUTED])
     with pytest.raises(UnsupportedError, match="Layer 0 has experts of 4 and 8 bits"):
+        build_decoder(open_artifact(folder), dtype=torch.float32, kernel="qmoe")
+    require_equal(fresh_logits(folder), to_onnx(folder, tmp_path / "onnx", kernel="loop"))
+
+
+@pytest.mark.parametrize("dense", ["experts.0.", "experts.3.up_proj"])
+def test_a_layer_of_codes_and_dense_experts_needs_the_loop(models: Models, tmp_path: Path, dense: str) -> None:
+    folder = coded_folder(
+        models.tiny("olmoe"),
+        tmp_path / "mixed",
+        lambda n: None if ".layers.1." in n and dense in n else G16,
+        [Part.ROUTED],
+    )
+    with pytest.raises(
+        UnsupportedError, match=r"Layer 1 has 2[13] expert matrices in codes and [13] dense .* --experts"
+    ):
         build_decoder(open_artifact(folder), dtype=torch.float32, kernel="qmoe")
     require_equal(fresh_logits(folder), to_onnx(folder, tmp_path / "onnx", kernel="loop"))
 

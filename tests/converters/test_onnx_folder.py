@@ -11,12 +11,17 @@ import onnx
 import onnx_runs
 import pytest
 import tiny_models
-from onnx_runs import Models, graph_of
+from onnx_runs import G16, Models, coded_folder, graph_of
 from stage_runs import add_tokenizer, content
 
 from moepress.converters.artifact import open_artifact
+from moepress.converters.onnx_export import OnnxRequest
 from moepress.converters.onnx_folder import genai_config, is_onnx, open_onnx
+from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, MoepressError
+from moepress.exports import onnx_stage
+from moepress.models.family import Part
+from moepress.stages import Output
 
 LAYER = "model.layer-001.data"
 
@@ -108,16 +113,79 @@ def test_the_genai_config_describes_the_graph(models: Models) -> None:
     assert found["search"]["max_length"] == 256
 
 
+CONFIG = {"vocab_size": 90, "hidden_size": 4, "eos_token_id": 1, "bos_token_id": 0}
+
+
+def genai_of(generation: dict[str, Any], config: dict[str, Any] | None = None) -> dict[str, Any]:
+    given = CONFIG | (config or {})
+    return genai_config(given, generation, [(2, 8)], context=100_000, heads=2, cuda=True, folder=Path("/from"))
+
+
 def test_what_generation_config_states_wins_in_the_genai_config() -> None:
-    config = {"vocab_size": 9, "hidden_size": 4, "num_attention_heads": 2, "eos_token_id": 1, "bos_token_id": 0}
-    config |= {"max_position_embeddings": 100_000}
-    generation = {"eos_token_id": [5, 6], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
-    found = genai_config(config, generation, [(2, 8)], layers=1, cuda=True)
+    found = genai_of({"eos_token_id": [5, 6], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9})
     model, search = found["model"], found["search"]
     assert (model["eos_token_id"], model["pad_token_id"], model["bos_token_id"]) == ([5, 6], 5, 0)
     assert (search["do_sample"], search["temperature"], search["top_k"], search["top_p"]) == (True, 0.6, 20, 0.9)
     assert (model["context_length"], search["max_length"]) == (100_000, 4096)  # genai allocates all of it at once
     assert model["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+
+
+@pytest.mark.parametrize(
+    ("stated", "wanted"),
+    [
+        ({}, {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}),
+        ({"top_k": None, "top_p": None, "temperature": None, "do_sample": None}, {"top_k": 50, "top_p": 1.0}),
+        ({"do_sample": True, "top_k": 0, "top_p": 0.0}, {"do_sample": True, "top_k": 0, "top_p": 0.0}),
+        ({"do_sample": True, "temperature": 0.0}, {"do_sample": False, "temperature": 1.0}),  # greedy
+        ({"do_sample": True, "temperature": 2, "top_k": 1000}, {"do_sample": True, "temperature": 2.0, "top_k": 90}),
+    ],
+)
+def test_sampling_is_what_was_stated_zero_included(stated: dict[str, Any], wanted: dict[str, Any]) -> None:
+    search = genai_of(stated)["search"]
+    assert {key: search[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("temperature", value) for value in ("hot", -1, True, [1], float("nan"), float("inf"), 10**400)],
+        *[("top_p", value) for value in (1.5, "all")],
+        *[("top_k", value) for value in (-1, 2.5, "many", True, 1 << 31)],
+        *[("repetition_penalty", value) for value in (0, "none")],
+        *[("do_sample", value) for value in (1, "yes")],
+        *[("eos_token_id", value) for value in ("</s>", 90, [1, "x"], [1, 90], -2, 1.0, True, {})],
+        *[("bos_token_id", value) for value in ("<s>", [0], 1 << 31)],
+        ("pad_token_id", "<pad>"),
+    ],
+)
+def test_values_that_genai_cannot_take_are_refused_by_file_and_key(key: str, value: object) -> None:
+    with pytest.raises(InvalidInputError, match=f"^/from/generation_config.json: {key} is "):
+        genai_of({key: value})
+    if key.endswith("_id"):
+        with pytest.raises(InvalidInputError, match=f"^/from/config.json: {key} is "):
+            genai_of({}, {key: value})
+
+
+def test_tokens_that_are_none_are_left_out() -> None:
+    model = genai_of({"pad_token_id": -1, "eos_token_id": []}, {"bos_token_id": None})["model"]
+    assert not {"pad_token_id", "eos_token_id", "bos_token_id"} & model.keys()
+
+
+def test_a_context_that_only_the_config_class_knows_is_the_same_everywhere(
+    tiny_copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_copy("olmoe")
+    tiny_models.edit_config(folder, max_position_embeddings=...)
+    out = onnx_runs.to_onnx(folder, tmp_path / "onnx")
+    (rows,) = {t.dims[0] for t in graph_of(out).graph.initializer if "rotary_emb" in t.name}
+    assert rows == 4096  # OlmoeConfig's
+    stated = {name: json.loads((out / name).read_text()) for name in ("config.json", "genai_config.json")}
+    assert stated["config.json"]["max_position_embeddings"] == rows
+    assert stated["genai_config.json"]["model"]["context_length"] == rows
+    opened = open_onnx(out)
+    assert (opened.context, opened.summary["context"]) == (rows, rows)
+    tiny_models.edit_config(out, max_position_embeddings=9000)
+    assert open_onnx(out).context == rows
 
 
 @pytest.mark.parametrize(
@@ -175,7 +243,7 @@ def test_missing_and_short_files_are_refused(spoiled: Path) -> None:
     refused(spoiled, f"names {LAYER}, which is missing")
 
 
-@pytest.mark.parametrize("value", ["many", "-4096", "1.5"])
+@pytest.mark.parametrize("value", ["many", "-4096", "1.5", "1" * 5000])
 @pytest.mark.parametrize("key", ["offset", "length"])
 def test_places_that_are_no_numbers_are_refused(spoiled: Path, key: str, value: str) -> None:
     edit_graph(spoiled, lambda graph: setattr(places_of(graph)[-1][key], "value", value))
@@ -223,6 +291,17 @@ def test_a_cache_without_a_shape_or_of_another_dtype_is_refused(spoiled: Path) -
     refused(spoiled, "does not state|neither float32 nor float16")
 
 
+@pytest.mark.parametrize("value", [-4, (1 << 20) + 1, (1 << 63) - 1])
+@pytest.mark.parametrize("axis", [1, 3])
+def test_a_cache_of_an_absurd_size_is_refused(spoiled: Path, axis: int, value: int) -> None:
+    def change(graph: Any) -> None:
+        cache = next(value for value in graph.input if value.name == "past_key_values.1.key")
+        cache.type.tensor_type.shape.dim[axis].dim_value = value
+
+    edit_graph(spoiled, change)
+    refused(spoiled, f"layer 1's cache has .*{value}.* which is no size")
+
+
 def test_a_folder_without_a_sound_config_is_refused(spoiled: Path) -> None:
     (spoiled / "moepress.json").write_text("[]")
     refused(spoiled, "moepress.json does not hold a JSON object")
@@ -242,3 +321,58 @@ def test_an_export_knows_its_scheme(models: Models) -> None:
     assert open_onnx(models.onnx(models.quantized("olmoe"))).summary["group_size"] == 16
     assert open_onnx(models.onnx(models.tiny("olmoe"))).summary["bits"] is None
     assert open_artifact(models.quantized("olmoe")).scheme.group_size == 16
+
+
+def test_int8_activations_are_not_claimed_of_a_graph_without_codes(models: Models, tmp_path: Path) -> None:
+    plain = onnx_stage(
+        str(models.tiny("olmoe")), Output(folder=tmp_path / "plain"), OnnxRequest(accuracy_level=4), check=False
+    )
+    assert "--accuracy-level 4 had no effect: the graph has no codes." in plain.notes
+    opened = open_onnx(tmp_path / "plain")
+    assert (opened.summary["accuracy_level"], opened.summary["experts_bits"]) == (0, {})
+    assert opened.summary["notes"] == list(plain.notes)
+    assert not opened.int8_activations
+
+
+@pytest.mark.parametrize(
+    ("experts", "attention", "kernel", "bits", "layers", "noted"),
+    [
+        (G16, Scheme(bits=8, group_size=32), "qmoe", None, {"0": 4, "1": 4, "2": 4}, None),
+        (Scheme(bits=8, group_size=32), G16, "qmoe", None, {"0": 8, "1": 8, "2": 8}, "8-bit"),
+        (Scheme(bits=8, group_size=32), G16, "loop", None, {"0": 8, "1": 8, "2": 8}, None),
+        (Scheme(bits=2, group_size=32), None, "qmoe", 2, {"0": 2, "1": 2, "2": 2}, "2-bit"),
+        (Scheme(bits=2, group_size=16), None, "qmoe", 2, {"0": 2, "1": 2, "2": 2}, None),  # that kernel is exact
+        (None, Scheme(bits=8, group_size=32), "qmoe", 8, {}, None),
+    ],
+)
+def test_the_summary_says_which_widths_the_graph_has(
+    models: Models,
+    tmp_path: Path,
+    experts: Scheme | None,
+    attention: Scheme | None,
+    kernel: Any,
+    bits: int | None,
+    layers: dict[str, int],
+    noted: str | None,
+) -> None:
+    folder = coded_folder(
+        models.tiny("olmoe"),
+        tmp_path / "coded",
+        lambda name: experts if ".experts." in name else attention,
+        [Part.ROUTED, Part.ATTENTION],
+    )
+    made = onnx_stage(str(folder), Output(folder=tmp_path / "onnx"), OnnxRequest(kernel=kernel), check=False)
+    summary = open_onnx(tmp_path / "onnx").summary
+    assert (summary["bits"], summary["experts_bits"], summary["accuracy_level"]) == (bits, layers, 0)
+    assert [note.partition(" experts")[0].split()[-1] for note in made.notes] == ([noted] if noted else [])
+
+
+def test_layers_of_several_widths_are_listed(models: Models, tmp_path: Path) -> None:
+    def scheme(module: str) -> Scheme | None:
+        if ".layers.0." in module:
+            return None
+        return Scheme(bits=8, group_size=16) if ".layers.1." in module and "down_proj" in module else G16
+
+    folder = coded_folder(models.tiny("olmoe"), tmp_path / "coded", scheme, [Part.ROUTED])
+    summary = open_onnx(onnx_runs.to_onnx(folder, tmp_path / "onnx", kernel="loop")).summary
+    assert (summary["bits"], summary["group_size"], summary["experts_bits"]) == (None, 16, {"1": [4, 8], "2": 4})

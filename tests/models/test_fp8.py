@@ -1,12 +1,15 @@
 """Block-scaled fp8 against a slow loop and against transformers."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
+from r1_models import DIVISIBLE, small_r1
 from torch import Tensor
 
+from moepress.models.checkpoint import open_checkpoint
 from moepress.models.fp8 import dequantize_blocks
 
 
@@ -59,3 +62,35 @@ def test_scales_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     weight, _ = tiny_models.fp8_blocks(random_matrix(9, 8), (8, 4))
     with pytest.raises(ValueError, match="block scales"):
         dequantize_blocks(weight, torch.ones(shape), (8, 4))
+
+
+@pytest.mark.parametrize("size", [(256, 384), (576, 512), (300, 200), (64, 130)])
+def test_cut_off_blocks_are_dequantized_as_by_transformers(size: tuple[int, int]) -> None:
+    """576 rows are those of R1's kv_a_proj_with_mqa: four blocks and a half."""
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+    weight, scale = tiny_models.fp8_blocks(random_matrix(*size), (128, 128))
+    theirs = _dequantize_fp8_weight(weight, scale, [128, 128], torch.float32)
+    assert torch.equal(dequantize_blocks(weight, scale, (128, 128)), theirs)
+
+
+def test_transformers_loads_the_weights_that_we_read(tmp_path: Path) -> None:
+    """Its own loader, on a made R1 whose blocks divide every matrix; other sizes it refuses."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    folder = small_r1(tmp_path / "r1", **DIVISIBLE)
+    source = open_checkpoint(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    )
+    theirs = model.state_dict()
+    stored = [name for name, entry in source.stored.items() if entry.dtype == "F8_E4M3"]
+    assert len(stored) == 8 + 2 * (8 + 3 * 32)
+    for name in stored:
+        if ".experts." not in name:
+            assert torch.equal(source.read(name), theirs[name]), name
+    for layer, expert in ((1, 0), (1, 31), (2, 7)):
+        gate, up, down = (source.read(name) for name in source.family.expert_names(layer, expert))
+        block = f"model.layers.{layer}.mlp.experts"
+        assert torch.equal(torch.cat((gate, up)), theirs[f"{block}.gate_up_proj"][expert])
+        assert torch.equal(down, theirs[f"{block}.down_proj"][expert])

@@ -1,5 +1,6 @@
 """Buffers, devices and batch sizes of a walk through the layers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,10 +8,12 @@ import psutil
 import pytest
 import tiny_models
 import torch
+from stage_runs import keep_of
 
+import moepress.models.forward as forward_module
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.checkpoint import open_checkpoint
-from moepress.models.experts import Expert
+from moepress.models.experts import Expert, prune_source
 from moepress.models.forward import StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.walk import Limits, Scratch, choose_device, choose_dtype, choose_limits, forward, read_ahead
 
@@ -95,3 +98,17 @@ def test_the_size_of_a_batch_changes_only_the_last_bits(tmp_path: Path) -> None:
         results.append(forward(model, tokens, Scratch(tmp_path, 1 << 30), limits))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_rows_of_a_large_embedding_table_are_those_of_the_whole_one(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, pruned: bool
+) -> None:
+    checkpoint = open_checkpoint(tiny_model("qwen3_moe", dtype=torch.bfloat16))
+    source = prune_source(checkpoint, keep_of(checkpoint, 8)) if pruned else checkpoint
+    model = StreamedModel(source, device=CPU, dtype=torch.float32)
+    tokens = torch.tensor([[5, 5, 299, 0], [7, 299, 1, 5]])
+    whole = model.embed(tokens)
+    monkeypatch.setattr(forward_module, "_TABLE_BYTES", 0)
+    assert torch.equal(model.embed(tokens), whole)
+    assert not torch.equal(whole[0, 0], whole[0, 2])

@@ -1,0 +1,191 @@
+"""Memory and disk of a stage, term by term: upper bounds, from the shapes of what is held at the same time."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from moepress.compress.figures import Figures, Matrices, expert_matrices
+from moepress.compress.pieces import PIECE_BYTES
+from moepress.models.family import Part
+from moepress.models.walk import Limits, choose_limits
+
+ROWS_AT_ONCE = 8192
+"""Tokens of an expert that pass through it together."""
+_LATER_BYTES = 64 << 20  # model code, thread pools and the like, which a run loads after it was estimated
+_TABLE_BYTES = 1 << 28  # as in models.forward
+_CHECKED = 1.0  # copies of a tensor alive while it is read, tested and cast
+_MATH_ATTENTION = 2.5  # copies of the scores where torch's attention forms them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a stage is to do, and where.
+
+    Attributes:
+        tokens: calibration tokens.
+        window: tokens per sequence.
+        memory_bytes: what --max-memory allows; None for half of what is free.
+        device: where layers run.
+        dtype: what the forward pass computes in.
+        domains: of the calibration text.
+    """
+
+    tokens: int
+    window: int
+    device: torch.device
+    dtype: torch.dtype
+    memory_bytes: int | None = None
+    domains: int = 1
+
+
+def libraries_bytes() -> int:
+    """What this process holds already: Python, torch, transformers, the names of all tensors."""
+    return int(psutil.Process().memory_info().rss) + _LATER_BYTES
+
+
+def limits_of(figures: Figures, work: Workload) -> Limits:
+    """The limits that a run with this work would choose."""
+    return choose_limits(figures.shape, work.window, work.memory_bytes, None, work.device)
+
+
+def buffer_bytes(figures: Figures, work: Workload, limits: Limits, *, observe: bool) -> tuple[int, int]:
+    """Bytes of the walk's buffers in memory and in files, in the order in which `Scratch` gives them out."""
+    shape, size = figures.shape, work.dtype.itemsize
+    rows = [shape.hidden * size, shape.hidden * size, shape.top_k * 8, shape.top_k * 4]
+    rows += [shape.hidden * size, shape.experts * 4] if observe else []
+    left, inside, outside = limits.memory_bytes // 2, 0, 0
+    for row in rows:
+        if row * work.tokens <= left:
+            left -= row * work.tokens
+            inside += row * work.tokens
+        else:
+            outside += row * work.tokens
+    return inside, outside
+
+
+def resident(figures: Figures, work: Workload, limits: Limits, buffers: tuple[int, int]) -> dict[str, int]:
+    """What every walk holds; `buffers` are those in memory and in files.
+
+    A tensor is there twice while it is read: as stored, and in the compute dtype.
+    """
+    shape, attention, size = figures.shape, figures.attention, work.dtype.itemsize
+    tokens = limits.batch_windows * work.window
+    wide = attention.heads * (4 * attention.key_width + 3 * attention.value_width)
+    activations = tokens * 4 * (12 * shape.hidden + max(wide, 4 * figures.mlp_width) + 4 * shape.experts)
+    if attention.key_width != attention.value_width and work.device.type == "cpu":
+        # Torch's fused attention on the CPU wants keys and values of one width; else it forms all scores.
+        scores = limits.batch_windows * attention.heads * work.window**2 * 4
+        activations += round(_MATH_ATTENTION * scores)
+    return {
+        "libraries": libraries_bytes(),
+        "token buffers": buffers[0],
+        "mapped files": buffers[1],
+        "embeddings": _embedding_bytes(figures, tokens, size),
+        "layer": figures.layer_parameters * size + round(figures.largest_matrix * 4 * _CHECKED),
+        "activations": activations,
+    }
+
+
+def slice_bytes(figures: Figures, rows: int) -> int:
+    """So many of an expert's tokens, what lies between its matrices, and its output."""
+    return rows * 4 * (3 * figures.shape.hidden + 4 * figures.shape.expert_width)
+
+
+def _embedding_bytes(figures: Figures, tokens: int, size: int) -> int:
+    """The table as stored and in the compute dtype; of a large one the rows of a batch."""
+    rows = figures.shape.vocabulary
+    if 4 * rows * figures.shape.hidden > _TABLE_BYTES:
+        return 2 * min(rows, tokens) * figures.shape.hidden * (4 + size)
+    return round(rows * figures.shape.hidden * (size + 4 * _CHECKED))
+
+
+def solver_memory(
+    figures: Figures, at_once: int, extra: Sequence[Matrices], sizes: dict[Part, int], output: int
+) -> dict[str, int]:
+    """Experts that are solved together, the widest other Linear, and codes that wait to be written."""
+    hidden, width = figures.shape.hidden, figures.shape.expert_width
+    first, second = (_solving_bytes(m.rows, m.columns) for m in expert_matrices(figures, 1))
+    read = 3 * hidden * width * 4
+    solver = at_once * (read + max(first, second)) + 2 * 4 * hidden**2 + 1024 * 4 * (hidden + 3 * width)
+    others = max((_solving_bytes(m.rows, m.columns) + m.rows * m.columns * 4 for m in extra), default=0)
+    rest = 2 * figures.layer_parameters  # written in 16 bit with the layer's first piece
+    tables = max(w.bytes for p, w in figures.parts.items() if p in {Part.EMBEDDINGS, Part.LM_HEAD})
+    return {
+        "solver": max(solver, others),
+        "pieces": min(PIECE_BYTES, sizes[Part.ROUTED]) + min(rest, output),
+        "lm_head": round(tables * (1 + _CHECKED)),
+    }
+
+
+def _solving_bytes(rows: int, columns: int) -> int:
+    """A stacked matrix, its Hessian, and the solver's copies of them (see `compress.gptq`)."""
+    weight, hessian = 4 * rows * columns, 4 * columns * columns
+    return weight + hessian + max(3 * hessian, hessian + 3 * weight, 4 * weight)
+
+
+def peak_of(memory: dict[str, int], *moments: Sequence[str]) -> int:
+    """What is there all the time, and the largest of the sums of terms that meet."""
+    always = memory["libraries"] + memory["token buffers"] + memory["mapped files"]
+    return always + max(sum(memory[name] for name in names) for names in moments)
+
+
+def quantize_peak(memory: dict[str, int]) -> int:
+    """`peak_of` the moments of `quantize`."""
+    solving = ("layer", "solver", "expert's tokens", "pieces")
+    return peak_of(memory, ("embeddings",), ("layer", "activations"), solving, ("lm_head",))
+
+
+def device_bytes(work: Workload, memory: dict[str, int], *moments: Sequence[str]) -> int | None:
+    """What of it lies on the GPU: not the token buffers, and not what waits to be written."""
+    return None if work.device.type == "cpu" else max(sum(memory[name] for name in names) for names in moments)
+
+
+def least_memory(
+    figures: Figures, work: Workload, solved: tuple[Sequence[Matrices], dict[Part, int], int] | None
+) -> int:
+    """The peak of a run that gets no memory at all: one window, one expert, and everything else in files."""
+    rest = resident(figures, work, Limits(memory_bytes=1, batch_windows=1), (0, 0))
+    rest["expert's tokens"] = slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
+    if solved is None:
+        return peak_of(rest, ("embeddings",), ("layer", "activations"))
+    return quantize_peak(rest | solver_memory(figures, 1, *solved))
+
+
+def memory_notes(work: Workload, peak: int, least: int) -> Iterable[str]:
+    """Whether --max-memory, or this machine, is too small."""
+    if work.memory_bytes is not None and least > work.memory_bytes:
+        yield (
+            f"--max-memory {_gib(work.memory_bytes)} is too little for this model: with one window, one expert at a "
+            f"time and everything else in files it is about {_gib(least)}."
+        )
+    elif work.memory_bytes is not None and peak > work.memory_bytes:
+        yield (
+            f"--max-memory {_gib(work.memory_bytes)} bounds token buffers and the experts in hand; with what is there "
+            f"besides, the peak is about {_gib(peak)}."
+        )
+    elif peak > psutil.virtual_memory().available + libraries_bytes():
+        yield f"This machine has {_gib(psutil.virtual_memory().available)} of memory free, and the peak is above that."
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def hidden_disk(figures: Figures, work: Workload, spilled: int) -> dict[str, int]:
+    """The hidden states after a layer are kept for a resume; those of the layer before go when they are written."""
+    kept = min(2, figures.shape.layers - 1) * hidden_bytes(figures, work)
+    return {"hidden states": kept, "token buffers": spilled}
+
+
+def disk_peak(disk: dict[str, int], layers: int) -> int:
+    """While both hidden states are there the last layer is not; when it is, one of them has gone."""
+    early = disk["output"] * (layers - 1) // layers + disk["hidden states"]
+    late = disk["output"] + disk.get("statistics by layer", 0) + disk["hidden states"] // max(1, min(2, layers - 1))
+    return max(early, late) + disk["token buffers"]
+
+
+def hidden_bytes(figures: Figures, work: Workload) -> int:
+    """Hidden states of all tokens."""
+    return work.tokens * figures.shape.hidden * work.dtype.itemsize

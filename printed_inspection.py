@@ -1,0 +1,122 @@
+"""What `inspect` and dry runs found, as tables for people, on stdout."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moepress.printed import human_bytes, print_inventory
+
+_UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
+
+
+def human_seconds(seconds: float) -> str:
+    """A time in two figures: 12 s, 4.5 h, 3.2 days."""
+    for unit, length in _UNITS:
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 99.5 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def print_estimates(estimates: Mapping[str, Mapping[str, Any]]) -> None:
+    """Time, memory and disk by stage, then the terms of each; stage -> an `Estimate` as plain data."""
+    console = _console()
+    table = _table("projected", "time", "peak memory", "disk", "output", "tokens/expert")
+    for stage, row in estimates.items():
+        each = row["tokens_per_expert"]
+        table.add_row(
+            stage,
+            human_seconds(row["seconds"]),
+            human_bytes(row["peak_memory_bytes"]),
+            human_bytes(row["disk_bytes"]),
+            human_bytes(row["output_bytes"]),
+            "" if each is None else f"{each:,.0f}",
+        )
+    console.print(table)
+    for stage, row in estimates.items():
+        console.print(f"{stage}, time: {_terms(row['time'], human_seconds)}")
+        console.print(f"{stage}, memory: {_terms(row['memory'], human_bytes)}")
+        console.print(f"{stage}, disk: {_terms(row['disk'], human_bytes)}")
+        if row["device_memory_bytes"] is not None:
+            console.print(f"{stage}, memory of the GPU: {human_bytes(row['device_memory_bytes'])}")
+    for note in dict.fromkeys(note for row in estimates.values() for note in row["notes"]):
+        console.print(f"Note: {note}")
+
+
+def _terms(terms: Mapping[str, float], text: Any) -> str:
+    whole = sum(terms.values())
+    shown = [f"{name} {text(value)}" for name, value in terms.items() if value > 0.002 * whole]
+    return ", ".join(shown) or "nothing"
+
+
+def print_inspection(found: Mapping[str, Any]) -> None:
+    """All that `inspect` found."""
+    print_inventory(found)
+    console = _console()
+    _print_counts(console, found)
+    machine, estimates = found["machine"], found["estimates"]
+    read = f"{machine['read_bytes_per_second'] / 1e6:,.0f} MB/s"
+    console.print(
+        f"\n[bold]This machine[/bold]  {machine['cores']} cores, layers on {machine['device']}: "
+        f"{machine['forward_flops'] / 1e9:,.0f} GFLOP/s, disk {read} {'' if machine['read_measured'] else '(assumed)'}"
+    )
+    free = f"{human_bytes(machine['free_memory_bytes'])} memory and {human_bytes(machine['free_disk_bytes'])} disk"
+    calibration, scheme = found["calibration"], found["scheme"]
+    console.print(
+        f"free: {free}; for {calibration['tokens']:,} tokens, {estimates['experts']} experts, {scheme['bits']} bit "
+        f"g{scheme['group_size']}:"
+    )
+    print_estimates({name: row for name, row in estimates.items() if name != "experts"})
+    most = max(row["disk_bytes"] for name, row in estimates.items() if name != "experts")
+    if most > machine["free_disk_bytes"]:
+        console.print(f"Note: the disk of this folder is too small: {human_bytes(most)} are needed.")
+    _print_fits(console, found["targets"], scheme)
+
+
+def _print_counts(console: Console, found: Mapping[str, Any]) -> None:
+    if found["recommended_expert_counts"]:
+        console.print("worth trying first:")
+        for row in found["recommended_expert_counts"]:
+            console.print(f"  {row['experts']} experts ({row['share']:.0%}): {'; '.join(row['reasons'])}")
+    calibration = found["calibration"]
+    console.print(
+        f"{calibration['tokens']:,} calibration tokens give {calibration['tokens_per_expert']:,.0f} to an expert, on "
+        f"average.{' ' + calibration['note'] if calibration['note'] else ''}"
+    )
+
+
+def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str, Any]) -> None:
+    counts = found["counts"]
+    console.print(
+        f"\n[bold]Which GPU holds it[/bold]  experts {scheme['bits']} bit g{scheme['group_size']}, the rest 16 bit; KV "
+        f"cache of {found['context']:,} tokens: {human_bytes(found['cache_bytes'])}"
+    )
+    table = _table("experts that stay", "memory", *(str(row["experts"]) for row in counts))
+    table.add_row("weights and cache", "", *(human_bytes(row["needed_bytes"]) for row in counts))
+    for index, target in enumerate(found["table"]):
+        label = target["name"] + ("" if target["kind"] == "gaming" else " *")
+        table.add_row(label, f"{target['memory_gib']:g} GiB", *(_cell(row["fits"][index]) for row in counts))
+    console.print(table)
+    console.print(
+        f"fits: {found['reserve']:.0%} of the memory stay free for activations and the runtime; tight: "
+        f"{found['tight_reserve']:.0%}, a shorter context helps; -n GiB: so much is lacking for that; *: no gaming GPU"
+    )
+    for sentence in found["answer"]:
+        console.print(sentence)
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    lacking = row["lacking_bytes"] / 2**30
+    return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
