@@ -1,0 +1,268 @@
+"""The commands that make something: profile, plan, prune, quantize, export."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moepress.console import emit, note, quiet_libraries, show_estimates
+from moepress.errors import UsageError
+from moepress.options import (
+    calibration_options,
+    dry_run_option,
+    include_option,
+    json_option,
+    machine_options,
+    mtp_option,
+    nonfinite_option,
+    onnx_options,
+    output_options,
+    scheme_options,
+    selection_options,
+)
+from moepress.parsed import all_default, calibration_of, includes_of, machine_of, mtp_of, plan_of
+
+
+@click.command()
+@click.argument("model")
+@output_options("Folder for the profile.")
+@calibration_options
+@machine_options
+@click.option("--no-loo", is_flag=True, help="Leave out leave-one-out losses: 1/K less compute, no `loo` criterion.")
+@nonfinite_option
+@dry_run_option
+@json_option
+def profile(model: str, output: Path, resume: bool, force: bool, **options: Any) -> None:
+    """Run MODEL over calibration text and write down how it uses its experts, per domain.
+
+    One pass gives the statistics of every pruning criterion. Profiles of one model can be merged: give several to
+    `moepress plan`.
+
+    \b
+    Example:  moepress profile demo -o profile
+              moepress profile MODEL -o profile --calibration chats.jsonl --domain python=code.txt
+    """
+    from moepress import stages
+    from moepress.journal import check_output
+    from moepress.printed import print_profile
+
+    quiet_libraries()
+    calibration, machine = calibration_of(options), machine_of(options)
+    if options["dry_run"]:
+        check_output(output, [stages.model_folder(model)], resume=resume, force=force)
+        found = stages.profile_estimate(model, calibration, machine, leave_one_out=not options["no_loo"])
+        show_estimates({"profile": asdict(found)}, as_json=options["as_json"])
+        return
+    made = stages.profile_stage(
+        model,
+        stages.Output(folder=output, resume=resume, force=force),
+        calibration,
+        machine,
+        leave_one_out=not options["no_loo"],
+        allow_nonfinite=options["allow_nonfinite"],
+    )
+    if options["as_json"]:
+        emit({"profile": str(output), "domains": made.domains, "calibration": made.calibration})
+    else:
+        print_profile(made, output)
+
+
+@click.command()
+@click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@selection_options
+@click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
+@scheme_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
+@json_option
+def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **options: Any) -> None:
+    """Decide from PROFILES which experts stay; print what each domain loses and the size before and after.
+
+    Instant, and pure: the same profile and options give the same plan. The plan is JSON that can be read and edited.
+
+    \b
+    Example:  moepress plan profile --keep 0.75 -o plan.json
+              moepress plan profile --experts 8 --domain-weight python=1 --domain-weight german=0 -o plan.json
+    """
+    from moepress.journal import write_atomically
+    from moepress.printed import print_plan
+    from moepress.stages import load_profiles
+
+    if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
+        raise UsageError(f"-o {output} is not a file in a folder that exists; write for example -o plan.json.")
+    made = plan_of(load_profiles(profiles), options, quantized=not options["no_quantization"])
+    from moepress.compress.plan import plan_text
+
+    if output is not None:
+        write_atomically(output, plan_text(made))
+    emit(made.model_dump(mode="json")) if as_json else print_plan(made, output)
+
+
+@click.command()
+@click.argument("model")
+@output_options("Folder for the pruned model.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan made by `moepress plan`.")
+@click.option("--profile", "profiles", multiple=True, type=click.Path(path_type=Path), help="Plan from this profile.")
+@selection_options
+@mtp_option
+@nonfinite_option
+@dry_run_option
+@json_option
+def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
+    """Rewrite MODEL without the experts that the plan leaves out: byte for byte, in the memory of one tensor.
+
+    \b
+    Example:  moepress prune demo --plan plan.json -o pruned
+              moepress prune demo --profile profile --keep 0.5 -o pruned
+    """
+    from moepress import stages
+    from moepress.compress.plan import load_plan
+
+    if (plan_file is None) == (not options["profiles"]):
+        raise UsageError("Say what to prune: either --plan plan.json, or --profile PROFILE with --keep or --experts.")
+    if plan_file is not None:
+        if not all_default("keep", "experts", "criterion", "domain_weight", "groups"):
+            raise UsageError("--plan decides what stays; leave out --keep, --experts, --criterion and the like.")
+        made = load_plan(plan_file)
+    else:
+        made = plan_of(stages.load_profiles(options["profiles"]), options, quantized=False)
+    note(*made.notes)
+    place = stages.Output(folder=output, resume=resume, force=force)
+    result = stages.prune_stage(
+        model,
+        place,
+        made,
+        mtp=mtp_of(options),
+        allow_nonfinite=options["allow_nonfinite"],
+        dry_run=options["dry_run"],
+    )
+    if options["dry_run"]:
+        show_estimates({"prune": result}, as_json=options["as_json"])
+        return
+    if options["as_json"]:
+        emit(result)
+        return
+    note(*result["notes"])
+    from moepress.printed import human_bytes
+
+    sizes = f"{human_bytes(result['bytes_before'])} -> {human_bytes(result['bytes_after'])}"
+    click.echo(f"{output}: {result['experts']} of {result['experts_before']} experts stay, {sizes}")
+
+
+@click.command()
+@click.argument("model")
+@output_options("Folder for the quantized model.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
+@scheme_options
+@include_option
+@mtp_option
+@click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
+@calibration_options
+@machine_options
+@dry_run_option
+@json_option
+def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
+    """Quantize MODEL with GPTQ, pruned by a plan where one is given; the calibration text flows through the pruned,
+    already quantized layers.
+
+    The routed experts are quantized, and what --include adds; router, norms, embeddings and what a runtime trips over
+    stay as they are. The result is a compressed-tensors folder that transformers and vLLM load.
+
+    A large model may be quantized in several sittings: --max-pieces ends each after so many pieces (of about 256 MiB of
+    the result), and the folder appears with the last one.
+
+    \b
+    Example:  moepress quantize demo --bits 4 --group-size 64 -o quantized
+              moepress quantize MODEL --plan plan.json --include attention --include shared -o pressed
+              moepress quantize MODEL --plan plan.json -o pressed --max-pieces 20 --resume
+    """
+    from moepress import stages
+    from moepress.compress.plan import load_plan
+    from moepress.converters.scheme import Scheme
+
+    quiet_libraries()
+    made = load_plan(plan_file) if plan_file else None
+    scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
+    if made is not None and made.quantization is not None and all_default("bits", "group_size"):
+        scheme = made.quantization.scheme()
+    result = stages.quantize_stage(
+        model,
+        stages.Output(folder=output, resume=resume, force=force),
+        made,
+        stages.QuantizeRequest(scheme=scheme, include=includes_of(options)),
+        calibration_of(options),
+        machine_of(options),
+        mtp=mtp_of(options),
+        max_pieces=options["max_pieces"],
+        dry_run=options["dry_run"],
+    )
+    if options["dry_run"]:
+        show_estimates({"quantize": result}, as_json=options["as_json"])
+        return
+    if not result["finished"]:
+        done = f"{result['pieces_done']} of {result['pieces']} pieces are done"
+        note(f"{done}; repeat the command with --resume to go on.")
+    if options["as_json"]:
+        emit(result)
+        return
+    if not result["finished"]:
+        return
+    from moepress.printed import print_quantized
+
+    note(*result["notes"])
+    print_quantized(result, output)
+
+
+@click.command()
+@click.argument("artifact")
+@output_options("Folder for the export.")
+@click.option(
+    "--to", "target", required=True, type=click.Choice(["gptq", "compressed-tensors", "onnx"]), help="The format."
+)
+@onnx_options
+@dry_run_option
+@json_option
+def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool, **options: Any) -> None:
+    """Write a quantized ARTIFACT in another format. Codes do not change; nothing is solved again.
+
+    gptq and compressed-tensors take a quantized folder. onnx takes any folder: quantized, pruned, or the original,
+    whose experts then stay dense. Its result runs in ONNX Runtime and onnxruntime-genai, and is held against ARTIFACT
+    before it appears. --for, --experts, --accuracy-level, --no-check and --dry-run belong to onnx.
+
+    \b
+    Example:  moepress export quantized --to gptq -o quantized-gptq
+              moepress export quantized --to onnx -o quantized-onnx
+              moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
+    """
+    from moepress import exports, stages
+
+    place = stages.Output(folder=output, resume=resume, force=force)
+    if target == "onnx":
+        _export_onnx(artifact, place, options, as_json=as_json)
+        return
+    if not all_default("preset", "kernel", "accuracy_level", "no_check", "dry_run"):
+        raise UsageError("--for, --experts, --accuracy-level, --no-check and --dry-run go with --to onnx only.")
+    result = exports.export_stage(artifact, place, target)
+    note(*result.notes)
+    if as_json:
+        emit({"output": str(output), **asdict(result)})
+    else:
+        from moepress.printed import human_bytes
+
+        click.echo(f"{output}: {result.modules} matrices in {target} layout, {human_bytes(result.bytes_after)}")
+
+
+def _export_onnx(artifact: str, place: Any, options: Mapping[str, Any], *, as_json: bool) -> None:
+    from moepress import exports
+    from moepress.parsed import onnx_of
+    from moepress.printed import print_onnx
+
+    quiet_libraries()
+    request = onnx_of(options)
+    if options["dry_run"]:
+        emit(exports.onnx_estimate(artifact, place, request))
+        return
+    result = exports.onnx_stage(artifact, place, request, check=not options["no_check"])
+    note(*result.notes)
+    emit({"output": str(place.folder), **asdict(result)}) if as_json else print_onnx(result, place.folder)

@@ -1,0 +1,163 @@
+"""The commands that show something: inspect, doctor, validate, generate."""
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, show_report
+from moepress.errors import UsageError
+from moepress.options import device_options, evaluation_options, json_option, machine_options
+from moepress.parsed import evaluation_of, machine_of
+
+
+@click.command()
+@click.argument("model")
+@click.option("--tokens", type=click.IntRange(1), help="Calibration tokens to plan for.  [default: 131072]")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens in the KV cache.  [default: 8192, or the model's context]"
+)
+@json_option
+def inspect(model: str, tokens: int | None, context: int | None, as_json: bool) -> None:
+    """Tell what MODEL is and what pressing it takes: family, experts, sizes by part, the expert counts that can stay
+    and those to try first, time, memory and disk on this machine, and which GPU holds the result.
+
+    Reads headers, and some weights to time the disk; writes nothing. All times are projected.
+
+    \b
+    Example:  moepress inspect demo
+              moepress inspect MODEL --tokens 262144 --context 32768
+    """
+    from moepress.inspection import inspect_model
+    from moepress.printed_inspection import print_inspection
+
+    quiet_libraries()
+    found = inspect_model(model, tokens=tokens, context=context)
+    emit(found) if as_json else print_inspection(found)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Tell what is installed, what ONNX Runtime's sessions really run on, devices and free disk, and what to mend.
+
+    Ends with 5 when two ONNX Runtime packages clash or what is installed of it cannot be used, else with 0.
+
+    \b
+    Example:  moepress doctor --json
+    """
+    from moepress.doctor import diagnose, print_diagnosis
+    from moepress.errors import UnsupportedError
+
+    found = diagnose(Path.cwd())
+    emit(asdict(found)) if as_json else print_diagnosis(found)
+    note(*found.notes)
+    for problem in found.problems:
+        if problem not in found.clashes:
+            click.echo(f"Problem: {problem}", err=True)
+    if found.clashes:
+        raise UnsupportedError(" ".join(found.clashes))
+
+
+@click.command()
+@click.argument("before")
+@click.argument("after")
+@evaluation_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for report.html, report.md, report.json.")
+@machine_options
+@json_option
+def validate(before: str, after: str, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
+    tokens per second on this machine.
+
+    BEFORE and AFTER are folders: original, pruned, compressed-tensors, GPTQ or ONNX, which ONNX Runtime runs. Ends with
+    3 when a threshold is missed by more than two sigma.
+
+    \b
+    Example:  moepress validate demo pressed --max-ppl-increase 3% -o report
+              moepress validate pressed pressed-onnx --no-throughput
+    """
+    import tempfile
+
+    from moepress import comparison, stages
+    from moepress.validation.report import write_report
+
+    quiet_libraries()
+    folders = [stages.model_folder(name) for name in (before, after)]
+    if output is not None:
+        comparison.check_report_folder(output, folders)
+    subjects = [comparison.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
+    with tempfile.TemporaryDirectory(prefix="moepress-") as work:
+        report = comparison.validate_stage(
+            subjects,
+            comparison.tokenizer_folder(folders),
+            evaluation_of(options),
+            machine_of(options),
+            Path(work),
+            title=f"{folders[0].resolve().name} and {folders[1].resolve().name}",
+            commands=(shlex.join(["moepress", *sys.argv[1:]]),),
+        )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_report(report, output)
+    show_report(report, output, as_json=as_json)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, help="Stop after so many tokens.")
+@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
+@click.option("--top-k", type=int, help="Draw among so many likeliest tokens only.  [default: all]")
+@click.option("--top-p", type=float, help="Draw among the likeliest tokens of this share only.  [default: all]")
+@click.option("--seed", type=int, default=0, help="Of the draws: the same seed gives the same text.")
+@click.option("--chat", is_flag=True, help="Write the prompt with the tokenizer's chat template.")
+@device_options
+@json_option
+def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
+    """Let MODEL go on from PROMPT, to look at what was made: an original, pruned, quantized or ONNX folder. A PROMPT of
+    - is read from stdin.
+
+    The text comes to stdout as it is made. The whole model is loaded, so it must fit into memory; ONNX models keep
+    their codes there, other quantized folders become dense.
+
+    \b
+    Example:  moepress generate demo "def main():"
+              moepress generate pressed "The sum of" --temperature 0.8 --top-p 0.95 --seed 7
+    """
+    from moepress import generation
+    from moepress.stages import Machine
+    from moepress.validation.generate import Sampling
+
+    quiet_libraries()
+    request = generation.Request(
+        prompt=_prompt_of_stdin() if prompt == "-" else prompt,
+        chat=options["chat"],
+        max_new_tokens=options["max_new_tokens"],
+        sampling=Sampling(**{name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}),
+    )
+    machine = Machine(device=options["device"], dtype=options["dtype"])
+    try:
+        made = generation.generate_stage(
+            model, request, machine, write=lambda piece: None if as_json else click.echo(piece, nl=False)
+        )
+    except KeyboardInterrupt:
+        fail("Interrupted.", INTERRUPTED)  # there is nothing to resume
+    if as_json:
+        emit(asdict(made))
+        return
+    click.echo()
+    speed = f"{made.tokens} tokens in {made.seconds:.1f} s ({made.tokens / made.seconds:.1f} per second)"
+    note(f"{speed}, {made.runtime}, {made.dtype} on {made.device}, stopped: {made.stopped}")
+
+
+def _prompt_of_stdin() -> str:
+    """What stands in stdin, without the newline that a shell puts at its end."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("The text on stdin is not valid UTF-8; convert it to UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r")
