@@ -78,7 +78,8 @@ def _onnxruntime(folder: Path, _kind: str, tokens: int, threads: int) -> tuple[f
 
     from moepress.converters.onnx_folder import open_onnx
     from moepress.converters.onnx_runtime import require_onnxruntime
-    from moepress.validation.onnx_session import Decoding, open_session
+    from moepress.validation.onnx_session import open_session
+    from moepress.validation.onnx_throughput import SharedDecoding
 
     torch.set_num_threads(threads)
     require_onnxruntime()
@@ -87,7 +88,7 @@ def _onnxruntime(folder: Path, _kind: str, tokens: int, threads: int) -> tuple[f
     prompt = _prompt(model.folder.vocabulary)
 
     def decode() -> float:
-        decoding = Decoding(model)
+        decoding = SharedDecoding(model, PROMPT + tokens)
         logits = decoding.step(prompt)
         start = time.perf_counter()
         for _ in range(tokens):
