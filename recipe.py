@@ -406,7 +406,7 @@ def _report(setup: _Setup, run: Run, plan: Plan, quantized: Mapping[str, Any], o
     name = f"pruned + {recipe.bits} bit" if plan.prunes else f"{recipe.bits} bit"
     subjects.append(subject_of(name, artifact))
     if onnx.after is not None:
-        subjects.append(onnx_subject(f"{name}, ONNX", open_onnx(onnx.after)))
+        subjects.append(onnx_subject(f"{recipe.bits} bit, ONNX", open_onnx(onnx.after)))
     report = validate_stage(
         subjects,
         folder,

@@ -170,14 +170,14 @@ def test_a_run_to_onnx_reports_its_quality_and_the_speed_before_and_after(tmp_pa
     assert code == 0, errors
     assert {p.name for p in (out / "exports").iterdir()} == {"onnx", "onnx-before"}
     report = Report.model_validate_json((out / "report.json").read_text())
-    assert [s.label for s in report.subjects] == ["original", "pruned", "pruned + 4 bit", "pruned + 4 bit, ONNX"]
-    onnx, artifact = report.overall("pruned + 4 bit, ONNX"), report.overall("pruned + 4 bit")
+    assert [s.label for s in report.subjects] == ["original", "pruned", "pruned + 4 bit", "4 bit, ONNX"]
+    onnx, artifact = report.overall("4 bit, ONNX"), report.overall("pruned + 4 bit")
     assert onnx.perplexity.value == pytest.approx(artifact.perplexity.value, rel=1e-4)
     assert report.subjects[3].stored_bytes == open_onnx(out / "exports" / "onnx").total_bytes
     assert report.throughput is not None
     for runtime in ("ONNX Runtime", "onnxruntime-genai"):
         rows = [row for row in report.throughput.rows if row.runtime.startswith(runtime)]
-        assert [row.subject for row in rows] == ["original, ONNX"] * 2 + ["pruned + 4 bit, ONNX"] * 2
+        assert [row.subject for row in rows] == ["original, ONNX"] * 2 + ["4 bit, ONNX"] * 2
         assert [row.test for row in rows] == ["pp16", "tg4"] * 2
         assert [row.ratio is None for row in rows] == [True, True, False, False]
         assert all(row.provider == "CPU" and row.tokens_per_second for row in rows)
@@ -191,7 +191,7 @@ def test_onnx_can_be_added_on_resume_and_its_report_is_not_made_twice(finished: 
     before = contents(out)
     alone = make_recipe(SMALL | {"to": ["gptq", "onnx"]})
     report = run_recipe(alone, out, resume=True)
-    assert [s.label for s in report.subjects][3:] == ["pruned + 4 bit, ONNX"]
+    assert [s.label for s in report.subjects][3:] == ["4 bit, ONNX"]
     assert {p.name for p in (out / "exports").iterdir()} == {"gptq", "onnx"}  # nothing is timed
     assert {name: data for name, data in contents(out).items() if name in before} == before
     assert run_recipe(alone, out, resume=True).created == report.created
@@ -213,7 +213,7 @@ def test_an_original_that_is_too_large_is_not_exported_and_the_report_says_so(
     assert not (out / "exports" / "onnx-before").exists()
     assert any(note.startswith("The original has no throughput in ONNX Runtime: in fp32") for note in report.notes)
     assert report.throughput is not None
-    assert "pruned + 4 bit, ONNX" in {row.subject for row in report.throughput.rows}
+    assert "4 bit, ONNX" in {row.subject for row in report.throughput.rows}
 
 
 def test_what_onnx_can_not_hold_is_refused_with_the_right_exit_code(tmp_path: Path) -> None:

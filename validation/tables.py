@@ -178,9 +178,10 @@ def _experts_text(count: int | tuple[int, int] | None) -> str:
 
 def _perplexity(report: Report) -> Table:
     labels = [subject.label for subject in report.subjects]
+    beside = len(labels) <= 3  # a column of its own for each change; with more models the table would be too wide
     header = ["Text", labels[0]]
     for label in labels[1:]:
-        header += [label, "change" if len(labels) == 2 else f"change, {label}"]
+        header += [label, "change" if len(labels) == 2 else f"change, {label}"][: 1 + beside]
     rows = []
     for domain in _domains(report):
         row = [domain]
@@ -190,7 +191,8 @@ def _perplexity(report: Report) -> Table:
             if found.paired is not None:
                 ratio = found.paired.perplexity_ratio
                 error = "" if ratio.error is None else f" ± {ratio.error * 100:.1f}"
-                row.append(percent_text(ratio.value - 1).replace(" %", f"{error} %"))
+                change = percent_text(ratio.value - 1).replace(" %", f"{error} %")
+                row[-1:] = [row[-1], change] if beside else [f"{row[-1]} ({change})"]
         rows.append(tuple(row))
     note = (
         "Among how many tokens the model hesitates at each step, so to say: lower is better. ± is one standard error "
