@@ -55,9 +55,10 @@ class OnnxFolder:
 
     @property
     def context(self) -> int:
-        """Tokens that a sequence may have: the rows of the rotary tables, where it was noted."""
+        """Tokens that a sequence may have: the rows of the rotary tables where they were noted, or fewer by config."""
         noted = _whole(self.folder / SUMMARY, self.summary, "context")
-        return noted or _whole(self.folder / "config.json", self.config, "max_position_embeddings") or 2048
+        stated = _whole(self.folder / "config.json", self.config, "max_position_embeddings")
+        return min((length for length in (noted, stated) if length), default=2048)
 
     @property
     def parameters(self) -> int:
