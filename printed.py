@@ -30,11 +30,13 @@ def human_count(number: int) -> str:
     return str(number)
 
 
-def _console() -> Console:
+def plain_console() -> Console:
+    """stdout, for people: no colours for numbers, no lines broken."""
     return Console(highlight=False, soft_wrap=True)
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table without lines; the first column to the left, numbers to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -43,7 +45,7 @@ def _table(*columns: str) -> Table:
 
 def print_inventory(found: Mapping[str, Any]) -> None:
     """What `inspect` found."""
-    console = _console()
+    console = plain_console()
     kinds = found["layer_kinds"]
     groups = f", {found['groups']} groups ({found['top_groups']} used)" if found["groups"] > 1 else ""
     console.print(f"[bold]{found['model']}[/bold]  {found['family']} ({found['architecture']})")
@@ -52,7 +54,7 @@ def print_inventory(found: Mapping[str, Any]) -> None:
     console.print(f"hidden {found['hidden']}, vocabulary {found['vocabulary']}, context {found['context']}")
     dtypes = ", ".join(f"{name} {human_bytes(size)}" for name, size in found["dtype_bytes"].items())
     console.print(f"{found['shards']} shards: {dtypes}")
-    table = _table("part", "parameters", "size", "share")
+    table = plain_table("part", "parameters", "size", "share")
     for part, row in found["parts"].items():
         share = row["bytes"] / max(found["bytes"], 1)
         table.add_row(part, human_count(row["parameters"]), human_bytes(row["bytes"]), f"{share:.1%}")
@@ -82,9 +84,9 @@ def _ranges(numbers: list[int]) -> str:
 
 def print_profile(profile: Profile, folder: Path) -> None:
     """What `profile` saw, in short."""
-    console = _console()
+    console = plain_console()
     calibration = profile.calibration
-    table = _table("domain", "tokens", "busiest quarter of experts")
+    table = plain_table("domain", "tokens", "busiest quarter of experts")
     for index, domain in enumerate(profile.domains):
         shares = []
         for layer in profile.layers:
@@ -103,14 +105,14 @@ def print_profile(profile: Profile, folder: Path) -> None:
 
 def print_plan(plan: Plan, file: Path | None) -> None:
     """What a plan keeps and what it costs."""
-    console = _console()
+    console = plain_console()
     share = plan.experts / plan.experts_before
     console.print(
         f"{plan.experts} of {plan.experts_before} experts stay in each of {len(plan.keep)} layers ({share:.0%}), "
         f"by {plan.criterion.value}"
     )
     if plan.prunes:
-        table = _table("domain", "weight", "gate mass lost", "reap-sum mass lost")
+        table = plain_table("domain", "weight", "gate mass lost", "reap-sum mass lost")
         for domain, loss in plan.loss.items():
             weight = f"{plan.domain_weights[domain]:g}"
             table.add_row(domain, weight, f"{loss.gate_mass:.1%}", f"{loss.reap_sum_mass:.1%}")
@@ -137,14 +139,14 @@ def print_plan(plan: Plan, file: Path | None) -> None:
 
 def print_quantized(result: Mapping[str, Any], folder: Path) -> None:
     """What `quantize` made."""
-    console = _console()
+    console = plain_console()
     scheme = result["scheme"]
     before, after = result["bytes_before"], result["bytes_after"]
     console.print(
         f"{folder}: {scheme['bits']} bit g{scheme['group_size']}, {human_bytes(before)} -> {human_bytes(after)} "
         f"({after / before - 1:+.0%})"
     )
-    table = _table("layer", "relative error")
+    table = plain_table("layer", "relative error")
     for layer, error in result["layer_error"].items():
         table.add_row(layer, f"{error:.3%}")
     console.print(table)
@@ -161,14 +163,14 @@ def print_quantized(result: Mapping[str, Any], folder: Path) -> None:
 
 def print_onnx(result: Any, folder: Path) -> None:
     """What `export --to onnx` made, and what its self-check found."""
-    console = _console()
+    console = plain_console()
     console.print(f"{folder}: ONNX, {result.nodes} nodes, {human_bytes(result.bytes_after)}")
     found = result.checked
     if found is None:
         return
     prefill, decode = found.tokens
     console.print(f"checked against {found.compared_with}, in a session on {', '.join(found.providers)}:")
-    table = _table("tokens", "largest difference, of the largest logit")
+    table = plain_table("tokens", "largest difference, of the largest logit")
     table.add_row(f"{prefill} prefill", f"{found.prefill_error:.1e}")
     table.add_row(f"{decode} decode", f"{found.decode_error:.1e}")
     console.print(table)

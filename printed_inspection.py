@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from moepress.printed import human_bytes, print_inventory
+from moepress.printed import human_bytes, plain_console, plain_table, print_inventory
 
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
@@ -21,8 +20,8 @@ def human_seconds(seconds: float) -> str:
 
 def print_estimates(estimates: Mapping[str, Mapping[str, Any]]) -> None:
     """Time, memory and disk by stage, then the terms of each; stage -> an `Estimate` as plain data."""
-    console = _console()
-    table = _table("projected", "time", "peak memory", "disk", "output", "tokens/expert")
+    console = plain_console()
+    table = plain_table("projected", "time", "peak memory", "disk", "output", "tokens/expert")
     for stage, row in estimates.items():
         each = row["tokens_per_expert"]
         table.add_row(
@@ -53,7 +52,7 @@ def _terms(terms: Mapping[str, float], text: Any) -> str:
 def print_inspection(found: Mapping[str, Any]) -> None:
     """All that `inspect` found."""
     print_inventory(found)
-    console = _console()
+    console = plain_console()
     _print_counts(console, found)
     machine, estimates = found["machine"], found["estimates"]
     read = f"{machine['read_bytes_per_second'] / 1e6:,.0f} MB/s"
@@ -92,7 +91,7 @@ def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str,
         f"\n[bold]Which GPU holds it[/bold]  experts {scheme['bits']} bit g{scheme['group_size']}, the rest 16 bit; KV "
         f"cache of {found['context']:,} tokens: {human_bytes(found['cache_bytes'])}"
     )
-    table = _table("experts that stay", "memory", *(str(row["experts"]) for row in counts))
+    table = plain_table("experts that stay", "memory", *(str(row["experts"]) for row in counts))
     table.add_row("weights and cache", "", *(human_bytes(row["needed_bytes"]) for row in counts))
     for index, target in enumerate(found["table"]):
         label = target["name"] + ("" if target["kind"] == "gaming" else " *")
@@ -109,14 +108,3 @@ def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str,
 def _cell(row: Mapping[str, Any]) -> str:
     lacking = row["lacking_bytes"] / 2**30
     return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table

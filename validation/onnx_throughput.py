@@ -15,8 +15,9 @@ import torch
 
 from moepress.converters.onnx_folder import MODEL, OnnxFolder
 from moepress.converters.onnx_runtime import CPU_PROVIDER, require_onnx, require_onnxruntime, session_providers
+from moepress.models.dense import free_memory_bytes
 from moepress.validation.onnx_session import CUDA_PROVIDER, Decoding, OnnxModel, open_session
-from moepress.validation.timing import Bench, Candidate, Loaded, first_line, free_bytes, lengths, random_prompt
+from moepress.validation.timing import Bench, Candidate, Loaded, first_line, lengths, random_prompt
 
 GENAI = "onnxruntime_genai"
 INT8_NOTE = "int8 activations"
@@ -49,7 +50,7 @@ def _candidate(
     label: str, folder: OnnxFolder, runtime: str, provider: str, load: Any, obstacle: str | None = None
 ) -> Candidate:
     memory = "cuda" if provider == "CUDA" and torch.cuda.is_available() else "cpu"
-    free = free_bytes(torch.device(memory))
+    free = free_memory_bytes(torch.device(memory))
     if folder.total_bytes > free:
         obstacle = f"needs {folder.total_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
     return Candidate(

@@ -21,6 +21,7 @@ from torch import Tensor
 from moepress.converters.onnx_folder import OnnxFolder
 from moepress.errors import InvalidInputError
 from moepress.models.checkpoint import load_config
+from moepress.models.dense import free_memory_bytes
 from moepress.validation.measure import Subject
 from moepress.validation.onnx_throughput import onnx_candidates
 from moepress.validation.results import Throughput, ThroughputRow
@@ -29,7 +30,6 @@ from moepress.validation.timing import (
     Candidate,
     Loaded,
     Timed,
-    free_bytes,
     lengths,
     paired_ratio,
     random_prompt,
@@ -79,7 +79,7 @@ def _fit_together(candidates: Sequence[Candidate]) -> bool:
     for candidate in candidates:
         place, size = candidate.memory
         needed[place] = needed.get(place, 0) + size
-    return all(size <= free_bytes(torch.device(place)) for place, size in needed.items())
+    return all(size <= free_memory_bytes(torch.device(place)) for place, size in needed.items())
 
 
 def _by_runtime(timed: Sequence[Timed], candidates: Sequence[Candidate]) -> list[Timed]:
@@ -157,7 +157,7 @@ def _obstacle(subject: Subject, bench: Bench) -> str | None:
     """Why a subject can not be measured, or None."""
     if subject.folder is None:
         return "it is not a folder on disk"
-    needed, free = _dense_bytes(subject, bench), free_bytes(bench.device)
+    needed, free = _dense_bytes(subject, bench), free_memory_bytes(bench.device)
     if needed > free:
         return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
     try:

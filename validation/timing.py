@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -161,13 +160,6 @@ def lengths(context: int, prompt: int, decode: int) -> tuple[int, int]:
     """
     decode = min(decode, max(1, context // 2))
     return min(prompt, max(1, context - decode)), decode
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def random_prompt(vocabulary: int, tokens: int) -> Tensor:

@@ -111,7 +111,7 @@ def test_models_that_do_not_fit_together_are_timed_one_after_the_other(
         return [Timed(candidate=c, provider="CPU", samples={"pp8": [1.0, 1.01]}) for c in group]
 
     monkeypatch.setattr(throughput, "time_group", fake)
-    monkeypatch.setattr(throughput, "free_bytes", lambda _: subjects[0].parameters * 4 + 1)
+    monkeypatch.setattr(throughput, "free_memory_bytes", lambda _: subjects[0].parameters * 4 + 1)
     rows = measure_throughput(subjects[:2], SMALL).rows
     assert groups == [["demo"], ["copy"]]
     assert all("not interleaved" in (row.note or "") for row in rows)
