@@ -30,7 +30,7 @@ from moepress.converters.onnx_parts import Build, Kernel, gated_mlp, linear, rms
 from moepress.converters.onnx_weights import Weights, require_whole
 from moepress.errors import UnsupportedError
 from moepress.models.checkpoint import Checkpoint
-from moepress.models.experts import moe_layers, router_disk_names
+from moepress.models.experts import experts_by_layer
 from moepress.models.family import shape_of
 from moepress.models.skeleton import build_skeleton
 from moepress.models.writer import Entry
@@ -93,11 +93,9 @@ def build_decoder(
     _require_tensors(build, shape.layers)
     inputs = shared_inputs(build, EMBEDDING_FILE)
     hidden = _embed(build)
-    routed, experts = set(moe_layers(source)), {}
+    experts = experts_by_layer(source)
     for layer in range(shape.layers):
-        hidden = _layer(build, layer, hidden, inputs, routed=layer in routed)
-        if layer in routed:
-            experts[layer] = _experts_of(source, layer)
+        hidden = _layer(build, layer, hidden, inputs, routed=layer in experts)
     _head(build, hidden, inputs, shape.vocabulary)
     caches = tuple(cache_of(build, layer) for layer in range(shape.layers))
     given, given_back = _interface(build, caches, shape.vocabulary)
@@ -113,10 +111,6 @@ def build_decoder(
 def layer_file(layer: int) -> str:
     """The file that holds a layer's weights: a killed export goes on with the first layer that is missing."""
     return f"model.layer-{layer:03}.data"
-
-
-def _experts_of(source: Checkpoint | Artifact, layer: int) -> int:
-    return source.shapes[router_disk_names(source, layer)[0]][0]
 
 
 def _require_tensors(build: Build, layers: int) -> None:
