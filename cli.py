@@ -23,6 +23,7 @@ from moepress.options import (
     output_options,
     scheme_options,
     selection_options,
+    timings_option,
 )
 from moepress.parsed import recipe_values
 
@@ -101,6 +102,7 @@ for _command in (inspect, doctor, profile, plan, prune, quantize, export, valida
 @evaluation_options
 @click.option("--to", "targets", help="Further formats, with commas between them: gptq, onnx.")
 @machine_options
+@timings_option
 @dry_run_option
 @json_option
 def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file: Path | None, **options: Any) -> None:
@@ -114,6 +116,8 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
               moepress run --recipe out/recipe.yaml -o again
     """
     from moepress.recipe import estimate_recipe, load_recipe, make_recipe, run_recipe
+    from moepress.stages import model_folder
+    from moepress.timings import check_timings, timed
 
     quiet_libraries()
     values = load_recipe(recipe_file) if recipe_file else {}
@@ -121,18 +125,19 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
     if "model" not in values:
         raise UsageError("Say which model: moepress run MODEL -o OUT, or a recipe that names one.")
     recipe = make_recipe(values)
+    check_timings(options["timings"], output, [model_folder(recipe.model)], dry_run=options["dry_run"])
     if options["dry_run"]:
-        from moepress import stages
         from moepress.journal import check_output
 
-        check_output(output, [stages.model_folder(recipe.model)], resume=resume, force=force, in_place=True)
+        check_output(output, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
         found = estimate_recipe(recipe)
         if options["as_json"]:
             emit(found)
         else:
             show_estimates({name: found[name] for name in ("profile", "quantize")}, as_json=False)
         return
-    report = run_recipe(recipe, output, resume=resume, force=force)
+    with timed("run", options["timings"], device=recipe.device):
+        report = run_recipe(recipe, output, resume=resume, force=force)
     show_report(report, output, as_json=options["as_json"])
 
 

@@ -21,6 +21,7 @@ from moepress.options import (
     output_options,
     scheme_options,
     selection_options,
+    timings_option,
 )
 from moepress.parsed import all_default, calibration_of, includes_of, machine_of, mtp_of, plan_of
 
@@ -32,6 +33,7 @@ from moepress.parsed import all_default, calibration_of, includes_of, machine_of
 @machine_options
 @click.option("--no-loo", is_flag=True, help="Leave out leave-one-out losses: 1/K less compute, no `loo` criterion.")
 @nonfinite_option
+@timings_option
 @dry_run_option
 @json_option
 def profile(model: str, output: Path, resume: bool, force: bool, **options: Any) -> None:
@@ -47,22 +49,26 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     from moepress import stages
     from moepress.journal import check_output
     from moepress.printed import print_profile
+    from moepress.timings import check_timings, timed
 
     quiet_libraries()
+    check_timings(options["timings"], output, [stages.model_folder(model)], dry_run=options["dry_run"])
     calibration, machine = calibration_of(options), machine_of(options)
     if options["dry_run"]:
         check_output(output, [stages.model_folder(model)], resume=resume, force=force)
-        found = stages.profile_estimate(model, calibration, machine, leave_one_out=not options["no_loo"])
+        place = stages.Output(folder=output, resume=resume, force=force)
+        found = stages.profile_estimate(model, calibration, machine, leave_one_out=not options["no_loo"], output=place)
         show_estimates({"profile": asdict(found)}, as_json=options["as_json"])
         return
-    made = stages.profile_stage(
-        model,
-        stages.Output(folder=output, resume=resume, force=force),
-        calibration,
-        machine,
-        leave_one_out=not options["no_loo"],
-        allow_nonfinite=options["allow_nonfinite"],
-    )
+    with timed("profile", options["timings"], device=options["device"]):
+        made = stages.profile_stage(
+            model,
+            stages.Output(folder=output, resume=resume, force=force),
+            calibration,
+            machine,
+            leave_one_out=not options["no_loo"],
+            allow_nonfinite=options["allow_nonfinite"],
+        )
     if options["as_json"]:
         emit({"profile": str(output), "domains": made.domains, "calibration": made.calibration})
     else:
@@ -107,6 +113,7 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
 @selection_options
 @mtp_option
 @nonfinite_option
+@timings_option
 @dry_run_option
 @json_option
 def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
@@ -118,7 +125,9 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     """
     from moepress import stages
     from moepress.compress.plan import load_plan
+    from moepress.timings import check_timings, timed
 
+    check_timings(options["timings"], output, [stages.model_folder(model)], dry_run=options["dry_run"])
     if (plan_file is None) == (not options["profiles"]):
         raise UsageError("Say what to prune: either --plan plan.json, or --profile PROFILE with --keep or --experts.")
     if plan_file is not None:
@@ -129,14 +138,15 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
         made = plan_of(stages.load_profiles(options["profiles"]), options, quantized=False)
     note(*made.notes)
     place = stages.Output(folder=output, resume=resume, force=force)
-    result = stages.prune_stage(
-        model,
-        place,
-        made,
-        mtp=mtp_of(options),
-        allow_nonfinite=options["allow_nonfinite"],
-        dry_run=options["dry_run"],
-    )
+    with timed("prune", options["timings"]):
+        result = stages.prune_stage(
+            model,
+            place,
+            made,
+            mtp=mtp_of(options),
+            allow_nonfinite=options["allow_nonfinite"],
+            dry_run=options["dry_run"],
+        )
     if options["dry_run"]:
         show_estimates({"prune": result}, as_json=options["as_json"])
         return
@@ -160,6 +170,7 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
 @machine_options
+@timings_option
 @dry_run_option
 @json_option
 def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
@@ -180,23 +191,26 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     from moepress import stages
     from moepress.compress.plan import load_plan
     from moepress.converters.scheme import Scheme
+    from moepress.timings import check_timings, timed
 
     quiet_libraries()
+    check_timings(options["timings"], output, [stages.model_folder(model)], dry_run=options["dry_run"])
     made = load_plan(plan_file) if plan_file else None
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
     if made is not None and made.quantization is not None and all_default("bits", "group_size"):
         scheme = made.quantization.scheme()
-    result = stages.quantize_stage(
-        model,
-        stages.Output(folder=output, resume=resume, force=force),
-        made,
-        stages.QuantizeRequest(scheme=scheme, include=includes_of(options)),
-        calibration_of(options),
-        machine_of(options),
-        mtp=mtp_of(options),
-        max_pieces=options["max_pieces"],
-        dry_run=options["dry_run"],
-    )
+    with timed("quantize", options["timings"], device=options["device"]):
+        result = stages.quantize_stage(
+            model,
+            stages.Output(folder=output, resume=resume, force=force),
+            made,
+            stages.QuantizeRequest(scheme=scheme, include=includes_of(options)),
+            calibration_of(options),
+            machine_of(options),
+            mtp=mtp_of(options),
+            max_pieces=options["max_pieces"],
+            dry_run=options["dry_run"],
+        )
     if options["dry_run"]:
         show_estimates({"quantize": result}, as_json=options["as_json"])
         return

@@ -65,6 +65,9 @@ json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="P
 dry_run_option: Decorator = click.option(
     "--dry-run", is_flag=True, help="Check everything and print the time, memory and disk it would take; write nothing."
 )
+timings_option: Decorator = click.option(
+    "--timings", type=_PATH, metavar="FILE", help="Write to FILE, as JSON, where the time went by layer and phase."
+)
 nonfinite_option: Decorator = click.option(
     "--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in the weights."
 )

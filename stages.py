@@ -6,7 +6,7 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from moepress.models.experts import moe_layers, prune_source
 from moepress.models.forward import StreamedModel
 from moepress.models.inventory import inventory
 from moepress.models.walk import Limits, choose_device, choose_dtype, choose_limits
+from moepress.phases import phase
 
 DEMO = "demo"
 DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
@@ -138,6 +139,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+@phase("start")
 def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabulary: int) -> Corpus:
     """Tokenized calibration windows."""
     sources = parse_sources(calibration.sources, calibration.domains)
@@ -175,9 +177,16 @@ def _model_run(
         yield run, limits
 
 
+@phase("start")
 def _streamed(source: Source, machine: Machine) -> StreamedModel:
     device = choose_device(machine.device)
     return StreamedModel(source, device=device, dtype=choose_dtype(machine.dtype, device))
+
+
+def _free_disk(output: Output) -> tuple[Path, int]:
+    """The nearest folder that is there, and bytes free on its disk."""
+    parent = next(p for p in (output.folder, *output.folder.resolve().parents) if p.exists())
+    return parent, shutil.disk_usage(parent).free
 
 
 def require_room(output: Output, disk_bytes: int) -> None:
@@ -186,8 +195,7 @@ def require_room(output: Output, disk_bytes: int) -> None:
     Raises:
         MoepressError: with what is free and what is needed.
     """
-    parent = next(p for p in (output.folder, *output.folder.resolve().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
+    parent, free = _free_disk(output)
     if free < disk_bytes and not output.resume:
         raise MoepressError(
             f"{parent} has {free / 2**30:.1f} GiB free and the output needs about "
@@ -210,7 +218,10 @@ def profile_stage(
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
-    model, digest = _streamed(checkpoint, machine), fingerprint(checkpoint)
+    model = _streamed(checkpoint, machine)
+    work = _profile_workload(corpus, machine, output)
+    require_room(output, estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out).disk_bytes)
+    digest = fingerprint(checkpoint)
     settings = {"command": "profile", "model": digest, "leave_one_out": leave_one_out, "seed": calibration.seed}
     with _model_run(output, model, corpus, machine, settings) as (run, limits):
         statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out)
@@ -233,15 +244,26 @@ def profile_stage(
 
 
 def profile_estimate(
-    model_name: str, calibration: Calibration, machine: Machine, *, leave_one_out: bool = True
+    model_name: str,
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    leave_one_out: bool = True,
+    output: Output | None = None,
 ) -> Estimate:
-    """What `profile` would take."""
+    """What `profile` would take; without an output its disk is taken to have room."""
     folder = model_folder(model_name)
     checkpoint = open_checkpoint(folder)
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
-    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1], domains=len(corpus.domains))
+    work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)
     return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out)
+
+
+def _profile_workload(corpus: Corpus, machine: Machine, output: Output | None) -> Workload:
+    tokens, window = corpus.windows.numel(), corpus.windows.shape[1]
+    work = workload(machine, tokens=tokens, window=window, domains=len(corpus.domains))
+    return work if output is None else replace(work, free_bytes=_free_disk(output)[1])
 
 
 def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) -> Workload:

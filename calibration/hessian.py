@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moepress.phases import phase
+
 _ROWS_AT_ONCE = 8192
 _STRIP = 1024  # columns of a wide Hessian that are formed together
 
@@ -34,17 +36,23 @@ def gram(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
         inputs_TI: any float dtype.
         weights_T: a_t >= 0, or None for 1.
     """
-    size = inputs_TI.shape[1]
-    out = torch.zeros(size, size, dtype=torch.float32, device=inputs_TI.device)
-    for start in range(0, inputs_TI.shape[0], _ROWS_AT_ONCE):
-        part = inputs_TI[start : start + _ROWS_AT_ONCE].float()
-        if weights_T is not None:
-            part = part * weights_T[start : start + _ROWS_AT_ONCE, None].float().sqrt()
-        for strip in range(0, size, _STRIP):  # only the lower triangle: half of the work where it is wide
-            out[strip:, strip : strip + _STRIP].addmm_(part[:, strip:].T, part[:, strip : strip + _STRIP])
-    for strip in range(_STRIP, size, _STRIP):
-        out[:strip, strip : strip + _STRIP] = out[strip : strip + _STRIP, :strip].T
+    tokens, size = inputs_TI.shape
+    with phase("Hessian", flops=gram_flops(tokens, size)):
+        out = torch.zeros(size, size, dtype=torch.float32, device=inputs_TI.device)
+        for start in range(0, tokens, _ROWS_AT_ONCE):
+            part = inputs_TI[start : start + _ROWS_AT_ONCE].float()
+            if weights_T is not None:
+                part = part * weights_T[start : start + _ROWS_AT_ONCE, None].float().sqrt()
+            for strip in range(0, size, _STRIP):  # only the lower triangle: half of the work where it is wide
+                out[strip:, strip : strip + _STRIP].addmm_(part[:, strip:].T, part[:, strip : strip + _STRIP])
+        for strip in range(_STRIP, size, _STRIP):
+            out[:strip, strip : strip + _STRIP] = out[strip : strip + _STRIP, :strip].T
     return out
+
+
+def gram_flops(tokens: int, size: int) -> float:
+    """What `gram` computes: two per token and entry of the strips below the diagonal."""
+    return 2.0 * tokens * sum((size - strip) * min(_STRIP, size - strip) for strip in range(0, size, _STRIP))
 
 
 def shrink(own_II: Tensor, mass: float, tokens: int, pooled_II: Tensor, tau: float) -> Tensor:

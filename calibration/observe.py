@@ -1,20 +1,27 @@
 """What the experts of one layer do: all accumulators of all pruning criteria, in one pass.
 
-Every expert sees only its own tokens. Per (token, slot) only the norm and the peak of the expert's output are kept, so
-that sums can be formed afterwards, when the whole routed output y_t is known. Leave-one-out with re-routing needs one
-more expert per token, the (K+1)-th choice, and the outputs themselves; tokens then go through in chunks.
+Every expert is read once and sees only its own tokens. Per (token, slot) the norm and the peak of the expert's output
+are kept, so that sums can be formed afterwards, when the whole routed output y_t is known. Leave-one-out with
+re-routing needs one more expert per token, the (K+1)-th choice, and the outputs themselves: they go to a table of all
+(token, slot) pairs, in a file where memory has no room for it. Only where the disk has none either do tokens go through
+in several passes, each of which reads all experts.
+
+No sum depends on the passes: work is done in blocks of tokens of one size, and a pass is some whole blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moepress.models.costs import expert_flops
 from moepress.models.family import Shape
 from moepress.models.forward import apply_expert, tokens_of
 from moepress.models.routing import Router, choice_scores, combine_weights, router_of, scores
+from moepress.models.scratch import Rows
 from moepress.models.walk import Stream, read_ahead
+from moepress.phases import phase
 
 # Name of an accumulator -> how two profiles are merged. All are fp64 [S, B, E]: domains, token shards, experts.
 ACCUMULATORS = {
@@ -28,7 +35,13 @@ ACCUMULATORS = {
     "leave_one_out": "sum",  # L_e
     "peak": "max",  # M_e
 }
-_ROWS_AT_ONCE = 8192
+BLOCK_TOKENS = 8192
+"""Tokens that an expert sees together."""
+ROWS_AT_ONCE = 2048
+"""Rows of them that pass through it together."""
+CHUNK_BYTES = 16 << 20
+"""Outputs that are summed up together."""
+_DISK_SHARE = 2  # of the free disk, the part that the table of outputs may take
 # Per layer, fp64 [S, B]: number of tokens, sum |y_t|^2, sum |h_t|^2.
 TOTALS = ("tokens", "routed_squared", "residual_squared")
 
@@ -65,60 +78,160 @@ def observe_layer(stream: Stream, layer: int, cells: Cells, *, leave_one_out: bo
     Returns:
         The accumulators of `ACCUMULATORS` (fp64 [S, B, E]) and `TOTALS` (fp64 [S, B]).
     """
-    assert stream.residual is not None
     out = {name: torch.zeros(cells.count, stream.model.shape.experts, dtype=torch.float64) for name in ACCUMULATORS}
     out |= {name: torch.zeros(cells.count, dtype=torch.float64) for name in TOTALS}
-    for rows in _chunks(stream, leave_one_out):
-        _observe_rows(stream, layer, rows, cells, out, leave_one_out=leave_one_out)
+    size = _open_buffers(stream, leave_one_out=leave_one_out)
+    for start in range(0, stream.tokens, size):
+        tokens = slice(start, min(start + size, stream.tokens))
+        _observe_pass(stream, layer, tokens, cells, out, leave_one_out=leave_one_out)
+    stream.forget()
     return {name: value.unflatten(0, (cells.domains, cells.shards)) for name, value in out.items()}
 
 
-def tokens_at_once(shape: Shape, memory_bytes: int, *, leave_one_out: bool) -> int:
-    """Tokens whose outputs of all chosen experts fit into a quarter of the memory limit; experts are read per chunk."""
-    per_token = shape.hidden * 4 * (6 + (shape.top_k + 1 if leave_one_out else 0))
-    return max(1024, memory_bytes // 4 // per_token)
+def bytes_per_token(shape: Shape, dtype: torch.dtype, *, leave_one_out: bool) -> int:
+    """What is kept of a token until all experts have been read: their outputs as computed, or their sum in fp32."""
+    return shape.hidden * ((shape.top_k + 1) * dtype.itemsize if leave_one_out else 4)
 
 
-def _chunks(stream: Stream, leave_one_out: bool) -> list[slice]:
-    size = tokens_at_once(stream.model.shape, stream.limits.memory_bytes, leave_one_out=leave_one_out)
-    return [slice(start, min(start + size, stream.tokens)) for start in range(0, stream.tokens, size)]
+def tokens_at_once(tokens: int, per_token_bytes: int, memory_bytes: int, disk_bytes: int | None) -> int:
+    """Tokens of a pass: all of them where memory or half of the free disk holds what is kept, else some whole blocks.
+
+    Args:
+        tokens: of the calibration text.
+        per_token_bytes: see `bytes_per_token`.
+        memory_bytes: what is left for buffers.
+        disk_bytes: what is free; None for enough.
+    """
+    room = None if disk_bytes is None else max(memory_bytes, disk_bytes // _DISK_SHARE)
+    if room is None or tokens * per_token_bytes <= room:
+        return max(tokens, 1)
+    blocks = -(-tokens // BLOCK_TOKENS)
+    passes = -(-blocks // max(1, room // (per_token_bytes * BLOCK_TOKENS)))
+    return min(tokens, -(-blocks // passes) * BLOCK_TOKENS)
 
 
-def _observe_rows(
+def _open_buffers(stream: Stream, *, leave_one_out: bool) -> int:
+    """Make the walk's buffer at the first layer; returns the tokens of a pass."""
+    shape, top_k, dtype, scratch = stream.model.shape, stream.chosen.shape[1], stream.model.dtype, stream.scratch
+    kept = bytes_per_token(shape, dtype, leave_one_out=leave_one_out)
+    if stream.outputs is None and stream.routed is None:
+        size = tokens_at_once(stream.tokens, kept, scratch.left_bytes, scratch.free_bytes())
+        if leave_one_out:
+            stream.outputs = scratch.rows("outputs", size * (top_k + 1), shape.hidden, dtype)
+        else:
+            stream.routed = scratch.tensor("routed", (size, shape.hidden), torch.float32)
+    if stream.outputs is not None:
+        return stream.outputs.count // (top_k + 1)
+    assert stream.routed is not None
+    return len(stream.routed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Tokens of one pass, N of them, the experts that they want, J each, and what is known of the experts' outputs.
+
+    Attributes:
+        rows: where the tokens stand among all.
+        wanted: int64 [N, J], the K chosen experts and with leave-one-out the spare one.
+        valid: [N], False where groups leave no spare expert.
+        norms, peaks: fp32 [N, J].
+    """
+
+    rows: slice
+    wanted: Tensor
+    valid: Tensor
+    norms: Tensor
+    peaks: Tensor
+
+
+def _observe_pass(
     stream: Stream, layer: int, rows: slice, cells: Cells, out: dict[str, Tensor], *, leave_one_out: bool
 ) -> None:
-    model, flat = stream.model, stream.flat()
-    assert stream.residual is not None
-    chosen, weights, cell = stream.chosen[rows], stream.weights[rows], cells.index[rows]
-    top_k = chosen.shape[1]
-    spare = _spare_choice(stream, layer, rows) if leave_one_out else None
-    wanted = chosen if spare is None else torch.cat((chosen, spare.expert[:, None]), dim=1)
-    shape = (*wanted.shape, model.shape.hidden)
-    outputs = torch.zeros(shape if leave_one_out else (0,), dtype=torch.float32)
+    model, router = stream.model, router_of(stream.model.family, stream.model.source.config)
+    bias = model.router_bias(layer) if leave_one_out else None
+    wanted, valid = stream.chosen[rows], torch.ones(rows.stop - rows.start, dtype=torch.bool)
+    if leave_one_out:
+        with phase("observe"):
+            spare, valid = _spare_choices(stream, rows, router, bias)
+            wanted = torch.cat((wanted, spare[:, None]), dim=1)
     norms, peaks = torch.zeros(wanted.shape), torch.zeros(wanted.shape)
-    routed = torch.zeros(wanted.shape[0], model.shape.hidden)
+    part = _Part(rows=rows, wanted=wanted, valid=valid, norms=norms, peaks=peaks)
+    if stream.routed is not None:
+        stream.routed.zero_()
     positions = tokens_of(wanted, model.shape.experts)
-    busy = [e for e in range(model.shape.experts) if len(positions[e][0])]
-    activation = model.activation(layer)
-    for expert, matrices in read_ahead(model, layer, busy):
-        for tokens, slots in zip(*(p.split(_ROWS_AT_ONCE) for p in positions[expert]), strict=True):
-            inputs = stream.inputs[rows][tokens].to(model.device)
-            output = apply_expert(matrices, inputs, activation).float().to("cpu")
-            norms[tokens, slots], peaks[tokens, slots] = output.norm(dim=1), output.abs().amax(dim=1)
-            own = slots < top_k
-            routed.index_add_(0, tokens[own], output[own] * weights[tokens[own], slots[own], None])
-            if leave_one_out:
-                outputs[tokens, slots] = output
-    residual = stream.residual[rows].float()
-    turn = (1 - torch.cosine_similarity(residual, residual + routed, dim=1)).clamp(min=0)
-    _accumulate(out, cell, chosen, weights, norms[:, :top_k], peaks[:, :top_k], turn)
-    if spare is not None:
-        loss = leave_one_out_loss(spare.router, spare.scores, chosen, weights, spare.expert, spare.valid, outputs)
+    for expert, matrices in read_ahead(model, layer, [e for e in range(model.shape.experts) if len(positions[e][0])]):
+        for tokens, slots in _slices(*positions[expert]):
+            with phase("forward", flops=expert_flops(matrices, len(tokens))):
+                inputs = stream.inputs[tokens + rows.start].to(model.device)
+                output = apply_expert(matrices, inputs, model.activation(layer)).to("cpu")
+            with phase("observe"):
+                _keep_output(stream, part, tokens, slots, output)
+    with phase("observe"):
+        for chunk in _chunks(part, bytes_per_token(model.shape, model.dtype, leave_one_out=True)):
+            _sum_up(stream, part, chunk, cells, out, router if leave_one_out else None)
+
+
+def _slices(tokens: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """An expert's (ascending) tokens block by block, and of a block so many at once."""
+    counts = torch.bincount(tokens // BLOCK_TOKENS).tolist()
+    for block in zip(tokens.split(counts), slots.split(counts), strict=True):
+        yield from zip(*(part.split(ROWS_AT_ONCE) for part in block if len(part)), strict=True)
+
+
+def _keep_output(stream: Stream, part: _Part, tokens: Tensor, slots: Tensor, output: Tensor) -> None:
+    values, top_k = output.float(), stream.chosen.shape[1]
+    part.norms[tokens, slots], part.peaks[tokens, slots] = values.norm(dim=1), values.abs().amax(dim=1)
+    if stream.outputs is not None:
+        stream.outputs.put(tokens * (top_k + 1) + slots, output)
+    else:
+        assert stream.routed is not None
+        stream.routed.index_add_(0, tokens, values * stream.weights[tokens + part.rows.start, slots, None])
+    stream.touch(len(tokens))
+
+
+def _chunks(part: _Part, per_token_bytes: int) -> list[slice]:
+    """Few enough tokens of a block to have all outputs of in memory."""
+    size, count = max(1, CHUNK_BYTES // per_token_bytes), len(part.wanted)
+    return [
+        slice(start, min(start + size, block + BLOCK_TOKENS, count))
+        for block in range(0, count, BLOCK_TOKENS)
+        for start in range(block, min(block + BLOCK_TOKENS, count), size)
+    ]
+
+
+def _sum_up(
+    stream: Stream, part: _Part, chunk: slice, cells: Cells, out: dict[str, Tensor], router: Router | None
+) -> None:
+    """Add a chunk's tokens to the accumulators, and the routed output to their hidden states."""
+    assert stream.residual is not None
+    rows, flat = slice(chunk.start + part.rows.start, chunk.stop + part.rows.start), stream.flat()
+    chosen, weights, cell = stream.chosen[rows], stream.weights[rows], cells.index[rows]
+    top_k, residual = chosen.shape[1], stream.residual[rows].float()
+    if router is None:
+        assert stream.routed is not None
+        routed = stream.routed[chunk]
+    else:
+        outputs = _outputs_of(stream.outputs, part, chunk)
+        routed = torch.bmm(weights[:, None], outputs[:, :top_k]).squeeze(1)
+        assert stream.logits is not None
+        scored, spare = scores(router, stream.logits[rows]), part.wanted[chunk, top_k]
+        loss = leave_one_out_loss(router, scored, chosen, weights, spare, part.valid[chunk], outputs)
         _add(out["leave_one_out"], cell, chosen, loss)
+    turn = (1 - torch.cosine_similarity(residual, residual + routed, dim=1)).clamp(min=0)
+    _accumulate(out, cell, chosen, weights, part.norms[chunk, :top_k], part.peaks[chunk, :top_k], turn)
     for name, value in (("routed_squared", routed), ("residual_squared", residual)):
         out[name].index_add_(0, cell, value.double().square().sum(dim=1))
     out["tokens"].index_add_(0, cell, torch.ones(len(cell), dtype=torch.float64))
     flat[rows] = (flat[rows].float() + routed).to(flat.dtype)
+    stream.touch(len(chosen))
+
+
+def _outputs_of(table: Rows | None, part: _Part, chunk: slice) -> Tensor:
+    """Outputs of a chunk's tokens, fp32 [T, J, D]."""
+    assert table is not None
+    wanted = part.wanted.shape[1]
+    outputs = table.get(chunk.start * wanted, chunk.stop * wanted).float()
+    return outputs.view(-1, wanted, outputs.shape[1])
 
 
 def _accumulate(
@@ -144,25 +257,16 @@ def _add(target_CE: Tensor, cell_T: Tensor, chosen_TK: Tensor, value_TK: Tensor)
     target_CE.view(-1).index_add_(0, index, value_TK.double().reshape(-1))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Spare:
-    """The (K+1)-th choice of every token: `valid` is False where groups leave no further expert."""
-
-    router: Router
-    scores: Tensor
-    expert: Tensor
-    valid: Tensor
-
-
-def _spare_choice(stream: Stream, layer: int, rows: slice) -> _Spare:
-    model = stream.model
+def _spare_choices(stream: Stream, rows: slice, router: Router, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The (K+1)-th choice of every token, int64 [N], and whether groups leave one, bool [N]."""
     assert stream.logits is not None
-    router = router_of(model.family, model.source.config)
-    bias = model.router_bias(layer)
-    scored = scores(router, stream.logits[rows])
-    choice = choice_scores(router, scored, bias).scatter(1, stream.chosen[rows], float("-inf"))
-    best = choice.max(dim=1)
-    return _Spare(router=router, scores=scored, expert=best.indices, valid=torch.isfinite(best.values))
+    found = []
+    for start in range(rows.start, rows.stop, ROWS_AT_ONCE):
+        some = slice(start, min(start + ROWS_AT_ONCE, rows.stop))
+        choice = choice_scores(router, scores(router, stream.logits[some]), bias)
+        found.append(choice.scatter(1, stream.chosen[some], float("-inf")).max(dim=1))
+    best = torch.cat([part.values for part in found])
+    return torch.cat([part.indices for part in found]), torch.isfinite(best)
 
 
 def leave_one_out_loss(

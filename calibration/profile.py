@@ -26,6 +26,7 @@ from moepress.models.forward import StreamedModel, require_finite_hidden
 from moepress.models.safetensors_file import read_header, read_row, read_tensor
 from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream, release_memory
 from moepress.models.writer import tensor_entry, write_json, write_shard
+from moepress.phases import in_layer, phase
 from moepress.progress import track
 
 SCHEMA_VERSION = "1.0"
@@ -63,6 +64,7 @@ class Profile:
     statistics: Mapping[int, Mapping[str, Tensor]]
 
 
+@phase("check")
 def fingerprint(checkpoint: Checkpoint | Artifact) -> str:
     """A digest of the config, of every tensor's name, dtype, shape and place, and of the bytes.
 
@@ -126,12 +128,15 @@ def collect(
     cells = cells_of(corpus)
     try:
         with torch.inference_mode(), track("profile", model.shape.layers) as advance:
-            stream = open_stream(model, corpus.windows, scratch, limits, observe=True)
+            with phase("embed"):
+                stream = open_stream(model, corpus.windows, scratch, limits, observe=True)
             first = resume_hidden(run, stream)
             advance(first)
             for layer in range(first, model.shape.layers):
-                _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out)
-                save_hidden(run, stream, layer)
+                with in_layer(layer), phase("other"):
+                    _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out)
+                    save_hidden(run, stream, layer)
+                    stream.forget()
                 advance(1)
     finally:
         scratch.close()
@@ -141,12 +146,16 @@ def collect(
 def _profile_layer(stream: Stream, layer: int, run: Run, cells: Cells, *, leave_one_out: bool) -> None:
     stream.model.load_layer(layer)
     if first_step(stream, layer):
-        found = observe_layer(stream, layer, cells, leave_one_out=leave_one_out)
+        with phase("observe"):
+            found = observe_layer(stream, layer, cells, leave_one_out=leave_one_out)
         entries = [tensor_entry(name, value) for name, value in sorted(found.items())]
-        run.write(f"statistics-{layer}", f"statistics-{layer:05d}.safetensors", lambda path: write_shard(path, entries))
+        with phase("write", size=sum(entry.bytes for entry in entries)):
+            file = f"statistics-{layer:05d}.safetensors"
+            run.write(f"statistics-{layer}", file, lambda path: write_shard(path, entries))
     stream.model.unload_layer(layer)
     release_memory()
-    require_finite_hidden(stream.hidden, layer)
+    with phase("check"):
+        require_finite_hidden(stream.hidden, layer)
 
 
 def _read_statistics(run: Run, layer: int) -> dict[str, Tensor]:
@@ -157,12 +166,15 @@ def _read_statistics(run: Run, layer: int) -> dict[str, Tensor]:
 
 def save_hidden(run: Run, stream: Stream, layer: int) -> None:
     """Keep the hidden states after a layer as a piece, and drop those of the layer before."""
-    if layer == stream.model.shape.layers - 1:
-        run.write("hidden-end", "hidden.end", _touch)
-    else:
-        entry = tensor_entry("hidden", stream.hidden)
-        run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, [entry]))
-    run.drop(f"hidden-{layer - 1}")
+    last = layer == stream.model.shape.layers - 1
+    size = 0 if last else stream.hidden.numel() * stream.hidden.element_size()
+    with phase("hidden states", size=size):
+        if last:
+            run.write("hidden-end", "hidden.end", _touch)
+        else:
+            entry = tensor_entry("hidden", stream.hidden)
+            run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, [entry]))
+        run.drop(f"hidden-{layer - 1}")
 
 
 def _touch(path: Path) -> None:
@@ -178,8 +190,9 @@ def resume_hidden(run: Run, stream: Stream) -> int:
         piece = run.done(f"hidden-{layer}")
         if piece is not None:
             stored = read_header(run.path(piece))["hidden"]
-            for window in range(stream.hidden.shape[0]):
-                stream.hidden[window] = read_row(stored, window)
+            with phase("hidden states", size=stored.bytes):
+                for window in range(stream.hidden.shape[0]):
+                    stream.hidden[window] = read_row(stored, window)
             return layer + 1
     return 0
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from moepress.calibration.hessian import HessianOptions
-from moepress.calibration.observe import ACCUMULATORS, tokens_at_once
+from moepress.calibration.observe import ACCUMULATORS
+from moepress.calibration.observe import ROWS_AT_ONCE as OBSERVED_ROWS
 from moepress.calibration.profile import SHARDS
 from moepress.compress.experts import experts_that_fit
 from moepress.compress.figures import Figures, Matrices, expert_matrices, included_matrices, pressed_sizes
@@ -17,10 +18,12 @@ from moepress.compress.footprint import (
     disk_peak,
     hidden_bytes,
     hidden_disk,
+    kept_outputs,
     least_memory,
     libraries_bytes,
     limits_of,
     memory_notes,
+    outputs_bytes,
     peak_of,
     quantize_peak,
     resident,
@@ -54,8 +57,8 @@ class Estimate:
         seconds: of all terms; None where rates were not measured.
         tokens_per_expert: mean calibration tokens that reach a routed expert.
         time: term -> seconds.
-        memory: term -> bytes; `libraries`, `token buffers` and `mapped files` (the token buffers beyond the limit,
-            which the system takes back when it needs room) are there all the time, of the others those that meet.
+        memory: term -> bytes; `libraries`, `token buffers` and `mapped files` (what is resident of the token buffers
+            beyond the limit) are there all the time, of the others those that meet.
         disk: term -> bytes; not all of the output is there while the most hidden states are.
         notes: what a user should know beforehand.
     """
@@ -95,20 +98,21 @@ def estimate_prune(output_bytes: int, rates: Rates | None = None) -> Estimate:
 def estimate_profile(
     figures: Figures, work: Workload, rates: Rates | None = None, *, leave_one_out: bool = True
 ) -> Estimate:
-    """One forward pass; where memory is short, experts are read again for every chunk of tokens."""
+    """One forward pass; where memory and disk are short, experts are read again for every pass over the tokens."""
     shape, limits = figures.shape, limits_of(figures, work)
     buffers, spilled = buffer_bytes(figures, work, limits, observe=True)
-    at_once = min(work.tokens, tokens_at_once(shape, limits.memory_bytes, leave_one_out=leave_one_out))
-    passes = -(-work.tokens // at_once)
+    kept = kept_outputs(figures, work, limits, buffers, leave_one_out=leave_one_out)
+    passes, spilled = -(-work.tokens // kept.tokens), spilled + kept.mapped
     chosen = shape.top_k + (1 if leave_one_out else 0)
     expert = 3 * shape.hidden * shape.expert_width
-    rows = min(at_once, ROWS_AT_ONCE)
-    outputs = at_once * shape.hidden * 4 * (8 + (chosen if leave_one_out else 0)) + at_once * chosen * 64
-    rest = resident(figures, work, limits, (buffers, spilled))
+    rows = min(kept.tokens, OBSERVED_ROWS)
+    rest = resident(figures, work, limits, (buffers + kept.memory, spilled))
     # The expert in use, the next one, and what it is made of.
+    outputs = outputs_bytes(figures, work, kept.tokens)
     rest |= {"routed outputs": outputs, "experts": 3 * expert * 8 + slice_bytes(figures, rows)}
     statistics = figures.moe_layers * shape.experts * len(ACCUMULATORS) * SHARDS * 8 * work.domains
     disk = {"output": statistics, "statistics by layer": statistics} | hidden_disk(figures, work, spilled)
+    disk["experts' outputs"] = kept.table
     time = {}
     if rates is not None:
         routed = passes * figures.parts[Part.ROUTED].bytes
@@ -119,6 +123,7 @@ def estimate_profile(
             "load": weights * rates.load_seconds,
             **_forward_seconds(figures, work, rates, chosen),
             "observe": 2 * rates.load_seconds * work.tokens * chosen * shape.hidden * figures.moe_layers,
+            "experts' outputs": 2 * passes * kept.table * figures.moe_layers / rates.read_bytes_per_second,
             "hidden states": _hidden_seconds(figures, work, spilled, rates),
         }
     peak = peak_of(rest, ("embeddings",), ("layer", "activations"), ("layer", "routed outputs", "experts"))
@@ -246,13 +251,13 @@ def _gram_flops(columns: int) -> float:
 
 
 def _solve_seconds(matrices: Matrices, rates: Rates, at_once: int) -> dict[str, float]:
-    """One Cholesky and inverse, the column loop, the sweeps, three losses: 1 + 2 x sweeps + 6 times O I^2."""
+    """One Cholesky and inverse, the column loop, the sweeps, three losses: 1 + 2 x sweeps + 3 times O I^2."""
     sweeps = SolverOptions().sweeps
     square = matrices.rows * matrices.columns**2
     loops = matrices.columns * (1 + sweeps) * _COLUMN_SECONDS / at_once
     return {
         "factor": matrices.count * _FACTOR_COST * 2 / 3 * matrices.columns**3 / rates.solver_flops,
-        "solve": matrices.count * (7 + 2 * sweeps) * square / rates.solver_flops,
+        "solve": matrices.count * (4 + 2 * sweeps) * square / rates.solver_flops,
         "rounding": matrices.weights * (2 + sweeps) * rates.search_seconds + matrices.count * loops,
     }
 
@@ -260,6 +265,6 @@ def _solve_seconds(matrices: Matrices, rates: Rates, at_once: int) -> dict[str, 
 def _reread_note(passes: int) -> Iterable[str]:
     if passes > 1:
         yield (
-            f"The experts' outputs of so many tokens do not fit into the memory limit: every expert is read {passes} "
-            "times. More --max-memory, fewer --tokens or --no-loo make it fewer."
+            f"The experts' outputs of so many tokens fit neither into memory nor into half of the free disk: every "
+            f"expert is read {passes} times. Free disk, more --max-memory, fewer --tokens or --no-loo make it fewer."
         )

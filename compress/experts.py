@@ -1,6 +1,6 @@
 """GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,8 @@ from moepress.converters.scheme import Scheme
 from moepress.models.experts import Expert
 from moepress.models.family import Shape
 from moepress.models.forward import StreamedModel
-from moepress.models.walk import Stream, read_ahead
+from moepress.models.walk import Stream
+from moepress.phases import phase
 
 _ROWS_AT_ONCE = 8192
 
@@ -88,22 +89,25 @@ def pooled_inputs(stream: Stream, options: HessianOptions) -> Tensor:
     """A fixed, evenly spread sample of the layer's tokens [P, D], for Hessians of experts with few tokens."""
     count = min(options.pooled_tokens, stream.tokens)
     rows = torch.arange(count) * stream.tokens // max(count, 1)
-    return stream.inputs[rows].to(stream.model.device)
+    with phase("Hessian"):
+        return stream.inputs[rows].to(stream.model.device)
 
 
 def pooled_hessian(stream: Stream) -> Tensor:
     """Mean of x x^T over all tokens of the layer, fp32 [D, D] on the device."""
     device = stream.model.device
     total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
-    for part in stream.inputs.split(65536):
-        total += gram(part.to(device))
-    return total / max(stream.tokens, 1)
+    with phase("Hessian"):
+        for part in stream.inputs.split(65536):
+            total += gram(part.to(device))
+            stream.touch(len(part))
+        return total / max(stream.tokens, 1)
 
 
 def solve_experts(
     stream: Stream,
     layer: int,
-    experts: Sequence[int],
+    weights: Mapping[int, Expert],
     positions: Sequence[tuple[Tensor, Tensor]],
     pooled_DD: Tensor,
     sample_PD: Tensor,
@@ -117,33 +121,35 @@ def solve_experts(
     Args:
         stream: after the layer's first step.
         layer: the layer's number.
-        experts: which of its experts; all are in memory at once.
+        weights: which of its experts, and their matrices in fp32.
         positions: `tokens_of` the layer.
         pooled_DD: `pooled_hessian`.
         sample_PD: `pooled_inputs`.
         options: see `QuantizeOptions`.
     """
-    model, device = stream.model, stream.model.solver_device
-    weights = dict(read_ahead(model, layer, list(experts), torch.float32))
-    stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)) for e in experts]).to(device)
-    hessians = torch.stack([_input_hessian(stream, positions[e], pooled_DD, options.hessian) for e in experts])
-    hessians = hessians.to(device)
-    first = solve(stacked, hessians, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
-    first_error = relative_errors(stacked, hessians, first)
+    device, experts = stream.model.solver_device, list(weights)
+    with phase("load"):
+        stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)) for e in experts]).to(device)
+        hessians = torch.stack([_input_hessian(stream, positions[e], pooled_DD, options.hessian) for e in experts])
+        hessians = hessians.to(device)
+    first, first_error = solve_measured(stacked, hessians, options)
     del hessians, stacked
-    coded = [_split(first, index, options.stored_dtype) for index in range(len(experts))]
+    with phase("pack"):
+        coded = [_split(first, index, options.stored_dtype) for index in range(len(experts))]
     middle = [
         _down_hessian(stream, layer, positions[e], sample_PD, gate_up, options.hessian)
         for e, gate_up in zip(experts, coded, strict=True)
     ]
-    downs, hessians = torch.stack([weights[e].down for e in experts]).to(device), torch.stack(middle).to(device)
-    second = solve(downs, hessians, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
-    second_error = relative_errors(downs, hessians, second)
+    with phase("load"):
+        downs, hessians = torch.stack([weights[e].down for e in experts]).to(device), torch.stack(middle).to(device)
+    second, second_error = solve_measured(downs, hessians, options)
+    with phase("pack"):
+        down = [_stored(second, index, options.stored_dtype) for index in range(len(experts))]
     return [
         CodedExpert(
             gate=coded[index][0],
             up=coded[index][1],
-            down=Coded(codes=second.codes[index].cpu(), scales=second.scales[index].to("cpu", options.stored_dtype)),
+            down=down[index],
             tokens=len(positions[expert][0]),
             error=(first_error[index], second_error[index]),
             rounded=bool(first.rounded[index]) or bool(second.rounded[index]),
@@ -152,10 +158,22 @@ def solve_experts(
     ]
 
 
+def solve_measured(weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOptions) -> tuple[Solved, list[float]]:
+    """`solve` by these options, and `relative_errors` of what it gave."""
+    with phase("solve"):
+        solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
+        return solved, relative_errors(solved)
+
+
+def _stored(solved: Solved, index: int, stored: torch.dtype) -> Coded:
+    return Coded(codes=solved.codes[index].cpu(), scales=solved.scales[index].to("cpu", stored))
+
+
 def _split(solved: Solved, index: int, stored: torch.dtype) -> tuple[Coded, Coded]:
-    codes, scales = solved.codes[index].cpu(), solved.scales[index].to("cpu", stored)
-    half = codes.shape[0] // 2
-    return Coded(codes=codes[:half], scales=scales[:half]), Coded(codes=codes[half:], scales=scales[half:])
+    both = _stored(solved, index, stored)
+    half = both.codes.shape[0] // 2
+    gate, up = (Coded(codes=both.codes[rows], scales=both.scales[rows]) for rows in (slice(half), slice(half, None)))
+    return gate, up
 
 
 def token_weights(stream: Stream, position: tuple[Tensor, Tensor], options: HessianOptions) -> Tensor | None:
@@ -179,10 +197,12 @@ def _input_hessian(
 ) -> Tensor:
     weights, tokens = token_weights(stream, position, options), len(position[0])
     own = torch.zeros_like(pooled_DD)
-    for rows in _slices(tokens):
-        part = stream.inputs[position[0][rows]].to(stream.model.device)
-        own += gram(part, None if weights is None else weights[rows])
-    return shrink(own, _mass(weights, tokens), tokens, pooled_DD, options.shrinkage_tokens)
+    with phase("Hessian"):
+        for rows in _slices(tokens):
+            part = stream.inputs[position[0][rows]].to(stream.model.device)
+            own += gram(part, None if weights is None else weights[rows])
+            stream.touch(len(part))
+        return shrink(own, _mass(weights, tokens), tokens, pooled_DD, options.shrinkage_tokens)
 
 
 def _down_hessian(
@@ -198,24 +218,25 @@ def _down_hessian(
     The hidden units of different experts have nothing in common, so the pooled Hessian is that of a sample of the
     layer's tokens sent through this expert.
     """
-    model, tokens = stream.model, len(position[0])
-    gate, up = (m.dense().to(model.device, model.dtype) for m in gate_up)
-    activation = model.activation(layer)
+    model, tokens, activation = stream.model, len(position[0]), stream.model.activation(layer)
+    flops = 2.0 * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up)
+    with phase("Hessian", flops=flops):
+        gate, up = (m.dense().to(model.device, model.dtype) for m in gate_up)
 
-    def middle(inputs: Tensor) -> Tensor:
-        linear = torch.nn.functional.linear
-        return activation(linear(inputs, gate)) * linear(inputs, up)
+        def middle(inputs: Tensor) -> Tensor:
+            linear = torch.nn.functional.linear
+            return activation(linear(inputs, gate)) * linear(inputs, up)
 
-    weights = token_weights(stream, position, options)
-    pooled = gram(middle(sample_PD)) / max(sample_PD.shape[0], 1)
-    own = torch.zeros_like(pooled)
-    for rows in _slices(tokens):
-        part = middle(stream.inputs[position[0][rows]].to(model.device))
-        own += gram(part, None if weights is None else weights[rows])
-    return shrink(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+        weights = token_weights(stream, position, options)
+        pooled = gram(middle(sample_PD)) / max(sample_PD.shape[0], 1)
+        own = torch.zeros_like(pooled)
+        for rows in _slices(tokens):
+            part = middle(stream.inputs[position[0][rows]].to(model.device))
+            own += gram(part, None if weights is None else weights[rows])
+            stream.touch(len(part))
+        return shrink(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
 
 
-def relative_errors(weight_EOI: Tensor, hessian_EII: Tensor, solved: Solved) -> list[float]:
+def relative_errors(solved: Solved) -> list[float]:
     """||(W - Q) X||^2 / ||W X||^2 of every matrix of a batch."""
-    energy = ((weight_EOI @ hessian_EII) * weight_EOI).sum(dim=(1, 2), dtype=torch.float64)
-    return (solved.loss.to(energy.device) / energy.clamp(min=1e-300)).tolist()
+    return (solved.loss / solved.energy.clamp(min=1e-300)).tolist()

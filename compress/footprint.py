@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from moepress.calibration.observe import CHUNK_BYTES, bytes_per_token, tokens_at_once
 from moepress.compress.figures import Figures, Matrices, expert_matrices
 from moepress.compress.pieces import PIECE_BYTES
 from moepress.models.family import Part
+from moepress.models.scratch import mapped_limit_bytes
 from moepress.models.walk import Limits, choose_limits
 
 ROWS_AT_ONCE = 8192
@@ -30,6 +32,7 @@ class Workload:
         device: where layers run.
         dtype: what the forward pass computes in.
         domains: of the calibration text.
+        free_bytes: on the disk that is written to; None for enough.
     """
 
     tokens: int
@@ -38,6 +41,7 @@ class Workload:
     dtype: torch.dtype
     memory_bytes: int | None = None
     domains: int = 1
+    free_bytes: int | None = None
 
 
 def libraries_bytes() -> int:
@@ -65,6 +69,47 @@ def buffer_bytes(figures: Figures, work: Workload, limits: Limits, *, observe: b
     return inside, outside
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What `profile` keeps of tokens until all experts of a layer have been read.
+
+    Attributes:
+        tokens: of one pass.
+        memory, mapped, table: bytes in memory, in a mapped file, in a file that is written and read row by row.
+    """
+
+    tokens: int
+    memory: int
+    mapped: int
+    table: int
+
+
+def kept_outputs(figures: Figures, work: Workload, limits: Limits, inside: int, *, leave_one_out: bool) -> Kept:
+    """The buffer that is made after those of the walk, of which `inside` bytes are in memory."""
+    left = limits.memory_bytes // 2 - inside
+    each = bytes_per_token(figures.shape, work.dtype, leave_one_out=leave_one_out)
+    tokens = tokens_at_once(work.tokens, each, left, work.free_bytes)
+    size = tokens * each
+    if size <= left:
+        return Kept(tokens=tokens, memory=size, mapped=0, table=0)
+    return Kept(tokens=tokens, memory=0, mapped=0 if leave_one_out else size, table=size if leave_one_out else 0)
+
+
+def outputs_bytes(figures: Figures, work: Workload, tokens: int) -> int:
+    """What sums over the outputs of a pass take: norms and places of all slots, and a chunk's outputs and streams."""
+    hidden, slots, size = figures.shape.hidden, figures.shape.top_k + 1, work.dtype.itemsize
+    chunk = min(tokens, max(1, CHUNK_BYTES // (slots * hidden * size)))
+    return tokens * slots * 64 + chunk * hidden * (slots * (size + 4) + 40)
+
+
+def _mapped_bytes(figures: Figures, work: Workload, limits: Limits, mapped: int) -> int:
+    """Resident pages of mapped files: given back by shares; only the hidden states are also gone over as a whole."""
+    row = figures.shape.hidden * work.dtype.itemsize
+    hidden = row * work.tokens if row * work.tokens > limits.memory_bytes // 2 else 0
+    touched = 4 * row * max(limits.batch_windows * work.window, ROWS_AT_ONCE)
+    return min(mapped, mapped_limit_bytes(limits.memory_bytes) + touched + hidden)
+
+
 def resident(figures: Figures, work: Workload, limits: Limits, buffers: tuple[int, int]) -> dict[str, int]:
     """What every walk holds; `buffers` are those in memory and in files.
 
@@ -74,14 +119,16 @@ def resident(figures: Figures, work: Workload, limits: Limits, buffers: tuple[in
     tokens = limits.batch_windows * work.window
     wide = attention.heads * (4 * attention.key_width + 3 * attention.value_width)
     activations = tokens * 4 * (12 * shape.hidden + max(wide, 4 * figures.mlp_width) + 4 * shape.experts)
-    if attention.key_width != attention.value_width and work.device.type == "cpu":
-        # Torch's fused attention on the CPU wants keys and values of one width; else it forms all scores.
+    if attention.key_width > attention.value_width:  # padded to one width, and the output with them
+        activations += tokens * attention.heads * 2 * (attention.key_width - attention.value_width) * 4
+    if attention.key_width < attention.value_width and work.device.type == "cpu":
+        # Torch's fused attention on the CPU wants one width, and `models.attention` pads values only: all scores.
         scores = limits.batch_windows * attention.heads * work.window**2 * 4
         activations += round(_MATH_ATTENTION * scores)
     return {
         "libraries": libraries_bytes(),
         "token buffers": buffers[0],
-        "mapped files": buffers[1],
+        "mapped files": _mapped_bytes(figures, work, limits, buffers[1]),
         "embeddings": _embedding_bytes(figures, tokens, size),
         "layer": figures.layer_parameters * size + round(figures.largest_matrix * 4 * _CHECKED),
         "activations": activations,
@@ -183,7 +230,7 @@ def disk_peak(disk: dict[str, int], layers: int) -> int:
     """While both hidden states are there the last layer is not; when it is, one of them has gone."""
     early = disk["output"] * (layers - 1) // layers + disk["hidden states"]
     late = disk["output"] + disk.get("statistics by layer", 0) + disk["hidden states"] // max(1, min(2, layers - 1))
-    return max(early, late) + disk["token buffers"]
+    return max(early, late) + disk["token buffers"] + disk.get("experts' outputs", 0)
 
 
 def hidden_bytes(figures: Figures, work: Workload) -> int:

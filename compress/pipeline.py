@@ -6,7 +6,7 @@ stopped after as many pieces as were asked for, finds its finished pieces, takes
 solving, and so ends with the same bytes.
 """
 
-import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moepress import __version__
 from moepress.calibration.corpus import Corpus
-from moepress.calibration.hessian import gram
 from moepress.calibration.profile import resume_hidden, save_hidden
 from moepress.compress.experts import (
     Coded,
@@ -27,10 +26,9 @@ from moepress.compress.experts import (
     experts_at_once,
     pooled_hessian,
     pooled_inputs,
-    relative_errors,
     solve_experts,
 )
-from moepress.compress.gptq import solve
+from moepress.compress.linear_solving import solve_head, solve_linears
 from moepress.compress.linears import Include, LinearGroup, linear_groups, quantized_linears, unquantized_modules
 from moepress.compress.mtp import mtp_note
 from moepress.compress.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
@@ -39,12 +37,23 @@ from moepress.converters.artifact import Source
 from moepress.converters.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.journal import Piece, Run
+from moepress.models.costs import stored_bytes
 from moepress.models.experts import names_by_layer
 from moepress.models.family import Part, part_of
 from moepress.models.forward import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.safetensors_file import DTYPE_NAMES, Stored, read_header, read_tensor, tensor_bytes
-from moepress.models.walk import Limits, Scratch, Stream, add_output, first_step, open_stream, release_memory
+from moepress.models.walk import (
+    Limits,
+    Scratch,
+    Stream,
+    add_output,
+    first_step,
+    open_stream,
+    read_ahead,
+    release_memory,
+)
 from moepress.models.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.phases import in_layer, phase
 from moepress.progress import track
 
 _FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
@@ -134,7 +143,8 @@ def quantize(
     scratch = Scratch(run.folder, limits.memory_bytes)
     try:
         with torch.inference_mode(), track("quantize", layers) as advance:
-            stream = open_stream(model, corpus.windows, scratch, limits, observe=False)
+            with phase("embed"):
+                stream = open_stream(model, corpus.windows, scratch, limits, observe=False)
             job = Job(
                 stream=stream,
                 run=run,
@@ -150,10 +160,13 @@ def quantize(
             advance(first)
             for layer in range(first, layers):
                 job.allowance.require()
-                _quantize_layer(job, layer)
+                with in_layer(layer), phase("other"):
+                    _quantize_layer(job, layer)
                 if layer == layers - 1 and run.done("outer") is None:
                     _write_outer(job)
-                save_hidden(run, stream, layer)
+                with in_layer(layer):
+                    save_hidden(run, stream, layer)
+                    stream.forget()
                 advance(1)
     except SpentError:
         return {"finished": False, **_progress(job)}
@@ -171,7 +184,10 @@ def _quantize_layer(job: Job, layer: int) -> None:
     stream, model = job.stream, job.stream.model
     done = job.run.done(f"layer-{layer}-0")
     groups = linear_groups(model.source, layer, model.shape.layers, job.include, job.names.get(layer, []))
-    coded, errors = _solve_linears(job, layer, groups) if done is None else (_read_linears(job, done, groups), {})
+    if done is None:
+        coded, errors = solve_linears(stream, job.options, layer, groups)
+    else:
+        coded, errors = _read_linears(job, done, groups), {}
     replaced = {name: matrix.dense() for name, matrix in coded.items()}
     model.load_layer(layer, replaced)
     routed = first_step(stream, layer)
@@ -181,7 +197,8 @@ def _quantize_layer(job: Job, layer: int) -> None:
         _do_chunk(job, layer, part, experts, pooled, sample, coded if part == 0 else {}, errors if part == 0 else {})
     model.unload_layer(layer)
     release_memory()
-    require_finite_hidden(stream.hidden, layer)
+    with phase("check"):
+        require_finite_hidden(stream.hidden, layer)
 
 
 def _do_chunk(
@@ -205,28 +222,36 @@ def _do_chunk(
     positions = tokens_of(job.stream.chosen, model.shape.experts) if experts else []
     if done is None and part == 0:
         tensors |= _rest_of_layer(job, layer, linears)
+    # The next expert is read while the present ones are solved.
+    weights = read_ahead(model, layer, experts if done is None else [], torch.float32)
     for start in range(0, len(experts), job.at_once):
         batch = experts[start : start + job.at_once]
         if done is None:
-            solved = solve_experts(job.stream, layer, batch, positions, pooled, sample, job.options)
+            loaded = dict(itertools.islice(weights, job.at_once))
+            solved = solve_experts(job.stream, layer, loaded, positions, pooled, sample, job.options)
+            del loaded
         else:
             solved = [_read_expert(job, stored, layer, expert) for expert in batch]
         for expert, coded in zip(batch, solved, strict=True):
             tokens, slots = positions[expert]
-            add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer)
+            with phase("forward"):
+                add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer)
             if done is None:
                 tensors |= _expert_tensors(job, layer, expert, coded)
                 note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
         release_memory()
     if done is None:
-        entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
-        job.run.write(piece, job.piece_names[piece], functools.partial(_write_piece, entries, note))
-        job.allowance.spend()
+        _write_piece(job, piece, [tensor_entry(name, tensor) for name, tensor in tensors.items()], note)
 
 
-def _write_piece(entries: Any, note: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    write_shard(path, entries)
-    return note
+def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[str, Any]) -> None:
+    def write(path: Path) -> Mapping[str, Any]:
+        write_shard(path, entries)
+        return note
+
+    with phase("write", size=sum(entry.bytes for entry in entries)):
+        job.run.write(piece, job.piece_names[piece], write)
+    job.allowance.spend()
 
 
 def _expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dict[str, Tensor]:
@@ -238,10 +263,11 @@ def _expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> di
 
 
 def _packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
-    module = name.removesuffix(".weight")
-    return compressed_layout.layer_tensors(
-        module, matrix.codes, matrix.scales, job.options.scheme, job.options.stored_dtype
-    )
+    module, options = name.removesuffix(".weight"), job.options
+    with phase("pack"):
+        return compressed_layout.layer_tensors(
+            module, matrix.codes, matrix.scales, options.scheme, options.stored_dtype
+        )
 
 
 def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
@@ -258,8 +284,7 @@ def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[s
 
 
 def _plain(job: Job, name: str) -> Tensor:
-    source = job.stream.model.source
-    tensor = source.read(name)
+    source, tensor = job.stream.model.source, _read(job, name)
     may_be_fp8 = part_of(source.family, name, job.stream.model.shape.layers) in _FP8_PARTS and tensor.ndim == 2
     dequantized = may_be_fp8 and tensor.dtype == torch.float32 and "quantization_config" in source.config
     return tensor.to(job.options.stored_dtype) if dequantized else tensor
@@ -272,13 +297,12 @@ def _write_outer(job: Job) -> None:
     note: dict[str, Any] = {"linears": {}}
     for name in job.names.get(None, []):
         if name == "lm_head.weight" and Include.LM_HEAD in job.include:
-            matrix, error = _solve_head(job)
+            matrix, error = solve_head(job.stream, job.options)
             entries += [tensor_entry(*pair) for pair in _packed(job, name, matrix).items()]
             note["linears"][name] = error
         else:
             entries.append(_outer_entry(job, name))
-    job.run.write("outer", job.piece_names["outer"], functools.partial(_write_piece, entries, note))
-    job.allowance.spend()
+    _write_piece(job, "outer", entries, note)
 
 
 def _outer_entry(job: Job, name: str) -> Entry:
@@ -294,86 +318,22 @@ def _outer_entry(job: Job, name: str) -> Entry:
         dtype=DTYPE_NAMES[first.dtype],
         shape=shape,
         bytes=size,
-        data=lambda: iter((tensor_bytes(source.read(name)),)),
+        data=lambda: iter((tensor_bytes(_read(job, name)),)),
     )
 
 
-def _solve_head(job: Job) -> tuple[Coded, float]:
-    model, total = job.stream.model, None
-    normalise = model.final_norm()
-    for batch in job.stream.hidden.split(job.stream.limits.batch_windows):
-        part = gram(normalise(batch.to(model.device)).flatten(0, 1))
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    (matrix,), errors = _solve_stack(job, ["lm_head.weight"], total / job.stream.tokens)
-    return matrix, errors[0]
-
-
-def _solve_linears(job: Job, layer: int, groups: Sequence[LinearGroup]) -> tuple[dict[str, Coded], dict[str, float]]:
-    """Quantize attention, shared expert or dense MLP, group after group, each on what the groups before it give."""
-    coded: dict[str, Coded] = {}
-    errors: dict[str, float] = {}
-    model = job.stream.model
-    for group in groups:
-        module = model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
-        inner = model.family.module_name(group.names[0]).split(f"layers.{layer}.", 1)[1].removesuffix(".weight")
-        total = _captured_gram(job, layer, module.get_submodule(inner))
-        matrices, losses = _solve_stack(job, group.names, total / job.stream.tokens)
-        coded |= dict(zip(group.names, matrices, strict=True))
-        errors |= dict(zip(group.names, losses, strict=True))
-    return coded, errors
-
-
-class _CapturedError(Exception):
-    """The input of the Linear was seen; the rest of the layer need not run."""
-
-
-def _captured_gram(job: Job, layer: int, linear: torch.nn.Module) -> Tensor:
-    """sum x x^T of a Linear's inputs over all windows; every batch stops as soon as the Linear is reached."""
-    grams: list[Tensor] = []
-
-    def hook(_module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        part = gram(arguments[0].flatten(0, -2))
-        grams[:] = [part if not grams else grams[0].add_(part)]
-        raise _CapturedError
-
-    handle = linear.register_forward_pre_hook(hook)
-    try:
-        for batch in job.stream.hidden.split(job.stream.limits.batch_windows):
-            try:
-                job.stream.model.run_layer(layer, batch.to(job.stream.model.device))
-            except _CapturedError:
-                continue
-    finally:
-        handle.remove()
-    return grams[0]
-
-
-def _solve_stack(job: Job, names: Sequence[str], hessian_II: Tensor) -> tuple[list[Coded], list[float]]:
-    """Solve Linears with the same input as one: their rows are independent."""
-    model = job.stream.model
-    weights = [model.source.read(name).to(model.solver_device, torch.float32) for name in names]
-    hessian_II = hessian_II.to(model.solver_device)
-    stacked = torch.cat(weights).unsqueeze(0)
-    solved = solve(
-        stacked,
-        hessian_II.unsqueeze(0),
-        job.options.scheme,
-        scale_dtype=job.options.scale_dtype,
-        options=job.options.solver,
-    )
-    error = relative_errors(stacked, hessian_II.unsqueeze(0), solved)[0]
-    sizes = [len(weight) for weight in weights]
-    scales = solved.scales[0].to("cpu", job.options.stored_dtype)
-    parts = zip(solved.codes[0].cpu().split(sizes), scales.split(sizes), strict=True)
-    return [Coded(codes=codes, scales=scale) for codes, scale in parts], [error] * len(names)
+def _read(job: Job, name: str) -> Tensor:
+    source = job.stream.model.source
+    with phase("read", size=stored_bytes(source, name)):
+        return source.read(name)
 
 
 def _read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
     """A matrix of a finished piece, whose header is `stored`."""
     module = name.removesuffix(".weight")
     names = [module + suffix for suffix in compressed_layout.SUFFIXES]
-    tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
+    with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
+        tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
     codes, scales = compressed_layout.read_layer(module, tensors, job.options.scheme)
     return Coded(codes=codes, scales=scales)
 

@@ -16,6 +16,7 @@ from moepress.models.family import layer_of
 from moepress.models.safetensors_file import DTYPES, Stored, read_bytes
 from moepress.models.skeleton import check_mtp, check_tensors
 from moepress.models.writer import Entry, copy_companions, write_index, write_json, write_shard
+from moepress.phases import phase
 from moepress.progress import track
 
 CHUNK_BYTES = 32 << 20
@@ -36,13 +37,15 @@ def prune(checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP) 
     Raises:
         InvalidInputError: tensors are missing or surplus, or hold NaN or Inf.
     """
-    check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
+    with phase("check"):
+        check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
     predicting = mtp_keep(checkpoint, plan, mtp)
     planned = planned_entries(checkpoint, {**plan.keep, **predicting})
     with track("prune", len(planned)) as advance:
         for shard, entries in planned.items():
             if run.done(shard) is None:
-                run.write(shard, shard, functools.partial(_write, entries))
+                with phase("write", size=sum(entry.bytes for entry in entries)):
+                    run.write(shard, shard, functools.partial(_write, entries))
             advance(1)
     weight_map = {entry.name: shard for shard, entries in planned.items() for entry in entries}
     after = planned_bytes(planned)
@@ -171,8 +174,12 @@ def _copy(stored: Stored, ranges: list[tuple[int, int]], allow_nonfinite: bool) 
     )
     for begin, length in ranges:
         for offset in range(begin, begin + length, CHUNK_BYTES):
-            chunk = read_bytes(stored, offset, min(CHUNK_BYTES, begin + length - offset))
-            if not check(chunk):
+            size = min(CHUNK_BYTES, begin + length - offset)
+            with phase("read", size=size):
+                chunk = read_bytes(stored, offset, size)
+            with phase("check"):
+                sound = check(chunk)
+            if not sound:
                 raise nonfinite(stored)
             yield chunk
 

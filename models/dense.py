@@ -31,7 +31,7 @@ def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> A
         MoepressError: the model does not fit into the memory that is free.
         InvalidInputError: the source's tensors do not fit its config, or hold NaN or Inf.
     """
-    model = build_skeleton(source.config)
+    model = build_skeleton(source.config, attention="sdpa")  # as transformers runs it: its speed is measured
     folder = getattr(source, "folder", "the model folder")
     check_tensors(source.family, source.config, source.shapes, folder=folder, model=model)
     _require_memory(model, device, dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
 from moepress.models.checkpoint import Source
+from moepress.models.costs import stored_bytes
 from moepress.models.experts import (
     Expert,
     experts_by_layer,
@@ -26,6 +27,7 @@ from moepress.models.experts import (
 )
 from moepress.models.family import layer_of, shape_of
 from moepress.models.skeleton import build_skeleton, check_tensors
+from moepress.phases import phase
 
 _TABLE_BYTES = 1 << 28  # an embedding table that is larger in fp32 is not read as a whole
 
@@ -138,7 +140,8 @@ class StreamedModel:
             if replaced is not None and disk_name in replaced:
                 weights[name] = replaced[disk_name].to(self.device, self.dtype)
             else:
-                weights[name] = self._read(disk_name)
+                with phase("read", size=stored_bytes(self.source, disk_name)):
+                    weights[name] = self._read(disk_name)
         module.load_state_dict(weights, strict=True, assign=True)
         stray = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
         assert not stray, f"not materialised: {stray}"

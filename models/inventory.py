@@ -69,7 +69,11 @@ def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
     Raises:
         InvalidInputError: transformers refuses the config.
     """
-    parsed = hf_config(config)
+    return attention_of(hf_config(config))
+
+
+def attention_of(parsed: Any) -> AttentionShape:
+    """`attention_shape` of a config that transformers has parsed."""
     heads, latent = int(parsed.num_attention_heads), getattr(parsed, "kv_lora_rank", None)
     if latent:
         rotated = int(parsed.qk_rope_head_dim)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moepress.errors import InvalidInputError
+from moepress.models.attention import register
 from moepress.models.checkpoint import Source
 from moepress.models.experts import moe_layers
 from moepress.models.family import Family, layer_of, shape_of
@@ -33,18 +34,22 @@ def hf_config(config: Mapping[str, Any]) -> Any:
         raise InvalidInputError(f"config.json is not valid for {config['model_type']}: {error}") from error
 
 
-def build_skeleton(config: Mapping[str, Any]) -> Any:
+def build_skeleton(config: Mapping[str, Any], *, attention: str | None = None) -> Any:
     """The causal language model of that config with all weights on the meta device.
+
+    Args:
+        config: config.json.
+        attention: transformers' `attn_implementation`; None for ours, which is its `sdpa` made fast for MLA.
 
     Raises:
         InvalidInputError: the numbers in the config do not make a model.
     """
     from transformers import AutoModelForCausalLM
 
-    parsed = hf_config(config)
+    parsed, implementation = hf_config(config), attention or register()
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation=implementation)
     except Exception as error:
         raise InvalidInputError(f"config.json does not describe a model that can be built: {error}") from error
     return model.eval()

@@ -6,16 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
 from moepress.errors import UsageError
+from moepress.models.costs import expert_flops, layer_flops, stored_expert_bytes
 from moepress.models.experts import Expert
 from moepress.models.family import Shape
 from moepress.models.forward import Routed, StreamedModel, apply_expert, require_finite_hidden, tokens_of
+from moepress.models.scratch import Rows
+from moepress.models.scratch import Scratch as Scratch  # a walk cannot be opened without one
+from moepress.phases import beside, phase
 from moepress.progress import track
 
 _BATCH_WINDOWS_LIMIT = 16
@@ -83,38 +86,11 @@ def release_memory() -> None:
     Modules hold each other in cycles, and glibc keeps what tensors of many sizes leave behind: over sixty layers that
     adds up to gigabytes of resident memory that nobody uses.
     """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    with phase("release"):
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
         if trim is not None:
             trim(0)
-
-
-class Scratch:
-    """Large buffers: in memory while they fit into a share of the limit, in files of a folder beyond that."""
-
-    def __init__(self, folder: Path, memory_bytes: int) -> None:
-        self.folder, self.left_bytes = folder, memory_bytes // 2
-        self.files: dict[str, Path] = {}
-
-    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A buffer of that shape, its content undefined."""
-        size = 1
-        for extent in shape:
-            size *= extent
-        if size * dtype.itemsize <= self.left_bytes:
-            self.left_bytes -= size * dtype.itemsize
-            return torch.empty(tuple(shape), dtype=dtype)
-        path = self.folder / f"scratch-{name}.tmp"
-        with path.open("wb") as stream:
-            stream.truncate(size * dtype.itemsize)
-        self.files[name] = path
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).reshape(tuple(shape))
-
-    def close(self) -> None:
-        """Delete the files."""
-        for path in self.files.values():
-            path.unlink(missing_ok=True)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,16 +104,21 @@ class Stream:
         weights: [N * T, K] fp32.
         residual: [N * T, D] stream before the MoE block, when asked for.
         logits: [N * T, E] router logits, when asked for.
+        outputs: the experts' outputs of a part of the tokens, made and reused by `calibration.observe`.
+        routed: their weighted sums, likewise.
     """
 
     model: StreamedModel
     limits: Limits
+    scratch: Scratch
     hidden: Tensor
     inputs: Tensor
     chosen: Tensor
     weights: Tensor
     residual: Tensor | None = None
     logits: Tensor | None = None
+    outputs: Rows | None = None
+    routed: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -148,9 +129,23 @@ class Stream:
         """The hidden states as [N * T, D], the same memory."""
         return self.hidden.view(-1, self.hidden.shape[2])
 
+    def touch(self, tokens: int) -> None:
+        """Say that the buffers of so many tokens were gone over, so that mapped pages are given back in time."""
+        rows = (self.inputs, self.residual, self.logits)
+        width = sum(t.shape[1] * t.itemsize for t in (self.flat(), *rows) if t is not None)
+        self.scratch.touch(tokens * width)
+
+    def forget(self) -> None:
+        """Give mapped pages back now."""
+        self.scratch.forget()
+
 
 def open_stream(model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limits: Limits, *, observe: bool) -> Stream:
     """Allocate buffers and embed the windows; `observe` also keeps the residual stream and the router's logits."""
+    # What lives now is not looked through again each time memory is released: transformers alone has a million objects.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
     windows, length = windows_NT.shape
     tokens, shape = windows * length, model.shape
     routed = bool(model.moe_layers)
@@ -158,6 +153,7 @@ def open_stream(model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limi
     stream = Stream(
         model=model,
         limits=limits,
+        scratch=scratch,
         hidden=scratch.tensor("hidden", (windows, length, shape.hidden), model.dtype),
         inputs=scratch.tensor("inputs", (rows, shape.hidden), model.dtype),
         chosen=scratch.tensor("chosen", (rows, shape.top_k), torch.int64),
@@ -170,6 +166,8 @@ def open_stream(model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limi
     for embedded in model.embed_all(iter(batches)):
         stream.hidden[start : start + embedded.shape[0]] = embedded.to("cpu")
         start += embedded.shape[0]
+        stream.touch(embedded.shape[0] * length)
+    stream.forget()
     return stream
 
 
@@ -177,12 +175,16 @@ def first_step(stream: Stream, layer: int) -> bool:
     """Run a loaded layer without its routed experts over all windows, in place; True when it has routed experts."""
     model, length = stream.model, stream.hidden.shape[1]
     start, routed = 0, None
-    for batch in torch.split(stream.hidden, stream.limits.batch_windows):
-        output, routed = model.run_layer(layer, batch.to(model.device))
-        batch.copy_(output)
-        if routed is not None:
-            _store(stream, routed, start * length)
-        start += batch.shape[0]
+    flops = layer_flops(model.skeleton.model.layers[layer], model.config, stream.tokens, length)
+    with phase("forward", flops=flops):
+        for batch in torch.split(stream.hidden, stream.limits.batch_windows):
+            output, routed = model.run_layer(layer, batch.to(model.device))
+            batch.copy_(output)
+            if routed is not None:
+                _store(stream, routed, start * length)
+            start += batch.shape[0]
+            stream.touch(batch.shape[0] * length)
+    stream.forget()
     return routed is not None
 
 
@@ -201,12 +203,19 @@ def read_ahead(
 ) -> Iterator[tuple[int, Expert]]:
     """Experts in order, the next one being read from disk while the present one is used."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [(e, pool.submit(model.read_expert, layer, e, dtype)) for e in experts[:1]]
+        pending = [(e, pool.submit(_read_beside, model, layer, e, dtype)) for e in experts[:1]]
         for following in [*experts[1:], None] if experts else []:
             expert, future = pending.pop(0)
             if following is not None:
-                pending.append((following, pool.submit(model.read_expert, layer, following, dtype)))
-            yield expert, future.result()
+                pending.append((following, pool.submit(_read_beside, model, layer, following, dtype)))
+            with phase("read"):
+                matrices = future.result()
+            yield expert, matrices
+
+
+def _read_beside(model: StreamedModel, layer: int, expert: int, dtype: torch.dtype | None) -> Expert:
+    with beside("read beside", size=stored_expert_bytes(model.source, layer, expert)):
+        return model.read_expert(layer, expert, dtype)
 
 
 def add_experts(stream: Stream, layer: int) -> None:
@@ -222,11 +231,13 @@ def add_experts(stream: Stream, layer: int) -> None:
 def add_output(stream: Stream, flat: Tensor, expert: Expert, tokens: Tensor, slots: Tensor, layer: int) -> None:
     """Add one expert's weighted output to the rows of `flat` that chose it."""
     model = stream.model
-    for part in range(0, len(tokens), 8192):
-        rows, columns = tokens[part : part + 8192], slots[part : part + 8192]
-        output = apply_expert(expert, stream.inputs[rows].to(model.device), model.activation(layer))
-        weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
-        flat.index_add_(0, rows, weighted.to("cpu", flat.dtype))
+    with phase("forward", flops=expert_flops(expert, len(tokens))):
+        for part in range(0, len(tokens), 8192):
+            rows, columns = tokens[part : part + 8192], slots[part : part + 8192]
+            output = apply_expert(expert, stream.inputs[rows].to(model.device), model.activation(layer))
+            weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
+            flat.index_add_(0, rows, weighted.to("cpu", flat.dtype))
+            stream.touch(len(rows))
 
 
 def forward(
@@ -241,6 +252,7 @@ def forward(
                 add_experts(stream, layer)
             model.unload_layer(layer)
             require_finite_hidden(stream.hidden, layer)
+            stream.forget()
             release_memory()
             advance(1)
     return stream.hidden

@@ -262,9 +262,9 @@ def save(model: Any, folder: Path, *, dtype: torch.dtype = torch.float32, fused:
     return folder
 
 
-def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def reference(folder: Path, dtype: torch.dtype = torch.float32, *, attention: str = "sdpa") -> Any:
     """transformers' own model of a folder, eval mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
 
 
 def windows(vocabulary: int, count: int = 5, length: int = 24, seed: int = 1) -> Tensor:

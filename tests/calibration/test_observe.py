@@ -1,6 +1,7 @@
 """Every accumulator is held against transformers' own model, with every expert applied to every token in fp64."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from stage_runs import CPU, LIMITS, corpus_of, expert_outputs, logits_of, profile_of, watched
 from torch import Tensor
 
+from moepress.calibration import observe
 from moepress.calibration.observe import ACCUMULATORS, TOTALS, shard_of_windows
-from moepress.calibration.profile import SHARDS, Profile
-from moepress.models.checkpoint import open_checkpoint
+from moepress.calibration.profile import SHARDS, Profile, collect
+from moepress.journal import open_run
+from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.forward import StreamedModel
 from moepress.models.walk import Limits, Scratch, add_experts, first_step, open_stream
 
@@ -186,26 +189,89 @@ def test_leave_one_out_without_a_spare_expert_goes_on_with_fewer(case: Callable[
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
-def test_chunks_of_tokens_give_the_same_sums(
-    tiny_model: Callable[..., Path], tmp_path: Path, leave_one_out: bool
+@pytest.mark.parametrize("key", ["mixtral", "deepseek_v3"])
+def test_memory_files_and_passes_give_the_same_bits(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, leave_one_out: bool
 ) -> None:
-    folder = tiny_model("mixtral")
-    corpus = corpus_of(*text(256, count=72, length=16), DOMAINS)  # 1152 tokens: 1024 and 128 in the smallest chunks
-    profiles = [
-        profile_of(
-            folder,
-            corpus,
-            tmp_path / str(memory),
-            limits=Limits(memory_bytes=memory, batch_windows=8),
-            leave_one_out=leave_one_out,
-        )
-        for memory in (1 << 30, 1000)
-    ]
+    folder, corpus = tiny_model(key), corpus_of(*text(256, count=24, length=16), DOMAINS)  # 384 tokens
+    monkeypatch.setattr(observe, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(observe, "CHUNK_BYTES", 20_000)
+    passes, profiles = [], []
+    plain = observe._observe_pass
+    monkeypatch.setattr(
+        observe, "_observe_pass", lambda *args, **named: (passes.append(args[2]), plain(*args, **named))
+    )
+    for memory, free in ((1 << 30, 1 << 40), (1000, 1 << 40), (1000, 0)):
+        monkeypatch.setattr(Scratch, "free_bytes", lambda _self, free=free: free)
+        limits = Limits(memory_bytes=memory, batch_windows=8)
+        work = tmp_path / f"{memory}-{free}"
+        profiles.append(profile_of(folder, corpus, work, limits=limits, leave_one_out=leave_one_out))
+    moe_layers = len(profiles[0].layers)
+    assert passes == moe_layers * 2 * [slice(0, 384)] + moe_layers * [slice(n, n + 64) for n in range(0, 384, 64)]
     for layer in profiles[0].layers:
         for name in (*ACCUMULATORS, *TOTALS):
-            whole, parts = (p.statistics[layer][name] for p in profiles)
-            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6 * float(whole.max()))
+            first, *others = (p.statistics[layer][name] for p in profiles)
+            assert all(torch.equal(first, other) for other in others), name
         assert bool(profiles[0].statistics[layer]["leave_one_out"].any()) == leave_one_out
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_blocks_and_chunks_of_another_size_give_the_same_sums(
+    case: Callable[..., Case],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    leave_one_out: bool,
+) -> None:
+    made = case("deepseek_v3")
+    for name, value in (("BLOCK_TOKENS", 24), ("ROWS_AT_ONCE", 5), ("CHUNK_BYTES", 1)):
+        monkeypatch.setattr(observe, name, value)
+    corpus = corpus_of(made.windows, made.index, DOMAINS)
+    profile = profile_of(tiny_model("deepseek_v3"), corpus, tmp_path / "work", leave_one_out=leave_one_out)
+    for layer, found in profile.statistics.items():
+        for name in {*ACCUMULATORS, *TOTALS} - (set() if leave_one_out else {"leave_one_out"}):
+            whole = made.profile.statistics[layer][name]
+            torch.testing.assert_close(found[name], whole, rtol=1e-4, atol=1e-6 * float(whole.max()), msg=name)
+
+
+class Counting:
+    """A checkpoint that counts what is read from it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.read_names = checkpoint, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.checkpoint, name)
+
+    def read(self, name: str) -> Tensor:
+        self.read_names[name] += 1
+        return self.checkpoint.read(name)
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_an_expert_is_read_once_however_little_memory_there_is(
+    tiny_model: Callable[..., Path], tmp_path: Path, leave_one_out: bool
+) -> None:
+    source = Counting(open_checkpoint(tiny_model("deepseek_v3")))
+    corpus = corpus_of(tiny_models.windows(256, count=80, length=16))
+    model = StreamedModel(source, device=CPU, dtype=torch.float32)  # type: ignore[arg-type]
+    with open_run(tmp_path / "work", {}) as run:
+        collect(model, corpus, run, Limits(memory_bytes=1, batch_windows=4), leave_one_out=leave_one_out)
+    names = [name for name in source.checkpoint.shapes if ".mlp.experts." in name]
+    assert len(names) == 3 * model.shape.experts * len(model.moe_layers)
+    assert {name: source.read_names[name] for name in names} == dict.fromkeys(names, 1)
+
+
+def test_a_pass_is_all_tokens_where_memory_or_half_of_the_disk_holds_them() -> None:
+    block = observe.BLOCK_TOKENS
+    at_once = observe.tokens_at_once
+    assert at_once(10 * block, 100, 0, None) == 10 * block
+    assert at_once(10 * block, 100, 1000 * block, 0) == 10 * block
+    assert at_once(10 * block, 100, 0, 2000 * block) == 10 * block
+    assert at_once(10 * block, 100, 0, 1999 * block) == 5 * block  # two of one size
+    assert at_once(10 * block - 1, 100, 450 * block, 0) == 4 * block  # three passes
+    assert at_once(10 * block, 100, 0, 0) == block
+    assert at_once(5, 100, 0, 0) == 5
 
 
 @pytest.mark.parametrize("key", ["deepseek_v3", "qwen2_moe"])
@@ -218,11 +284,11 @@ def test_observing_does_not_change_the_hidden_states(tiny_model: Callable[..., P
     scratch = Scratch(tmp_path, LIMITS.memory_bytes)
     ends = []
     with torch.inference_mode():
-        for observe in (False, True):
+        for observing in (False, True):
             stream = open_stream(model, windows, scratch, LIMITS, observe=True)
             for layer in range(model.shape.layers):
                 model.load_layer(layer)
-                if first_step(stream, layer) and observe:
+                if first_step(stream, layer) and observing:
                     observe_layer(stream, layer, cells_of(corpus_of(windows)), leave_one_out=True)
                 elif layer in model.moe_layers:
                     add_experts(stream, layer)

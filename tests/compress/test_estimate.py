@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,22 @@ import torch
 from r1_models import small_r1
 from stage_runs import keep_of, pruned_folder
 
+from moepress import stages
 from moepress.calibration.hessian import gram
+from moepress.calibration.observe import _open_buffers
 from moepress.compress.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
 from moepress.compress.figures import Figures, figures_of, included_matrices, pressed_sizes
-from moepress.compress.footprint import Workload, buffer_bytes, least_memory, limits_of
+from moepress.compress.footprint import Workload, buffer_bytes, kept_outputs, least_memory, limits_of, resident
 from moepress.compress.linears import Include
 from moepress.compress.plan import estimate_sizes, part_sizes
 from moepress.compress.rates import ASSUMED_READ, Rates, matmul_rate, measure_rates, read_rate
 from moepress.converters.scheme import Scheme
+from moepress.errors import MoepressError
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.family import Part
+from moepress.models.forward import StreamedModel
 from moepress.models.inventory import inventory
-from moepress.models.walk import Scratch
+from moepress.models.walk import Limits, Scratch, open_stream
 
 CPU = torch.device("cpu")
 G128 = Scheme(bits=4, group_size=128)
@@ -155,6 +161,18 @@ def test_large_embedding_tables_are_read_by_rows_just_as_the_forward_pass_does()
     assert footprint._TABLE_BYTES == forward._TABLE_BYTES
 
 
+def test_scores_are_only_held_where_values_are_wider_than_keys(figures: Figures) -> None:
+    """Narrower values are padded (models/attention.py), and the fused kernel holds no scores."""
+    limits, attention = Limits(memory_bytes=1, batch_windows=1), figures.attention
+    narrow, wide = (replace(attention, key_width=key, value_width=value) for key, value in ((48, 32), (32, 48)))
+    for found, linear in ((narrow, True), (wide, False), (replace(wide, key_width=48), True)):
+        changed = replace(figures, attention=found)
+        few, many = (
+            resident(changed, workload(window=window), limits, (0, 0))["activations"] for window in (1024, 4096)
+        )
+        assert (many == 4 * few) is linear
+
+
 def test_no_rates_no_seconds(model: Checkpoint, figures: Figures) -> None:
     found = estimate_quantize(model, figures, 16, G128, workload())
     assert found.seconds is None
@@ -199,13 +217,57 @@ def test_the_cost_of_a_hessian_is_the_triangle_that_is_formed() -> None:
     assert torch.equal(ones, torch.full((1500, 1500), 2.0))
 
 
-def test_little_memory_makes_a_profile_read_its_experts_again(figures: Figures) -> None:
-    often = estimate_profile(figures, workload(memory_bytes=64 << 20), RATES)
-    once = estimate_profile(figures, workload(memory_bytes=4 << 30), RATES)
-    fewer = estimate_profile(figures, workload(memory_bytes=64 << 20), RATES, leave_one_out=False)
-    assert once.time["read"] < fewer.time["read"] < often.time["read"]
+def test_little_memory_sends_the_experts_outputs_to_a_file(figures: Figures) -> None:
+    inside = estimate_profile(figures, workload(memory_bytes=4 << 30), RATES)
+    outside = estimate_profile(figures, workload(memory_bytes=64 << 20), RATES)
+    assert inside.time["read"] == outside.time["read"]
+    table = 8192 * (figures.shape.top_k + 1) * figures.shape.hidden * 4
+    assert (inside.disk["experts' outputs"], outside.disk["experts' outputs"]) == (0, table)
+    assert outside.disk_bytes >= inside.disk_bytes + table
+    assert outside.time["experts' outputs"] == 2 * figures.moe_layers * table / 1e9
+    assert inside.memory["token buffers"] - outside.memory["token buffers"] >= table
+    assert not any("every expert is read" in note for found in (inside, outside) for note in found.notes)
+    without = estimate_profile(figures, workload(memory_bytes=64 << 20), RATES, leave_one_out=False)
+    assert without.disk["experts' outputs"] == 0
+    assert without.disk_bytes < outside.disk_bytes
+
+
+def test_little_disk_as_well_makes_a_profile_read_its_experts_again(figures: Figures) -> None:
+    work = {"tokens": 1 << 16, "memory_bytes": 64 << 20}
+    once, often = (estimate_profile(figures, workload(**work, free_bytes=n), RATES) for n in (1 << 40, 1 << 20))
+    assert often.time["read"] - once.time["read"] == pytest.approx(7 * figures.parts[Part.ROUTED].bytes / 1e9)
     assert any("every expert is read 8 times" in note for note in often.notes)
-    assert not any("every expert is read" in note for note in once.notes)
+    assert often.disk["experts' outputs"] == once.disk["experts' outputs"] / 8
+    assert often.time["experts' outputs"] == once.time["experts' outputs"]
+
+
+def test_a_profile_that_the_disk_cannot_hold_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: there._replace(free=1000))
+    place, text = stages.Output(folder=tmp_path / "profile"), stages.Calibration(tokens=1024, window=64)
+    with pytest.raises(MoepressError, match=r"has 0\.0 GiB free and the output needs about"):
+        stages.profile_stage("demo", place, text, stages.Machine())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+@pytest.mark.parametrize("memory", [1 << 20, 24 << 20, 1 << 30])
+def test_what_is_kept_of_the_outputs_is_what_a_profile_allocates(
+    model: Checkpoint, figures: Figures, tmp_path: Path, memory: int, leave_one_out: bool
+) -> None:
+    work = workload(tokens=1024, memory_bytes=memory)
+    limits = limits_of(figures, work)
+    inside, outside = buffer_bytes(figures, work, limits, observe=True)
+    kept = kept_outputs(figures, work, limits, inside, leave_one_out=leave_one_out)
+    scratch, windows = Scratch(tmp_path, memory), torch.zeros(4, 256, dtype=torch.int64)
+    stream = open_stream(StreamedModel(model, device=CPU, dtype=torch.float32), windows, scratch, limits, observe=True)
+    assert _open_buffers(stream, leave_one_out=leave_one_out) == kept.tokens == 1024
+    assert memory // 2 - scratch.left_bytes == inside + kept.memory
+    in_files = sum(path.stat().st_size for path in scratch.files.values())
+    scratch.close()
+    assert in_files == outside + kept.mapped + kept.table
 
 
 def test_too_little_memory_is_said_with_the_least(model: Checkpoint, figures: Figures) -> None:

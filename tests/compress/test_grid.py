@@ -27,22 +27,32 @@ def weighted_error(
 def test_the_search_finds_what_a_readable_loop_finds(bits: int, scale_dtype: torch.dtype) -> None:
     weight_EOI, scheme = weights_of(0), Scheme(bits=bits, group_size=16)
     importance_EI = weights_of(1, rows=1).abs().squeeze(1)
-    found_EOG = search_scales(weight_EOI, importance_EI, scheme, scale_dtype=scale_dtype, steps=7, lowest=0.4)
+    found_EOG = search_scales(
+        weight_EOI, importance_EI, scheme, scale_dtype=scale_dtype, steps=7, lowest=0.4, halvings=2
+    )
+
+    def error_of(scale: torch.Tensor, part: torch.Tensor, share: torch.Tensor) -> float:
+        codes = (part / scale).round().clamp(scheme.code_min, scheme.code_max)
+        return float(((codes * scale - part).double().square() * share).sum())
+
     for e in range(2):
         for o in range(5):
             for g in range(2):
                 part, share = weight_EOI[e, o, g * 16 : g * 16 + 16], importance_EI[e, g * 16 : g * 16 + 16]
+                base = part.abs().max().item() / scheme.code_max
                 highest = max(part.max().item() / scheme.code_max, part.min().item() / scheme.code_min)
-                errors = []
-                for base in (part.abs().max().item() / scheme.code_max, highest):
-                    for factor in torch.linspace(1.0, 0.4, 7).tolist():
-                        scale = torch.tensor(base * factor).to(scale_dtype).float()
-                        codes = (part / scale).round().clamp(scheme.code_min, scheme.code_max)
-                        errors.append(((codes * scale - part).double().square() * share).sum().item())
-                scale = found_EOG[e, o, g]
-                codes = (part / scale).round().clamp(scheme.code_min, scheme.code_max)
-                error = ((codes * scale - part).double().square() * share).sum().item()
-                assert error == pytest.approx(min(errors), rel=1e-4)
+                tried: dict[float, float] = {}
+
+                def attempt(factor: float, base=base, part=part, share=share, tried=tried) -> None:
+                    tried[factor] = error_of(torch.tensor(base * factor).to(scale_dtype).float(), part, share)
+
+                for factor in [*torch.linspace(1.0, 0.4, 7).tolist(), highest / base]:
+                    attempt(factor)
+                for step in (0.05, 0.025):
+                    middle = min(tried, key=tried.__getitem__)
+                    attempt(middle + step)
+                    attempt(middle - step)
+                assert error_of(found_EOG[e, o, g], part, share) == pytest.approx(min(tried.values()), rel=1e-4)
 
 
 @settings(deadline=None, max_examples=20)

@@ -37,7 +37,7 @@ from moepress.models.checkpoint import Source, open_checkpoint
 from moepress.models.experts import moe_layers, prune_source
 from moepress.models.family import Part, layer_of, part_of
 from moepress.models.forward import StreamedModel, tokens_of
-from moepress.models.walk import Scratch, Stream, add_experts, first_step, open_stream
+from moepress.models.walk import Scratch, Stream, add_experts, first_step, open_stream, read_ahead
 
 G16 = Scheme(bits=4, group_size=16)
 EVERYTHING = tuple(Include)
@@ -152,7 +152,8 @@ def test_calibration_flows_through_the_pruned_and_quantized_layers(
         first_step(stream, 2)
         positions = tokens_of(stream.chosen, stream.model.shape.experts)
         pooled, sample = pooled_hessian(stream), pooled_inputs(stream, options.hessian)
-        solved = solve_experts(stream, 2, experts, positions, pooled, sample, options)
+        weights = dict(read_ahead(stream.model, 2, experts, torch.float32))
+        solved = solve_experts(stream, 2, weights, positions, pooled, sample, options)
         return [matrix.codes for expert in solved for matrix in (expert.gate, expert.up, expert.down)]
 
     written = [artifact.codes(name)[0] for e in experts for name in source.family.expert_names(2, e)]

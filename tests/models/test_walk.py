@@ -20,23 +20,6 @@ from moepress.models.walk import Limits, Scratch, choose_device, choose_dtype, c
 CPU = torch.device("cpu")
 
 
-def test_a_buffer_lies_in_memory_until_half_of_the_limit_is_used(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path, 2000)
-    first = scratch.tensor("first", (10, 20), torch.float32)
-    second = scratch.tensor("second", (10, 20), torch.float32)
-    third = scratch.tensor("third", (50,), torch.float32)
-    empty = scratch.tensor("empty", (0, 20), torch.float32)
-    assert [f.name for f in tmp_path.iterdir()] == ["scratch-second.tmp"]
-    assert (tmp_path / "scratch-second.tmp").stat().st_size == 800
-    for buffer in (first, second, third, empty):
-        buffer.fill_(3)
-        assert (buffer == 3).all()
-    assert second.shape == (10, 20)
-    assert empty.shape == (0, 20)
-    scratch.close()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_every_chosen_expert_gets_its_tokens_and_slots_in_order() -> None:
     chosen = torch.tensor([[3, 0], [0, 1], [1, 3], [3, 1]])
     positions = [(tokens.tolist(), slots.tolist()) for tokens, slots in tokens_of(chosen, 5)]
@@ -82,10 +65,13 @@ def test_limits_follow_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert choose_limits(shape, 2048, None) == Limits(memory_bytes=500, batch_windows=1)
 
 
-def test_experts_are_read_ahead_in_order() -> None:
-    model = SimpleNamespace(read_expert=lambda layer, expert, dtype: (layer, expert))
-    assert list(read_ahead(model, 2, [4, 1, 7])) == [(e, (2, e)) for e in (4, 1, 7)]  # type: ignore[arg-type]
-    assert list(read_ahead(model, 2, [])) == []  # type: ignore[arg-type]
+def test_experts_are_read_ahead_in_order(tiny_model: Callable[..., Path]) -> None:
+    model = StreamedModel(open_checkpoint(tiny_model("mixtral")), device=CPU, dtype=torch.float32)
+    found = list(read_ahead(model, 1, [2, 0, 3]))
+    assert [expert for expert, _ in found] == [2, 0, 3]
+    for expert, matrices in found:
+        assert torch.equal(matrices.down, model.read_expert(1, expert).down)
+    assert list(read_ahead(model, 1, [])) == []
 
 
 def test_the_size_of_a_batch_changes_only_the_last_bits(tmp_path: Path) -> None:
