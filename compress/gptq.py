@@ -16,10 +16,14 @@ copies: 3 of H while factoring, then 1 of H and 3 of W, then 4 of W (per-channel
 nothing loops over experts.
 """
 
+import functools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from moepress.compress import fused
 from moepress.compress.grid import absmax_scales, round_to_nearest, search_scales, storable_scales
 from moepress.converters.scheme import Scheme
 from moepress.phases import phase
@@ -267,21 +271,25 @@ def _compensated_codes(
     group_EI = order_EI // scheme.columns_per_group(columns)
     work_EIO = weight_EIO[batch_E1, order_EI]
     codes_EIO = torch.empty(weight_EIO.shape, dtype=torch.int8, device=weight_EIO.device)
+    inner_round, _ = _inner_loops(weight_EIO.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         work_EBO, order_EB = work_EIO[:, start:stop], order_EI[:, start:stop]
         upper_EBB = upper_EII[:, start:stop, start:stop]
-        pivot_EB1 = upper_EBB.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(-1)
         scales_EBO = scales_EGO.gather(1, group_EI[:, start:stop, None].expand(-1, -1, rows))
         error_EBO, values_EBO = torch.empty_like(scales_EBO), torch.empty_like(scales_EBO)
         for first in range(0, stop - start, _INNER_COLUMNS):
             last = min(first + _INNER_COLUMNS, stop - start)
-            for i in range(first, last):
-                value_EO, scale_EO, code_EO, error_EO = (m[:, i] for m in (work_EBO, scales_EBO, values_EBO, error_EBO))
-                torch.div(value_EO, scale_EO, out=code_EO).round_().clamp_(scheme.code_min, scheme.code_max)
-                torch.addcmul(value_EO, code_EO, scale_EO, value=-1, out=error_EO).mul_(pivot_EB1[:, i])
-                if i + 1 < last:
-                    work_EBO[:, i + 1 : last].baddbmm_(upper_EBB[:, i, i + 1 : last, None], error_EO[:, None], alpha=-1)
+            inner = slice(first, last)
+            inner_round(
+                work_EBO[:, inner],
+                upper_EBB[:, inner, inner],
+                scales_EBO[:, inner],
+                values_EBO[:, inner],
+                error_EBO[:, inner],
+                scheme.code_min,
+                scheme.code_max,
+            )
             if last < stop - start:
                 work_EBO[:, last:].baddbmm_(upper_EBB[:, first:last, last:].mT, error_EBO[:, first:last], alpha=-1)
         codes_EIO[batch_E1, order_EB] = values_EBO.to(torch.int8)
@@ -366,20 +374,94 @@ def _improve_codes(
         values_EgO: the codes, as fp32.
         scheme: bits and group size.
     """
-    diagonal_Eg = hessian_Egg.diagonal(dim1=1, dim2=2)
-    inverse_Eg1 = torch.where(diagonal_Eg > 0, diagonal_Eg, torch.inf).reciprocal().unsqueeze(-1)
     columns = values_EgO.shape[1]
+    _, inner_improve = _inner_loops(values_EgO.device)
     for start in range(0, columns, _INNER_COLUMNS):
         stop = min(start + _INNER_COLUMNS, columns)
-        step_EBO = values_EgO[:, start:stop].clone()
-        for i in range(start, stop):
-            value_EO, step_EO = values_EgO[:, i], step_EBO[:, i - start]
-            value_EO.addcmul_(slope_EgO[:, i], inverse_Eg1[:, i]).round_().clamp_(scheme.code_min, scheme.code_max)
-            torch.sub(value_EO, step_EO, out=step_EO)
-            if i + 1 < stop:
-                slope_EgO[:, i + 1 : stop].baddbmm_(hessian_Egg[:, i + 1 : stop, i, None], step_EO[:, None], alpha=-1)
+        inner = slice(start, stop)
+        step_EBO = torch.empty_like(values_EgO[:, inner])
+        inner_improve(
+            hessian_Egg[:, inner, inner],
+            slope_EgO[:, inner],
+            values_EgO[:, inner],
+            step_EBO,
+            scheme.code_min,
+            scheme.code_max,
+        )
         if stop < columns:
-            slope_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, start:stop], step_EBO, alpha=-1)
+            slope_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, inner], step_EBO, alpha=-1)
+
+
+def round_columns(
+    work_EBO: torch.Tensor,
+    upper_EBB: torch.Tensor,
+    scales_EBO: torch.Tensor,
+    codes_EBO: torch.Tensor,
+    errors_EBO: torch.Tensor,
+    low: int,
+    high: int,
+) -> None:
+    """Round the columns of a block in turn, spreading each one's error over those to come.
+
+    Args:
+        work_EBO: what is to be rounded, fp32; what is left in it does not matter.
+        upper_EBB: the block's part of the inverse's factor.
+        scales_EBO: of each weight.
+        codes_EBO: gets the codes, as fp32.
+        errors_EBO: gets the errors, divided by the factor's diagonal.
+        low: smallest code.
+        high: largest code.
+    """
+    pivot_EB1 = upper_EBB.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(-1)
+    for i in range(work_EBO.shape[1]):
+        value_EO, scale_EO, code_EO, error_EO = (m[:, i] for m in (work_EBO, scales_EBO, codes_EBO, errors_EBO))
+        torch.div(value_EO, scale_EO, out=code_EO).round_().clamp_(low, high)
+        torch.addcmul(value_EO, code_EO, scale_EO, value=-1, out=error_EO).mul_(pivot_EB1[:, i])
+        if i + 1 < work_EBO.shape[1]:
+            work_EBO[:, i + 1 :].baddbmm_(upper_EBB[:, i, i + 1 :, None], error_EO[:, None], alpha=-1)
+
+
+def improve_columns(
+    hessian_EBB: torch.Tensor,
+    slope_EBO: torch.Tensor,
+    values_EBO: torch.Tensor,
+    steps_EBO: torch.Tensor,
+    low: int,
+    high: int,
+) -> None:
+    """Best code of each column of a block in turn, given all others.
+
+    Args:
+        hessian_EBB: the block's part of the damped H.
+        slope_EBO: S divided by the row's scale, fp32; what is left in it does not matter.
+        values_EBO: the codes, as fp32; changed in place.
+        steps_EBO: gets by how much they changed.
+        low: smallest code.
+        high: largest code.
+    """
+    diagonal_EB = hessian_EBB.diagonal(dim1=1, dim2=2)
+    inverse_EB1 = torch.where(diagonal_EB > 0, diagonal_EB, torch.inf).reciprocal().unsqueeze(-1)
+    steps_EBO.copy_(values_EBO)
+    for i in range(values_EBO.shape[1]):
+        value_EO, step_EO = values_EBO[:, i], steps_EBO[:, i]
+        value_EO.addcmul_(slope_EBO[:, i], inverse_EB1[:, i]).round_().clamp_(low, high)
+        torch.sub(value_EO, step_EO, out=step_EO)
+        if i + 1 < values_EBO.shape[1]:
+            slope_EBO[:, i + 1 :].baddbmm_(hessian_EBB[:, i + 1 :, i, None], step_EO[:, None], alpha=-1)
+
+
+@functools.cache
+def _inner_loops(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
+    """`round_columns` and `improve_columns` for a device: fused kernels where they give what these give."""
+    if fused.available(device):
+        try:
+            if fused.agrees(device, round_columns, improve_columns):
+                return fused.round_columns, fused.improve_columns
+            reason = "its codes differ from torch's"
+        except Exception as error:  # Triton, its compiler and the driver raise many types: none of them may end a run
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"{device}: no fused GPTQ kernels ({reason}); plain torch is slower.", stacklevel=2)
+    return round_columns, improve_columns
 
 
 def _residual(weight_EIO: torch.Tensor, codes_EIO: torch.Tensor, scales_EGO: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ added. So the memory needed is one layer without experts, a few experts, and the
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,11 +57,15 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.seen = (hidden_states, top_k_index, top_k_weights)
+        self._seen[threading.get_ident()] = (hidden_states, top_k_index, top_k_weights)
         return torch.zeros_like(hidden_states)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What this thread's forward pass brought; several may stand still in one layer (see `models.stepping`)."""
+        return self._seen.pop(threading.get_ident())
 
 
 class _Passage(nn.Module):
@@ -176,8 +181,7 @@ class StreamedModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        inputs, chosen, weights = block.experts.seen
-        block.experts.seen = None
+        inputs, chosen, weights = block.experts.take()
         return output, Routed(
             inputs=inputs.reshape(-1, self.shape.hidden),
             chosen=chosen,
@@ -256,15 +260,21 @@ def _hidden(output: Any) -> Tensor:
 
 
 def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
+    owner = threading.get_ident()
+
     def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        kept[name] = arguments[0]
+        if threading.get_ident() == owner:
+            kept[name] = arguments[0]
 
     return hook
 
 
 def _keep_logits(kept: dict[str, Tensor]) -> Callable[..., None]:
+    owner = threading.get_ident()
+
     def hook(_module: nn.Module, _arguments: Any, output: tuple[Tensor, ...]) -> None:
-        kept["logits"] = output[0]
+        if threading.get_ident() == owner:
+            kept["logits"] = output[0]
 
     return hook
 

@@ -181,14 +181,15 @@ def first_step(stream: Stream, layer: int) -> bool:
             output, routed = model.run_layer(layer, batch.to(model.device))
             batch.copy_(output)
             if routed is not None:
-                _store(stream, routed, start * length)
+                store(stream, routed, start * length)
             start += batch.shape[0]
             stream.touch(batch.shape[0] * length)
     stream.forget()
     return routed is not None
 
 
-def _store(stream: Stream, routed: Routed, start: int) -> None:
+def store(stream: Stream, routed: Routed, start: int) -> None:
+    """Put what reached the experts of a layer into the stream's buffers, from row `start` on."""
     rows = slice(start, start + routed.inputs.shape[0])
     stream.inputs[rows] = routed.inputs.to("cpu")
     stream.chosen[rows] = routed.chosen.to("cpu")
