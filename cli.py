@@ -14,13 +14,16 @@ from moepress.commands_showing import doctor, generate, inspect, validate
 from moepress.console import INTERRUPTED, emit, fail, quiet_libraries, show_estimates, show_report
 from moepress.errors import MoepressError, UsageError
 from moepress.options import (
+    budget_options,
     calibration_options,
     dry_run_option,
     evaluation_options,
     include_option,
     json_option,
     machine_options,
+    match_option,
     output_options,
+    repair_option,
     scheme_options,
     selection_options,
     timings_option,
@@ -96,11 +99,14 @@ for _command in (inspect, doctor, profile, plan, prune, quantize, export, valida
     "--recipe", "recipe_file", type=click.Path(path_type=Path), help="A YAML recipe; options given here win over it."
 )
 @selection_options
+@budget_options
+@repair_option
 @scheme_options
 @include_option
+@match_option
 @calibration_options
 @evaluation_options
-@click.option("--to", "targets", help="Further formats, with commas between them: gptq, onnx.")
+@click.option("--to", "formats", help="Further formats, with commas between them: gptq, onnx.")
 @machine_options
 @timings_option
 @dry_run_option
@@ -108,14 +114,17 @@ for _command in (inspect, doctor, profile, plan, prune, quantize, export, valida
 def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file: Path | None, **options: Any) -> None:
     """The whole job: profile, plan, quantize, export, validate, report. `run demo` shows it on the embedded model.
 
-    Without --keep and --experts, three quarters of the experts stay. OUT/recipe.yaml holds all that was used.
+    Without --keep and --experts, three quarters of the experts stay; with --budget or --target experts and bits are
+    chosen so that the result fits at the least estimated loss. OUT/recipe.yaml holds all that was used.
 
     \b
     Example:  moepress run demo -o out --keep 0.75 --bits 4
               moepress run MODEL -o out --calibration my-text/ --keep 0.5 --to gptq,onnx --max-ppl-increase 5%
+              moepress run MODEL -o out --calibration my-text/ --target rtx-4060-ti-16gb --context 8192
               moepress run --recipe out/recipe.yaml -o again
     """
-    from moepress.recipe import estimate_recipe, load_recipe, make_recipe, run_recipe
+    from moepress.recipe import estimate_recipe, run_recipe
+    from moepress.recipe_file import load_recipe, make_recipe
     from moepress.stages import model_folder
     from moepress.timings import check_timings, timed
 

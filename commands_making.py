@@ -10,20 +10,23 @@ import click
 from moepress.console import emit, note, quiet_libraries, show_estimates
 from moepress.errors import UsageError
 from moepress.options import (
+    budget_options,
     calibration_options,
     dry_run_option,
     include_option,
     json_option,
     machine_options,
+    match_option,
     mtp_option,
     nonfinite_option,
     onnx_options,
     output_options,
+    repair_option,
     scheme_options,
     selection_options,
     timings_option,
 )
-from moepress.parsed import all_default, calibration_of, includes_of, machine_of, mtp_of, plan_of
+from moepress.parsed import all_default, calibration_of, hessian_of, includes_of, machine_of, mtp_of, plan_of, repair_of
 
 
 @click.command()
@@ -32,6 +35,12 @@ from moepress.parsed import all_default, calibration_of, includes_of, machine_of
 @calibration_options
 @machine_options
 @click.option("--no-loo", is_flag=True, help="Leave out leave-one-out losses: 1/K less compute, no `loo` criterion.")
+@click.option(
+    "--no-bit-losses",
+    is_flag=True,
+    help="Leave out what bits cost, for which four experts of a layer are quantized at 2, 3, 4 and 8 bits (fewer where "
+    "experts are wide and the text short): no `plan --budget`.",
+)
 @nonfinite_option
 @timings_option
 @dry_run_option
@@ -57,7 +66,14 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     if options["dry_run"]:
         check_output(output, [stages.model_folder(model)], resume=resume, force=force)
         place = stages.Output(folder=output, resume=resume, force=force)
-        found = stages.profile_estimate(model, calibration, machine, leave_one_out=not options["no_loo"], output=place)
+        found = stages.profile_estimate(
+            model,
+            calibration,
+            machine,
+            leave_one_out=not options["no_loo"],
+            bit_losses=not options["no_bit_losses"],
+            output=place,
+        )
         show_estimates({"profile": asdict(found)}, as_json=options["as_json"])
         return
     with timed("profile", options["timings"], device=options["device"]):
@@ -67,6 +83,7 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
             calibration,
             machine,
             leave_one_out=not options["no_loo"],
+            bit_losses=not options["no_bit_losses"],
             allow_nonfinite=options["allow_nonfinite"],
         )
     if options["as_json"]:
@@ -78,6 +95,7 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
 @click.command()
 @click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @selection_options
+@budget_options
 @click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
 @scheme_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
@@ -86,10 +104,14 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
     """Decide from PROFILES which experts stay; print what each domain loses and the size before and after.
 
     Instant, and pure: the same profile and options give the same plan. The plan is JSON that can be read and edited.
+    With --budget or --target it chooses the experts and the bits that lose least, by estimate, and shows what else
+    there is.
 
     \b
     Example:  moepress plan profile --keep 0.75 -o plan.json
               moepress plan profile --experts 8 --domain-weight python=1 --domain-weight german=0 -o plan.json
+              moepress plan profile --budget 12GiB -o plan.json
+              moepress plan profile --target rtx-4060-ti-16gb --context 8192 -o plan.json
     """
     from moepress.journal import write_atomically
     from moepress.printed import print_plan
@@ -111,6 +133,9 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan made by `moepress plan`.")
 @click.option("--profile", "profiles", multiple=True, type=click.Path(path_type=Path), help="Plan from this profile.")
 @selection_options
+@repair_option
+@calibration_options
+@machine_options
 @mtp_option
 @nonfinite_option
 @timings_option
@@ -119,9 +144,13 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
 def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
     """Rewrite MODEL without the experts that the plan leaves out: byte for byte, in the memory of one tensor.
 
+    --repair runs the original and the pruned model over calibration text and scales what stays, so that each layer's
+    output comes nearer to the original's. The options of calibration and machine belong to it.
+
     \b
     Example:  moepress prune demo --plan plan.json -o pruned
               moepress prune demo --profile profile --keep 0.5 -o pruned
+              moepress prune demo --plan plan.json --repair gain -o repaired
     """
     from moepress import stages
     from moepress.compress.plan import load_plan
@@ -138,6 +167,11 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
         made = plan_of(stages.load_profiles(options["profiles"]), options, quantized=False)
     note(*made.notes)
     place = stages.Output(folder=output, resume=resume, force=force)
+    if options["repair"] is not None:
+        _prune_repaired(model, place, made, options)
+        return
+    if not all_default("calibration", "domain", "tokens", "window", "seed", "device", "dtype", "max_memory"):
+        raise UsageError("Pruning alone copies bytes: calibration and machine options go with --repair only.")
     with timed("prune", options["timings"]):
         result = stages.prune_stage(
             model,
@@ -150,6 +184,35 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     if options["dry_run"]:
         show_estimates({"prune": result}, as_json=options["as_json"])
         return
+    _show_pruned(result, output, options)
+
+
+def _prune_repaired(model: str, place: Any, plan: Any, options: Mapping[str, Any]) -> None:
+    from moepress import repairing
+    from moepress.timings import timed
+
+    quiet_libraries()
+    with timed("prune", options["timings"], device=options["device"]):
+        result = repairing.prune_repaired_stage(
+            model,
+            place,
+            plan,
+            repair_of(options),
+            calibration_of(options),
+            machine_of(options),
+            mtp=mtp_of(options),
+            allow_nonfinite=options["allow_nonfinite"],
+            dry_run=options["dry_run"],
+        )
+    if not options["dry_run"]:
+        _show_pruned(result, place.folder, options)
+    elif options["as_json"]:
+        emit(result)
+    else:
+        show_estimates(result, as_json=False)
+
+
+def _show_pruned(result: Mapping[str, Any], output: Path, options: Mapping[str, Any]) -> None:
     if options["as_json"]:
         emit(result)
         return
@@ -158,6 +221,10 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
 
     sizes = f"{human_bytes(result['bytes_before'])} -> {human_bytes(result['bytes_after'])}"
     click.echo(f"{output}: {result['experts']} of {result['experts_before']} experts stay, {sizes}")
+    if "repair" in result:
+        layers = result["repair"]["layers"].values()
+        before, after = (sum(row[name] for row in layers) / len(layers) for name in ("error_before", "error_after"))
+        click.echo(f"Squared error of the layers' output, mean: {before:.2%} unrepaired, {after:.2%} repaired")
 
 
 @click.command()
@@ -166,6 +233,7 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
 @scheme_options
 @include_option
+@match_option
 @mtp_option
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
@@ -197,14 +265,19 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     check_timings(options["timings"], output, [stages.model_folder(model)], dry_run=options["dry_run"])
     made = load_plan(plan_file) if plan_file else None
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
+    layer_bits: Mapping[int, int] = {}
     if made is not None and made.quantization is not None and all_default("bits", "group_size"):
-        scheme = made.quantization.scheme()
+        scheme, layer_bits = made.quantization.scheme(), made.layer_bits
+    elif made is not None and made.layer_bits:
+        note("--bits or --group-size was given: the plan's bits by layer are left aside.")
     with timed("quantize", options["timings"], device=options["device"]):
         result = stages.quantize_stage(
             model,
             stages.Output(folder=output, resume=resume, force=force),
             made,
-            stages.QuantizeRequest(scheme=scheme, include=includes_of(options)),
+            stages.QuantizeRequest(
+                scheme=scheme, layer_bits=layer_bits, include=includes_of(options), hessian=hessian_of(options)
+            ),
             calibration_of(options),
             machine_of(options),
             mtp=mtp_of(options),

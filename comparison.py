@@ -17,6 +17,7 @@ from moepress import __version__
 from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.plan import Plan, estimate_sizes
+from moepress.compress.repaired import Repairs, repaired_source
 from moepress.converters.artifact import Artifact, open_source
 from moepress.converters.onnx_folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx_runtime import installed_version, require_onnxruntime, session_providers
@@ -135,9 +136,10 @@ def tokenizer_folder(folders: Sequence[Path]) -> Path:
     raise first
 
 
-def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan) -> Subject:
+def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan, repairs: Repairs | None = None) -> Subject:
     """The model pruned by a plan and not quantized, without writing it: the original seen through the keep list."""
-    source = prune_source(checkpoint, plan.keep, degroup=plan.degroup)
+    source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup)
+    source = source if repairs is None else repaired_source(source, repairs)
     return Subject(
         label=label,
         source=source,

@@ -1,17 +1,59 @@
 """export as functions: what was quantized or pruned, in the form that another runtime reads."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moepress import __version__
 from moepress.calibration.profile import fingerprint
+from moepress.compress.linears import Include, linear_groups
 from moepress.converters.artifact import open_artifact, open_source
 from moepress.converters.export import Exported, Target, check_target, export
+from moepress.converters.onnx_runtime import require_onnx, require_onnxruntime
+from moepress.converters.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
 from moepress.journal import check_output, open_run
+from moepress.models.checkpoint import Checkpoint
+from moepress.models.experts import moe_layers
 from moepress.stages import Output, model_folder, require_room
+
+
+def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:
+    """Refuse what could not be exported to ONNX after it was quantized, as far as the original and the scheme tell.
+
+    Raises:
+        UnsupportedError: a package is missing, or a part of the model or the scheme has no kernel.
+    """
+    require_onnx()  # before the modules below, which import it
+    require_onnxruntime()
+    import torch
+
+    from moepress.converters.onnx_export import OnnxRequest, plan_onnx
+    from moepress.converters.onnx_weights import Weights, block_size
+
+    weights = Weights(source=checkpoint, dtype=torch.float32)
+    for layer in moe_layers(checkpoint):
+        block_size(scheme, *weights.expert_shape(layer))
+    layers = checkpoint.shape.layers
+    groups = [group for layer in range(layers) for group in linear_groups(checkpoint, layer, layers, include)]
+    names = {name for group in groups for name in group.names}
+    for name in names | ({"lm_head.weight"} if Include.LM_HEAD in include else set()):
+        block_size(scheme, checkpoint.shapes[name][1])
+    plan_onnx(checkpoint, OnnxRequest())
+
+
+def onnx_bits() -> tuple[int, ...]:
+    """Widths of codes that ONNX has kernels for.
+
+    Raises:
+        UnsupportedError: a package is missing.
+    """
+    require_onnx()
+    from moepress.converters.onnx_weights import ONNX_BITS
+
+    return ONNX_BITS
 
 
 def export_stage(artifact_name: str, output: Output, target: Target) -> Exported:

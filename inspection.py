@@ -14,17 +14,25 @@ from moepress.compress.estimate import estimate_profile, estimate_prune, estimat
 from moepress.compress.figures import Figures, figures_of, included_matrices, pressed_sizes
 from moepress.compress.footprint import Workload
 from moepress.compress.linears import Include
-from moepress.compress.plan import part_sizes
 from moepress.compress.rates import Rates, measure_rates
+from moepress.compress.sizes import group_size_for, part_sizes
 from moepress.converters.scheme import PER_CHANNEL, Scheme
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.family import Part, Shape, legal_counts
 from moepress.models.inventory import cache_bytes, describe
 from moepress.models.skeleton import check_tensors
 from moepress.stages import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder, workload
-from moepress.validation.targets import RESERVE, TIGHT_RESERVE, Target, Verdict, fit, gaming, load_targets
+from moepress.validation.targets import (
+    DEFAULT_CONTEXT,
+    RESERVE,
+    TIGHT_RESERVE,
+    Target,
+    Verdict,
+    fit,
+    gaming,
+    load_targets,
+)
 
-DEFAULT_CONTEXT = 8192
 SHARES = (1.0, 0.75, 0.5, 0.25)
 # vLLM 0.33's router kernel for DeepSeek's newest models; its general one takes any count.
 ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576})
@@ -69,8 +77,7 @@ def inspect_model(model_name: str, *, tokens: int | None = None, context: int | 
 
 def scheme_for(shape: Shape) -> Scheme:
     """4 bits with the largest usual group size that divides both widths of an expert."""
-    sizes = [n for n in (128, 64, 32) if shape.hidden % n == 0 and shape.expert_width % n == 0]
-    return Scheme(bits=4, group_size=sizes[0] if sizes else PER_CHANNEL)
+    return Scheme(bits=4, group_size=group_size_for(shape) or PER_CHANNEL)
 
 
 def count_advice(shape: Shape) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 1
 _UNITS |= {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
-def parse_bytes(text: str | None) -> int | None:
-    """A size such as 8GiB, 500MB or 12G, in bytes.
+def parse_bytes(text: str | None, option: str = "--max-memory") -> int | None:
+    """A size such as 8GiB, 500MB or 12G, in bytes; the option is named where it is not.
 
     Raises:
         UsageError: it is not a size.
@@ -28,7 +28,7 @@ def parse_bytes(text: str | None) -> int | None:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     size = int(float(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
     if size < 1:
-        raise UsageError(f"--max-memory {text!r} is not a size; write for example 8GiB.")
+        raise UsageError(f"{option} {text!r} is not a size; write for example 8GiB.")
     return size
 
 
@@ -165,6 +165,26 @@ selection_options: Decorator = _stack(
     ),
 )
 
+budget_options: Decorator = _stack(
+    click.option(
+        "--budget",
+        metavar="SIZE",
+        help="Choose experts and bits so that the weights take no more, such as 12GiB, at the least estimated loss. "
+        "--keep or --experts leave it the bits alone, --bits the experts alone.",
+    ),
+    click.option("--target", metavar="GPU", help="The same for a GPU of `moepress inspect`, such as rtx-4060-ti-16gb."),
+    click.option(
+        "--context",
+        type=click.IntRange(1),
+        help="Tokens in the KV cache beside the weights.  [default: 8192 with --target, else no cache]",
+    ),
+    click.option(
+        "--mixed-bits",
+        is_flag=True,
+        help="Let the bits differ by layer. vLLM and SGLang take that; transformers loads it wrong without an error.",
+    ),
+)
+
 scheme_options: Decorator = _stack(
     click.option("--bits", type=int, default=4, show_default=True, help="Bits per weight: 2, 3, 4 or 8."),
     click.option(
@@ -179,12 +199,29 @@ include_option: Decorator = click.option(
     help="Quantize this part too, besides the routed experts. Repeatable.",
 )
 
+match_option: Decorator = click.option(
+    "--match",
+    type=click.Choice(["own", "original"]),
+    default="own",
+    show_default=True,
+    help="What a quantized matrix's output is to meet: own, that of the exact matrix on the same inputs, which came "
+    "through quantized layers; original, that of the exact matrix on the original model's inputs, which mends what "
+    "the layers before did. original runs both models side by side: about twice the time, and twice the token buffers.",
+)
+
 mtp_option: Decorator = click.option(
     "--mtp",
     type=click.Choice(["drop", "keep"]),
     default="drop",
     show_default=True,
     help="DeepSeek's multi-token-prediction layer: drop it, or keep it with as many experts as the others.",
+)
+
+repair_option: Decorator = click.option(
+    "--repair",
+    metavar="PARTS",
+    help="Mend what pruning changes, with calibration text: gain (a factor for every expert that stays), bias (the "
+    "correction bias of sigmoid routers), or both with a comma.  [default: nothing]",
 )
 
 evaluation_options: Decorator = _stack(

@@ -9,7 +9,8 @@ from moepress.errors import UsageError
 from moepress.options import parse_bytes, parse_weights
 
 _RECIPE_OPTIONS = (
-    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include"),
+    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match"),
+    *("target", "context", "mixed_bits"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
 )
@@ -24,16 +25,19 @@ def recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
         values["keep"] = None
     if not all_default("domain_weight"):
         values["domain_weight"] = parse_weights(options["domain_weight"])
-    if not all_default("targets"):
-        values["to"] = _targets(options["targets"])
+    if not all_default("repair"):
+        values["repair"] = sorted(repair_of(options))
+    if not all_default("formats"):
+        values["to"] = _formats(options["formats"])
     if not all_default("no_throughput"):
         values["throughput"] = not options["no_throughput"]
-    if not all_default("max_memory"):
-        values["max_memory"] = parse_bytes(options["max_memory"])
+    for name, option in (("max_memory", "--max-memory"), ("budget", "--budget")):
+        if not all_default(name):
+            values[name] = parse_bytes(options[name], option)
     return values | _thresholds(options)
 
 
-def _targets(text: str) -> list[str]:
+def _formats(text: str) -> list[str]:
     found = [part.strip() for part in text.split(",") if part.strip()]
     for target in found:
         if target not in ("gptq", "onnx"):
@@ -82,11 +86,31 @@ def includes_of(options: Mapping[str, Any]) -> Any:
     return frozenset(Include(name) for name in options["include"])
 
 
+def hessian_of(options: Mapping[str, Any]) -> Any:
+    """How tokens are weighed in Hessians, with the targets that --match names."""
+    from moepress.calibration.hessian import hessian_for
+
+    return hessian_for(options["match"])
+
+
 def mtp_of(options: Mapping[str, Any]) -> Any:
     """What --mtp says is to become of the multi-token-prediction layer."""
     from moepress.compress.mtp import Mtp
 
     return Mtp(options["mtp"])
+
+
+def repair_of(options: Mapping[str, Any]) -> Any:
+    """The parts of --repair, as a frozen set."""
+    from moepress.compress.repair import Repair
+
+    found = [part.strip() for part in (options["repair"] or "").split(",") if part.strip()]
+    if not found:
+        raise UsageError(f"--repair names no part; give {', '.join(Repair)}, or both with a comma.")
+    for part in found:
+        if part not in list(Repair):
+            raise UsageError(f"--repair {part} is not there; give {', '.join(Repair)}, or both with a comma.")
+    return frozenset(Repair(part) for part in found)
 
 
 def onnx_of(options: Mapping[str, Any]) -> Any:
@@ -122,7 +146,14 @@ def machine_of(options: Mapping[str, Any]) -> Any:
 
 
 def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
-    """A plan made of a profile with the options of selection, and of the scheme where it is quantized."""
+    """A plan made of a profile with the options of selection, and of the scheme where it is quantized.
+
+    With --budget or --target what these leave open is chosen.
+    """
+    if options.get("budget") is not None or options.get("target") is not None:
+        return _budgeted_plan(profile, options, quantized=quantized)
+    if options.get("context") is not None or options.get("mixed_bits"):
+        raise UsageError("--context and --mixed-bits go with --budget or --target only.")
     from moepress.compress.plan import count_from_keep, make_plan
     from moepress.compress.scoring import Criterion, Groups
     from moepress.converters.scheme import Scheme
@@ -137,3 +168,27 @@ def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any
         groups=groups,
         scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
     )
+
+
+def _budgeted_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
+    from moepress.compress.scoring import Criterion, Groups
+    from moepress.converters.scheme import SUPPORTED_BITS
+    from moepress.planning import BudgetRequest, Wish, plan_within
+
+    if options["mixed_bits"] and not (quantized and all_default("bits")):
+        raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits and --no-quantization.")
+    widths = (None,) if not quantized else SUPPORTED_BITS if all_default("bits") else (options["bits"],)
+    wish = Wish(
+        keep=options["keep"],
+        experts=options["experts"],
+        widths=widths,
+        group_size=None if all_default("group_size") else options["group_size"],
+        mixed=options["mixed_bits"],
+        criterion=Criterion(options["criterion"]) if options["criterion"] else None,
+        weights=parse_weights(options["domain_weight"]),
+        groups=Groups(options["groups"]),
+    )
+    request = BudgetRequest(
+        limit_bytes=parse_bytes(options["budget"], "--budget"), target=options["target"], context=options["context"]
+    )
+    return plan_within(profile, request, wish)

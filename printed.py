@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moepress.calibration.profile import Profile
+from moepress.compress.budget import Budget
 from moepress.compress.plan import Plan
+from moepress.compress.schemes import bits_text
 
 EMBEDDED_NOTE = "Note: the embedded demo text was used for calibration; give --calibration with your own text."
 
@@ -129,6 +131,8 @@ def print_plan(plan: Plan, file: Path | None) -> None:
     console.print(
         f"size: {human_bytes(sizes.before_bytes)} -> about {human_bytes(sizes.after_bytes)} ({change:+.0%}{scheme})"
     )
+    if plan.budget is not None:
+        _print_alternatives(console, plan, plan.budget)
     for note in plan.notes:
         console.print(f"Note: {note}")
     if plan.calibration.get("embedded"):
@@ -137,13 +141,34 @@ def print_plan(plan: Plan, file: Path | None) -> None:
         console.print(f"Plan written to {file}")
 
 
+def _print_alternatives(console: Console, plan: Plan, budget: Budget) -> None:
+    """What the budget is made of, and what else there is; the estimated loss is a share of the experts' output."""
+    parts = [f"budget: {human_bytes(budget.limit_bytes)}" + (f" of {budget.target}" if budget.target else "")]
+    if budget.reserve_bytes:
+        share = budget.reserve_bytes / budget.limit_bytes
+        parts.append(f"- {human_bytes(budget.reserve_bytes)} reserve ({share:.0%})")
+    if budget.cache_bytes:
+        parts.append(f"- {human_bytes(budget.cache_bytes)} KV cache ({budget.context} tokens)")
+    left = f" = {human_bytes(budget.weight_bytes)}" if len(parts) > 1 else ""
+    console.print(" ".join(parts) + left + " for the weights")
+    table = plain_table("experts", "bits", "weights", "estimated loss", "fits", "")
+    for row in plan.alternatives:
+        bits = "as stored" if row.bits is None else f"{row.bits:.2f} by layer" if row.mixed else f"{row.bits:g}"
+        fits, chosen = "yes" if row.fits else "no", "chosen" if row.chosen else ""
+        table.add_row(str(row.experts), bits, human_bytes(row.weight_bytes), f"{row.loss:.3%}", fits, chosen)
+    console.print(table)
+    if plan.layer_bits:
+        console.print("bits by layer: " + ", ".join(f"{layer}: {bits}" for layer, bits in plan.layer_bits.items()))
+
+
 def print_quantized(result: Mapping[str, Any], folder: Path) -> None:
     """What `quantize` made."""
     console = plain_console()
     scheme = result["scheme"]
+    bits = bits_text(result.get("layer_bits", {"": scheme["bits"]}).values())
     before, after = result["bytes_before"], result["bytes_after"]
     console.print(
-        f"{folder}: {scheme['bits']} bit g{scheme['group_size']}, {human_bytes(before)} -> {human_bytes(after)} "
+        f"{folder}: {bits} g{scheme['group_size']}, {human_bytes(before)} -> {human_bytes(after)} "
         f"({after / before - 1:+.0%})"
     )
     table = plain_table("layer", "relative error")

@@ -26,6 +26,7 @@ from moepress.calibration.profile import (
     save_profile,
 )
 from moepress.calibration.sources import embedded_sources, parse_sources
+from moepress.compress.bit_losses import bit_loss_probe
 from moepress.compress.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
 from moepress.compress.experts import QuantizeOptions
 from moepress.compress.figures import figures_of
@@ -34,10 +35,12 @@ from moepress.compress.gptq import SolverOptions
 from moepress.compress.linears import Include
 from moepress.compress.mtp import Mtp, refuse_quantized_mtp
 from moepress.compress.pieces import PIECE_BYTES
-from moepress.compress.pipeline import check_scheme, model_dtype, quantize, scale_value_dtype
+from moepress.compress.pipeline import quantize
 from moepress.compress.plan import Plan, check_plan
 from moepress.compress.pruning import mtp_keep, planned_bytes, planned_entries, prune
 from moepress.compress.rates import measure_rates
+from moepress.compress.repaired import Repairs, repaired_source
+from moepress.compress.schemes import check_scheme, model_dtype, scale_value_dtype, settle_bits
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.journal import Run, check_output, open_run, partial_folder, previous_settings
@@ -97,9 +100,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest:
-    """Options of `quantize`."""
+    """Options of `quantize`; `layer_bits` are those of layers that do not have the scheme's."""
 
     scheme: Scheme
+    layer_bits: Mapping[int, int] = field(default_factory=dict)
     include: frozenset[Include] = frozenset()
     hessian: HessianOptions = field(default_factory=HessianOptions)
     solver: SolverOptions = field(default_factory=SolverOptions)
@@ -155,7 +159,7 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
 
 
 @contextmanager
-def _model_run(
+def model_run(
     output: Output, model: StreamedModel, corpus: Corpus, machine: Machine, settings: Mapping[str, Any]
 ) -> Iterator[tuple[Run, Limits]]:
     """Open a run that depends on a forward pass: batch sizes are part of the settings, and a resume keeps them."""
@@ -178,7 +182,8 @@ def _model_run(
 
 
 @phase("start")
-def _streamed(source: Source, machine: Machine) -> StreamedModel:
+def streamed(source: Source, machine: Machine) -> StreamedModel:
+    """A source's forward pass on that machine."""
     device = choose_device(machine.device)
     return StreamedModel(source, device=device, dtype=choose_dtype(machine.dtype, device))
 
@@ -210,6 +215,7 @@ def profile_stage(
     machine: Machine,
     *,
     leave_one_out: bool = True,
+    bit_losses: bool = True,
     allow_nonfinite: bool = False,
 ) -> Profile:
     """Run the model over calibration text and write its profile."""
@@ -218,16 +224,23 @@ def profile_stage(
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
-    model = _streamed(checkpoint, machine)
+    model = streamed(checkpoint, machine)
     work = _profile_workload(corpus, machine, output)
     require_room(output, estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out).disk_bytes)
     digest = fingerprint(checkpoint)
-    settings = {"command": "profile", "model": digest, "leave_one_out": leave_one_out, "seed": calibration.seed}
-    with _model_run(output, model, corpus, machine, settings) as (run, limits):
-        statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out)
+    settings = {
+        "command": "profile",
+        "model": digest,
+        "leave_one_out": leave_one_out,
+        "bit_losses": bit_losses,
+        "seed": calibration.seed,
+    }
+    probe = bit_loss_probe(checkpoint.config) if bit_losses else None
+    with model_run(output, model, corpus, machine, settings) as (run, limits):
+        statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
         profile = Profile(
             model=digest,
-            model_name=_display_name(folder, model_name),
+            model_name=display_name(folder, model_name),
             family=checkpoint.family.name,
             config=checkpoint.config,
             shape=shape,
@@ -249,6 +262,7 @@ def profile_estimate(
     machine: Machine,
     *,
     leave_one_out: bool = True,
+    bit_losses: bool = True,
     output: Output | None = None,
 ) -> Estimate:
     """What `profile` would take; without an output its disk is taken to have room."""
@@ -257,7 +271,7 @@ def profile_estimate(
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
     work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)
-    return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out)
+    return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out, bit_losses=bit_losses)
 
 
 def _profile_workload(corpus: Corpus, machine: Machine, output: Output | None) -> Workload:
@@ -275,7 +289,8 @@ def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) ->
     )
 
 
-def _display_name(folder: Path, given: str) -> str:
+def display_name(folder: Path, given: str) -> str:
+    """A model's name for people: `demo`, or its folder's name."""
     return DEMO if given == DEMO else folder.resolve().name
 
 
@@ -337,13 +352,14 @@ def quantize_stage(
     machine: Machine,
     *,
     mtp: Mtp = Mtp.DROP,
+    repairs: Repairs | None = None,
     max_pieces: int | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Quantize the model, pruned by the plan where there is one, to a compressed-tensors folder.
 
     With `max_pieces` it stops after so many new pieces: the result then says `"finished": False` and how far it is,
-    there is no folder yet, and a resume goes on.
+    there is no folder yet, and a resume goes on. `repairs` were made for the same plan, see `repairing.repair_stage`.
     """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
@@ -355,26 +371,31 @@ def quantize_stage(
         checked_plan(checkpoint, plan)
     prunes = plan is not None and plan.prunes
     source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and prunes else checkpoint
+    source = source if repairs is None else repaired_source(source, repairs)
     stored = model_dtype(checkpoint.config)
+    scheme, layer_bits = settle_bits(source, request.scheme, request.layer_bits, request.include)
     options = QuantizeOptions(
-        scheme=request.scheme,
+        scheme=scheme,
+        layer_bits=layer_bits,
         scale_dtype=scale_value_dtype(stored),
         stored_dtype=stored,
         hessian=request.hessian,
         solver=request.solver,
     )
-    check_scheme(source, request.scheme, request.include)
+    check_scheme(source, scheme, request.include)
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
-    model = _streamed(source, machine)
+    model = streamed(source, machine)
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
     estimate = estimate_quantize(
         checkpoint,
         figures_of(checkpoint),
         plan.experts if plan else shape.experts,
-        request.scheme,
+        scheme,
         work,
         measure_rates(checkpoint, work.device, work.dtype) if dry_run else None,
         include=request.include,
+        layer_bits=layer_bits,
+        original_targets=request.hessian.asymmetry > 0,
     )
     if dry_run:
         return asdict(estimate)
@@ -385,7 +406,9 @@ def quantize_stage(
         "model": digest,
         "keep": {str(layer): kept for layer, kept in plan.keep.items()} if plan and prunes else None,
         "groups": plan.groups.value if plan and prunes else None,
-        "scheme": asdict(request.scheme),
+        "repair": None if repairs is None else repairs.digest,
+        "scheme": asdict(scheme),
+        "layer_bits": {str(layer): bits for layer, bits in layer_bits.items()} or None,
         "include": sorted(request.include),
         "hessian": asdict(request.hessian),
         "solver": asdict(request.solver),
@@ -394,14 +417,15 @@ def quantize_stage(
     }
     summary = {
         "model": digest,
-        "model_name": _display_name(folder, model_name),
+        "model_name": display_name(folder, model_name),
         "calibration": describe_corpus(corpus, calibration.seed),
         "experts_before": shape.experts,
         "experts": plan.experts if plan else shape.experts,
+        "repair": None if repairs is None else repairs.model_dump(mode="json", exclude={"calibration"}),
         "hessian": settings["hessian"],
         "solver": settings["solver"],
     }
-    with _model_run(output, model, corpus, machine, settings) as (run, limits):
+    with model_run(output, model, corpus, machine, settings) as (run, limits):
         result = quantize(
             model,
             corpus,

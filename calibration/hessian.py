@@ -1,4 +1,7 @@
-"""Hessians of the layer-wise reconstruction error: H = sum_t a_t x_t x_t^T over the tokens that reach a matrix."""
+"""Hessians of the layer-wise reconstruction error: H = sum_t a_t x_t x_t^T over the tokens that reach a matrix.
+
+Where the original model's inputs x~ are known too, the cross moments C = sum_t a_t (x~_t - x_t) x_t^T go with it.
+"""
 
 from dataclasses import dataclass
 
@@ -7,6 +10,8 @@ from torch import Tensor
 
 from moepress.phases import phase
 
+ORIGINAL_ASYMMETRY = 1.0
+"""What `--match original` takes for `HessianOptions.asymmetry`."""
 _ROWS_AT_ONCE = 8192
 _STRIP = 1024  # columns of a wide Hessian that are formed together
 
@@ -22,11 +27,74 @@ class HessianOptions:
             of the layer's pooled one, so that an expert without tokens falls back to the pooled one.
         pooled_tokens: tokens of the layer that the pooled Hessian of `down` is formed of, by sending them through the
             expert as if they had been routed to it.
+        asymmetry: how far a matrix is drawn to what the *original* model's inputs give (`compress.asymmetry`): 0, not
+            at all, and no second stream of hidden states is kept; 1, all the way.
     """
 
     weight_power: int = 0
     shrinkage_tokens: float = 128.0
     pooled_tokens: int = 1024
+    asymmetry: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.asymmetry <= 1:
+            raise ValueError(f"{self}: need 0 <= asymmetry <= 1.")
+
+
+def hessian_for(match: str) -> HessianOptions:
+    """The options for `--match` own or original, all else as it is by default."""
+    return HessianOptions(asymmetry=ORIGINAL_ASYMMETRY if match == "original" else 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """Second moments of what reaches a matrix, sums or means.
+
+    Attributes:
+        hessian: of a x x^T, fp32 [I, I].
+        cross: of a (x~ - x) x^T, fp32 [I, I], x~ being the input of the same token in the original model; None where
+            only x is known.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
+
+    def add(self, other: "Moments") -> None:
+        """Add sums over more tokens, in place."""
+        self.hessian.add_(other.hessian)
+        if self.cross is not None and other.cross is not None:
+            self.cross.add_(other.cross)
+
+    def over(self, tokens: float) -> "Moments":
+        """Means, from sums over so many tokens."""
+        return Moments(hessian=self.hessian / tokens, cross=None if self.cross is None else self.cross / tokens)
+
+
+def moments(inputs_TI: Tensor, originals_TI: Tensor | None = None, weights_T: Tensor | None = None) -> Moments:
+    """Sums over tokens; zero for none.
+
+    Args:
+        inputs_TI: x, any float dtype.
+        originals_TI: x~ of the same tokens, or None.
+        weights_T: a_t >= 0, or None for 1.
+    """
+    crossed = None if originals_TI is None else cross(inputs_TI, originals_TI, weights_T)
+    return Moments(hessian=gram(inputs_TI, weights_T), cross=crossed)
+
+
+def cross(inputs_TI: Tensor, originals_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
+    """sum_t a_t (x~_t - x_t) x_t^T, fp32 [I, I]; arguments as of `moments`."""
+    tokens, size = inputs_TI.shape
+    with phase("Hessian", flops=2.0 * tokens * size * size):
+        out = torch.zeros(size, size, dtype=torch.float32, device=inputs_TI.device)
+        for start in range(0, tokens, _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            part = inputs_TI[rows].float()
+            moved = originals_TI[rows].float() - part
+            if weights_T is not None:
+                moved.mul_(weights_T[rows, None].float())
+            out.addmm_(moved.T, part)
+    return out
 
 
 def gram(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
@@ -68,3 +136,11 @@ def shrink(own_II: Tensor, mass: float, tokens: int, pooled_II: Tensor, tau: flo
     share = tokens / (tokens + tau) if tokens else 0.0
     own = own_II * (share / mass) if mass > 0 else torch.zeros_like(own_II)
     return own.add_(pooled_II, alpha=1 - share)
+
+
+def shrink_moments(own: Moments, mass: float, tokens: int, pooled: Moments, tau: float) -> Moments:
+    """`shrink` of both moments alike, so that they stay those of one mixture of tokens."""
+    crossed = None
+    if own.cross is not None and pooled.cross is not None:
+        crossed = shrink(own.cross, mass, tokens, pooled.cross, tau)
+    return Moments(hessian=shrink(own.hessian, mass, tokens, pooled.hessian, tau), cross=crossed)

@@ -7,7 +7,7 @@ On disk a profile is a folder: `profile.json` (what was observed) and `statistic
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.observe import ACCUMULATORS, Cells, observe_layer, shard_of_windows
 from moepress.converters.artifact import Artifact
+from moepress.converters.scheme import SUPPORTED_BITS
 from moepress.errors import InvalidInputError
 from moepress.journal import Run, sha256_of
 from moepress.models.checkpoint import Checkpoint, read_json
@@ -33,6 +34,10 @@ SCHEMA_VERSION = "1.0"
 SHARDS = 8
 _HASHED_WHOLE_BYTES = 1 << 30
 STATISTICS, DESCRIPTION = "statistics.safetensors", "profile.json"
+BIT_LOSSES, BIT_TOKENS = "bit_losses", "bit_tokens"
+"""Beside the accumulators of a layer, where it was probed: fp64 [widths], [1]. They have no domains."""
+Probe = Callable[[Stream, int, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Looks at a layer after it was observed (stream, its number, its accumulators); what it finds is kept with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +54,7 @@ class Profile:
         layers: the MoE layers, ascending.
         calibration: what it was fed: digests, seed, window, tokens per domain, notes.
         inventory: bytes and parameters of the checkpoint by part, for size estimates.
-        statistics: layer -> accumulator -> fp64 [S, B, E] (totals [S, B]).
+        statistics: layer -> accumulator -> fp64 [S, B, E] (totals [S, B]); `bit_losses` and `bit_tokens` if measured.
     """
 
     model: str
@@ -117,7 +122,13 @@ def cells_of(corpus: Corpus) -> Cells:
 
 
 def collect(
-    model: StreamedModel, corpus: Corpus, run: Run, limits: Limits, *, leave_one_out: bool = True
+    model: StreamedModel,
+    corpus: Corpus,
+    run: Run,
+    limits: Limits,
+    *,
+    leave_one_out: bool = True,
+    probe: Probe | None = None,
 ) -> dict[int, dict[str, Tensor]]:
     """Walk the model over the corpus; every layer's statistics and the hidden states after it are pieces of the run.
 
@@ -134,7 +145,7 @@ def collect(
             advance(first)
             for layer in range(first, model.shape.layers):
                 with in_layer(layer), phase("other"):
-                    _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out)
+                    _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out, probe=probe)
                     save_hidden(run, stream, layer)
                     stream.forget()
                 advance(1)
@@ -143,11 +154,15 @@ def collect(
     return {layer: _read_statistics(run, layer) for layer in sorted(model.moe_layers)}
 
 
-def _profile_layer(stream: Stream, layer: int, run: Run, cells: Cells, *, leave_one_out: bool) -> None:
+def _profile_layer(
+    stream: Stream, layer: int, run: Run, cells: Cells, *, leave_one_out: bool, probe: Probe | None
+) -> None:
     stream.model.load_layer(layer)
     if first_step(stream, layer):
         with phase("observe"):
             found = observe_layer(stream, layer, cells, leave_one_out=leave_one_out)
+        if probe is not None:
+            found |= probe(stream, layer, found)
         entries = [tensor_entry(name, value) for name, value in sorted(found.items())]
         with phase("write", size=sum(entry.bytes for entry in entries)):
             file = f"statistics-{layer:05d}.safetensors"
@@ -256,6 +271,7 @@ def load_profile(folder: Path) -> Profile:
             for name in ACCUMULATORS:
                 if statistics[layer][name].shape != (len(domains), SHARDS, shape.experts):
                     raise InvalidInputError(f"{folder / STATISTICS}: layers.{layer}.{name} has the wrong shape.")
+            _check_bit_losses(folder, layer, statistics[layer])
         return Profile(
             model=found["model"],
             model_name=found["model_name"],
@@ -272,9 +288,27 @@ def load_profile(folder: Path) -> Profile:
         raise InvalidInputError(f"{folder} is not a whole profile ({error!r}); profile the model again.") from error
 
 
+def _check_bit_losses(folder: Path, layer: int, found: Mapping[str, Tensor]) -> None:
+    if BIT_LOSSES not in found:
+        return
+    losses = found[BIT_LOSSES]
+    sound = losses.shape == (len(SUPPORTED_BITS),) and found[BIT_TOKENS].shape == (1,)
+    if not sound or not bool(torch.isfinite(losses).all()):
+        raise InvalidInputError(f"{folder / STATISTICS}: layers.{layer}.{BIT_LOSSES} is not what a profile holds.")
+
+
 def _names(entries: Mapping[str, object], layer: int) -> list[str]:
     prefix = f"layers.{layer}."
     return [name.removeprefix(prefix) for name in entries if name.startswith(prefix)]
+
+
+def _merged_bit_losses(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Their mean over tokens; nothing where one profile has none, for a part of the text would mislead."""
+    if not all(BIT_LOSSES in statistics for statistics in found):
+        return {}
+    tokens = torch.stack([statistics[BIT_TOKENS] for statistics in found])
+    losses = torch.stack([statistics[BIT_LOSSES] for statistics in found])
+    return {BIT_LOSSES: (tokens * losses).sum(dim=0) / tokens.sum().clamp(min=1), BIT_TOKENS: tokens.sum(dim=0)}
 
 
 def merge_profiles(profiles: Sequence[Profile]) -> Profile:
@@ -293,6 +327,8 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
     for layer in first.layers:
         merged: dict[str, Tensor] = {}
         for name, sample in first.statistics[layer].items():
+            if name in (BIT_LOSSES, BIT_TOKENS):
+                continue
             total = torch.zeros(len(domains), *sample.shape[1:], dtype=torch.float64)
             for profile in profiles:
                 rows = torch.tensor([domains.index(d) for d in profile.domains])
@@ -304,7 +340,7 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
             merged[name] = total
         if not all(bool(p.statistics[layer]["leave_one_out"].any()) for p in profiles):
             merged["leave_one_out"].zero_()  # one was made without: a sum over a part of the text would mislead
-        statistics[layer] = merged
+        statistics[layer] = merged | _merged_bit_losses([p.statistics[layer] for p in profiles])
     calibration: dict[str, Any] = {
         "merged": [dict(p.calibration) for p in profiles],
         "tokens": sum(int(p.calibration.get("tokens", 0)) for p in profiles),

@@ -1,6 +1,6 @@
 """What a stage will take, before it starts: time, memory and disk, term by term. All of it is projected."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -8,6 +8,7 @@ from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.observe import ACCUMULATORS
 from moepress.calibration.observe import ROWS_AT_ONCE as OBSERVED_ROWS
 from moepress.calibration.profile import SHARDS
+from moepress.compress.bit_losses import experts_to_solve
 from moepress.compress.experts import experts_that_fit
 from moepress.compress.figures import Figures, Matrices, expert_matrices, included_matrices, pressed_sizes
 from moepress.compress.footprint import (
@@ -25,6 +26,7 @@ from moepress.compress.footprint import (
     memory_notes,
     outputs_bytes,
     peak_of,
+    probe_bytes,
     quantize_peak,
     resident,
     slice_bytes,
@@ -33,7 +35,8 @@ from moepress.compress.footprint import (
 from moepress.compress.gptq import SolverOptions
 from moepress.compress.linears import Include
 from moepress.compress.rates import Rates
-from moepress.converters.scheme import Scheme
+from moepress.compress.reference import is_apart
+from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.family import Part
 
@@ -96,7 +99,12 @@ def estimate_prune(output_bytes: int, rates: Rates | None = None) -> Estimate:
 
 
 def estimate_profile(
-    figures: Figures, work: Workload, rates: Rates | None = None, *, leave_one_out: bool = True
+    figures: Figures,
+    work: Workload,
+    rates: Rates | None = None,
+    *,
+    leave_one_out: bool = True,
+    bit_losses: bool = True,
 ) -> Estimate:
     """One forward pass; where memory and disk are short, experts are read again for every pass over the tokens."""
     shape, limits = figures.shape, limits_of(figures, work)
@@ -110,6 +118,8 @@ def estimate_profile(
     # The expert in use, the next one, and what it is made of.
     outputs = outputs_bytes(figures, work, kept.tokens)
     rest |= {"routed outputs": outputs, "experts": 3 * expert * 8 + slice_bytes(figures, rows)}
+    probed = experts_to_solve(shape, work.tokens) if bit_losses else 0
+    rest["bit losses"] = probe_bytes(figures, min(probed, experts_that_fit(shape, limits.memory_bytes)))
     statistics = figures.moe_layers * shape.experts * len(ACCUMULATORS) * SHARDS * 8 * work.domains
     disk = {"output": statistics, "statistics by layer": statistics} | hidden_disk(figures, work, spilled)
     disk["experts' outputs"] = kept.table
@@ -123,15 +133,17 @@ def estimate_profile(
             "load": weights * rates.load_seconds,
             **_forward_seconds(figures, work, rates, chosen),
             "observe": 2 * rates.load_seconds * work.tokens * chosen * shape.hidden * figures.moe_layers,
+            "bit losses": _probe_seconds(figures, probed, rates) if probed else 0.0,
             "experts' outputs": 2 * passes * kept.table * figures.moe_layers / rates.read_bytes_per_second,
             "hidden states": _hidden_seconds(figures, work, spilled, rates),
         }
-    peak = peak_of(rest, ("embeddings",), ("layer", "activations"), ("layer", "routed outputs", "experts"))
+    moments = ("embeddings",), ("layer", "activations"), ("layer", "bit losses")
+    peak = peak_of(rest, *moments, ("layer", "routed outputs", "experts"))
     return Estimate(
         disk_bytes=disk_peak(disk, shape.layers),
         output_bytes=statistics,
         peak_memory_bytes=peak,
-        device_memory_bytes=device_bytes(work, rest, ("embeddings",), ("layer", "activations"), ("layer", "experts")),
+        device_memory_bytes=device_bytes(work, rest, *moments, ("layer", "experts")),
         seconds=sum(time.values()) if rates is not None else None,
         tokens_per_expert=work.tokens * shape.top_k / shape.experts,
         time=time,
@@ -150,19 +162,39 @@ def estimate_quantize(
     rates: Rates | None = None,
     *,
     include: Iterable[Include] = (),
+    layer_bits: Mapping[int, int] | None = None,
+    original_targets: bool = False,
 ) -> Estimate:
-    """One forward pass, in which every layer is solved before the next."""
-    shape, limits = figures.shape, limits_of(figures, work)
+    """One forward pass, in which every layer is solved before the next.
+
+    Args:
+        checkpoint: the original.
+        figures: its numbers.
+        count: experts that stay.
+        scheme: bits and group size.
+        work: the calibration text, and where it runs.
+        rates: of this machine; without them no time is estimated.
+        include: parts besides the routed experts.
+        layer_bits: of layers that do not have the scheme's.
+        original_targets: the original model is walked beside the quantized one, see `compress.reference`.
+    """
+    shape, limits, streams = figures.shape, limits_of(figures, work), 2 if original_targets else 1
+    include = frozenset(include)
     extra = included_matrices(checkpoint, include)
-    sizes = pressed_sizes(checkpoint, figures, count, scheme, include)
+    sizes = pressed_sizes(checkpoint, figures, count, scheme, include, layer_bits)
     output = sum(sizes.values())
-    buffers, spilled = buffer_bytes(figures, work, limits, observe=False)
+    buffers, spilled = buffer_bytes(figures, work, limits, observe=False, streams=streams)
     at_once = experts_that_fit(replace(shape, experts=count), limits.memory_bytes)
-    rest = resident(figures, work, limits, (buffers, spilled))
-    rest |= solver_memory(figures, at_once, extra, sizes, output)
-    rest["expert's tokens"] = slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
-    disk = {"output": output} | hidden_disk(figures, work, spilled)
-    time = _quantize_seconds(figures, count, work, rates, at_once, extra, spilled, output) if rates is not None else {}
+    layers = streams if is_apart(include) else 1
+    rest = resident(figures, work, limits, (buffers, spilled), streams=streams, layers=layers)
+    rest |= solver_memory(figures, at_once, extra, sizes, output, moved=original_targets)
+    rest["expert's tokens"] = streams * slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
+    disk = {"output": output} | hidden_disk(figures, work, spilled, streams)
+    time = {}
+    if rates is not None:
+        time = _quantize_seconds(figures, count, work, rates, at_once, extra, spilled, output)
+        if original_targets:
+            time = _moved_seconds(figures, count, work, rates, extra, time)
     peak = quantize_peak(rest)
     return Estimate(
         disk_bytes=disk_peak(disk, shape.layers),
@@ -245,6 +277,20 @@ def _quantize_seconds(
     }
 
 
+def _moved_seconds(
+    figures: Figures, count: int, work: Workload, rates: Rates, extra: Sequence[Matrices], time: dict[str, float]
+) -> dict[str, float]:
+    """With targets from the original's inputs: all tokens pass twice, and every matrix is moved before it is solved."""
+    gate_up, down = expert_matrices(figures, count)
+    routed = (work.tokens * figures.shape.top_k + work.tokens) * figures.moe_layers
+    crosses = sum(2.0 * routed * m.columns**2 for m in (gate_up, down))
+    crosses += sum(2.0 * m.count * work.tokens * m.columns**2 for m in extra)
+    moves = sum(m.count * (8.0 * m.rows * m.columns**2 + m.columns**3 / 3) for m in (gate_up, down, *extra))
+    twice = {term: 2 * time[term] for term in ("forward", "attention scores", "hidden states")}
+    moved = (crosses + moves) / rates.solver_flops + time["Hessians"] / 2  # down's inputs in the original
+    return time | twice | {"targets": moved}
+
+
 def _gram_flops(columns: int) -> float:
     """2 I^2 of a token, of wide matrices the lower triangle in strips of 1024 columns."""
     return columns**2 * (2 if columns <= 1024 else 1 + 1024 / columns)
@@ -260,6 +306,12 @@ def _solve_seconds(matrices: Matrices, rates: Rates, at_once: int) -> dict[str, 
         "solve": matrices.count * (4 + 2 * sweeps) * square / rates.solver_flops,
         "rounding": matrices.weights * (2 + sweeps) * rates.search_seconds + matrices.count * loops,
     }
+
+
+def _probe_seconds(figures: Figures, experts: int, rates: Rates) -> float:
+    """Solving so many experts of every layer at every width."""
+    terms = [_solve_seconds(m, rates, experts) for m in expert_matrices(figures, experts)]
+    return len(SUPPORTED_BITS) * sum(sum(term.values()) for term in terms)
 
 
 def _reread_note(passes: int) -> Iterable[str]:

@@ -1,13 +1,15 @@
 """GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from moepress.calibration.hessian import HessianOptions, gram, shrink
+from moepress.calibration.hessian import HessianOptions, Moments, cross, gram, moments, shrink_moments
+from moepress.compress.asymmetry import move_target, relative_error
 from moepress.compress.gptq import Solved, SolverOptions, solve
+from moepress.compress.grid import dequantize
 from moepress.converters.artifact import dense
 from moepress.converters.scheme import Scheme
 from moepress.models.experts import Expert
@@ -29,6 +31,7 @@ class QuantizeOptions:
         stored_dtype: dtype the scales are stored in, the model's.
         hessian: how tokens are weighed.
         solver: options of the GPTQ solver.
+        layer_bits: layer -> bits, of the layers that do not have the scheme's.
     """
 
     scheme: Scheme
@@ -36,6 +39,16 @@ class QuantizeOptions:
     stored_dtype: torch.dtype
     hessian: HessianOptions = field(default_factory=HessianOptions)
     solver: SolverOptions = field(default_factory=SolverOptions)
+    layer_bits: Mapping[int, int] = field(default_factory=dict)
+
+    def scheme_of(self, layer: int | None) -> Scheme:
+        """The scheme of a layer's matrices, or of what lies outside of the layers."""
+        bits = self.scheme.bits if layer is None else self.layer_bits.get(layer, self.scheme.bits)
+        return replace(self.scheme, bits=bits)
+
+    def of_layer(self, layer: int) -> "QuantizeOptions":
+        """The same, with that layer's scheme."""
+        return replace(self, scheme=self.scheme_of(layer), layer_bits={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +70,8 @@ class CodedExpert:
     Attributes:
         gate, up, down: the matrices.
         tokens: calibration tokens that reached it.
-        error: relative output error of gate/up and of down on its Hessians, ||(W - Q) X||^2 / ||W X||^2.
+        error: relative output error of gate/up and of down on its Hessians, ||(W - Q) X||^2 / ||W X||^2; W is the
+            original matrix, whatever the codes were to meet.
         rounded: a Hessian could not be factorised and the matrix was rounded to nearest.
     """
 
@@ -104,6 +118,33 @@ def pooled_hessian(stream: Stream) -> Tensor:
         return total / max(stream.tokens, 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Originals:
+    """What the original model gives the same tokens before a layer's experts, where it is walked too.
+
+    Attributes:
+        stream: after the layer's first step.
+        pooled: mean of (x~ - x) x^T over all tokens of the layer, fp32 [D, D] on the device.
+        sample: `pooled_inputs` of that stream.
+    """
+
+    stream: Stream
+    pooled: Tensor
+    sample: Tensor
+
+
+def originals_of(stream: Stream, reference: Stream, options: HessianOptions) -> Originals:
+    """Everything of a layer that does not depend on the expert, once both streams have done its first step."""
+    device = stream.model.device
+    total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
+    with phase("Hessian"):
+        for part, original in zip(stream.inputs.split(65536), reference.inputs.split(65536), strict=True):
+            total += cross(part.to(device), original.to(device))
+            stream.touch(2 * len(part))
+        total /= max(stream.tokens, 1)
+    return Originals(stream=reference, pooled=total, sample=pooled_inputs(reference, options))
+
+
 def solve_experts(
     stream: Stream,
     layer: int,
@@ -112,6 +153,7 @@ def solve_experts(
     pooled_DD: Tensor,
     sample_PD: Tensor,
     options: QuantizeOptions,
+    originals: Originals | None = None,
 ) -> list[CodedExpert]:
     """Quantize a batch of experts of one layer.
 
@@ -126,23 +168,30 @@ def solve_experts(
         pooled_DD: `pooled_hessian`.
         sample_PD: `pooled_inputs`.
         options: see `QuantizeOptions`.
+        originals: `originals_of` the layer, where the original model's inputs give the targets.
     """
     device, experts = stream.model.solver_device, list(weights)
+    inputs = _Inputs(stream=stream, originals=originals, options=options.hessian)
     with phase("load"):
         stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)) for e in experts]).to(device)
-        hessians = torch.stack([_input_hessian(stream, positions[e], pooled_DD, options.hessian) for e in experts])
-        hessians = hessians.to(device)
+        found = (_input_moments(inputs, positions[e], pooled_DD) for e in experts)
+        hessians = torch.stack(_targets(stacked, found, options)).to(device)
     first, first_error = solve_measured(stacked, hessians, options)
+    if originals is not None:
+        first_error = _errors((torch.cat((weights[e].gate, weights[e].up)) for e in experts), first, hessians, options)
     del hessians, stacked
     with phase("pack"):
         coded = [_split(first, index, options.stored_dtype) for index in range(len(experts))]
-    middle = [
-        _down_hessian(stream, layer, positions[e], sample_PD, gate_up, options.hessian)
-        for e, gate_up in zip(experts, coded, strict=True)
-    ]
     with phase("load"):
-        downs, hessians = torch.stack([weights[e].down for e in experts]).to(device), torch.stack(middle).to(device)
+        downs = torch.stack([weights[e].down for e in experts]).to(device)
+        found = (
+            _down_moments(inputs, layer, positions[e], sample_PD, gate_up, weights[e])
+            for e, gate_up in zip(experts, coded, strict=True)
+        )
+        hessians = torch.stack(_targets(downs, found, options)).to(device)
     second, second_error = solve_measured(downs, hessians, options)
+    if originals is not None:
+        second_error = _errors((weights[e].down for e in experts), second, hessians, options)
     with phase("pack"):
         down = [_stored(second, index, options.stored_dtype) for index in range(len(experts))]
     return [
@@ -163,6 +212,24 @@ def solve_measured(weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOpt
     with phase("solve"):
         solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
         return solved, relative_errors(solved)
+
+
+def _targets(weight_EOI: Tensor, found: Iterable[Moments], options: QuantizeOptions) -> list[Tensor]:
+    """The Hessians; weights become, in place, what their codes are to meet, one by one, so that one C is held."""
+    hessians = []
+    for weight_OI, each in zip(weight_EOI, found, strict=True):
+        move_target(weight_OI, each, options.hessian.asymmetry, options.solver.damp)
+        hessians.append(each.hessian)
+    return hessians
+
+
+def _errors(weights: Iterable[Tensor], solved: Solved, hessian_EII: Tensor, options: QuantizeOptions) -> list[float]:
+    """`relative_error` of every matrix of a batch, against its original."""
+    errors = []
+    for index, (weight_OI, hessian_II) in enumerate(zip(weights, hessian_EII, strict=True)):
+        quantized_OI = dequantize(solved.codes[index, None], solved.scales[index, None], options.scheme)[0]
+        errors.append(relative_error(weight_OI.to(quantized_OI.device), quantized_OI, hessian_II))
+    return errors
 
 
 def _stored(solved: Solved, index: int, stored: torch.dtype) -> Coded:
@@ -192,49 +259,72 @@ def _mass(weights: Tensor | None, tokens: int) -> float:
     return float(tokens) if weights is None else float(weights.sum())
 
 
-def _input_hessian(
-    stream: Stream, position: tuple[Tensor, Tensor], pooled_DD: Tensor, options: HessianOptions
-) -> Tensor:
-    weights, tokens = token_weights(stream, position, options), len(position[0])
-    own = torch.zeros_like(pooled_DD)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """What reaches the experts of a layer."""
+
+    stream: Stream
+    originals: Originals | None
+    options: HessianOptions
+
+    def none(self, like_II: Tensor) -> Moments:
+        """Sums over no token yet."""
+        zero = torch.zeros_like(like_II)
+        return Moments(hessian=zero, cross=zero.clone() if self.originals is not None else None)
+
+    def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inputs of these tokens, and those in the original model."""
+        device = self.stream.model.device
+        part = self.stream.inputs[tokens].to(device)
+        self.stream.touch(len(part) * (1 if self.originals is None else 2))
+        return part, None if self.originals is None else self.originals.stream.inputs[tokens].to(device)
+
+
+def _input_moments(inputs: _Inputs, position: tuple[Tensor, Tensor], pooled_DD: Tensor) -> Moments:
+    options, tokens, originals = inputs.options, len(position[0]), inputs.originals
+    weights = token_weights(inputs.stream, position, options)
     with phase("Hessian"):
+        own = inputs.none(pooled_DD)
+        pooled = Moments(hessian=pooled_DD, cross=originals.pooled if originals else None)
         for rows in _slices(tokens):
-            part = stream.inputs[position[0][rows]].to(stream.model.device)
-            own += gram(part, None if weights is None else weights[rows])
-            stream.touch(len(part))
-        return shrink(own, _mass(weights, tokens), tokens, pooled_DD, options.shrinkage_tokens)
+            own.add(moments(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]))
+        return shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
 
 
-def _down_hessian(
-    stream: Stream,
+def _down_moments(
+    inputs: _Inputs,
     layer: int,
     position: tuple[Tensor, Tensor],
     sample_PD: Tensor,
     gate_up: tuple[Coded, Coded],
-    options: HessianOptions,
-) -> Tensor:
-    """Like `_input_hessian`, of the intermediate that the quantized gate and up give.
+    original: Expert,
+) -> Moments:
+    """Like `_input_moments`, of the intermediate that the quantized gate and up give, and that the original ones do.
 
     The hidden units of different experts have nothing in common, so the pooled Hessian is that of a sample of the
     layer's tokens sent through this expert.
     """
-    model, tokens, activation = stream.model, len(position[0]), stream.model.activation(layer)
-    flops = 2.0 * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up)
+    model, tokens, options, originals = inputs.stream.model, len(position[0]), inputs.options, inputs.originals
+    streams, activation = 1 if originals is None else 2, model.activation(layer)
+    flops = 2.0 * streams * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up)
     with phase("Hessian", flops=flops):
-        gate, up = (m.dense().to(model.device, model.dtype) for m in gate_up)
+        quantized = [m.dense().to(model.device, model.dtype) for m in gate_up]
+        whole = [m.to(model.device, model.dtype) for m in (original.gate, original.up)] if originals else []
 
-        def middle(inputs: Tensor) -> Tensor:
+        def middle(pair: Sequence[Tensor], inputs_TD: Tensor) -> Tensor:
             linear = torch.nn.functional.linear
-            return activation(linear(inputs, gate)) * linear(inputs, up)
+            return activation(linear(inputs_TD, pair[0])) * linear(inputs_TD, pair[1])
 
-        weights = token_weights(stream, position, options)
-        pooled = gram(middle(sample_PD)) / max(sample_PD.shape[0], 1)
-        own = torch.zeros_like(pooled)
+        def of(inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None) -> Moments:
+            aim = None if originals_TD is None else middle(whole, originals_TD)
+            return moments(middle(quantized, inputs_TD), aim, weights_T)
+
+        weights = token_weights(inputs.stream, position, options)
+        pooled = of(sample_PD, originals.sample if originals else None, None).over(max(sample_PD.shape[0], 1))
+        own = inputs.none(pooled.hessian)
         for rows in _slices(tokens):
-            part = middle(stream.inputs[position[0][rows]].to(model.device))
-            own += gram(part, None if weights is None else weights[rows])
-            stream.touch(len(part))
-        return shrink(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+            own.add(of(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]))
+        return shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
 
 
 def relative_errors(solved: Solved) -> list[float]:

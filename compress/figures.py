@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moepress.compress.linears import Include, linear_groups
-from moepress.compress.plan import part_sizes
+from moepress.compress.sizes import part_sizes
 from moepress.converters.scheme import Scheme
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.experts import moe_layers, names_by_layer
@@ -95,15 +95,31 @@ def figures_of(checkpoint: Checkpoint) -> Figures:
 
 
 def pressed_sizes(
-    checkpoint: Checkpoint, figures: Figures, count: int, scheme: Scheme | None, include: Iterable[Include] = ()
+    checkpoint: Checkpoint,
+    figures: Figures,
+    count: int,
+    scheme: Scheme | None,
+    include: Iterable[Include] = (),
+    layer_bits: Mapping[int, int] | None = None,
 ) -> dict[Part, int]:
-    """Bytes of every part after pruning to `count` experts and quantizing the experts and what `include` adds."""
-    sizes = part_sizes(figures.inventory, figures.shape, count, scheme)
+    """Bytes of every part after pruning to `count` experts and quantizing the experts and what `include` adds.
+
+    `layer_bits` are those of layers that do not have the scheme's.
+    """
+    routed, own = moe_layers(checkpoint), layer_bits or {}
+    sizes = part_sizes(figures.inventory, figures.shape, count, scheme, {n: b for n, b in own.items() if n in routed})
     if scheme is not None:
+        layers = {
+            Part.SHARED: routed,
+            Part.DENSE: [n for n in range(figures.shape.layers) if n not in routed],
+            Part.ATTENTION: range(figures.shape.layers),
+        }
         for matrices in included_matrices(checkpoint, include):
             stored = figures.parts[matrices.part]
             each = max(2.0, stored.bytes / max(stored.parameters, 1))  # of fp8 the rest becomes bf16
             bits = scheme.bits_per_weight(matrices.columns, 32 if each >= 4 else 16)
+            found = [own.get(layer, scheme.bits) for layer in layers.get(matrices.part, ())]
+            bits += sum(found) / len(found) - scheme.bits if found else 0
             sizes[matrices.part] += matrices.weights * (bits / 8 - each)
     return {part: round(size) for part, size in sizes.items()}
 

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from moepress.calibration.observe import CHUNK_BYTES, bytes_per_token, tokens_at_once
+from moepress.compress.bit_losses import POOLED_TOKENS, TOKENS
 from moepress.compress.figures import Figures, Matrices, expert_matrices
 from moepress.compress.pieces import PIECE_BYTES
 from moepress.models.family import Part
@@ -54,13 +55,15 @@ def limits_of(figures: Figures, work: Workload) -> Limits:
     return choose_limits(figures.shape, work.window, work.memory_bytes, None, work.device)
 
 
-def buffer_bytes(figures: Figures, work: Workload, limits: Limits, *, observe: bool) -> tuple[int, int]:
-    """Bytes of the walk's buffers in memory and in files, in the order in which `Scratch` gives them out."""
+def buffer_bytes(
+    figures: Figures, work: Workload, limits: Limits, *, observe: bool, streams: int = 1
+) -> tuple[int, int]:
+    """Bytes of the buffers of one walk or two, in memory and in files, in the order in which `Scratch` gives them."""
     shape, size = figures.shape, work.dtype.itemsize
     rows = [shape.hidden * size, shape.hidden * size, shape.top_k * 8, shape.top_k * 4]
     rows += [shape.hidden * size, shape.experts * 4] if observe else []
     left, inside, outside = limits.memory_bytes // 2, 0, 0
-    for row in rows:
+    for row in rows * streams:
         if row * work.tokens <= left:
             left -= row * work.tokens
             inside += row * work.tokens
@@ -102,18 +105,33 @@ def outputs_bytes(figures: Figures, work: Workload, tokens: int) -> int:
     return tokens * slots * 64 + chunk * hidden * (slots * (size + 4) + 40)
 
 
-def _mapped_bytes(figures: Figures, work: Workload, limits: Limits, mapped: int) -> int:
+def _mapped_bytes(figures: Figures, work: Workload, limits: Limits, mapped: int, streams: int) -> int:
     """Resident pages of mapped files: given back by shares; only the hidden states are also gone over as a whole."""
     row = figures.shape.hidden * work.dtype.itemsize
     hidden = row * work.tokens if row * work.tokens > limits.memory_bytes // 2 else 0
+    hidden += row * work.tokens * (streams - 1)
     touched = 4 * row * max(limits.batch_windows * work.window, ROWS_AT_ONCE)
     return min(mapped, mapped_limit_bytes(limits.memory_bytes) + touched + hidden)
 
 
-def resident(figures: Figures, work: Workload, limits: Limits, buffers: tuple[int, int]) -> dict[str, int]:
-    """What every walk holds; `buffers` are those in memory and in files.
+def resident(
+    figures: Figures,
+    work: Workload,
+    limits: Limits,
+    buffers: tuple[int, int],
+    *,
+    streams: int = 1,
+    layers: int = 1,
+) -> dict[str, int]:
+    """What every walk holds; a tensor is there twice while it is read: as stored, and in the compute dtype.
 
-    A tensor is there twice while it is read: as stored, and in the compute dtype.
+    Args:
+        figures: the model's.
+        work: what is walked over.
+        limits: of memory.
+        buffers: bytes in memory and in files.
+        streams: 2 where the original is walked beside the quantized model.
+        layers: 2 where each of them loads its own, too.
     """
     shape, attention, size = figures.shape, figures.attention, work.dtype.itemsize
     tokens = limits.batch_windows * work.window
@@ -128,9 +146,9 @@ def resident(figures: Figures, work: Workload, limits: Limits, buffers: tuple[in
     return {
         "libraries": libraries_bytes(),
         "token buffers": buffers[0],
-        "mapped files": _mapped_bytes(figures, work, limits, buffers[1]),
+        "mapped files": _mapped_bytes(figures, work, limits, buffers[1], streams),
         "embeddings": _embedding_bytes(figures, tokens, size),
-        "layer": figures.layer_parameters * size + round(figures.largest_matrix * 4 * _CHECKED),
+        "layer": figures.layer_parameters * size * layers + round(figures.largest_matrix * 4 * _CHECKED),
         "activations": activations,
     }
 
@@ -149,14 +167,23 @@ def _embedding_bytes(figures: Figures, tokens: int, size: int) -> int:
 
 
 def solver_memory(
-    figures: Figures, at_once: int, extra: Sequence[Matrices], sizes: dict[Part, int], output: int
+    figures: Figures,
+    at_once: int,
+    extra: Sequence[Matrices],
+    sizes: dict[Part, int],
+    output: int,
+    *,
+    moved: bool = False,
 ) -> dict[str, int]:
-    """Experts that are solved together, the widest other Linear, and codes that wait to be written."""
-    hidden, width = figures.shape.hidden, figures.shape.expert_width
-    first, second = (_solving_bytes(m.rows, m.columns) for m in expert_matrices(figures, 1))
-    read = 3 * hidden * width * 4
-    solver = at_once * (read + max(first, second)) + 2 * 4 * hidden**2 + 1024 * 4 * (hidden + 3 * width)
+    """Experts that are solved together, the widest other Linear, and codes that wait to be written.
+
+    `moved`: their targets come from the original's inputs, one matrix at a time (see `compress.asymmetry`).
+    """
+    solver = _experts_bytes(figures, at_once)
     others = max((_solving_bytes(m.rows, m.columns) + m.rows * m.columns * 4 for m in extra), default=0)
+    if moved:
+        solver += max(_moving_bytes(m.rows, m.columns) for m in expert_matrices(figures, 1))
+        others += max((_moving_bytes(m.rows, m.columns) for m in extra), default=0)
     rest = 2 * figures.layer_parameters  # written in 16 bit with the layer's first piece
     tables = max(w.bytes for p, w in figures.parts.items() if p in {Part.EMBEDDINGS, Part.LM_HEAD})
     return {
@@ -166,10 +193,30 @@ def solver_memory(
     }
 
 
+def _experts_bytes(figures: Figures, at_once: int) -> int:
+    hidden, width = figures.shape.hidden, figures.shape.expert_width
+    first, second = (_solving_bytes(m.rows, m.columns) for m in expert_matrices(figures, 1))
+    read = 3 * hidden * width * 4
+    return at_once * (read + max(first, second)) + 2 * 4 * hidden**2 + 1024 * 4 * (hidden + 3 * width)
+
+
+def probe_bytes(figures: Figures, at_once: int) -> int:
+    """Experts that `profile` solves together to see what bits cost, and the tokens that they are measured on."""
+    if not at_once:
+        return 0
+    hidden, width = figures.shape.hidden, figures.shape.expert_width
+    return _experts_bytes(figures, at_once) + 4 * (TOKENS * (3 * hidden + 3 * width) + POOLED_TOKENS * hidden)
+
+
 def _solving_bytes(rows: int, columns: int) -> int:
     """A stacked matrix, its Hessian, and the solver's copies of them (see `compress.gptq`)."""
     weight, hessian = 4 * rows * columns, 4 * columns * columns
     return weight + hessian + max(3 * hessian, hessian + 3 * weight, 4 * weight)
+
+
+def _moving_bytes(rows: int, columns: int) -> int:
+    """C and a part of it, the damped H and its factor; W, W C and the step."""
+    return 4 * (4 * columns * columns + 3 * rows * columns)
 
 
 def peak_of(memory: dict[str, int], *moments: Sequence[str]) -> int:
@@ -220,9 +267,9 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def hidden_disk(figures: Figures, work: Workload, spilled: int) -> dict[str, int]:
+def hidden_disk(figures: Figures, work: Workload, spilled: int, streams: int = 1) -> dict[str, int]:
     """The hidden states after a layer are kept for a resume; those of the layer before go when they are written."""
-    kept = min(2, figures.shape.layers - 1) * hidden_bytes(figures, work)
+    kept = streams * min(2, figures.shape.layers - 1) * hidden_bytes(figures, work)
     return {"hidden states": kept, "token buffers": spilled}
 
 

@@ -52,7 +52,7 @@ def plan_chunks(
             )
         else:
             elements = sum(math.prod(source.shapes[n]) for n in family.expert_names(layer, 0))
-        each = elements * (options.scheme.bits + 1) // 8
+        each = elements * (options.scheme_of(layer).bits + 1) // 8
         size = max(1, PIECE_BYTES // each)
         chunks[layer] = [list(range(s, min(s + size, count))) for s in range(0, count, size)]
     return chunks

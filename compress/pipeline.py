@@ -8,7 +8,7 @@ solving, and so ends with the same bytes.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,36 @@ from moepress.calibration.profile import resume_hidden, save_hidden
 from moepress.compress.experts import (
     Coded,
     CodedExpert,
+    Originals,
     QuantizeOptions,
     experts_at_once,
+    originals_of,
     pooled_hessian,
     pooled_inputs,
     solve_experts,
 )
-from moepress.compress.linear_solving import solve_head, solve_linears
-from moepress.compress.linears import Include, LinearGroup, linear_groups, quantized_linears, unquantized_modules
+from moepress.compress.linear_solving import solve_head, solve_linears, solve_stepping, steps_fit
+from moepress.compress.linears import Include, LinearGroup, linear_groups, unquantized_modules
 from moepress.compress.mtp import mtp_note
 from moepress.compress.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
+from moepress.compress.reference import (
+    Reference,
+    add_originals,
+    check_original,
+    drop_original,
+    load_original,
+    open_reference,
+    positions_of,
+    resume_original,
+    save_original,
+    step_original,
+)
+from moepress.compress.schemes import check_scheme, config_groups, mixed_note
 from moepress.converters import compressed_layout
-from moepress.converters.artifact import Source
-from moepress.converters.scheme import Scheme
-from moepress.errors import UsageError
 from moepress.journal import Piece, Run
 from moepress.models.costs import stored_bytes
 from moepress.models.experts import names_by_layer
-from moepress.models.family import Part, part_of
+from moepress.models.family import Part, layer_of, part_of
 from moepress.models.forward import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.safetensors_file import DTYPE_NAMES, Stored, read_header, read_tensor, tensor_bytes
 from moepress.models.walk import (
@@ -64,6 +76,7 @@ class Job:
     """All that stays the same during one run of `quantize`."""
 
     stream: Stream
+    reference: Reference | None
     run: Run
     options: QuantizeOptions
     include: frozenset[Include]
@@ -73,39 +86,10 @@ class Job:
     at_once: int
     allowance: Allowance
 
-
-def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that a config states, bf16 where it states none."""
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    return kinds.get(str(name), torch.bfloat16)
-
-
-def scale_value_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype whose values scales take: the model's; fp16 for fp32 models, so that the GPTQ layout is exact."""
-    return torch.float16 if dtype == torch.float32 else dtype
-
-
-def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> None:
-    """Refuse a group size that does not divide a matrix, before any work.
-
-    Raises:
-        UsageError: naming the first such matrix.
-    """
-    layers = int(source.config["num_hidden_layers"])
-    wanted = quantized_linears(source, layers, include)
-    if Include.LM_HEAD in include:
-        if "lm_head.weight" not in source.shapes:
-            raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
-        wanted.add("lm_head.weight")
-    for name, shape in source.shapes.items():
-        part = part_of(source.family, name, layers)
-        columns = shape[-1] if name in wanted or (part is Part.ROUTED and len(shape) >= 2) else None
-        if columns is not None:
-            try:
-                scheme.groups(columns)
-            except UsageError as error:
-                raise UsageError(f"{name}: {error}") from error
+    @property
+    def originals(self) -> Stream | None:
+        """The original model's stream, if it is walked."""
+        return None if self.reference is None else self.reference.stream
 
 
 def quantize(
@@ -145,8 +129,10 @@ def quantize(
         with torch.inference_mode(), track("quantize", layers) as advance:
             with phase("embed"):
                 stream = open_stream(model, corpus.windows, scratch, limits, observe=False)
+                reference = open_reference(stream, include) if options.hessian.asymmetry else None
             job = Job(
                 stream=stream,
+                reference=reference,
                 run=run,
                 options=options,
                 include=include,
@@ -157,6 +143,8 @@ def quantize(
                 allowance=Allowance(left=max_pieces),
             )
             first = resume_hidden(run, stream)
+            if reference is not None:
+                resume_original(run, reference, first)
             advance(first)
             for layer in range(first, layers):
                 job.allowance.require()
@@ -165,7 +153,7 @@ def quantize(
                 if layer == layers - 1 and run.done("outer") is None:
                     _write_outer(job)
                 with in_layer(layer):
-                    save_hidden(run, stream, layer)
+                    _save(job, layer)
                     stream.forget()
                 advance(1)
     except SpentError:
@@ -175,30 +163,52 @@ def quantize(
     return {"finished": True, **_progress(job), **_finish(job, companions, summary)}
 
 
+def _save(job: Job, layer: int) -> None:
+    if job.reference is not None:
+        save_original(job.run, job.reference, layer)
+    save_hidden(job.run, job.stream, layer)
+    if job.reference is not None:
+        drop_original(job.run, layer - 1)
+
+
 def _progress(job: Job) -> dict[str, int]:
     return {"pieces_done": sum(piece in job.run.pieces for piece in job.piece_names), "pieces": len(job.piece_names)}
 
 
 def _quantize_layer(job: Job, layer: int) -> None:
     """Solve (or take from finished pieces) one layer, and move the hidden states through it."""
-    stream, model = job.stream, job.stream.model
+    stream, reference, model = job.stream, job.reference, job.stream.model
+    if reference is not None:
+        load_original(reference, layer)
     done = job.run.done(f"layer-{layer}-0")
     groups = linear_groups(model.source, layer, model.shape.layers, job.include, job.names.get(layer, []))
-    if done is None:
-        coded, errors = solve_linears(stream, job.options, layer, groups)
+    if done is None and groups and reference is None and steps_fit(stream):
+        coded, errors, routed = solve_stepping(stream, job.options.of_layer(layer), layer, groups)
     else:
-        coded, errors = _read_linears(job, done, groups), {}
-    replaced = {name: matrix.dense() for name, matrix in coded.items()}
-    model.load_layer(layer, replaced)
-    routed = first_step(stream, layer)
-    pooled = pooled_hessian(stream) if routed else torch.empty(0)
-    sample = pooled_inputs(stream, job.options.hessian) if routed else torch.empty(0)
+        if done is None:
+            coded, errors = solve_linears(stream, job.options.of_layer(layer), layer, groups, job.originals)
+        else:
+            coded, errors = _read_linears(job, done, groups), {}
+        model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
+        routed = first_step(stream, layer)
+    if reference is not None:
+        step_original(reference, layer)
+    pooled = _pooled(job) if routed else None
     for part, experts in enumerate(job.chunks[layer]):
-        _do_chunk(job, layer, part, experts, pooled, sample, coded if part == 0 else {}, errors if part == 0 else {})
+        _do_chunk(job, layer, part, experts, pooled, coded if part == 0 else {}, errors if part == 0 else {})
     model.unload_layer(layer)
     release_memory()
     with phase("check"):
         require_finite_hidden(stream.hidden, layer)
+        if reference is not None:
+            check_original(reference, layer)
+
+
+def _pooled(job: Job) -> tuple[Tensor, Tensor, Originals | None]:
+    """What `solve_experts` wants to know of all tokens of a layer."""
+    stream, options = job.stream, job.options.hessian
+    originals = None if job.originals is None else originals_of(stream, job.originals, options)
+    return pooled_hessian(stream), pooled_inputs(stream, options), originals
 
 
 def _do_chunk(
@@ -206,8 +216,7 @@ def _do_chunk(
     layer: int,
     part: int,
     experts: Sequence[int],
-    pooled: Tensor,
-    sample: Tensor,
+    pooled: tuple[Tensor, Tensor, Originals | None] | None,
     linears: Mapping[str, Coded],
     errors: Mapping[str, float],
 ) -> None:
@@ -222,16 +231,23 @@ def _do_chunk(
     positions = tokens_of(job.stream.chosen, model.shape.experts) if experts else []
     if done is None and part == 0:
         tensors |= _rest_of_layer(job, layer, linears)
-    # The next expert is read while the present ones are solved.
-    weights = read_ahead(model, layer, experts if done is None else [], torch.float32)
+    theirs = positions_of(job.reference) if experts and job.reference is not None else []
+    # The next expert is read while the present ones are solved; of a finished piece only the original wants them.
+    wanted = experts if done is None or job.reference is not None else []
+    weights = read_ahead(model, layer, wanted, torch.float32 if done is None else None)
     for start in range(0, len(experts), job.at_once):
         batch = experts[start : start + job.at_once]
+        loaded = dict(itertools.islice(weights, job.at_once))
         if done is None:
-            loaded = dict(itertools.islice(weights, job.at_once))
-            solved = solve_experts(job.stream, layer, loaded, positions, pooled, sample, job.options)
-            del loaded
+            assert pooled is not None
+            hessian, sample, originals = pooled
+            options = job.options.of_layer(layer)
+            solved = solve_experts(job.stream, layer, loaded, positions, hessian, sample, options, originals)
         else:
             solved = [_read_expert(job, stored, layer, expert) for expert in batch]
+        if job.reference is not None:
+            add_originals(job.reference, layer, loaded, theirs)
+        del loaded
         for expert, coded in zip(batch, solved, strict=True):
             tokens, slots = positions[expert]
             with phase("forward"):
@@ -263,11 +279,9 @@ def _expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> di
 
 
 def _packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
-    module, options = name.removesuffix(".weight"), job.options
+    module, scheme = name.removesuffix(".weight"), job.options.scheme_of(layer_of(name))
     with phase("pack"):
-        return compressed_layout.layer_tensors(
-            module, matrix.codes, matrix.scales, options.scheme, options.stored_dtype
-        )
+        return compressed_layout.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
 
 
 def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
@@ -297,7 +311,7 @@ def _write_outer(job: Job) -> None:
     note: dict[str, Any] = {"linears": {}}
     for name in job.names.get(None, []):
         if name == "lm_head.weight" and Include.LM_HEAD in job.include:
-            matrix, error = solve_head(job.stream, job.options)
+            matrix, error = solve_head(job.stream, job.options, job.originals)
             entries += [tensor_entry(*pair) for pair in _packed(job, name, matrix).items()]
             note["linears"][name] = error
         else:
@@ -334,7 +348,7 @@ def _read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
     names = [module + suffix for suffix in compressed_layout.SUFFIXES]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
-    codes, scales = compressed_layout.read_layer(module, tensors, job.options.scheme)
+    codes, scales = compressed_layout.read_layer(module, tensors, job.options.scheme_of(layer_of(name)))
     return Coded(codes=codes, scales=scales)
 
 
@@ -350,7 +364,7 @@ def _read_expert(job: Job, stored: Mapping[str, Stored], layer: int, expert: int
 
 def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Index, config, tokenizer, moepress.json; then the folder takes its final name."""
-    run, source = job.run, job.stream.model.source
+    run, source, options = job.run, job.stream.model.source, job.options
     weight_map: dict[str, str] = {}
     total = 0
     for piece, name in job.piece_names.items():
@@ -361,18 +375,21 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
         total += sum(entry.bytes for entry in entries.values())
     write_index(run.folder, weight_map, total)
     ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include)
+    groups = config_groups(source, options.scheme, options.layer_bits, job.include)
     config = dict(source.config) | {
-        "quantization_config": compressed_layout.quantization_config(job.options.scheme, ignored)
+        "quantization_config": compressed_layout.quantization_config(options.scheme, ignored, groups)
     }
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0
     write_json(run.folder / "config.json", config)
     copied = copy_companions(companions, run.folder)
     dropped = sum(len(names) for n, names in job.names.items() if (n or 0) >= job.stream.model.shape.layers)
-    notes = mtp_note(dropped, {}, job.stream.model.shape.experts)
+    notes = mtp_note(dropped, {}, job.stream.model.shape.experts) + mixed_note(groups)
     result = {"bytes_after": total, "copied": copied, "notes": notes, **layer_report(run.pieces.values())}
-    scheme = {"bits": job.options.scheme.bits, "group_size": job.options.scheme.group_size}
-    note = {"moepress": __version__, "stage": "quantize", "scheme": scheme, "include": sorted(job.include), **result}
+    if options.layer_bits:
+        result["layer_bits"] = {str(layer): bits for layer, bits in sorted(options.layer_bits.items())}
+    note = {"moepress": __version__, "stage": "quantize", "include": sorted(job.include), **result}
+    note["scheme"] = {"bits": options.scheme.bits, "group_size": options.scheme.group_size}
     write_json(run.folder / "moepress.json", note | dict(summary))
     for name in [p for p in run.pieces if p.startswith("hidden-")]:
         run.drop(name)

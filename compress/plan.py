@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress.calibration.profile import Profile
+from moepress.compress.budget import Alternative, Budget
 from moepress.compress.scoring import (
     Criterion,
     Groups,
@@ -20,10 +21,11 @@ from moepress.compress.scoring import (
     super_experts,
     unsupported,
 )
-from moepress.converters.scheme import Scheme
+from moepress.compress.sizes import part_sizes
+from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.checkpoint import read_json
-from moepress.models.family import Part, Shape, require_legal
+from moepress.models.family import Shape, require_legal
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 COLLAPSE_NOTE = (
@@ -83,6 +85,9 @@ class Plan(BaseModel):
     experts: int = Field(gt=0)
     keep: dict[int, list[int]]
     quantization: Quantization | None
+    layer_bits: dict[int, int] = {}
+    budget: Budget | None = None
+    alternatives: list[Alternative] = []
     loss: dict[str, DomainLoss]
     stability: float
     protected: dict[int, list[int]]
@@ -128,8 +133,18 @@ def make_plan(
     weights: Mapping[str, float] | None = None,
     groups: Groups = Groups.BALANCED,
     scheme: Scheme | None = None,
+    layer_bits: Mapping[int, int] | None = None,
 ) -> Plan:
     """Decide what stays. Pure: the same profile and options give the same plan.
+
+    Args:
+        profile: how the model uses its experts.
+        count: experts that stay in every layer.
+        criterion: what they are ranked by; None for the default.
+        weights: per domain; 1 where none is given.
+        groups: what becomes of the router's groups.
+        scheme: bits and group size; None for pruning alone.
+        layer_bits: bits of the routed experts where they differ by layer, for all MoE layers.
 
     Raises:
         UsageError: the count is not legal, a domain is unknown, or the group size does not divide the matrices.
@@ -155,11 +170,12 @@ def make_plan(
         experts=count,
         keep=kept,
         quantization=Quantization(bits=scheme.bits, group_size=scheme.group_size) if scheme else None,
+        layer_bits=dict(layer_bits or {}),
         loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d]) for d in profile.domains},
         stability=stability(profile, selection) if prunes else 1.0,
         protected={layer: found for layer, found in super_experts(profile).items() if found},
         unsupported=few,
-        sizes=estimate_sizes(profile.inventory, shape, count, scheme),
+        sizes=estimate_sizes(profile.inventory, shape, count, scheme, layer_bits),
         calibration=dict(profile.calibration),
         notes=_notes(profile, chosen, few, prunes=prunes),
     )
@@ -175,34 +191,17 @@ def _notes(profile: Profile, criterion: Criterion, few: Mapping[int, Sequence[in
     return notes
 
 
-def estimate_sizes(inventory: Mapping[str, Any], shape: Shape, count: int, scheme: Scheme | None) -> Sizes:
+def estimate_sizes(
+    inventory: Mapping[str, Any],
+    shape: Shape,
+    count: int,
+    scheme: Scheme | None,
+    layer_bits: Mapping[int, int] | None = None,
+) -> Sizes:
     """Bytes of all weights before and after; quantization of the routed experts only, the MTP layer dropped."""
     before = sum(int(row["bytes"]) for row in inventory.values())
-    return Sizes(before_bytes=before, after_bytes=round(sum(part_sizes(inventory, shape, count, scheme).values())))
-
-
-def part_sizes(inventory: Mapping[str, Any], shape: Shape, count: int, scheme: Scheme | None) -> dict[Part, float]:
-    """Bytes of every part of the result.
-
-    Pruning copies bytes. Quantizing an fp8 model stores the rest as bf16; scales have the model's dtype.
-    """
-    parts = {Part(name): (int(row["bytes"]), int(row["parameters"])) for name, row in inventory.items()}
-    routed_bytes, routed_parameters = parts.get(Part.ROUTED, (0, 0))
-    share = count / shape.experts
-    rest = {part: float(size) for part, (size, _) in parts.items() if part not in {Part.ROUTED, Part.MTP}}
-    rest[Part.ROUTER] = rest.get(Part.ROUTER, 0) * share
-    if scheme is None:
-        return rest | {Part.ROUTED: routed_bytes * share}
-    # A third of an expert is down [D, F], with the expert's width as its input; the rest has the hidden size.
-    scale_bits = 32 if routed_bytes >= 4 * routed_parameters else 16
-    inputs = (shape.hidden, shape.hidden, shape.expert_width)
-    bits = sum(scheme.bits_per_weight(columns, scale_bits) for columns in inputs) / 3
-    rest |= {p: 2.0 * parts[p][1] for p in rest if p in parts and p is not Part.ROUTER and _is_fp8(*parts[p])}
-    return rest | {Part.ROUTED: routed_parameters * share * bits / 8}
-
-
-def _is_fp8(size_bytes: int, parameters: int) -> bool:
-    return size_bytes < 2 * parameters
+    after = sum(part_sizes(inventory, shape, count, scheme, layer_bits).values())
+    return Sizes(before_bytes=before, after_bytes=round(after))
 
 
 def plan_text(plan: Plan) -> str:
@@ -238,7 +237,18 @@ def load_plan(file: Path) -> Plan:
                 f"{file}: layer {layer} keeps {len(kept)} experts and the plan says {plan.experts}; no runtime takes "
                 "counts that differ by layer."
             )
+    _check_layer_bits(file, plan)
     return plan
+
+
+def _check_layer_bits(file: Path, plan: Plan) -> None:
+    if not plan.layer_bits:
+        return
+    if plan.quantization is None or set(plan.layer_bits) != set(plan.keep):
+        raise InvalidInputError(f"{file}: layer_bits must name each layer of keep once, beside a quantization.")
+    wrong = sorted(set(plan.layer_bits.values()) - set(SUPPORTED_BITS))
+    if wrong:
+        raise InvalidInputError(f"{file}: layer_bits holds {wrong[0]}; supported are 2, 3, 4 and 8 bits.")
 
 
 def check_plan(plan: Plan, shape: Shape, layers: Sequence[int], model: str | None) -> None:

@@ -1,4 +1,7 @@
-"""Rewrite a checkpoint by a plan: copy, rename, slice. Nothing is dequantized; memory is one chunk of one tensor."""
+"""Rewrite a checkpoint by a plan: copy, rename, slice. Nothing is dequantized; memory is one chunk of one tensor.
+
+A repair scales down projections as they are copied (of fp8 weights their block scales) and replaces router biases.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,20 +12,26 @@ import torch
 from moepress import __version__
 from moepress.compress.mtp import Mtp, mtp_keep_sets, mtp_note
 from moepress.compress.plan import Plan
+from moepress.compress.repair_walk import drop_walk
+from moepress.compress.repaired import Edits, Repairs, edits_of, scaled
 from moepress.journal import Run
 from moepress.models.checkpoint import Checkpoint, nonfinite
-from moepress.models.experts import is_fused, mtp_layers, pruned_config, router_disk_names
+from moepress.models.experts import is_fused, mtp_layers, prune_source, pruned_config, router_disk_names
 from moepress.models.family import layer_of
-from moepress.models.safetensors_file import DTYPES, Stored, read_bytes
+from moepress.models.safetensors_file import DTYPES, Stored, read_bytes, tensor_bytes
 from moepress.models.skeleton import check_mtp, check_tensors
-from moepress.models.writer import Entry, copy_companions, write_index, write_json, write_shard
+from moepress.models.writer import Chunk, Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
 from moepress.phases import phase
 from moepress.progress import track
 
 CHUNK_BYTES = 32 << 20
+_NOTHING = Edits(factors={}, tensors={})
+_SCALES = "_scale_inv"
 
 
-def prune(checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP) -> dict[str, Any]:
+def prune(
+    checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP, repairs: Repairs | None = None
+) -> dict[str, Any]:
     """Write the pruned model into the run's folder and finish the run; every shard is a piece.
 
     Args:
@@ -30,9 +39,10 @@ def prune(checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP) 
         plan: held against the checkpoint by `check_plan` before.
         run: the output in the making.
         mtp: whether the multi-token-prediction layer goes or stays, pruned like the others.
+        repairs: what is changed besides, made for this plan; without them every tensor keeps its bytes.
 
     Returns:
-        Bytes before and after, tensors written, notes.
+        Bytes before and after, tensors written, repairs, notes.
 
     Raises:
         InvalidInputError: tensors are missing or surplus, or hold NaN or Inf.
@@ -40,7 +50,8 @@ def prune(checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP) 
     with phase("check"):
         check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
     predicting = mtp_keep(checkpoint, plan, mtp)
-    planned = planned_entries(checkpoint, {**plan.keep, **predicting})
+    edits = edits_of(prune_source(checkpoint, plan.keep, degroup=plan.degroup), repairs) if repairs else _NOTHING
+    planned = planned_entries(checkpoint, {**plan.keep, **predicting}, edits)
     with track("prune", len(planned)) as advance:
         for shard, entries in planned.items():
             if run.done(shard) is None:
@@ -66,9 +77,13 @@ def prune(checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP) 
         "copied": copied,
         "notes": mtp_note(dropped, predicting, plan.experts_before),
     }
+    if repairs is not None:
+        result["repair"] = repairs.model_dump(mode="json")
     write_json(
         run.folder / "moepress.json", {"moepress": __version__, "stage": "prune", **result, "plan": _summary(plan)}
     )
+    if repairs is not None:
+        drop_walk(run)
     run.finish()
     return result
 
@@ -101,7 +116,9 @@ def planned_bytes(planned: Mapping[str, Sequence[Entry]]) -> int:
     return sum(entry.bytes for entries in planned.values() for entry in entries)
 
 
-def planned_entries(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> dict[str, list[Entry]]:
+def planned_entries(
+    checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]], edits: Edits = _NOTHING
+) -> dict[str, list[Entry]]:
     """What the shards of the original become, tensors in their original order; a shard without any is not there.
 
     One pass over all tensors: a model may have a hundred thousand of them, in hundreds of shards.
@@ -109,6 +126,7 @@ def planned_entries(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -
     Args:
         checkpoint: the original.
         keep: layer -> experts kept, ascending. A layer behind the last that is not among them is dropped.
+        edits: what a repair changes; by default nothing.
     """
     selected = _selected_rows(checkpoint, keep)
     positions = {layer: {old: new for new, old in enumerate(kept)} for layer, kept in keep.items()}
@@ -119,7 +137,7 @@ def planned_entries(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -
     for shard, tensors in by_shard.items():
         stay = [t for t in tensors if (layer_of(t.name) or 0) < layers or layer_of(t.name) in keep]
         stay.sort(key=lambda stored: stored.begin)
-        entries = [entry for stored in stay if (entry := _entry(checkpoint, stored, positions, selected))]
+        entries = [entry for stored in stay if (entry := _entry(checkpoint, stored, positions, selected, edits))]
         if entries:
             planned[shard] = entries
     return planned
@@ -130,17 +148,23 @@ def _entry(
     stored: Stored,
     positions: Mapping[int, Mapping[int, int]],
     selected: Mapping[str, Sequence[int]],
+    edits: Edits,
 ) -> Entry | None:
     """What a tensor becomes; None when it is a pruned expert's."""
-    if stored.name in selected:
-        return _rows_entry(stored, selected[stored.name], checkpoint.allow_nonfinite)
     name = stored.name
+    if name in edits.tensors:
+        return tensor_entry(name, edits.tensors[name])
+    if name in selected:
+        return _rows_entry(stored, selected[name], checkpoint.allow_nonfinite, edits.factors.get(name))
     found = checkpoint.family.expert_of(name)
     if found is not None and found[0] in positions:
         if found[1] not in positions[found[0]]:
             return None
         name = checkpoint.family.renumber(found[0], positions[found[0]][found[1]], found[2])
-    data = functools.partial(_copy, stored, [(0, stored.bytes)], checkpoint.allow_nonfinite)
+    # Of an fp8 weight it is the block scales that take the factor, and its own bytes stay.
+    scales = stored.dtype != "F8_E4M3"
+    factors = edits.factors.get(name.removesuffix(_SCALES)) if scales else None
+    data = functools.partial(_copy, stored, [(0, stored.bytes)], checkpoint.allow_nonfinite, factors)
     return Entry(name=name, dtype=stored.dtype, shape=stored.shape, bytes=stored.bytes, data=data)
 
 
@@ -156,7 +180,7 @@ def _selected_rows(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) ->
     return rows
 
 
-def _rows_entry(stored: Stored, kept: Sequence[int], allow_nonfinite: bool) -> Entry:
+def _rows_entry(stored: Stored, kept: Sequence[int], allow_nonfinite: bool, factors: Sequence[float] | None) -> Entry:
     row = stored.bytes // stored.shape[0]
     ranges = [(index * row, row) for index in kept]
     return Entry(
@@ -164,15 +188,18 @@ def _rows_entry(stored: Stored, kept: Sequence[int], allow_nonfinite: bool) -> E
         dtype=stored.dtype,
         shape=(len(kept), *stored.shape[1:]),
         bytes=row * len(kept),
-        data=functools.partial(_copy, stored, ranges, allow_nonfinite),
+        data=functools.partial(_copy, stored, ranges, allow_nonfinite, factors),
     )
 
 
-def _copy(stored: Stored, ranges: list[tuple[int, int]], allow_nonfinite: bool) -> Iterator[bytearray]:
+def _copy(
+    stored: Stored, ranges: list[tuple[int, int]], allow_nonfinite: bool, factors: Sequence[float] | None
+) -> Iterator[Chunk]:
+    """The bytes of these ranges in chunks, each range times its factor where there are factors."""
     check: Callable[[bytearray], bool] = (
         (lambda _chunk: True) if allow_nonfinite else functools.partial(_finite, stored.dtype)
     )
-    for begin, length in ranges:
+    for number, (begin, length) in enumerate(ranges):
         for offset in range(begin, begin + length, CHUNK_BYTES):
             size = min(CHUNK_BYTES, begin + length - offset)
             with phase("read", size=size):
@@ -181,7 +208,12 @@ def _copy(stored: Stored, ranges: list[tuple[int, int]], allow_nonfinite: bool) 
                 sound = check(chunk)
             if not sound:
                 raise nonfinite(stored)
-            yield chunk
+            yield chunk if factors is None else _times(stored, chunk, factors[number])
+
+
+def _times(stored: Stored, chunk: bytearray, factor: float) -> memoryview:
+    values = scaled(torch.frombuffer(chunk, dtype=DTYPES[stored.dtype]), factor)
+    return tensor_bytes(values)
 
 
 def _finite(dtype: str, chunk: bytearray) -> bool:

@@ -123,7 +123,11 @@ def read_layer(module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme) 
     return unpack_compressed(packed, scheme.bits, in_features), scales
 
 
-def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
+"""Targets (module names, `re:` patterns, or `Linear` for all) and the scheme of the modules that they mean."""
+
+
+def quantization_config(scheme: Scheme, ignore: Sequence[str], mixed: Groups = ()) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     `actorder: static` tells readers that the columns may have been solved in another order, and that groups are in
@@ -132,22 +136,12 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
     Args:
         scheme: bits and group size; group size -1 becomes the strategy `channel`.
         ignore: names of the Linears (and routers) that are not quantized, as in the checkpoint, or `re:` patterns.
+        mixed: several widths, each with the modules that have it, in place of `scheme` for all Linears.
 
     Returns:
         A JSON object that `compressed_tensors.QuantizationConfig` accepts.
     """
-    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False}
-    if scheme.group_size == PER_CHANNEL:
-        weights |= {"strategy": "channel"}
-    else:
-        weights |= {"strategy": "group", "group_size": scheme.group_size, "actorder": "static"}
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": FORMAT,
-    }
+    groups = mixed or ((("Linear",), scheme),)
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
@@ -155,7 +149,22 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "ignore": list(ignore),
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{n}": _config_group(*group) for n, group in enumerate(groups)},
+    }
+
+
+def _config_group(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False}
+    if scheme.group_size == PER_CHANNEL:
+        weights |= {"strategy": "channel"}
+    else:
+        weights |= {"strategy": "group", "group_size": scheme.group_size, "actorder": "static"}
+    return {
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
     }
 
 
@@ -177,9 +186,6 @@ def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
     if len(groups) > 1:
         raise UnsupportedError(f"quantization_config has {len(groups)} config groups: mixed bits, where one is wanted.")
     return groups[0][1], ignore
-
-
-Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
 
 
 def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:

@@ -76,10 +76,11 @@ class Scratch:
     Args:
         folder: for the files.
         memory_bytes: the limit; half of it is for buffers in memory.
+        name: its files begin with it; two that share a folder need two names.
     """
 
-    def __init__(self, folder: Path, memory_bytes: int) -> None:
-        self.folder, self.left_bytes = folder, memory_bytes // 2
+    def __init__(self, folder: Path, memory_bytes: int, name: str = "scratch") -> None:
+        self.folder, self.left_bytes, self.name = folder, memory_bytes // 2, name
         self.files: dict[str, Path] = {}
         self._maps: list[mmap.mmap] = []
         self._opened: list[FileIO] = []
@@ -145,7 +146,7 @@ class Scratch:
         return fits
 
     def _file(self, name: str, size: int) -> FileIO:
-        path = self.files[name] = self.folder / f"scratch-{name}.tmp"
+        path = self.files[name] = self.folder / f"{self.name}-{name}.tmp"
         with suppress(PermissionError):
             path.unlink(missing_ok=True)  # a buffer of that name before this one keeps its content
         file = FileIO(path, "w+")

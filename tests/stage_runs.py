@@ -17,9 +17,10 @@ from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import Profile, collect, describe_corpus, fingerprint
 from moepress.compress.experts import QuantizeOptions
 from moepress.compress.linears import Include
-from moepress.compress.pipeline import model_dtype, quantize, scale_value_dtype
+from moepress.compress.pipeline import quantize
 from moepress.compress.plan import Plan, Quantization, Sizes
 from moepress.compress.pruning import prune
+from moepress.compress.schemes import model_dtype, scale_value_dtype
 from moepress.compress.scoring import Criterion, Groups
 from moepress.converters.scheme import Scheme
 from moepress.journal import open_run
@@ -128,6 +129,9 @@ def quantized_folder(
     scheme: Scheme = G32,
     include: Sequence[Include] = (),
     hessian: HessianOptions | None = None,
+    layer_bits: Mapping[int, int] | None = None,
+    limits: Limits = LIMITS,
+    max_pieces: int | None = None,
 ) -> dict[str, Any]:
     """`moepress quantize` on these windows; returns its result."""
     checkpoint = open_checkpoint(folder)
@@ -138,18 +142,20 @@ def quantized_folder(
         scale_dtype=scale_value_dtype(stored),
         stored_dtype=stored,
         hessian=hessian or HessianOptions(),
+        layer_bits=layer_bits or {},
     )
     model = StreamedModel(source, device=CPU, dtype=torch.float32)
-    with open_run(out, {}) as run:
+    with open_run(out, {}, resume=max_pieces is not None) as run:
         return quantize(
             model,
             corpus_of(windows),
             run,
-            LIMITS,
+            limits,
             options=options,
             include=frozenset(include),
             companions=folder,
             summary={},
+            max_pieces=max_pieces,
         )
 
 

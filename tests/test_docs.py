@@ -19,7 +19,7 @@ from moepress.compress.gptq import SolverOptions
 from moepress.compress.plan import Plan
 from moepress.compress.scoring import Criterion
 from moepress.models.families import FAMILIES
-from moepress.recipe import Recipe
+from moepress.recipe_file import Recipe
 from moepress.validation.schema import Report
 
 ROOT = Path(__file__).resolve().parents[1]

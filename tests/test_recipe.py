@@ -11,10 +11,13 @@ import yaml
 from stage_runs import command
 
 from moepress import comparison, recipe
+from moepress.compress.plan import load_plan
+from moepress.converters.artifact import open_artifact
 from moepress.converters.onnx_folder import open_onnx
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.journal import open_run, partial_folder
-from moepress.recipe import check_recipe, load_recipe, make_recipe, run_recipe
+from moepress.recipe import run_recipe
+from moepress.recipe_file import check_recipe, load_recipe, make_recipe
 from moepress.validation.schema import Report
 from moepress.validation.timing import Bench
 
@@ -93,6 +96,12 @@ def test_a_resume_with_another_setting_is_refused_by_its_name(finished: Path) ->
         ({"group_size": 96}, "--group-size 96 does not divide the 128"),
         ({"include": ["lm_head"]}, "exclude each other"),
         ({"bits": 5}, "--bits 5 is not supported"),
+        ({"context": 64}, "--context and --mixed-bits go with --budget or --target"),
+        ({"budget": 1 << 20}, "The smallest possible result, 12 experts at 2 bits, takes 3"),
+        ({"budget": 1 << 30, "target": "rtx-3090"}, "Give either --budget"),
+        ({"target": "rtx-1"}, "--target rtx-1 is not in the table"),
+        ({"budget": 1 << 30, "mixed_bits": True}, "--mixed-bits and --to gptq exclude each other"),
+        ({"budget": 1 << 30, "mixed_bits": True, "bits": 4}, "leave out --bits"),
         ({"to": ["onnx"], "bits": 3}, "3-bit codes can not be exported to ONNX"),
         ({"to": ["onnx"], "group_size": 8}, "Groups of 8 columns can not be exported to ONNX"),
     ],
@@ -119,6 +128,20 @@ def test_a_broken_recipe_is_refused_in_one_line(tmp_path: Path, text: str, messa
     with pytest.raises(InvalidInputError, match=message) as caught:
         make_recipe(load_recipe(file))
     assert "\n" not in str(caught.value)
+
+
+def test_a_budget_decides_experts_and_bits_and_the_result_fits(tmp_path: Path) -> None:
+    out, limit = tmp_path / "out", 7 << 19
+    small = {k: v for k, v in SMALL.items() if k not in ("keep", "group_size", "to")}
+    report = run_recipe(make_recipe(small | {"budget": limit}), out)
+    plan = load_plan(out / "plan.json")
+    assert plan.alternatives
+    assert plan.quantization is not None
+    assert open_artifact(out / "model").total_bytes == report.subjects[-1].stored_bytes <= limit
+    assert open_artifact(out / "model").scheme == plan.quantization.scheme()
+    assert report.subjects[-1].label.endswith(f"{plan.quantization.bits} bit")
+    written = load_recipe(out / "recipe.yaml")
+    assert (written["keep"], written["bits"], written["budget"]) == (None, None, limit)
 
 
 def test_equal_weights_keep_the_default_criterion() -> None:

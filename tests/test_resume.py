@@ -54,6 +54,8 @@ def work(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     arguments["quantize"] = ["quantize", str(model), "--plan", str(folder / "plan.json"), "--include", "shared", *text]
     finish([*arguments["quantize"], "-o", str(folder / "quantize")])
     finish([*arguments["prune"], "-o", str(folder / "prune")])
+    arguments["repair"] = [*arguments["prune"], "--repair", "gain,bias", *text]
+    finish([*arguments["repair"], "-o", str(folder / "repair")])
     arguments["export"] = ["export", str(folder / "quantize"), "--to", "gptq"]
     finish([*arguments["export"], "-o", str(folder / "export")])
     return Work(model=model, arguments=arguments, whole={name: content(folder / name) for name in arguments})
@@ -97,7 +99,7 @@ def resume(arguments: Sequence[str], out: Path) -> None:
     assert not partial_folder(out).exists()
 
 
-KILLED_AT = {"profile": 4, "prune": 3, "quantize": 5, "export": 2}
+KILLED_AT = {"profile": 4, "prune": 3, "repair": 5, "quantize": 5, "export": 2}
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +220,7 @@ def test_a_finished_piece_that_was_changed_is_refused(work: Work, killed: Killed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["profile", "prune", "quantize", "export"])
+@pytest.mark.parametrize("name", ["profile", "prune", "repair", "quantize", "export"])
 def test_twenty_random_kills_change_nothing(work: Work, tmp_path: Path, name: str) -> None:
     """Runs that are killed again and again, a random moment after some piece, until each gets through."""
     draw, out, arguments = random.Random(f"kills:{name}"), tmp_path / "out", work.arguments[name]
@@ -240,7 +242,7 @@ def test_twenty_random_kills_change_nothing(work: Work, tmp_path: Path, name: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["profile", "prune", "quantize", "export"])
+@pytest.mark.parametrize("name", ["profile", "prune", "repair", "quantize", "export"])
 def test_a_kill_after_each_piece_changes_nothing(work: Work, tmp_path: Path, name: str) -> None:
     landed = 0
     for at_line in range(1, 40):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepress.compress.plan import Plan
+from moepress.compress.schemes import bits_text
 from moepress.converters.scheme import Scheme
 from moepress.validation.schema import Calibration, DomainLoss, ExpertName, LayerError, Pruning, Quantization
 
@@ -25,8 +26,9 @@ def pruning_section(plan: Plan) -> Pruning:
 def quantization_section(result: Mapping[str, Any], scheme: Scheme, plan: Plan | None) -> Quantization:
     """What the report says of the quantization."""
     group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
+    bits = bits_text(plan.layer_bits.values() if plan and plan.layer_bits else [scheme.bits])
     return Quantization(
-        scheme=f"{scheme.bits} bit {group}, symmetric",
+        scheme=f"{bits} {group}, symmetric",
         layers=tuple(LayerError(layer=int(n), mean_relative_error=e) for n, e in result["layer_error"].items()),
         fallback_experts=_experts(result["experts_without_tokens"]) + _experts(result["experts_rounded"]),
         unsupported_experts=_experts(plan.unsupported) if plan else (),

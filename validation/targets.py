@@ -16,6 +16,8 @@ TABLE = Path(__file__).with_name("targets.toml")
 RESERVE = 0.15
 """Share of a card's memory that stays free beside weights and KV cache: activations, the runtime, the screen."""
 TIGHT_RESERVE = 0.05
+DEFAULT_CONTEXT = 8192
+"""Tokens in the KV cache where none are named; fewer where the model's context is shorter."""
 GIB = 1 << 30
 
 

@@ -4,12 +4,14 @@
 #   setup.sh gptqmodel|autogptq|llmcompressor [FOLDER [PYTHON]]
 #
 # FOLDER defaults to ~/.cache/moepress-peers/NAME, PYTHON to python3 (AutoGPTQ was tried with 3.11). Each
-# peer pins another torch or transformers than moepress, which is why none of them is an extra. The last line printed
-# is the environment's python.
+# peer pins another torch or transformers than moepress, which is why none of them is an extra. Versions are those of
+# NAME.txt beside this file. The CPU is enough; on Linux PyPI's torch brings CUDA's libraries along, and
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives the one without them. The last line printed is the
+# environment's python.
 set -euo pipefail
 
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -21,14 +23,16 @@ case $name in gptqmodel | autogptq | llmcompressor) ;; *) usage ;; esac
 "${3:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
 
+pins=$(cd "$(dirname "$0")" && pwd)/$name.txt
+
 case $name in
     gptqmodel)
         # 7.7.0 asks for torch >= 2.14.1; it runs with 2.13, hence --no-deps.
-        "${pip[@]}" torch==2.13.0 setuptools wheel
-        "${pip[@]}" "transformers>=5.20.2,<6" "accelerate>=1.15" "safetensors>=0.8" "numpy>=2.4.6" threadpoolctl packaging \
+        "${pip[@]}" -c "$pins" torch setuptools wheel
+        "${pip[@]}" -c "$pins" transformers accelerate safetensors numpy threadpoolctl packaging \
             device-smi protobuf pillow requests pypcre tokenicer logbar jinja2 datasets pyarrow dill defuser
-        "${pip[@]}" --no-deps --no-build-isolation gptqmodel==7.7.0
-        "${pip[@]}" --no-deps torchao==0.18.0
+        "${pip[@]}" -c "$pins" --no-deps --no-build-isolation gptqmodel
+        "${pip[@]}" -c "$pins" --no-deps torchao
         check='import gptqmodel, torch; print("gptqmodel", gptqmodel.__version__, "torch", torch.__version__)'
         ;;
     autogptq)
@@ -38,8 +42,8 @@ case $name in
         check='import auto_gptq, torch; print("auto_gptq", auto_gptq.__version__, "torch", torch.__version__)'
         ;;
     llmcompressor)
-        "${pip[@]}" torch==2.13.0
-        "${pip[@]}" "llmcompressor==0.14.*"
+        "${pip[@]}" -c "$pins" torch
+        "${pip[@]}" -c "$pins" llmcompressor
         check='import llmcompressor, torch; print("llmcompressor", llmcompressor.__version__, "torch", torch.__version__)'
         ;;
 esac

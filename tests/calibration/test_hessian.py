@@ -10,10 +10,19 @@ from stage_runs import CPU, LIMITS, keep_of, logits_of, pruned_folder, watched
 from torch import Tensor
 from torch.nn.functional import silu
 
-from moepress.calibration.hessian import HessianOptions, gram, shrink
-from moepress.compress.experts import Coded, _down_hessian, _input_hessian, pooled_hessian, pooled_inputs
+from moepress.calibration.hessian import (
+    HessianOptions,
+    Moments,
+    cross,
+    gram,
+    hessian_for,
+    moments,
+    shrink,
+    shrink_moments,
+)
+from moepress.compress.experts import Coded, _down_moments, _input_moments, _Inputs, pooled_hessian, pooled_inputs
 from moepress.models.checkpoint import open_checkpoint
-from moepress.models.experts import prune_source
+from moepress.models.experts import Expert, prune_source
 from moepress.models.forward import StreamedModel, tokens_of
 from moepress.models.walk import Scratch, Stream, add_experts, first_step, open_stream
 
@@ -40,6 +49,43 @@ def test_gram_of_many_rows_is_summed_in_parts() -> None:
 def test_gram_of_half_precision_rows_is_summed_in_float32() -> None:
     inputs = torch.full((4096, 2), 10.0, dtype=torch.float16)
     assert torch.equal(gram(inputs), torch.full((2, 2), 409_600.0))  # beyond the largest fp16
+
+
+def test_cross_moments_are_of_what_the_original_has_more() -> None:
+    inputs, originals, weights = rows(7), rows(7, seed=1), torch.tensor([0.0, 1.0, 0.5, 2.0, 0.25, 1.0, 3.0])
+    pairs = list(zip(weights, originals, inputs, strict=True))
+    expected = sum(a * torch.outer(y - x, x) for a, y, x in pairs)
+    torch.testing.assert_close(cross(inputs, originals, weights), expected)
+    torch.testing.assert_close(cross(inputs, originals), sum(torch.outer(y - x, x) for _, y, x in pairs))
+    assert torch.equal(cross(inputs, inputs, weights), torch.zeros(5, 5))
+    many, more = rows(20_000), rows(20_000, seed=1)
+    expected = (more.double() - many.double()).T @ many.double()
+    torch.testing.assert_close(cross(many, more).double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_both_moments_are_added_divided_and_shrunk_alike() -> None:
+    inputs, originals, pooled = rows(9), rows(9, seed=1), Moments(hessian=torch.eye(5), cross=2 * torch.eye(5))
+    whole = moments(inputs, originals)
+    parts = moments(inputs[:4], originals[:4])
+    parts.add(moments(inputs[4:], originals[4:]))
+    assert whole.cross is not None
+    assert parts.cross is not None
+    torch.testing.assert_close(parts.hessian, whole.hessian)
+    torch.testing.assert_close(parts.cross, whole.cross)
+    torch.testing.assert_close(whole.over(9).cross, cross(inputs, originals) / 9)
+    shrunk = shrink_moments(whole, 9.0, 9, pooled, 3.0)
+    torch.testing.assert_close(shrunk.hessian, shrink(gram(inputs), 9.0, 9, pooled.hessian, 3.0))
+    torch.testing.assert_close(shrunk.cross, cross(inputs, originals) / 12 + torch.eye(5) / 2)
+    assert moments(inputs).cross is None
+    assert shrink_moments(moments(inputs), 9.0, 9, pooled, 3.0).cross is None
+
+
+def test_targets_have_a_share_of_the_correction_or_none() -> None:
+    assert hessian_for("own") == HessianOptions()
+    assert 0 < hessian_for("original").asymmetry <= 1
+    for asymmetry in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="need 0 <= asymmetry <= 1"):
+            HessianOptions(asymmetry=asymmetry)
 
 
 def test_shrinkage_mixes_the_means_by_the_number_of_tokens() -> None:
@@ -104,13 +150,14 @@ def test_hessians_are_of_the_tokens_that_the_pruned_router_sends(
                 continue
             mass, stacked = torch.tensor(weights), torch.stack(inputs)
             expected = (stacked * mass[:, None]).T @ stacked / mass.sum()
-            found = _input_hessian(stream, positions[expert], pooled, options)
+            inputs_here = _Inputs(stream=stream, originals=None, options=options)
+            found = _input_moments(inputs_here, positions[expert], pooled).hessian
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
             gate, up = model.model.layers[layer].mlp.experts.gate_up_proj[expert].chunk(2)
             middle = silu(stacked @ gate.T) * (stacked @ up.T)
             expected = (middle * mass[:, None]).T @ middle / mass.sum()
-            plain = (coded(gate), coded(up))
-            found = _down_hessian(stream, layer, positions[expert], sample, plain, options)
+            plain, original = (coded(gate), coded(up)), Expert(gate=gate, up=up, down=up.T)
+            found = _down_moments(inputs_here, layer, positions[expert], sample, plain, original).hessian
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
         assert sum(counts) == windows.numel() * stream.model.shape.top_k
         assert len(set(counts)) > 1

@@ -3,6 +3,7 @@
 python estimated_run.py MODEL WORK
 """
 
+import functools
 import json
 import resource
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from moepress import stages
+from moepress.calibration.hessian import hessian_for
 from moepress.converters.scheme import Scheme
 
 CALIBRATION = stages.Calibration(tokens=4_096, window=256)
 MACHINE = stages.Machine(device="cpu", memory_bytes=96 << 20)
-REQUEST = stages.QuantizeRequest(scheme=Scheme(bits=4, group_size=128))
+SCHEME = Scheme(bits=4, group_size=128)
 
 
 def peak_resident_bytes() -> int:
@@ -66,14 +68,17 @@ def main() -> None:
     found = {
         "profile": [profile, watched(work, lambda: stages.profile_stage(model, place, CALIBRATION, MACHINE))],
     }
-    work = work / "quantized"
-    work.mkdir()
 
-    def quantize(*, dry_run: bool) -> dict[str, Any]:
-        out = stages.Output(folder=work / "out")
-        return stages.quantize_stage(model, out, None, REQUEST, CALIBRATION, MACHINE, dry_run=dry_run)
+    def quantize(folder: Path, targets: str, *, dry_run: bool) -> dict[str, Any]:
+        request, out = stages.QuantizeRequest(scheme=SCHEME, hessian=hessian_for(targets)), folder / "out"
+        place = stages.Output(folder=out)
+        return stages.quantize_stage(model, place, None, request, CALIBRATION, MACHINE, dry_run=dry_run)
 
-    found["quantize"] = [quantize(dry_run=True), watched(work, lambda: quantize(dry_run=False))]
+    for name, targets in (("quantize", "own"), ("original", "original")):
+        folder = work / name
+        folder.mkdir()
+        estimate = quantize(folder, targets, dry_run=True)
+        found[name] = [estimate, watched(folder, functools.partial(quantize, folder, targets, dry_run=False))]
     print(json.dumps(found))
 
 

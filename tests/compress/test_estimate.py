@@ -23,8 +23,9 @@ from moepress.compress.estimate import Estimate, estimate_profile, estimate_prun
 from moepress.compress.figures import Figures, figures_of, included_matrices, pressed_sizes
 from moepress.compress.footprint import Workload, buffer_bytes, kept_outputs, least_memory, limits_of, resident
 from moepress.compress.linears import Include
-from moepress.compress.plan import estimate_sizes, part_sizes
+from moepress.compress.plan import estimate_sizes
 from moepress.compress.rates import ASSUMED_READ, Rates, matmul_rate, measure_rates, read_rate
+from moepress.compress.sizes import part_sizes
 from moepress.converters.scheme import Scheme
 from moepress.errors import MoepressError
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
@@ -35,6 +36,7 @@ from moepress.models.walk import Limits, Scratch, open_stream
 
 CPU = torch.device("cpu")
 G128 = Scheme(bits=4, group_size=128)
+STAGES = ("profile", "quantize", "original")  # the last one: quantize with --match original
 # hidden 512, so that matrices weigh more than what every process needs.
 MIDDLING = {
     "hidden_size": 512,
@@ -89,13 +91,13 @@ def runs(model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("stage", ["profile", "quantize"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_time_is_projected_within_a_factor_of_five(runs: dict[str, Any], stage: str) -> None:
     estimate, measured = runs[stage]
     assert measured["seconds"] / 5 < estimate["seconds"] < 5 * measured["seconds"]
 
 
-@pytest.mark.parametrize("stage", ["profile", "quantize"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_peak_memory_is_never_above_the_estimate(runs: dict[str, Any], stage: str) -> None:
     estimate, measured = runs[stage]
     assert measured["memory"] <= estimate["peak_memory_bytes"]
@@ -103,11 +105,31 @@ def test_peak_memory_is_never_above_the_estimate(runs: dict[str, Any], stage: st
 
 
 def test_disk_is_estimated_within_a_fifth(runs: dict[str, Any]) -> None:
-    for stage in ("profile", "quantize"):
+    for stage in STAGES:
         estimate, measured = runs[stage]
         assert estimate["disk_bytes"] == pytest.approx(measured["disk"], rel=0.2)
     estimate, measured = runs["quantize"]
     assert estimate["output_bytes"] == pytest.approx(measured["output"], rel=0.05)
+
+
+def test_the_original_beside_doubles_what_goes_with_tokens(model: Checkpoint, figures: Figures) -> None:
+    for include in ((), (Include.ATTENTION,)):
+        work = workload(memory_bytes=1 << 31)
+        own, original = (
+            estimate_quantize(model, figures, 16, G128, work, RATES, include=include, original_targets=both)
+            for both in (False, True)
+        )
+        assert original.memory["token buffers"] == 2 * own.memory["token buffers"]
+        assert original.disk["hidden states"] == 2 * own.disk["hidden states"]
+        assert original.time["forward"] == 2 * own.time["forward"]
+        assert original.time["targets"] > 0
+        assert original.memory["solver"] > own.memory["solver"]
+        # Where nothing but experts is quantized, both streams share what is loaded of a layer.
+        assert (original.memory["layer"] > own.memory["layer"]) == bool(include)
+        assert original.output_bytes == own.output_bytes
+    small = workload(memory_bytes=1 << 20)
+    own, original = (buffer_bytes(figures, small, limits_of(figures, small), observe=False, streams=n) for n in (1, 2))
+    assert sum(original) == 2 * sum(own)
 
 
 def test_sizes_by_part_add_up_to_the_plan_s(model: Checkpoint, figures: Figures) -> None:

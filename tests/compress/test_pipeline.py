@@ -23,12 +23,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moepress.calibration.hessian import HessianOptions
-from moepress.compress import pieces
+from moepress.compress import pieces, pipeline
 from moepress.compress.experts import QuantizeOptions, pooled_hessian, pooled_inputs, solve_experts
 from moepress.compress.grid import absmax_scales, round_to_nearest
 from moepress.compress.linears import Include
 from moepress.compress.pieces import layer_report
-from moepress.compress.pipeline import check_scheme
+from moepress.compress.schemes import check_scheme
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
 from moepress.errors import UsageError
@@ -161,6 +161,16 @@ def test_calibration_flows_through_the_pruned_and_quantized_layers(
         assert all(torch.equal(a, b) for a, b in zip(codes_from(artifact), written, strict=True))
         other = codes_from(source)  # on the unquantized layers' output it would be another solution
     assert not all(torch.equal(a, b) for a, b in zip(other, written, strict=True))
+
+
+@pytest.mark.parametrize("key", ["deepseek_v3", "qwen3_moe"])
+def test_one_forward_pass_that_waits_gives_the_bytes_of_one_for_each_linear(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    quantized_folder(tiny_model(key), WINDOWS, tmp_path / "waits", include=EVERYTHING, scheme=G16)
+    monkeypatch.setattr(pipeline, "steps_fit", lambda _stream: False)
+    quantized_folder(tiny_model(key), WINDOWS, tmp_path / "again", include=EVERYTHING, scheme=G16)
+    assert content(tmp_path / "waits") == content(tmp_path / "again")
 
 
 @pytest.mark.parametrize("power", [1, 2])

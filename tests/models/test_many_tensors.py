@@ -19,9 +19,9 @@ from moepress.compress.experts import QuantizeOptions
 from moepress.compress.linears import Include, unquantized_modules
 from moepress.compress.mtp import Mtp
 from moepress.compress.pieces import piece_names, plan_chunks
-from moepress.compress.pipeline import check_scheme
 from moepress.compress.plan import check_plan, make_plan
 from moepress.compress.pruning import mtp_keep, planned_bytes, planned_entries
+from moepress.compress.schemes import check_scheme
 from moepress.converters.scheme import Scheme
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import moe_layers, prune_source

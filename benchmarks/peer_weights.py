@@ -1,0 +1,59 @@
+"""Other tools' quantized folders as subjects of a measurement, and a second reading that holds ours to account."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peers.read_gptq import codes_of, dequantize, matrices
+from safetensors import safe_open
+
+from moepress.converters.artifact import Artifact, open_artifact
+
+
+def open_exact(folder: Path) -> Artifact:
+    """A quantized folder whose weights are codes times scales in fp32, whichever tool made it."""
+    return replace(open_artifact(folder), exact=True)
+
+
+def check_reading(artifact: Artifact) -> int:
+    """Compare every quantized weight with an unpacking that shares no code with ours; returns how many there are.
+
+    Raises:
+        SystemExit: a weight differs, or one is read by one side only.
+    """
+    bits, count = artifact.scheme.bits, 0
+    unpacked = _gptq(artifact.folder, bits) if artifact.layout == "gptq" else _compressed(artifact.folder, bits)
+    for module, weight_OI in unpacked:
+        if not torch.equal(artifact.read(f"{module}.weight"), weight_OI):
+            raise SystemExit(f"{artifact.folder}: {module} is not its codes times its scales")
+        count += 1
+    known = sum(artifact.is_quantized(name) for name in artifact.shapes)
+    if count != known:
+        raise SystemExit(f"{artifact.folder}: {count} quantized matrices are stored, {known} are read")
+    return count
+
+
+def quantized_names(artifact: Artifact) -> set[str]:
+    """Weights that are stored as codes."""
+    return {name for name in artifact.shapes if artifact.is_quantized(name)}
+
+
+def _gptq(folder: Path, bits: int) -> Iterator[tuple[str, torch.Tensor]]:
+    for module, matrix in matrices(folder):
+        yield module, dequantize(matrix, bits).T
+
+
+def _compressed(folder: Path, bits: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The layout's own words: q + 2^(bits-1) along in, least significant bits first."""
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                if not name.endswith(".weight_packed"):
+                    continue
+                module = name.removesuffix(".weight_packed")
+                rows, columns = tensors.get_tensor(f"{module}.weight_shape").tolist()
+                stored_OI = torch.from_numpy(codes_of(tensors.get_tensor(name).T.contiguous(), bits).T.copy())
+                codes_OI = stored_OI[:, :columns].float() - 2 ** (bits - 1)
+                scales_OG = tensors.get_tensor(f"{module}.weight_scale").float()
+                yield module, codes_OI * scales_OG.repeat_interleave(columns // scales_OG.shape[1], dim=1)[:rows]

@@ -1,0 +1,135 @@
+"""moepress, GPTQModel and llm-compressor as commands: one task, the same calibration windows, a process each."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from setting import ROOT
+
+from moepress.calibration.corpus import Corpus
+from moepress.converters.scheme import Scheme
+from moepress.models.checkpoint import open_checkpoint
+from moepress.stages import Calibration, load_corpus
+
+TOOLS = ("moepress", "gptqmodel", "llmcompressor")
+NAMES = {"moepress": "moepress", "gptqmodel": "GPTQModel", "llmcompressor": "llm-compressor"}
+INCLUDE = ("attention", "shared", "dense")
+ENVIRONMENTS = Path.home() / ".cache" / "moepress-peers"  # where peers/setup.sh makes them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What each tool is given.
+
+    Attributes:
+        model: the folder.
+        scheme: bits and group size.
+        calibration: the text; the peers get the windows that moepress cuts of it.
+        threads: of matrix products.
+    """
+
+    model: Path
+    scheme: Scheme
+    calibration: Calibration
+    threads: int
+
+
+def peer_python(tool: str) -> Path | None:
+    """The interpreter of a peer's environment; None where there is none."""
+    python = ENVIRONMENTS / tool / "bin" / "python"
+    return python if python.exists() else None
+
+
+def available(tools: Sequence[str]) -> list[str]:
+    """Those tools that can run here; the others are said on stderr."""
+    found = []
+    for tool in tools:
+        if tool == "moepress" or peer_python(tool):
+            found.append(tool)
+        else:
+            print(f"{NAMES[tool]} is left out: make it by benchmarks/peers/setup.sh {tool}", file=sys.stderr)
+    return found
+
+
+def calibration_corpus(task: Task) -> Corpus:
+    """The windows that `moepress quantize` takes for this task."""
+    shape = open_checkpoint(task.model).shape
+    return load_corpus(task.model, task.calibration, context=shape.context, vocabulary=shape.vocabulary)
+
+
+def write_windows(task: Task, file: Path) -> Corpus:
+    """The calibration windows as a file for the peers."""
+    corpus = calibration_corpus(task)
+    save_file({"input_ids": corpus.windows.contiguous()}, file)
+    return corpus
+
+
+def run_tool(tool: str, task: Task, out: Path, windows: Path) -> dict[str, Any]:
+    """Quantize with a tool in a process of its own; what it says goes to OUT.log.
+
+    Returns:
+        wall_seconds, cpu_seconds, peak_rss_bytes of the whole process; seconds_quantize without imports, loading and
+        saving, for moepress without reading the text; version.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    report, log, timings = (out.parent / f"{out.name}.{kind}" for kind in ("json", "log", "timings"))
+    command = _moepress(task, out, timings) if tool == "moepress" else _peer(tool, task, out, windows)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "CUDA_VISIBLE_DEVICES": ""}  # all on the CPU
+    with log.open("w") as said:
+        launcher = [sys.executable, str(Path(__file__).with_name("timed.py")), str(report), *command]
+        done = subprocess.run(
+            launcher, stdout=said, stderr=subprocess.STDOUT, env=environment, cwd=out.parent, check=False
+        )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{log.read_text()[-3000:]}")
+    figures = json.loads(report.read_text())
+    return figures | (_moepress_says(timings) if tool == "moepress" else _peer_says(log))
+
+
+def _moepress(task: Task, out: Path, timings: Path) -> list[str]:
+    calibration = task.calibration
+    command = [sys.executable, "-m", "moepress", "quantize", str(task.model), "-o", str(out), "--timings", str(timings)]
+    command += ["--bits", str(task.scheme.bits), "--group-size", str(task.scheme.group_size)]
+    command += [
+        "--tokens",
+        str(calibration.tokens),
+        "--window",
+        str(calibration.window),
+        "--seed",
+        str(calibration.seed),
+    ]
+    for part in INCLUDE:
+        command += ["--include", part]
+    for domain in calibration.domains:
+        command += ["--domain", domain]
+    return command
+
+
+def _peer(tool: str, task: Task, out: Path, windows: Path) -> list[str]:
+    script = ROOT / "benchmarks" / "peers" / f"quantize_{tool}.py"
+    kept = [rf".*\.{leaf}$" for leaf in open_checkpoint(task.model).family.never_quantize]  # what moepress leaves
+    command = [str(peer_python(tool)), str(script), str(task.model), str(out), "--tokens-file", str(windows)]
+    command += ["--bits", str(task.scheme.bits), "--group-size", str(task.scheme.group_size)]
+    return [*command, "--keep", *kept] if kept else command
+
+
+def _moepress_says(timings: Path) -> dict[str, Any]:
+    document = json.loads(timings.read_text())
+    started = sum(row["seconds"] for row in document["rows"] if row["phase"] == "start" and not row.get("background"))
+    return {"seconds_quantize": document["wall_seconds"] - started, "version": document["moepress"]}
+
+
+def _peer_says(log: Path) -> dict[str, Any]:
+    for line in reversed(log.read_text(errors="replace").splitlines()):
+        if line.startswith("{") and "seconds_quantize" in line:
+            said = json.loads(line)
+            return {"seconds_quantize": said["seconds_quantize"], "version": said["version"]}
+    raise SystemExit(f"{log} says no seconds_quantize")

@@ -1,0 +1,256 @@
+"""Experts and bits under a budget: every possible result's bytes and estimated loss, and the best of those that fit.
+
+With bits by layer, each layer goes down its lower convex hull of (bytes, loss). The steps of all layers, in order of
+loss saved per byte, are the solutions that a Lagrange multiplier finds, and a bisection finds the last that fits. The
+steps do not depend on the budget, so a larger budget never gives a larger loss.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moepress.errors import UsageError
+
+GIB = 1 << 30
+Width = int | None
+"""Bits of the routed experts; None leaves them as they are."""
+
+
+class Budget(BaseModel):
+    """What the result may take, and what of it is spoken for already.
+
+    Attributes:
+        limit_bytes: the size given, or the target's memory.
+        reserve_bytes: of it, what stays free for activations, the runtime, the screen.
+        cache_bytes: of it, the KV cache of `context` tokens.
+        context: tokens in the KV cache; None for no cache.
+        target: id of a GPU in the table.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit_bytes: int = Field(gt=0)
+    reserve_bytes: int = Field(default=0, ge=0)
+    cache_bytes: int = Field(default=0, ge=0)
+    context: int | None = None
+    target: str | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """What is left for weights; may be negative."""
+        return self.limit_bytes - self.reserve_bytes - self.cache_bytes
+
+
+class Alternative(BaseModel):
+    """One possible result.
+
+    Attributes:
+        experts: in every layer.
+        bits: of the routed experts, their mean over layers where `mixed`; None: not quantized.
+        mixed: bits differ by layer.
+        weight_bytes: of all weights.
+        loss: estimated, see the module.
+        fits: into the budget.
+        chosen: this is the plan.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experts: int = Field(gt=0)
+    bits: float | None
+    mixed: bool = False
+    weight_bytes: int
+    loss: float
+    fits: bool
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """All that a choice depends on.
+
+    Attributes:
+        rest: count -> bytes of all but the routed experts.
+        layer: count -> width -> bytes of one layer's routed experts.
+        pruned: count -> loss by the experts that go.
+        quantized: layer -> width -> loss by the bits.
+    """
+
+    rest: Mapping[int, int]
+    layer: Mapping[int, Mapping[Width, int]]
+    pruned: Mapping[int, float]
+    quantized: Mapping[int, Mapping[Width, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One choice, its bytes and its loss.
+
+    Attributes:
+        count: experts in every layer.
+        widths: layer -> bits.
+        size: bytes of all weights.
+        loss: estimated.
+    """
+
+    count: int
+    widths: Mapping[int, Width]
+    size: int
+    loss: float
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits differ by layer."""
+        return len(set(self.widths.values())) > 1
+
+    @property
+    def bits(self) -> float | None:
+        """Mean bits over the layers, or None."""
+        known = [width for width in self.widths.values() if width is not None]
+        return sum(known) / len(known) if known else None
+
+
+def candidate(space: Space, count: int, widths: Mapping[int, Width]) -> Candidate:
+    """A choice weighed."""
+    size = space.rest[count] + sum(space.layer[count][width] for width in widths.values())
+    loss = space.pruned[count] + sum(space.quantized[layer][width] for layer, width in widths.items())
+    return Candidate(count=count, widths=widths, size=size, loss=loss)
+
+
+def uniform(space: Space) -> list[Candidate]:
+    """Every count with every width, the same in all layers."""
+    return [
+        candidate(space, count, dict.fromkeys(space.quantized, width))
+        for count, sizes in space.layer.items()
+        for width in sizes
+    ]
+
+
+def by_layer(space: Space, count: int, limit: int) -> Candidate | None:
+    """The best bits by layer on the path of the Lagrange multiplier that fit, or None."""
+    sizes = space.layer[count]
+    hulls = {n: _hull([(sizes[w], losses[w], w) for w in sizes]) for n, losses in space.quantized.items()}
+    widths = {layer: hull[0][2] for layer, hull in hulls.items()}
+    steps = sorted(
+        (
+            ((after[1] - before[1]) / (after[0] - before[0]), layer, after[0] - before[0], after[2])
+            for layer, hull in hulls.items()
+            for before, after in pairwise(hull)
+        ),
+        key=lambda step: step[:3],
+    )
+    start = space.rest[count] + sum(hull[0][0] for hull in hulls.values())
+    taken = bisect_right(list(accumulate((step[2] for step in steps), initial=start)), limit)
+    if taken == 0:
+        return None
+    return candidate(space, count, widths | {layer: width for _, layer, _, width in steps[: taken - 1]})
+
+
+def _hull(points: Iterable[tuple[int, float, Width]]) -> list[tuple[int, float, Width]]:
+    """The points (bytes, loss) that a multiplier can choose, the fewest bytes first: each step saves less per byte."""
+    found: list[tuple[int, float, Width]] = []
+    for point in sorted(points, key=lambda p: p[:2]):
+        if found and point[1] >= found[-1][1]:
+            continue
+        while len(found) > 1 and _slope(found[-2], point) <= _slope(found[-2], found[-1]):
+            found.pop()
+        found.append(point)
+    return found
+
+
+def _slope(first: tuple[int, float, Width], second: tuple[int, float, Width]) -> float:
+    return (second[1] - first[1]) / (second[0] - first[0])
+
+
+def best(space: Space, limit: int, *, mixed: bool = False) -> Candidate | None:
+    """The candidate of the smallest loss that fits; of equals the smaller, then the one with more experts."""
+    found = [choice for choice in uniform(space) if choice.size <= limit]
+    if mixed:
+        found += [choice for count in space.layer if (choice := by_layer(space, count, limit)) is not None]
+    return min(found, key=lambda c: (c.loss, c.size, -c.count), default=None)
+
+
+def choose(space: Space, budget: Budget, *, mixed: bool = False) -> tuple[Candidate, list[Alternative]]:
+    """What a plan takes, and the table that it shows.
+
+    Raises:
+        UsageError: nothing fits; with the smallest size there is.
+    """
+    chosen = best(space, budget.weight_bytes, mixed=mixed)
+    if chosen is None:
+        raise UsageError(too_small(budget, min(uniform(space), key=lambda c: c.size)))
+    return chosen, alternatives(space, budget.weight_bytes, chosen)
+
+
+def too_small(budget: Budget, smallest: Candidate) -> str:
+    """One sentence: what the smallest result takes, and what there is."""
+    what = f"{smallest.count} experts" + ("" if smallest.bits is None else f" at {smallest.bits:g} bits")
+    takes = f"The smallest possible result, {what}, takes {_size(smallest.size)}"
+    if budget.cache_bytes:
+        takes += f" beside {_size(budget.cache_bytes)} of KV cache"
+    room = _size(budget.limit_bytes - budget.reserve_bytes)
+    if budget.target is None:
+        return f"{takes}, and the budget is {room}; give a larger one."
+    return f"{takes}, and {budget.target} has {room} beside its reserve; choose a larger GPU."
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def alternatives(space: Space, limit: int, chosen: Candidate) -> list[Alternative]:
+    """A few rows: at each width all experts, the most that fit and the fewest that do not; and what was chosen."""
+    rows = {(c.count, c.bits): c for c in uniform(space)}
+    shown: dict[tuple[int, float | None], Candidate] = {}
+    for bits in dict.fromkeys(bits for _, bits in rows):
+        same = sorted((c for c in rows.values() if c.bits == bits), key=lambda c: c.count)
+        fitting = [c for c in same if c.size <= limit]
+        for c in (fitting[-1:] + [c for c in same if c.size > limit][:1]) + same[-1:]:
+            shown[(c.count, c.bits)] = c
+    if not chosen.mixed:
+        shown[(chosen.count, chosen.bits)] = chosen
+    ordered = sorted(shown.values(), key=lambda c: (-(c.bits or 99), -c.count))
+    found = [
+        _row(c, limit, chosen=not chosen.mixed and c.widths == chosen.widths and c.count == chosen.count)
+        for c in ordered
+    ]
+    return [*found, _row(chosen, limit, chosen=True)] if chosen.mixed else found
+
+
+def _row(found: Candidate, limit: int, *, chosen: bool) -> Alternative:
+    return Alternative(
+        experts=found.count,
+        bits=found.bits,
+        mixed=found.mixed,
+        weight_bytes=found.size,
+        loss=found.loss,
+        fits=found.size <= limit,
+        chosen=chosen,
+    )
+
+
+def verdict(space: Space, limit: int, chosen: Candidate) -> list[str]:
+    """Whether fewer bits or fewer experts are the better use of these bytes, in a sentence; nothing where only one can
+    be chosen."""
+    if chosen.bits is None:
+        return []
+    fitting = [(c, c.count - chosen.count, (c.bits or 0) - chosen.bits) for c in uniform(space) if c.size <= limit]
+    notes = []
+    for lead, others in (
+        ("Quantizing further beats pruning", [c for c, experts, bits in fitting if experts < 0 < bits]),
+        ("Pruning beats quantizing further", [c for c, experts, bits in fitting if bits < 0 < experts]),
+    ):
+        if others:
+            other = min(others, key=lambda c: c.loss)
+            notes.append(
+                f"{lead} at equal bytes: an estimated loss of {chosen.loss:.2%} with {_named(chosen)}, of "
+                f"{other.loss:.2%} with {_named(other)}."
+            )
+    return notes
+
+
+def _named(found: Candidate) -> str:
+    return f"{found.count} experts at {found.bits:.3g} bits" + (" on average" if found.mixed else "")

@@ -1,0 +1,157 @@
+"""The GPTQ benchmarks on the demo: moepress alone, and beside the peers where their environments are."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moepress.calibration.hessian import HessianOptions
+from moepress.compress.gptq import SolverOptions
+from moepress.compress.linears import Include
+from moepress.converters.artifact import open_artifact
+from moepress.converters.scheme import Scheme
+from moepress.stages import Calibration, Machine, Output, QuantizeRequest, quantize_stage
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+PEERS = ("gptqmodel", "llmcompressor")
+ENVIRONMENTS = Path.home() / ".cache" / "moepress-peers"
+needs_peers = pytest.mark.skipif(
+    not all((ENVIRONMENTS / peer / "bin" / "python").exists() for peer in PEERS),
+    reason="benchmarks/peers/setup.sh gptqmodel, and llmcompressor",
+)
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("gptq_quality")
+
+
+def run(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, FOLDER / script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_each_variant_differs_from_the_default_in_what_it_names(quality: ModuleType) -> None:
+    default = (SolverOptions(), HessianOptions(), {})
+    made = [(SolverOptions(**v.solver), HessianOptions(**v.hessian), v.request) for v in quality.VARIANTS]
+    assert all(options != default for options in made)
+    assert len({repr(options) for options in made}) == len(made)
+
+
+def test_a_difference_from_the_default_is_taken_within_each_seed(quality: ModuleType) -> None:
+    same = {"perplexity": 20.0, "log_change_error": 0.1, "kl_error": 0.1, "bytes": 10, "bits": 4}
+    runs = [
+        {"option": option, "seed": seed, "log_change": change + seed, "kl": 0.5, **same}
+        for option, change in (("default", 1.0), ("other", 1.25))
+        for seed in (0, 1)
+    ]
+    first, second = quality.summary(runs, "option", "default")
+    assert first["log_change"]["mean"] == pytest.approx(1.5)
+    assert second["log_change"]["spread"] == pytest.approx(0.5**0.5)
+    assert second["log_change_over_default"] == {"mean": 0.25, "spread": 0.0}
+    assert "| 4 | other | +175.000 ± 70.711 |" in quality.table([second], "option", "default")
+
+
+def test_weights_that_are_not_codes_times_scales_are_noticed(quality: ModuleType, tmp_path: Path) -> None:
+    request = QuantizeRequest(
+        scheme=Scheme(bits=3, group_size=32), include=frozenset({Include.SHARED}), solver=SolverOptions(sweeps=0)
+    )
+    folder = tmp_path / "out"
+    quantize_stage("demo", Output(folder=folder), None, request, Calibration(tokens=512, window=128), Machine())
+    artifact = quality.open_exact(folder)
+    assert quality.check_reading(artifact) == len(quality.quantized_names(artifact)) > 100
+    with pytest.raises(SystemExit, match="is not its codes times its scales"):
+        quality.check_reading(open_artifact(folder))  # products rounded to bf16
+    shapes = {**artifact.shapes, "more.weight": (4, 4)}
+    with pytest.raises(SystemExit, match="quantized matrices are stored"):
+        quality.check_reading(replace(artifact, shapes=shapes))
+
+
+def test_the_launcher_reports_the_command_and_not_itself(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    code = "import sys, time; held = bytearray(200 << 20); time.sleep(0.2); sys.exit(3)"
+    done = subprocess.run([sys.executable, FOLDER / "timed.py", report, sys.executable, "-c", code], check=False)
+    found = json.loads(report.read_text())
+    assert done.returncode == found["exit_status"] == 3
+    assert 200 << 20 < found["peak_rss_bytes"] < 260 << 20
+    assert 0.2 < found["wall_seconds"] < 30
+
+
+def test_the_solver_is_timed_in_batches_and_one_by_one(tmp_path: Path) -> None:
+    file = tmp_path / "cuda.json"
+    options = ["--device", "cpu", "--small", "--repeat", "1", "--experts", "4"]
+    assert "layer of 4 experts on cpu" in run("gptq_cuda.py", *options, "--json", str(file))
+    found = json.loads(file.read_text())
+    assert [row["solve"] for row in found["rows"]] == ["gate and up", "down"]
+    for row in found["rows"]:
+        assert row["codes_that_differ"] < 0.01  # sums in another order may tip a code
+        assert row["losses"][0] == pytest.approx(row["losses"][1], rel=0.01)
+        assert row["ratio"] > 0
+
+
+def speed_rows(file: Path, *tools: str) -> dict[str, dict[str, Any]]:
+    run("gptq_speed.py", "--quick", "--threads", "1", "--json", str(file), "--tools", *tools)
+    found = json.loads(file.read_text())
+    assert found["models"]["demo"]["tokens"] == 1024
+    assert {sample["windows"] for sample in found["samples"]} == {found["samples"][0]["windows"]}
+    return {row["tool"]: row for row in found["rows"]}
+
+
+def test_moepress_is_timed_on_the_demo(tmp_path: Path) -> None:
+    row = speed_rows(tmp_path / "speed.json", "moepress")["moepress"]
+    assert 0 < row["seconds_quantize"]["median"] < row["wall_seconds"]["median"]
+    assert 150e6 < row["peak_rss_bytes"]["median"] < 2e9
+    assert all(row[figure]["ratio"] == 1 for figure in ("wall_seconds", "cpu_seconds", "peak_rss_bytes"))
+
+
+def test_moepress_and_its_options_are_measured_on_the_demo(tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    few = ["--quick", "--threads", "1", "--bits", "3", "--seeds", "0", "--json", str(file)]
+    said = run("gptq_quality.py", *few, "--tools", "moepress", "--options", "sweeps 0")
+    assert "| 3 | sweeps 0 |" in said
+    found = json.loads(file.read_text())
+    (alone,) = found["peers"]["runs"]
+    default, other = found["options"]["runs"]
+    assert default["option"] == "default"
+    for figure in ("log_change", "kl", "bytes"):  # the command and the function do the same
+        assert default[figure] == pytest.approx(alone[figure], rel=1e-6)
+    assert other["kl"] != default["kl"]
+    assert 0 < alone["kl"] < 1
+    assert found["options"]["rows"][1]["log_change_over_default"]["mean"] == pytest.approx(
+        other["log_change"] - default["log_change"]
+    )
+
+
+@needs_peers
+@pytest.mark.slow
+def test_the_peers_quantize_the_same_matrices_and_are_timed(tmp_path: Path) -> None:
+    rows = speed_rows(tmp_path / "speed.json", "moepress", *PEERS)
+    assert set(rows) == {"moepress", *PEERS}
+    assert rows["gptqmodel"]["wall_seconds"]["ratio"] > 1
+    file, work = tmp_path / "quality.json", tmp_path / "work"
+    few = ["--quick", "--threads", "1", "--bits", "4", "--seeds", "0", "--json", str(file), "--work", str(work)]
+    run("gptq_quality.py", *few, "--only", "peers")
+    runs = {r["tool"]: r for r in json.loads(file.read_text())["peers"]["runs"]}
+    assert all(0 < r["kl"] < 0.5 for r in runs.values())
+    assert len({r["windows"] for r in runs.values()}) == 1
+    over = runs["gptqmodel"]["log_change"] - runs["moepress"]["log_change"]
+    assert runs["gptqmodel"]["log_over_moepress"] == pytest.approx(over, abs=1e-6)
+    written = {done: done.stat().st_mtime_ns for done in work.glob("*/DONE.json")}
+    run("gptq_quality.py", *few, "--only", "peers")  # the peers' outputs are taken again, ours is made anew
+    changed = {done.parent.name.split("-")[0] for done, time in written.items() if done.stat().st_mtime_ns != time}
+    assert changed == {"moepress"}
