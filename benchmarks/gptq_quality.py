@@ -62,6 +62,7 @@ VARIANTS = (
     Variant(name="shrinkage 512", hessian={"shrinkage_tokens": 512.0}),
     Variant(name="damp 0.01", solver={"damp": 0.01}),
     Variant(name="damp 0.1", solver={"damp": 0.1}),
+    Variant(name="match original", hessian={"asymmetry": 1.0}),
 )
 
 
