@@ -99,7 +99,7 @@ def resume(arguments: Sequence[str], out: Path) -> None:
     assert not partial_folder(out).exists()
 
 
-KILLED_AT = {"profile": 4, "prune": 3, "repair": 5, "quantize": 5, "export": 2}
+KILLED_AT = {"profile": 4, "prune": 3, "repair": 5, "quantize": 3, "export": 2}
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ def speed_rows(file: Path, *tools: str) -> dict[str, dict[str, Any]]:
     return {row["tool"]: row for row in found["rows"]}
 
 
+@pytest.mark.slow
 def test_moepress_is_timed_on_the_demo(tmp_path: Path) -> None:
     row = speed_rows(tmp_path / "speed.json", "moepress")["moepress"]
     assert 0 < row["seconds_quantize"]["median"] < row["wall_seconds"]["median"]
@@ -119,6 +120,7 @@ def test_moepress_is_timed_on_the_demo(tmp_path: Path) -> None:
     assert all(row[figure]["ratio"] == 1 for figure in ("wall_seconds", "cpu_seconds", "peak_rss_bytes"))
 
 
+@pytest.mark.slow
 def test_moepress_and_its_options_are_measured_on_the_demo(tmp_path: Path) -> None:
     file = tmp_path / "quality.json"
     few = ["--quick", "--threads", "1", "--bits", "3", "--seeds", "0", "--json", str(file)]
