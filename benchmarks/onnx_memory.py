@@ -22,28 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from processes import memory_mib
+from processes import memory_mib, watched
 
 GOAL_MIB = 1536.0  # of RssAnon
 GOAL_GIGABYTES = 8.0
 DISK_FACTOR = 2.5  # scales become fp32, and so does lm_head
 INTERVAL_SECONDS = 0.02
 TOKEN = 5
-
-
-def watched(command: list[str]) -> dict[str, Any]:
-    """Run a command; its peaks in MiB, its seconds and what it wrote on stdout."""
-    start, peaks, samples = time.perf_counter(), dict[str, float](), 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        now = memory_mib(process.pid)
-        peaks |= {name: max(value, peaks.get(name, 0.0)) for name, value in now.items()}
-        samples += bool(now)
-        time.sleep(INTERVAL_SECONDS)
-    said, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}; what it said is above.")
-    return {"peak_mib": peaks, "samples": samples, "seconds": time.perf_counter() - start, "stdout": said}
 
 
 def open_and_step(folder: Path, way: str) -> None:
@@ -78,7 +63,7 @@ def opened(folder: Path) -> dict[str, Any]:
         if way == "packed" and free < 1.2 * size:
             print(f"packed: not tried, {free / 1e9:.0f} GB of memory are free for {size / 1e9:.0f} GB")
             continue
-        watch = watched([sys.executable, __file__, "--open", str(folder), "--way", way])
+        watch = watched([sys.executable, __file__, "--open", str(folder), "--way", way], INTERVAL_SECONDS)
         said = json.loads(watch["stdout"].splitlines()[-1])
         found[way] = said | {"peak_mib": watch["peak_mib"]}
         after = said["stepped_mib"]
@@ -105,7 +90,7 @@ def measure(work: Path, gigabytes: float, vocabulary: int) -> dict[str, Any]:
     layers, size = map(int, done.stdout.split())
     print(f"made an artifact of {size / 1e9:.2f} GB with {layers} layers", flush=True)
     export = ["export", str(artifact), "--to", "onnx", "--no-check", "-o", str(exported)]
-    found = watched([sys.executable, "-m", "moepress", *export])
+    found = watched([sys.executable, "-m", "moepress", *export], INTERVAL_SECONDS)
     written = sum(file.stat().st_size for file in exported.iterdir())
     row = {
         "artifact_bytes": size,

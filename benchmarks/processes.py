@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,21 @@ def memory_mib(pid: int | None = None) -> dict[str, float]:
         return {}
     found = {line.split(":")[0]: line.split() for line in lines}
     return {name: int(found[name][1]) / 1024 for name in FIELDS if name in found}
+
+
+def watched(command: Sequence[str], interval_seconds: float) -> dict[str, Any]:
+    """Run a command; its peaks in MiB, its seconds and what it wrote on stdout."""
+    start, peaks, samples = time.perf_counter(), dict[str, float](), 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        now = memory_mib(process.pid)
+        peaks |= {name: max(value, peaks.get(name, 0.0)) for name, value in now.items()}
+        samples += bool(now)
+        time.sleep(interval_seconds)
+    said, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}; what it said is above.")
+    return {"peak_mib": peaks, "samples": samples, "seconds": time.perf_counter() - start, "stdout": said}
 
 
 class Worker:

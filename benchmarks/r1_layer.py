@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from make_r1 import make_r1, r1_config
-from processes import memory_mib
+from processes import watched
 from r1_scaling import Term, Work, by_phase, human, layer_of, project_quantize, table, total
 from setting import RESULTS, machine, save, texts
 
@@ -55,24 +54,15 @@ SMALL: dict[str, Any] = {
 SMALL_EXPERTS, MOE_LAYER = 32, 1
 
 
-def watched(command: Sequence[str]) -> dict[str, Any]:
+def peaks_of(command: Sequence[str]) -> dict[str, Any]:
     """Run a command; its seconds, its peaks in MiB, and what it wrote on stdout."""
-    start, peaks, samples = time.perf_counter(), dict[str, float](), 0
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        now = memory_mib(process.pid)
-        peaks |= {name: max(value, peaks.get(name, 0.0)) for name, value in now.items()}
-        samples += bool(now)
-        time.sleep(INTERVAL_SECONDS)
-    said, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}; what it said is above.")
+    found = watched(command, INTERVAL_SECONDS)
     return {
-        "wall_seconds": time.perf_counter() - start,
-        "peak_rss_mib": peaks.get("VmHWM", 0.0),
-        "peak_anonymous_mib": peaks.get("RssAnon", 0.0),
-        "samples": samples,
-        "stdout": said,
+        "wall_seconds": found["seconds"],
+        "peak_rss_mib": found["peak_mib"].get("VmHWM", 0.0),
+        "peak_anonymous_mib": found["peak_mib"].get("RssAnon", 0.0),
+        "samples": found["samples"],
+        "stdout": found["stdout"],
     }
 
 
@@ -82,7 +72,7 @@ def run_stage(stage: str, arguments: Sequence[str], runs: Path, checkpoint: Path
     forget(checkpoint)
     print(f"moepress {' '.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "moepress", *arguments, "--timings", str(timings), "--json"]
-    found = watched(command)
+    found = peaks_of(command)
     result = json.loads(found.pop("stdout"))
     return {"stage": stage, "command": list(arguments), **found, "timings": json.loads(timings.read_text())} | {
         "result": {key: result[key] for key in ("finished", "pieces_done", "pieces", "bytes_after") if key in result}
@@ -197,7 +187,7 @@ class Bench:
         for count in self.counts:
             file = str(self.plan_file(count))
             command = [sys.executable, "-m", "moepress", "plan", folder, "--experts", str(count), "-o", file, "--json"]
-            found = watched(command)
+            found = peaks_of(command)
             del found["stdout"]
             rows.append({"stage": f"plan {count}", "command": command[3:], **found})
         return rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import Moments
-from moepress.compress.gptq import DAMP_ATTEMPTS
+from moepress.compress.gptq import DAMP_ATTEMPTS, quadratic
 from moepress.phases import phase
 
 
@@ -63,10 +63,9 @@ def _factor(hessian_II: Tensor, damp: float) -> Tensor | None:
 
 def relative_error(weight_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor) -> float:
     """tr((W - Q) H (W - Q)^T) / tr(W H W^T), fp32 products, fp64 sums: against W whatever the codes were to meet."""
-    with phase("losses", flops=4 * weight_OI.numel() * weight_OI.shape[1]):
-        lost, whole = (_quadratic(rows, hessian_II) for rows in (weight_OI - quantized_OI, weight_OI))
+    with phase("losses", flops=2 * weight_OI.numel() * weight_OI.shape[1]):
+        lost, whole = (
+            float(quadratic(rows_OI.T[None], hessian_II[None]).sum())
+            for rows_OI in (weight_OI - quantized_OI, weight_OI)
+        )
         return max(lost, 0.0) / max(whole, 1e-300)
-
-
-def _quadratic(rows_OI: Tensor, hessian_II: Tensor) -> float:
-    return float((rows_OI @ hessian_II).mul_(rows_OI).sum(dtype=torch.float64))

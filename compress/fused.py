@@ -1,8 +1,8 @@
 """The solver's column loops as one Triton kernel per block of columns, for CUDA, where launches would cost most.
 
 Every output row of every expert is independent of the others inside of a block, so a program takes one expert and some
-rows, keeps the block's columns in registers and goes over them. The plain torch loops in `gptq` are the reference: the
-kernels are used where they give the same codes as those on a small problem, tried once per device.
+rows, keeps the block's columns in registers and goes over them. The plain torch loops in `columns` are the reference:
+the kernels are used where they give the same codes as those on a small problem, tried once per device.
 """
 
 import os
@@ -36,7 +36,7 @@ def round_columns(
     low: int,
     high: int,
 ) -> None:
-    """GPTQ over the columns of a block: codes and errors are written, the weights stay. See `gptq.round_columns`."""
+    """GPTQ over the columns of a block: codes and errors are written, the weights stay. See `columns.round_columns`."""
     # A Cholesky factor may lie column by column.
     tensors = (work_EBO, upper_EBB.contiguous(), scales_EBO, codes_EBO, errors_EBO)
     _launch(0, tensors, (work_EBO.shape[0], work_EBO.shape[1], work_EBO.shape[2]), low, high)
@@ -50,7 +50,7 @@ def improve_columns(
     low: int,
     high: int,
 ) -> None:
-    """Coordinate descent over the columns of a block: codes change, steps are written. See `gptq.improve_columns`."""
+    """Coordinate descent over a block's columns: codes change, steps are written. See `columns.improve_columns`."""
     tensors = (hessian_EBB.contiguous(), slope_EBO, values_EBO, steps_EBO)
     _launch(1, tensors, (slope_EBO.shape[0], slope_EBO.shape[1], slope_EBO.shape[2]), low, high)
 

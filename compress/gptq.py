@@ -16,14 +16,11 @@ copies: 3 of H while factoring, then 1 of H and 3 of W, then 4 of W (per-channel
 nothing loops over experts.
 """
 
-import functools
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from moepress.compress import fused
+from moepress.compress.columns import inner_loops
 from moepress.compress.grid import absmax_scales, round_to_nearest, search_scales, storable_scales
 from moepress.converters.scheme import Scheme
 from moepress.phases import phase
@@ -152,7 +149,7 @@ def _better_rows(
         codes=torch.where(keep_EO[:, None], found[0], nearest[0]).mT.contiguous(),
         scales=torch.where(keep_EO[:, None], found[1], nearest[1]).mT.contiguous(),
         loss=torch.where(keep_EO, loss_EO, nearest_loss_EO).sum(dim=1).clamp(min=0),
-        energy=_quadratic(weight_EIO, hessian_EII).sum(dim=1).clamp(min=0),
+        energy=quadratic(weight_EIO, hessian_EII).sum(dim=1).clamp(min=0),
         damping=damping_E,
         rounded=rounded_E,
     )
@@ -271,7 +268,7 @@ def _compensated_codes(
     group_EI = order_EI // scheme.columns_per_group(columns)
     work_EIO = weight_EIO[batch_E1, order_EI]
     codes_EIO = torch.empty(weight_EIO.shape, dtype=torch.int8, device=weight_EIO.device)
-    inner_round, _ = _inner_loops(weight_EIO.device)
+    inner_round, _ = inner_loops(weight_EIO.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         work_EBO, order_EB = work_EIO[:, start:stop], order_EI[:, start:stop]
@@ -375,7 +372,7 @@ def _improve_codes(
         scheme: bits and group size.
     """
     columns = values_EgO.shape[1]
-    _, inner_improve = _inner_loops(values_EgO.device)
+    _, inner_improve = inner_loops(values_EgO.device)
     for start in range(0, columns, _INNER_COLUMNS):
         stop = min(start + _INNER_COLUMNS, columns)
         inner = slice(start, stop)
@@ -392,78 +389,6 @@ def _improve_codes(
             slope_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, inner], step_EBO, alpha=-1)
 
 
-def round_columns(
-    work_EBO: torch.Tensor,
-    upper_EBB: torch.Tensor,
-    scales_EBO: torch.Tensor,
-    codes_EBO: torch.Tensor,
-    errors_EBO: torch.Tensor,
-    low: int,
-    high: int,
-) -> None:
-    """Round the columns of a block in turn, spreading each one's error over those to come.
-
-    Args:
-        work_EBO: what is to be rounded, fp32; what is left in it does not matter.
-        upper_EBB: the block's part of the inverse's factor.
-        scales_EBO: of each weight.
-        codes_EBO: gets the codes, as fp32.
-        errors_EBO: gets the errors, divided by the factor's diagonal.
-        low: smallest code.
-        high: largest code.
-    """
-    pivot_EB1 = upper_EBB.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(-1)
-    for i in range(work_EBO.shape[1]):
-        value_EO, scale_EO, code_EO, error_EO = (m[:, i] for m in (work_EBO, scales_EBO, codes_EBO, errors_EBO))
-        torch.div(value_EO, scale_EO, out=code_EO).round_().clamp_(low, high)
-        torch.addcmul(value_EO, code_EO, scale_EO, value=-1, out=error_EO).mul_(pivot_EB1[:, i])
-        if i + 1 < work_EBO.shape[1]:
-            work_EBO[:, i + 1 :].baddbmm_(upper_EBB[:, i, i + 1 :, None], error_EO[:, None], alpha=-1)
-
-
-def improve_columns(
-    hessian_EBB: torch.Tensor,
-    slope_EBO: torch.Tensor,
-    values_EBO: torch.Tensor,
-    steps_EBO: torch.Tensor,
-    low: int,
-    high: int,
-) -> None:
-    """Best code of each column of a block in turn, given all others.
-
-    Args:
-        hessian_EBB: the block's part of the damped H.
-        slope_EBO: S divided by the row's scale, fp32; what is left in it does not matter.
-        values_EBO: the codes, as fp32; changed in place.
-        steps_EBO: gets by how much they changed.
-        low: smallest code.
-        high: largest code.
-    """
-    diagonal_EB = hessian_EBB.diagonal(dim1=1, dim2=2)
-    inverse_EB1 = torch.where(diagonal_EB > 0, diagonal_EB, torch.inf).reciprocal().unsqueeze(-1)
-    steps_EBO.copy_(values_EBO)
-    for i in range(values_EBO.shape[1]):
-        value_EO, step_EO = values_EBO[:, i], steps_EBO[:, i]
-        value_EO.addcmul_(slope_EBO[:, i], inverse_EB1[:, i]).round_().clamp_(low, high)
-        torch.sub(value_EO, step_EO, out=step_EO)
-        if i + 1 < values_EBO.shape[1]:
-            slope_EBO[:, i + 1 :].baddbmm_(hessian_EBB[:, i + 1 :, i, None], step_EO[:, None], alpha=-1)
-
-
-@functools.cache
-def _inner_loops(device: torch.device) -> tuple[Callable[..., None], Callable[..., None]]:
-    """`round_columns` and `improve_columns` for a device: fused kernels where they give what these give."""
-    if fused.available(device):
-        try:
-            if fused.agrees(device, round_columns, improve_columns):
-                return fused.round_columns, fused.improve_columns
-            reason = "its codes differ from torch's"
-        except Exception as error:  # Triton, its compiler and the driver raise many types: none of them may end a run
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"{device}: no fused GPTQ kernels ({reason}); plain torch is slower.", stacklevel=2)
-    return round_columns, improve_columns
-
-
 def _residual(weight_EIO: torch.Tensor, codes_EIO: torch.Tensor, scales_EGO: torch.Tensor) -> torch.Tensor:
     """W - Q, [E, I, O] fp32."""
     experts, columns, rows = weight_EIO.shape
@@ -475,10 +400,10 @@ def _row_loss(
     weight_EIO: torch.Tensor, hessian_EII: torch.Tensor, codes_EIO: torch.Tensor, scales_EGO: torch.Tensor
 ) -> torch.Tensor:
     """(w - q) H (w - q)^T of every row, [E, O] fp64 (products in fp32, sums in fp64)."""
-    return _quadratic(_residual(weight_EIO, codes_EIO, scales_EGO), hessian_EII)
+    return quadratic(_residual(weight_EIO, codes_EIO, scales_EGO), hessian_EII)
 
 
-def _quadratic(rows_EIO: torch.Tensor, hessian_EII: torch.Tensor) -> torch.Tensor:
+def quadratic(rows_EIO: torch.Tensor, hessian_EII: torch.Tensor) -> torch.Tensor:
     """v H v^T of every row v, [E, O] fp64; of the symmetric H only the lower triangle is multiplied."""
     experts, columns, rows = rows_EIO.shape
     total_EO = torch.zeros(experts, rows, dtype=torch.float64, device=rows_EIO.device)

@@ -11,6 +11,7 @@ from moepress.compress.experts import Coded, QuantizeOptions, solve_measured
 from moepress.compress.grid import dequantize
 from moepress.compress.linears import LinearGroup
 from moepress.models.costs import stored_bytes
+from moepress.models.forward import inner_name
 from moepress.models.stepping import Stepping, held_bytes
 from moepress.models.walk import Stream
 from moepress.phases import phase
@@ -107,7 +108,7 @@ def solve_stepping(
 
 def _place(stream: Stream, layer: int, name: str) -> str:
     """A Linear's name inside of its layer."""
-    return stream.model.family.module_name(name).split(f"layers.{layer}.", 1)[1].removesuffix(".weight")
+    return inner_name(stream.model.family, name, layer).removesuffix(".weight")
 
 
 class _CapturedError(Exception):

@@ -21,7 +21,7 @@ def round_columns(
     work_c: Any, upper_c: Any, scales_c: Any, codes_c: Any, errors_c: Any,
     rows: Any, width: Any, low: Any, high: Any, B: tl.constexpr, R: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`gptq.round_columns`; every tensor with its strides of experts and of columns."""
+    """`columns.round_columns`; every tensor with its strides of experts and of columns."""
     expert, column = tl.program_id(0).to(tl.int64), tl.arange(0, B)
     row = tl.program_id(1) * R + tl.arange(0, R)
     inside = (column[:, None] < width) & (row[None, :] < rows)
@@ -51,7 +51,7 @@ def improve_columns(
     hessian_c: Any, slope_c: Any, values_c: Any, steps_c: Any,
     rows: Any, width: Any, low: Any, high: Any, B: tl.constexpr, R: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`gptq.improve_columns`, likewise."""
+    """`columns.improve_columns`, likewise."""
     expert, column = tl.program_id(0).to(tl.int64), tl.arange(0, B)
     row = tl.program_id(1) * R + tl.arange(0, R)
     inside = (column[:, None] < width) & (row[None, :] < rows)

@@ -26,7 +26,7 @@ from moepress.models.experts import (
     read_expert,
     router_disk_names,
 )
-from moepress.models.family import layer_of, shape_of
+from moepress.models.family import Family, layer_of, shape_of
 from moepress.models.skeleton import build_skeleton, check_tensors
 from moepress.phases import phase
 
@@ -279,6 +279,11 @@ def _keep_logits(kept: dict[str, Tensor]) -> Callable[..., None]:
     return hook
 
 
+def inner_name(family: Family, disk_name: str, layer: int) -> str:
+    """A tensor's name inside of transformers' decoder layer."""
+    return family.module_name(disk_name).split(f"layers.{layer}.", 1)[1]
+
+
 def _names_by_layer(source: Source) -> dict[int, dict[str, str]]:
     """Per layer: name inside transformers' decoder layer -> name on disk, without the routed experts."""
     shape = shape_of(source.family, source.config)
@@ -287,7 +292,7 @@ def _names_by_layer(source: Source) -> dict[int, dict[str, str]]:
         layer = layer_of(disk_name)
         if layer is None or layer >= shape.layers or disk_name.endswith("rotary_emb.inv_freq"):
             continue
-        inner = source.family.module_name(disk_name).split(f"layers.{layer}.", 1)[1]
+        inner = inner_name(source.family, disk_name, layer)
         if ".experts." not in inner:
             names[layer][inner] = disk_name
     return names

@@ -130,16 +130,12 @@ class Stepping:
     def finish(self) -> bool:
         """Bring every batch to the layer's end, as `walk.first_step` would; True where the layer has experts."""
         stream, start, routed = self._stream, 0, None
-        length = stream.hidden.shape[1]
         for walker in self._walkers:
             walker.advance()
             assert walker.result is not None
             (output, routed), walker.result = walker.result, None
-            walker.batch.copy_(output)
-            if routed is not None:
-                store(stream, routed, start * length)
+            store(stream, walker.batch, output, routed, start)
             start += walker.batch.shape[0]
-            stream.touch(walker.batch.shape[0] * length)
         stream.forget()
         return routed is not None
 

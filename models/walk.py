@@ -80,6 +80,13 @@ def choose_limits(
     return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)
 
 
+def _settle_garbage() -> None:
+    """What lives now is not looked through again whenever memory is released: transformers has a million objects."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
 def release_memory() -> None:
     """Give freed memory back to the system.
 
@@ -142,10 +149,7 @@ class Stream:
 
 def open_stream(model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limits: Limits, *, observe: bool) -> Stream:
     """Allocate buffers and embed the windows; `observe` also keeps the residual stream and the router's logits."""
-    # What lives now is not looked through again each time memory is released: transformers alone has a million objects.
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
+    _settle_garbage()
     windows, length = windows_NT.shape
     tokens, shape = windows * length, model.shape
     routed = bool(model.moe_layers)
@@ -179,24 +183,33 @@ def first_step(stream: Stream, layer: int) -> bool:
     with phase("forward", flops=flops):
         for batch in torch.split(stream.hidden, stream.limits.batch_windows):
             output, routed = model.run_layer(layer, batch.to(model.device))
-            batch.copy_(output)
-            if routed is not None:
-                store(stream, routed, start * length)
+            store(stream, batch, output, routed, start)
             start += batch.shape[0]
-            stream.touch(batch.shape[0] * length)
     stream.forget()
     return routed is not None
 
 
-def store(stream: Stream, routed: Routed, start: int) -> None:
-    """Put what reached the experts of a layer into the stream's buffers, from row `start` on."""
-    rows = slice(start, start + routed.inputs.shape[0])
-    stream.inputs[rows] = routed.inputs.to("cpu")
-    stream.chosen[rows] = routed.chosen.to("cpu")
-    stream.weights[rows] = routed.weights.to("cpu", torch.float32)
-    if stream.residual is not None and stream.logits is not None:
-        stream.residual[rows] = routed.residual.to("cpu")
-        stream.logits[rows] = routed.logits.to("cpu", torch.float32)
+def store(stream: Stream, batch: Tensor, output: Tensor, routed: Routed | None, start: int) -> None:
+    """Put a layer's output for a batch of windows, and what reached its experts, into the stream's buffers.
+
+    Args:
+        stream: whose buffers.
+        batch: the windows' rows of `stream.hidden`, [B, T, D].
+        output: what becomes of them.
+        routed: of a layer with experts.
+        start: the first window.
+    """
+    batch.copy_(output)
+    if routed is not None:
+        first = start * stream.hidden.shape[1]
+        rows = slice(first, first + routed.inputs.shape[0])
+        stream.inputs[rows] = routed.inputs.to("cpu")
+        stream.chosen[rows] = routed.chosen.to("cpu")
+        stream.weights[rows] = routed.weights.to("cpu", torch.float32)
+        if stream.residual is not None and stream.logits is not None:
+            stream.residual[rows] = routed.residual.to("cpu")
+            stream.logits[rows] = routed.logits.to("cpu", torch.float32)
+    stream.touch(batch.shape[0] * batch.shape[1])
 
 
 def read_ahead(

@@ -8,29 +8,29 @@ import sys
 import pytest
 import torch
 
-from moepress.compress import fused, gptq
+from moepress.compress import columns, fused
 
 CUDA = torch.cuda.is_available()
 # In a process of its own: Triton decides when it is imported whether it interprets.
 SCRIPT = """
 import torch
-from moepress.compress import fused, gptq
+from moepress.compress import columns, fused, gptq
 from moepress.converters.scheme import Scheme
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.manual_seed(0)
-for columns, group in ((64, 32), (80, 16), (48, 48)):
-    weight = (torch.randn(2, 70, columns) * 0.05).to(device)
-    inputs = torch.randn(2, 200, columns).to(device)
+for width, group in ((64, 32), (80, 16), (48, 48)):
+    weight = (torch.randn(2, 70, width) * 0.05).to(device)
+    inputs = torch.randn(2, 200, width).to(device)
     hessian, scheme = inputs.mT @ inputs / 200, Scheme(bits=4, group_size=group)
     found = []
-    for loops in ((fused.round_columns, fused.improve_columns), (gptq.round_columns, gptq.improve_columns)):
-        gptq._inner_loops = lambda _device, loops=loops: loops
+    for loops in ((fused.round_columns, fused.improve_columns), (columns.round_columns, columns.improve_columns)):
+        gptq.inner_loops = lambda _device, loops=loops: loops
         found.append(gptq.solve(weight, hessian, scheme, scale_dtype=torch.bfloat16))
     quick, plain = found
     assert torch.allclose(quick.loss, plain.loss, rtol=1e-3), (quick.loss, plain.loss)
     assert (quick.codes != plain.codes).float().mean() < 0.01
-assert fused.agrees(device, gptq.round_columns, gptq.improve_columns)
+assert fused.agrees(device, columns.round_columns, columns.improve_columns)
 print("agreed")
 """
 
@@ -44,7 +44,7 @@ def test_the_kernels_give_the_codes_of_the_torch_loops() -> None:
 
 def test_kernels_that_cannot_run_or_give_other_codes_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    plain = (gptq.round_columns, gptq.improve_columns)
+    plain = (columns.round_columns, columns.improve_columns)
 
     def wrong(
         _work: object, _upper: object, _scales: object, codes: torch.Tensor, errors: torch.Tensor, *_: int
@@ -56,13 +56,13 @@ def test_kernels_that_cannot_run_or_give_other_codes_are_not_used(monkeypatch: p
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(fused, "available", lambda _device: True)
-    monkeypatch.setattr(fused, "improve_columns", gptq.improve_columns)
+    monkeypatch.setattr(fused, "improve_columns", columns.improve_columns)
     for kernel, reason in ((wrong, "differ"), (broken, r"\(no compiler\)")):
         monkeypatch.setattr(fused, "round_columns", kernel)
-        gptq._inner_loops.cache_clear()
+        columns.inner_loops.cache_clear()
         with pytest.warns(UserWarning, match=reason):
-            assert gptq._inner_loops(device) == plain
-    monkeypatch.setattr(fused, "round_columns", gptq.round_columns)
-    gptq._inner_loops.cache_clear()
-    assert gptq._inner_loops(device) == (fused.round_columns, fused.improve_columns)
-    gptq._inner_loops.cache_clear()
+            assert columns.inner_loops(device) == plain
+    monkeypatch.setattr(fused, "round_columns", columns.round_columns)
+    columns.inner_loops.cache_clear()
+    assert columns.inner_loops(device) == (fused.round_columns, fused.improve_columns)
+    columns.inner_loops.cache_clear()
