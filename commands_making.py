@@ -26,7 +26,16 @@ from moepress.options import (
     selection_options,
     timings_option,
 )
-from moepress.parsed import all_default, calibration_of, hessian_of, includes_of, machine_of, mtp_of, plan_of, repair_of
+from moepress.parsed import (
+    all_default,
+    calibration_of,
+    hessian_of,
+    includes_for,
+    machine_of,
+    mtp_of,
+    plan_of,
+    repair_of,
+)
 
 
 @click.command()
@@ -98,6 +107,7 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
 @budget_options
 @click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
 @scheme_options
+@include_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
 @json_option
 def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **options: Any) -> None:
@@ -270,14 +280,14 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
         scheme, layer_bits = made.quantization.scheme(), made.layer_bits
     elif made is not None and made.layer_bits:
         note("--bits or --group-size was given: the plan's bits by layer are left aside.")
+    include, notes = includes_for(made, options)
+    note(*notes)
     with timed("quantize", options["timings"], device=options["device"]):
         result = stages.quantize_stage(
             model,
             stages.Output(folder=output, resume=resume, force=force),
             made,
-            stages.QuantizeRequest(
-                scheme=scheme, layer_bits=layer_bits, include=includes_of(options), hessian=hessian_of(options)
-            ),
+            stages.QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian_of(options)),
             calibration_of(options),
             machine_of(options),
             mtp=mtp_of(options),

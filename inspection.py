@@ -1,5 +1,6 @@
 """`inspect`: what a model is, which expert counts make sense, what pressing it takes, and which GPU then holds it."""
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,18 +20,19 @@ from moepress.compress.sizes import group_size_for, part_sizes
 from moepress.converters.scheme import PER_CHANNEL, Scheme
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.family import Part, Shape, legal_counts
-from moepress.models.inventory import cache_bytes, describe
+from moepress.models.inventory import Weight, cache_bytes, describe
 from moepress.models.skeleton import check_tensors
 from moepress.stages import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder, workload
+from moepress.validation.projection import FORMULAS, Load, load_of
 from moepress.validation.targets import (
     DEFAULT_CONTEXT,
     RESERVE,
     TIGHT_RESERVE,
     Target,
     Verdict,
+    all_targets,
     fit,
     gaming,
-    load_targets,
 )
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -44,14 +46,21 @@ QUALITY_NOTE = (
 )
 
 
-def inspect_model(model_name: str, *, tokens: int | None = None, context: int | None = None) -> dict[str, Any]:
+def inspect_model(
+    model_name: str, *, tokens: int | None = None, context: int | None = None, targets_file: Path | None = None
+) -> dict[str, Any]:
     """All that `inspect` tells, as plain JSON. Reads headers, and up to 256 MiB of weights to time the disk.
 
     Args:
         model_name: a folder, or `demo`.
         tokens: calibration tokens that are planned; None for the default.
         context: tokens in the KV cache; None for 8192, or the model's context where it is shorter.
+        targets_file: the user's own GPUs, beside those of the table.
+
+    Raises:
+        UsageError, InvalidInputError: the model or the user's table of GPUs can not be used.
     """
+    targets = all_targets(targets_file)
     checkpoint = open_checkpoint(model_folder(model_name))
     check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
     figures, shape = figures_of(checkpoint), checkpoint.shape
@@ -71,7 +80,7 @@ def inspect_model(model_name: str, *, tokens: int | None = None, context: int | 
             "prune": asdict(estimate_prune(_pruned_bytes(figures, count), rates)),
             "quantize": asdict(estimate_quantize(checkpoint, figures, count, scheme, work, rates)),
         },
-        "targets": target_fits(checkpoint, figures, scheme, context or min(DEFAULT_CONTEXT, shape.context)),
+        "targets": target_fits(checkpoint, figures, scheme, context or min(DEFAULT_CONTEXT, shape.context), targets),
     }
 
 
@@ -131,12 +140,15 @@ def _pruned_bytes(figures: Figures, count: int) -> int:
     return round(sum(part_sizes(figures.inventory, figures.shape, count, None).values()))
 
 
-def target_fits(checkpoint: Checkpoint, figures: Figures, scheme: Scheme, context: int) -> dict[str, Any]:
+def target_fits(
+    checkpoint: Checkpoint, figures: Figures, scheme: Scheme, context: int, targets: Sequence[Target]
+) -> dict[str, Any]:
     """The model at a few expert counts on every GPU of the table, and what a card can do that does not hold it."""
-    targets, shape = load_targets(), figures.shape
-    cache = cache_bytes(checkpoint.config, context)
+    shape, cache = figures.shape, cache_bytes(checkpoint.config, context)
     counts = dict.fromkeys(min(legal_counts(shape), key=lambda n: (abs(n - s * shape.experts), n)) for s in SHARES)
     sizes = {count: pressed_sizes(checkpoint, figures, count, scheme) for count in counts}
+    each = cache_bytes(checkpoint.config, 1)
+    loads = {count: pressed_load(figures, parts, count, each) for count, parts in sizes.items()}
     rows = [
         {
             "experts": count,
@@ -144,7 +156,8 @@ def target_fits(checkpoint: Checkpoint, figures: Figures, scheme: Scheme, contex
             "weight_bytes": sum(parts.values()),
             "experts_bytes": parts[Part.ROUTED],
             "needed_bytes": sum(parts.values()) + cache,
-            "fits": [asdict(fit(target, sum(parts.values()) + cache)) for target in targets],
+            "load": asdict(loads[count]),
+            "fits": [asdict(fit(target, sum(parts.values()) + cache, loads[count])) for target in targets],
         }
         for count, parts in sizes.items()
     ]
@@ -153,11 +166,22 @@ def target_fits(checkpoint: Checkpoint, figures: Figures, scheme: Scheme, contex
         "cache_bytes": cache,
         "reserve": RESERVE,
         "tight_reserve": TIGHT_RESERVE,
+        "projection": FORMULAS,
         "table": [target.model_dump() for target in targets],
         "counts": rows,
         "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache),
     }
     return found | {"answer": answer(found, targets, _making_bytes(checkpoint, figures, scheme))}
+
+
+def pressed_load(figures: Figures, sizes: Mapping[Part, int], count: int, cache_bytes_per_token: int) -> Load:
+    """What the model asks of a GPU after pressing, from the bytes of its parts and the experts that stay."""
+    shape, parts = dataclasses.replace(figures.shape, experts=count), dict[Part, Weight]()
+    for part, size in sizes.items():
+        parameters = figures.parts[part].parameters if part in figures.parts else 0
+        kept = parameters * count // figures.shape.experts if part is Part.ROUTED else parameters
+        parts[part] = Weight(parameters=kept, bytes=size)
+    return load_of(parts, shape, cache_bytes_per_token)
 
 
 def _beside_experts(

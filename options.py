@@ -68,6 +68,12 @@ dry_run_option: Decorator = click.option(
 timings_option: Decorator = click.option(
     "--timings", type=_PATH, metavar="FILE", help="Write to FILE, as JSON, where the time went by layer and phase."
 )
+targets_file_option: Decorator = click.option(
+    "--targets-file",
+    type=_PATH,
+    metavar="FILE",
+    help="Your own GPUs, TOML in the form of `moepress targets -h`; a row with an id of the table takes its place.",
+)
 nonfinite_option: Decorator = click.option(
     "--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in the weights."
 )

@@ -86,6 +86,21 @@ def includes_of(options: Mapping[str, Any]) -> Any:
     return frozenset(Include(name) for name in options["include"])
 
 
+def includes_for(plan: Any, options: Mapping[str, Any]) -> Any:
+    """The parts that `quantize` adds: the plan's, unless --include names others; and what to say of that.
+
+    Raises:
+        UsageError: less is included than the plan's budget counts on.
+    """
+    given = includes_of(options)
+    if plan is None or not given or given == set(plan.include):
+        return (given or frozenset(plan.include if plan is not None else ())), []
+    planned = " ".join(f"--include {part}" for part in plan.include) or "no --include"
+    if plan.budget is not None and not given >= set(plan.include):
+        raise UsageError(f"The plan fits its budget with {planned}; leave --include out here, or plan again with it.")
+    return given, [f"The plan was made for {planned}: the sizes that it states are not those of this result."]
+
+
 def hessian_of(options: Mapping[str, Any]) -> Any:
     """How tokens are weighed in Hessians, with the targets that --match names."""
     from moepress.calibration.hessian import hessian_for
@@ -156,9 +171,10 @@ def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any
         raise UsageError("--context and --mixed-bits go with --budget or --target only.")
     from moepress.compress.plan import count_from_keep, make_plan
     from moepress.compress.scoring import Criterion, Groups
+    from moepress.compress.sizes import linears_of_config
     from moepress.converters.scheme import Scheme
 
-    groups = Groups(options["groups"])
+    groups, include = Groups(options["groups"]), _planned_includes(options, quantized=quantized)
     keep, experts = options["keep"], options["experts"]
     return make_plan(
         profile,
@@ -167,7 +183,16 @@ def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any
         weights=parse_weights(options["domain_weight"]),
         groups=groups,
         scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
+        include=include,
+        linears=linears_of_config(profile.config, include),
     )
+
+
+def _planned_includes(options: Mapping[str, Any], *, quantized: bool) -> Any:
+    """What a plan counts as quantized besides the experts; commands that only prune have no such option."""
+    if not quantized and options.get("include"):
+        raise UsageError("--include says what else is quantized; leave it out with --no-quantization.")
+    return includes_of(options) if quantized else frozenset()
 
 
 def _budgeted_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
@@ -187,6 +212,7 @@ def _budgeted_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool)
         criterion=Criterion(options["criterion"]) if options["criterion"] else None,
         weights=parse_weights(options["domain_weight"]),
         groups=Groups(options["groups"]),
+        include=_planned_includes(options, quantized=quantized),
     )
     request = BudgetRequest(
         limit_bytes=parse_bytes(options["budget"], "--budget"), target=options["target"], context=options["context"]

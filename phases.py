@@ -39,10 +39,12 @@ class Clock:
     Attributes:
         spent: (layer, phase) -> what it took.
         layer: which layer phases belong to now.
+        owner: the thread whose seconds are counted.
     """
 
     spent: dict[tuple[int, str], Spent] = field(default_factory=dict)
     layer: int = OUTSIDE
+    owner: int = field(default_factory=threading.get_ident)
     _inner: list[float] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -105,6 +107,8 @@ def in_layer(layer: int) -> Iterator[None]:
 def phase(name: str, *, flops: float = 0.0, size: int = 0) -> Iterator[None]:
     """Count the time of the block, in the main thread, less that of the phases inside.
 
+    In a thread that the main one waits for, the seconds are the main one's: FLOP and bytes alone are counted.
+
     Args:
         name: read, forward, Hessian, factor, scales, columns, sweeps, losses, pack, write, ...
         flops: floating-point operations of the block.
@@ -114,6 +118,10 @@ def phase(name: str, *, flops: float = 0.0, size: int = 0) -> Iterator[None]:
         yield
         return
     clock = _running[-1]
+    if threading.get_ident() != clock.owner:
+        yield
+        clock.add(name, 0.0, flops, size, layer=clock.layer)
+        return
     _wait_for_gpu()
     start = time.perf_counter()
     clock._inner.append(0.0)

@@ -33,6 +33,7 @@ from moepress.compress.figures import figures_of
 from moepress.compress.plan import Plan, estimate_sizes, load_plan, make_plan, plan_text
 from moepress.compress.rates import measure_rates
 from moepress.compress.repaired import Repairs
+from moepress.compress.sizes import included_linears, linears_of_config
 from moepress.converters.artifact import open_artifact, open_source
 from moepress.converters.onnx_folder import open_onnx
 from moepress.converters.scheme import Scheme
@@ -103,7 +104,13 @@ def estimate_recipe(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": full.model_dump(mode="json"),
         "experts": count,
-        "sizes": estimate_sizes(inventory(checkpoint), checkpoint.shape, count, scheme).model_dump(),
+        "sizes": estimate_sizes(
+            inventory(checkpoint),
+            checkpoint.shape,
+            count,
+            scheme,
+            linears=included_linears(checkpoint, full.include),
+        ).model_dump(),
         "profile": asdict(estimate_profile(figures, work, rates, bit_losses=budget_request(full) is not None)),
         "quantize": asdict(quantized),
     }
@@ -166,6 +173,8 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
                 weights=recipe.domain_weight,
                 groups=recipe.groups,
                 scheme=setup.scheme,
+                include=recipe.include,
+                linears=linears_of_config(profile.config, recipe.include),
             )
         text = plan_text(plan)
         run.write("plan", "plan.json", lambda path: _text(path, text))

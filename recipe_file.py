@@ -1,6 +1,7 @@
 """The recipe of a run: its fields and defaults, and all that can be wrong with it, found before any work."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,13 @@ from moepress.comparison import (
     Evaluation,
     evaluation_corpus,
 )
+from moepress.compress.budget import most_common
 from moepress.compress.linears import Include
 from moepress.compress.plan import count_from_keep
 from moepress.compress.repair import Repair
 from moepress.compress.schemes import check_scheme
 from moepress.compress.scoring import Criterion, Groups, default_criterion, domain_weights
+from moepress.compress.sizes import included_linears
 from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.exports import check_onnx, onnx_bits
@@ -132,25 +135,46 @@ def wish_of(recipe: Recipe) -> Wish:
         criterion=recipe.criterion,
         weights=recipe.domain_weight,
         groups=recipe.groups,
+        include=frozenset(recipe.include),
     )
 
 
-def settled(recipe: Recipe, checkpoint: Checkpoint) -> tuple[int, Scheme]:
-    """Count and scheme; under a budget, which decides after the profile, the most experts that fit at all."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What is known of the result before there is a plan; `layer_bits` are those of layers with experts, if mixed."""
+
+    count: int
+    scheme: Scheme
+    layer_bits: Mapping[int, int] = field(default_factory=dict)
+
+
+def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
+    """Count and bits; under a budget, which decides after the profile, the most experts that fit, and bits that fill
+    what they leave.
+
+    Raises:
+        UsageError: options exclude each other, or nothing fits.
+    """
     shape, request = checkpoint.shape, budget_request(recipe)
     if request is None:
         if recipe.context is not None or recipe.mixed_bits:
             raise UsageError("--context and --mixed-bits go with --budget or --target only.")
         degroup = recipe.groups is Groups.DEGROUP
         count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
-        return count, Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128)
+        return Settled(count=count, scheme=Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128))
     if recipe.mixed_bits and recipe.bits is not None:
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits.")
     if recipe.mixed_bits and "gptq" in recipe.to:
         raise UsageError("--mixed-bits and --to gptq exclude each other: the GPTQ layout has one width for all layers.")
     wish, budget = wish_of(recipe), budget_of(request, checkpoint.config, shape)
-    found = require_possible(inventory(checkpoint), shape, len(moe_layers(checkpoint)), budget, wish)
-    return found.count, Scheme(bits=int(found.bits or 4), group_size=wish.group(shape))
+    linears = included_linears(checkpoint, wish.include)
+    layers = moe_layers(checkpoint)
+    found = require_possible(
+        inventory(checkpoint), shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits
+    )
+    scheme = Scheme(bits=most_common(found.widths) or 4, group_size=wish.group(shape, linears))
+    bits = {layers[n]: width for n, width in found.widths.items() if width is not None}
+    return Settled(count=found.count, scheme=scheme, layer_bits=bits if found.mixed else {})
 
 
 def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
@@ -165,18 +189,18 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     folder = model_folder(recipe.model)
     checkpoint = open_checkpoint(folder)
     shape = checkpoint.shape
-    count, scheme = settled(recipe, checkpoint)
+    known = settled(recipe, checkpoint)
     if recipe.repair:
-        check_repair(checkpoint, count, frozenset(recipe.repair))
-    check_scheme(checkpoint, scheme, recipe.include)
+        check_repair(checkpoint, known.count, frozenset(recipe.repair))
+    check_scheme(checkpoint, known.scheme, recipe.include)
     if "gptq" in recipe.to and Include.LM_HEAD in recipe.include:
         raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
     if "onnx" in recipe.to:
-        check_onnx(checkpoint, scheme, recipe.include)
+        check_onnx(checkpoint, known.scheme, recipe.include)
     corpus = load_corpus(folder, calibration_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
     criterion = recipe.criterion or default_criterion(domain_weights(corpus.domains, recipe.domain_weight))
     evaluation_corpus(folder, evaluation_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
-    return checkpoint, count, criterion
+    return checkpoint, known.count, criterion
 
 
 def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory_bytes: int) -> Recipe:

@@ -396,6 +396,7 @@ def quantize_stage(
         include=request.include,
         layer_bits=layer_bits,
         original_targets=request.hessian.asymmetry > 0,
+        balanced=request.hessian.least_tokens > 0,
     )
     if dry_run:
         return asdict(estimate)

@@ -60,6 +60,7 @@ VARIANTS = (
     Variant(name="weight_power 2", hessian={"weight_power": 2}),
     Variant(name="shrinkage 0", hessian={"shrinkage_tokens": 0.0}),
     Variant(name="shrinkage 512", hessian={"shrinkage_tokens": 512.0}),
+    Variant(name="least tokens 512", hessian={"least_tokens": 512}),
     Variant(name="damp 0.01", solver={"damp": 0.01}),
     Variant(name="damp 0.1", solver={"damp": 0.1}),
     Variant(name="match original", hessian={"asymmetry": 1.0}),

@@ -10,7 +10,6 @@ Without ../shared the demo model and its embedded text are used.
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from moepress.compress.grid import absmax_scales, dequantize, round_to_nearest
 from moepress.compress.linears import Include, linear_groups
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.checkpoint import Checkpoint, SourceView, open_checkpoint
 from moepress.models.family import Part, part_of
 from moepress.models.walk import Limits
 from moepress.stages import Calibration, Machine, Output, QuantizeRequest, quantize_stage
@@ -36,24 +35,11 @@ PLAIN = SolverOptions(act_order=False, scale_search=False, refit_scales=False, s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rounded:
+class Rounded(SourceView):
     """A checkpoint whose quantizable matrices are rounded to nearest with absmax scales, without calibration."""
 
-    base: Checkpoint
     scheme: Scheme
     names: frozenset[str]
-
-    @property
-    def config(self) -> Mapping[str, object]:
-        return self.base.config
-
-    @property
-    def family(self):
-        return self.base.family
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.base.shapes
 
     def read(self, name: str) -> torch.Tensor:
         weight = self.base.read(name)
@@ -65,7 +51,7 @@ class Rounded:
         return dequantize(codes, scales, self.scheme)[0].to(weight.dtype)
 
     def read_row(self, name: str, row: int) -> torch.Tensor:
-        return self.base.read_row(name, row)
+        return self.read(name)[row] if name in self.names else self.base.read_row(name, row)
 
 
 def rounded(base: Checkpoint, scheme: Scheme) -> Rounded:

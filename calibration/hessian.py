@@ -27,6 +27,9 @@ class HessianOptions:
             of the layer's pooled one, so that an expert without tokens falls back to the pooled one.
         pooled_tokens: tokens of the layer that the pooled Hessian of `down` is formed of, by sending them through the
             expert as if they had been routed to it.
+        least_tokens: an expert that fewer tokens chose is topped up to so many, in its Hessians alone, with those that
+            the router ranks next for it (`compress.balance`); they count for `shrinkage_tokens`. 0 for never; then no
+            router logits are kept.
         asymmetry: how far a matrix is drawn to what the *original* model's inputs give (`compress.asymmetry`): 0, not
             at all, and no second stream of hidden states is kept; 1, all the way.
     """
@@ -34,11 +37,14 @@ class HessianOptions:
     weight_power: int = 0
     shrinkage_tokens: float = 128.0
     pooled_tokens: int = 1024
+    least_tokens: int = 0
     asymmetry: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.asymmetry <= 1:
             raise ValueError(f"{self}: need 0 <= asymmetry <= 1.")
+        if self.least_tokens < 0:
+            raise ValueError(f"{self}: need least_tokens >= 0.")
 
 
 def hessian_for(match: str) -> HessianOptions:

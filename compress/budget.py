@@ -1,14 +1,14 @@
 """Experts and bits under a budget: every possible result's bytes and estimated loss, and the best of those that fit.
 
 With bits by layer, each layer goes down its lower convex hull of (bytes, loss). The steps of all layers, in order of
-loss saved per byte, are the solutions that a Lagrange multiplier finds, and a bisection finds the last that fits. The
+loss saved per byte, are the solutions that a Lagrange multiplier finds, and the last that fits is taken. The
 steps do not depend on the budget, so a larger budget never gives a larger loss.
 """
 
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -73,16 +73,18 @@ class Space:
     """All that a choice depends on.
 
     Attributes:
-        rest: count -> bytes of all but the routed experts.
-        layer: count -> width -> bytes of one layer's routed experts.
+        rest: count -> bytes of all that is not quantized.
+        layer: count -> width -> bytes of what is quantized in one layer with experts.
         pruned: count -> loss by the experts that go.
         quantized: layer -> width -> loss by the bits.
+        outside: width of most layers -> bytes of what is quantized outside of layers with experts.
     """
 
     rest: Mapping[int, int]
     layer: Mapping[int, Mapping[Width, int]]
     pruned: Mapping[int, float]
     quantized: Mapping[int, Mapping[Width, float]]
+    outside: Mapping[Width, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +115,16 @@ class Candidate:
         return sum(known) / len(known) if known else None
 
 
+def most_common(widths: Mapping[int, Width]) -> Width:
+    """The bits of most layers, of as many the larger: what is quantized outside of them has these."""
+    found = Counter(width for width in widths.values() if width is not None)
+    return max(found, key=lambda width: (found[width], width)) if found else None
+
+
 def candidate(space: Space, count: int, widths: Mapping[int, Width]) -> Candidate:
     """A choice weighed."""
     size = space.rest[count] + sum(space.layer[count][width] for width in widths.values())
+    size += space.outside.get(most_common(widths), 0) if space.outside else 0
     loss = space.pruned[count] + sum(space.quantized[layer][width] for layer, width in widths.items())
     return Candidate(count=count, widths=widths, size=size, loss=loss)
 
@@ -142,11 +151,14 @@ def by_layer(space: Space, count: int, limit: int) -> Candidate | None:
         ),
         key=lambda step: step[:3],
     )
-    start = space.rest[count] + sum(hull[0][0] for hull in hulls.values())
-    taken = bisect_right(list(accumulate((step[2] for step in steps), initial=start)), limit)
-    if taken == 0:
-        return None
-    return candidate(space, count, widths | {layer: width for _, layer, _, width in steps[: taken - 1]})
+    size, found = space.rest[count] + sum(hull[0][0] for hull in hulls.values()), None
+    # With something outside, whose bits are those of most layers, sizes do not only grow along the path.
+    for layer, more, width in [(None, 0, None), *(step[1:] for step in steps)]:
+        if layer is not None:
+            widths, size = widths | {layer: width}, size + more
+        if size + (space.outside.get(most_common(widths), 0) if space.outside else 0) <= limit:
+            found = widths
+    return None if found is None else candidate(space, count, found)
 
 
 def _hull(points: Iterable[tuple[int, float, Width]]) -> list[tuple[int, float, Width]]:

@@ -16,7 +16,7 @@ import torch
 from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Profile
 from moepress.compress.budget import Space, Width
 from moepress.compress.scoring import Selection, keep_sets
-from moepress.compress.sizes import part_sizes
+from moepress.compress.sizes import Linear, dense_bytes, linears_bytes, part_sizes
 from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.family import Part, Shape
@@ -27,7 +27,13 @@ quantizing (docs/benchmarks.md); below the middle of it, for the share grows wit
 
 
 def space_of(
-    profile: Profile, selection: Selection, *, counts: Sequence[int], widths: Sequence[Width], group_size: int
+    profile: Profile,
+    selection: Selection,
+    *,
+    counts: Sequence[int],
+    widths: Sequence[Width],
+    group_size: int,
+    linears: Sequence[Linear] = (),
 ) -> Space:
     """Bytes and losses of every count and width.
 
@@ -37,6 +43,7 @@ def space_of(
         counts: legal ones.
         widths: bits to choose from, or only None.
         group_size: of the quantized matrices.
+        linears: quantized besides the experts, in their bits; what that costs is not in the loss.
 
     Raises:
         InvalidInputError: the profile lacks what the estimate needs.
@@ -54,7 +61,13 @@ def space_of(
         n: {w: 0.0 if w is None else errors[n][w] * contribution[n] / len(layers) for w in widths} for n in layers
     }
     sizes = bare_space(
-        profile.inventory, profile.shape, len(layers), counts=counts, widths=widths, group_size=group_size
+        profile.inventory,
+        profile.shape,
+        len(layers),
+        counts=counts,
+        widths=widths,
+        group_size=group_size,
+        linears=linears,
     )
     return replace(sizes, pruned=pruned, quantized=quantized)
 
@@ -67,18 +80,26 @@ def bare_space(
     counts: Sequence[int],
     widths: Sequence[Width],
     group_size: int,
+    linears: Sequence[Linear] = (),
 ) -> Space:
-    """The bytes alone, without a profile: removing an expert costs 1, bits cost nothing."""
+    """The bytes alone, without a profile: removing an expert costs 1, all bits together less, so they fill what is left."""
     rest, sizes = dict[int, int](), dict[int, Mapping[Width, int]]()
+    inside, outside = [n for n in linears if n.routed], [n for n in linears if not n.routed]
+    schemes = {w: Scheme(bits=w, group_size=group_size) for w in widths if w is not None}
+    beside: dict[Width, int] = {
+        w: _up(linears_bytes(inventory, inside, scheme) / layers) for w, scheme in schemes.items()
+    }
+    plain = dense_bytes(inventory, linears) if schemes else 0.0
     for count in counts:
         parts = {w: part_sizes(inventory, shape, count, _scheme(w, group_size)) for w in widths}
-        rest[count] = max(_up(sum(p.values()) - p[Part.ROUTED]) for p in parts.values())
-        sizes[count] = {w: _up(p[Part.ROUTED] / layers) for w, p in parts.items()}
+        rest[count] = max(_up(sum(p.values()) - p[Part.ROUTED] - plain) for p in parts.values())
+        sizes[count] = {w: _up(p[Part.ROUTED] / layers) + beside.get(w, 0) for w, p in parts.items()}
     return Space(
         rest=rest,
         layer=sizes,
         pruned={count: float(shape.experts - count) for count in counts},
-        quantized=dict.fromkeys(range(layers), dict.fromkeys(widths, 0.0)),
+        quantized=dict.fromkeys(range(layers), {w: 0.0 if w is None else 4.0**-w / layers for w in widths}),
+        outside={w: linears_bytes(inventory, outside, scheme) for w, scheme in schemes.items()},
     )
 
 

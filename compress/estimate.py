@@ -164,6 +164,7 @@ def estimate_quantize(
     include: Iterable[Include] = (),
     layer_bits: Mapping[int, int] | None = None,
     original_targets: bool = False,
+    balanced: bool = False,
 ) -> Estimate:
     """One forward pass, in which every layer is solved before the next.
 
@@ -177,13 +178,14 @@ def estimate_quantize(
         include: parts besides the routed experts.
         layer_bits: of layers that do not have the scheme's.
         original_targets: the original model is walked beside the quantized one, see `compress.reference`.
+        balanced: the router's logits are kept, see `compress.balance`.
     """
     shape, limits, streams = figures.shape, limits_of(figures, work), 2 if original_targets else 1
     include = frozenset(include)
     extra = included_matrices(checkpoint, include)
     sizes = pressed_sizes(checkpoint, figures, count, scheme, include, layer_bits)
     output = sum(sizes.values())
-    buffers, spilled = buffer_bytes(figures, work, limits, observe=False, streams=streams)
+    buffers, spilled = buffer_bytes(figures, work, limits, observe=False, streams=streams, logits=balanced)
     at_once = experts_that_fit(replace(shape, experts=count), limits.memory_bytes)
     layers = streams if is_apart(include) else 1
     rest = resident(figures, work, limits, (buffers, spilled), streams=streams, layers=layers)

@@ -1,6 +1,6 @@
 """GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from moepress.calibration.hessian import HessianOptions, Moments, cross, gram, moments, shrink_moments
 from moepress.compress.asymmetry import move_target, relative_error
+from moepress.compress.balance import topped_up
 from moepress.compress.gptq import Solved, SolverOptions, solve
 from moepress.compress.grid import dequantize
+from moepress.compress.parts import part_slices, side_by_side
 from moepress.converters.artifact import dense
 from moepress.converters.scheme import Scheme
 from moepress.models.experts import Expert
@@ -73,6 +75,8 @@ class CodedExpert:
         error: relative output error of gate/up and of down on its Hessians, ||(W - Q) X||^2 / ||W X||^2; W is the
             original matrix, whatever the codes were to meet.
         rounded: a Hessian could not be factorised and the matrix was rounded to nearest.
+        middle: what the quantized gate and up give its tokens [T, F], in the compute dtype on the device; None where it
+            was not kept.
     """
 
     gate: Coded
@@ -81,6 +85,7 @@ class CodedExpert:
     tokens: int
     error: tuple[float, float]
     rounded: bool
+    middle: Tensor | None = None
 
     def expert(self, model: StreamedModel) -> Expert:
         """Dequantized, on the model's device, in its compute dtype."""
@@ -172,10 +177,14 @@ def solve_experts(
     """
     device, experts = stream.model.solver_device, list(weights)
     inputs = _Inputs(stream=stream, originals=originals, options=options.hessian)
+    seen = topped_up(stream, positions, experts, options.hessian.least_tokens)
     with phase("load"):
         stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)) for e in experts]).to(device)
-        found = (_input_moments(inputs, positions[e], pooled_DD) for e in experts)
-        hessians = torch.stack(_targets(stacked, found, options)).to(device)
+
+    def of_inputs(index: int) -> Moments:
+        return _input_moments(inputs, seen[experts[index]], pooled_DD)
+
+    hessians = _targets(stacked, of_inputs, options, stream.model.device)
     first, first_error = solve_measured(stacked, hessians, options)
     if originals is not None:
         first_error = _errors((torch.cat((weights[e].gate, weights[e].up)) for e in experts), first, hessians, options)
@@ -184,11 +193,18 @@ def solve_experts(
         coded = [_split(first, index, options.stored_dtype) for index in range(len(experts))]
     with phase("load"):
         downs = torch.stack([weights[e].down for e in experts]).to(device)
-        found = (
-            _down_moments(inputs, layer, positions[e], sample_PD, gate_up, weights[e])
-            for e, gate_up in zip(experts, coded, strict=True)
+    middles: dict[int, Tensor] | None = {} if _middles_fit(stream, seen) else None
+
+    def of_middles(index: int) -> Moments:
+        expert = experts[index]
+        found, middle = _down_moments(
+            inputs, layer, seen[expert], sample_PD, coded[index], weights[expert], keep=middles is not None
         )
-        hessians = torch.stack(_targets(downs, found, options)).to(device)
+        if middles is not None and middle is not None:
+            middles[index] = middle[: len(positions[expert][0])]
+        return found
+
+    hessians = _targets(downs, of_middles, options, stream.model.device)
     second, second_error = solve_measured(downs, hessians, options)
     if originals is not None:
         second_error = _errors((weights[e].down for e in experts), second, hessians, options)
@@ -202,6 +218,7 @@ def solve_experts(
             tokens=len(positions[expert][0]),
             error=(first_error[index], second_error[index]),
             rounded=bool(first.rounded[index]) or bool(second.rounded[index]),
+            middle=None if middles is None else middles.get(index),
         )
         for index, expert in enumerate(experts)
     ]
@@ -214,13 +231,35 @@ def solve_measured(weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOpt
         return solved, relative_errors(solved)
 
 
-def _targets(weight_EOI: Tensor, found: Iterable[Moments], options: QuantizeOptions) -> list[Tensor]:
-    """The Hessians; weights become, in place, what their codes are to meet, one by one, so that one C is held."""
-    hessians = []
-    for weight_OI, each in zip(weight_EOI, found, strict=True):
-        move_target(weight_OI, each, options.hessian.asymmetry, options.solver.damp)
-        hessians.append(each.hessian)
-    return hessians
+def _targets(
+    weight_EOI: Tensor, of: Callable[[int], Moments], options: QuantizeOptions, device: torch.device
+) -> Tensor:
+    """The Hessians of a batch; its weights become, in place, what their codes are to meet.
+
+    Args:
+        weight_EOI: on the device of the solver, where the Hessians will be.
+        of: the moments of one expert of the batch; one C a thread is held.
+        options: see `QuantizeOptions`.
+        device: where the moments are formed.
+    """
+
+    def some(part: slice) -> list[Tensor]:
+        hessians = []
+        for index in range(len(weight_EOI))[part]:
+            found = of(index)
+            move_target(weight_EOI[index], found, options.hessian.asymmetry, options.solver.damp)
+            hessians.append(found.hessian.to(weight_EOI.device))
+        return hessians
+
+    parts = part_slices(len(weight_EOI), device)
+    with phase("Hessian"), side_by_side(len(parts)) as each:
+        return torch.stack([hessian for found in each(some, parts) for hessian in found])
+
+
+def _middles_fit(stream: Stream, seen: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
+    """Whether the intermediates of a batch of experts may be kept for their outputs: an eighth of the memory limit."""
+    tokens, model = sum(len(rows) for rows, _ in seen.values()), stream.model
+    return tokens * model.shape.expert_width * model.dtype.itemsize <= stream.limits.memory_bytes // 8
 
 
 def _errors(weights: Iterable[Tensor], solved: Solved, hessian_EII: Tensor, options: QuantizeOptions) -> list[float]:
@@ -298,16 +337,19 @@ def _down_moments(
     sample_PD: Tensor,
     gate_up: tuple[Coded, Coded],
     original: Expert,
-) -> Moments:
+    *,
+    keep: bool,
+) -> tuple[Moments, Tensor | None]:
     """Like `_input_moments`, of the intermediate that the quantized gate and up give, and that the original ones do.
 
     The hidden units of different experts have nothing in common, so the pooled Hessian is that of a sample of the
-    layer's tokens sent through this expert.
+    layer's tokens sent through this expert. What the quantized ones give, [T, F], is returned too, to be kept.
     """
     model, tokens, options, originals = inputs.stream.model, len(position[0]), inputs.options, inputs.originals
     streams, activation = 1 if originals is None else 2, model.activation(layer)
     flops = 2.0 * streams * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up)
     with phase("Hessian", flops=flops):
+        kept: list[Tensor] = []
         quantized = [m.dense().to(model.device, model.dtype) for m in gate_up]
         whole = [m.to(model.device, model.dtype) for m in (original.gate, original.up)] if originals else []
 
@@ -317,14 +359,19 @@ def _down_moments(
 
         def of(inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None) -> Moments:
             aim = None if originals_TD is None else middle(whole, originals_TD)
-            return moments(middle(quantized, inputs_TD), aim, weights_T)
+            got = middle(quantized, inputs_TD)
+            if keep:
+                kept.append(got)
+            return moments(got, aim, weights_T)
 
         weights = token_weights(inputs.stream, position, options)
         pooled = of(sample_PD, originals.sample if originals else None, None).over(max(sample_PD.shape[0], 1))
         own = inputs.none(pooled.hessian)
+        kept.clear()
         for rows in _slices(tokens):
             own.add(of(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]))
-        return shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+        found = shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+        return found, torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)
 
 
 def relative_errors(solved: Solved) -> list[float]:

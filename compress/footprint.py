@@ -56,14 +56,16 @@ def limits_of(figures: Figures, work: Workload) -> Limits:
 
 
 def buffer_bytes(
-    figures: Figures, work: Workload, limits: Limits, *, observe: bool, streams: int = 1
+    figures: Figures, work: Workload, limits: Limits, *, observe: bool, streams: int = 1, logits: bool = False
 ) -> tuple[int, int]:
     """Bytes of the buffers of one walk or two, in memory and in files, in the order in which `Scratch` gives them."""
     shape, size = figures.shape, work.dtype.itemsize
     rows = [shape.hidden * size, shape.hidden * size, shape.top_k * 8, shape.top_k * 4]
     rows += [shape.hidden * size, shape.experts * 4] if observe else []
+    rows *= streams
+    rows += [shape.experts * 4] if logits else []
     left, inside, outside = limits.memory_bytes // 2, 0, 0
-    for row in rows * streams:
+    for row in rows:
         if row * work.tokens <= left:
             left -= row * work.tokens
             inside += row * work.tokens

@@ -16,12 +16,14 @@ copies: 3 of H while factoring, then 1 of H and 3 of W, then 4 of W (per-channel
 nothing loops over experts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from moepress.compress.columns import inner_loops
 from moepress.compress.grid import absmax_scales, round_to_nearest, search_scales, storable_scales
+from moepress.compress.parts import part_slices, side_by_side
 from moepress.converters.scheme import Scheme
 from moepress.phases import phase
 
@@ -109,28 +111,85 @@ def solve(
     """
     options = options or SolverOptions()
     _check(weight_EOI, hessian_EII)
-    diagonal_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
-    order_EI = _column_order(diagonal_EI, act_order=options.act_order)
+    slices = part_slices(len(weight_EOI), weight_EOI.device)
+    parts = [_Part(weight=weight_EOI[part], hessian=hessian_EII[part], options=options) for part in slices]
     product = weight_EOI.numel() * hessian_EII.shape[1]  # multiply-adds of W H
-    with phase("factor", flops=2 / 3 * hessian_EII.numel() * hessian_EII.shape[1]):
-        upper_EII, damping_E = _inverse_factor(hessian_EII, diagonal_EI, order_EI, options.damp)
-    with phase("scales"):
-        if options.scale_search:
-            scales_EOG = search_scales(weight_EOI, diagonal_EI, scheme, scale_dtype=scale_dtype)
+    with side_by_side(len(parts)) as each:
+        with phase("factor", flops=2 / 3 * hessian_EII.numel() * hessian_EII.shape[1]):
+            each(_Part.factor, parts)
+        with phase("scales"):
+            each(lambda part: part.choose_scales(scheme, scale_dtype), parts)
+        with phase("columns", flops=product):
+            each(lambda part: part.compensate(scheme), parts)
+        for _ in range(options.sweeps):
+            with phase("sweeps", flops=2 * product):
+                each(lambda part: part.descend(scheme, scale_dtype), parts)
+        with phase("losses", flops=3 * product):
+            found = each(_Part.better_rows, parts)
+    return found[0] if len(found) == 1 else _joined(found)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Part:
+    """Some experts of a batch, from step to step; nothing of one part depends on another.
+
+    Attributes:
+        weight, hessian: [E, O, I], [E, I, I].
+        diagonal, order: of H [E, I], and the columns in the order in which they are solved.
+        upper, damping, ridge: of `_inverse_factor`, [E, I, I], [E]; damping times the mean of the diagonal, [E].
+        first_scales: [E, O, G], as searched.
+        turned, codes, scales: weight and codes [E, I, O], scales [E, G, O] as they come to be.
+        nearest: codes and scales of rounding to nearest.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    options: SolverOptions
+    diagonal: torch.Tensor = field(init=False)
+    order: torch.Tensor = field(init=False)
+    upper: torch.Tensor = field(init=False)
+    damping: torch.Tensor = field(init=False)
+    ridge: torch.Tensor = field(init=False)
+    first_scales: torch.Tensor = field(init=False)
+    turned: torch.Tensor = field(init=False)
+    codes: torch.Tensor = field(init=False)
+    scales: torch.Tensor = field(init=False)
+    nearest: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+
+    def factor(self) -> None:
+        self.diagonal = self.hessian.diagonal(dim1=1, dim2=2).clamp(min=0)
+        self.order = _column_order(self.diagonal, act_order=self.options.act_order)
+        found = _inverse_factor(self.hessian, self.diagonal, self.order, self.options.damp)
+        self.upper, self.damping = found
+        self.ridge = (self.damping * _mean_alive(self.diagonal)).float()
+
+    def choose_scales(self, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+        if self.options.scale_search:
+            self.first_scales = search_scales(self.weight, self.diagonal, scheme, scale_dtype=scale_dtype)
         else:
-            scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype)
-    with phase("columns", flops=product):
-        weight_EIO = weight_EOI.mT.contiguous()
-        scales_EGO = scales_EOG.mT.contiguous()
-        codes_EIO = _compensated_codes(weight_EIO, upper_EII, scales_EGO, order_EI, scheme, options.block)
-    del upper_EII
-    nearest = round_to_nearest(weight_EOI, scales_EOG, scheme).mT.contiguous(), scales_EGO.clone()
-    ridge_E = (damping_E * _mean_alive(diagonal_EI)).float()
-    for _ in range(options.sweeps):
-        with phase("sweeps", flops=2 * product):
-            _descend(weight_EIO, hessian_EII, ridge_E, codes_EIO, scales_EGO, scheme, scale_dtype, options)
-    with phase("losses", flops=3 * product):
-        return _better_rows(weight_EIO, hessian_EII, (codes_EIO, scales_EGO), nearest, damping_E)
+            self.first_scales = absmax_scales(self.weight, scheme, scale_dtype=scale_dtype)
+
+    def compensate(self, scheme: Scheme) -> None:
+        self.turned = self.weight.mT.contiguous()
+        self.scales = self.first_scales.mT.contiguous()
+        given = (self.turned, self.upper, self.scales, self.order)
+        self.codes = _compensated_codes(*given, scheme, self.options.block)
+        del given, self.upper  # as large as H
+        codes_EIO = round_to_nearest(self.weight, self.first_scales, scheme).mT.contiguous()
+        self.nearest = codes_EIO, self.scales.clone()
+
+    def descend(self, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+        given = (self.turned, self.hessian, self.ridge, self.codes, self.scales)
+        _descend(*given, scheme, scale_dtype, self.options)
+
+    def better_rows(self) -> Solved:
+        found = self.codes, self.scales
+        return _better_rows(self.turned, self.hessian, found, self.nearest, self.damping)
+
+
+def _joined(parts: Sequence[Solved]) -> Solved:
+    """Parts of a batch as one."""
+    return Solved(**{each.name: torch.cat([getattr(part, each.name) for part in parts]) for each in fields(Solved)})
 
 
 def _better_rows(

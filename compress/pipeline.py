@@ -128,7 +128,8 @@ def quantize(
     try:
         with torch.inference_mode(), track("quantize", layers) as advance:
             with phase("embed"):
-                stream = open_stream(model, corpus.windows, scratch, limits, observe=False)
+                ranks = options.hessian.least_tokens > 0
+                stream = open_stream(model, corpus.windows, scratch, limits, observe=False, logits=ranks)
                 reference = open_reference(stream, include) if options.hessian.asymmetry else None
             job = Job(
                 stream=stream,
@@ -251,7 +252,7 @@ def _do_chunk(
         for expert, coded in zip(batch, solved, strict=True):
             tokens, slots = positions[expert]
             with phase("forward"):
-                add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer)
+                add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer, coded.middle)
             if done is None:
                 tensors |= _expert_tensors(job, layer, expert, coded)
                 note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]

@@ -1,7 +1,7 @@
 """A plan: which experts stay, and how they are quantized. A file that a person can read, diff and edit."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress.calibration.profile import Profile
 from moepress.compress.budget import Alternative, Budget
+from moepress.compress.linears import Include
 from moepress.compress.scoring import (
     Criterion,
     Groups,
@@ -21,7 +22,7 @@ from moepress.compress.scoring import (
     super_experts,
     unsupported,
 )
-from moepress.compress.sizes import part_sizes
+from moepress.compress.sizes import Linear, part_sizes
 from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.checkpoint import read_json
@@ -86,6 +87,7 @@ class Plan(BaseModel):
     keep: dict[int, list[int]]
     quantization: Quantization | None
     layer_bits: dict[int, int] = {}
+    include: tuple[Include, ...] = ()
     budget: Budget | None = None
     alternatives: list[Alternative] = []
     loss: dict[str, DomainLoss]
@@ -134,6 +136,8 @@ def make_plan(
     groups: Groups = Groups.BALANCED,
     scheme: Scheme | None = None,
     layer_bits: Mapping[int, int] | None = None,
+    include: Iterable[Include] = (),
+    linears: Sequence[Linear] = (),
 ) -> Plan:
     """Decide what stays. Pure: the same profile and options give the same plan.
 
@@ -145,6 +149,8 @@ def make_plan(
         groups: what becomes of the router's groups.
         scheme: bits and group size; None for pruning alone.
         layer_bits: bits of the routed experts where they differ by layer, for all MoE layers.
+        include: parts that are quantized besides the routed experts.
+        linears: their matrices, `sizes.linears_of_config`.
 
     Raises:
         UsageError: the count is not legal, a domain is unknown, or the group size does not divide the matrices.
@@ -152,7 +158,8 @@ def make_plan(
     shape, every = profile.shape, domain_weights(profile.domains, weights or {})
     require_legal(shape, count, degroup=groups is Groups.DEGROUP)
     if scheme is not None:
-        scheme.groups(shape.hidden), scheme.groups(shape.expert_width)
+        for columns in (shape.hidden, shape.expert_width, *(linear.columns for linear in linears)):
+            scheme.groups(columns)
     chosen = criterion or default_criterion(every)
     selection = Selection(criterion=chosen, count=count, weights=every, groups=groups)
     kept = keep_sets(profile, selection)
@@ -171,11 +178,12 @@ def make_plan(
         keep=kept,
         quantization=Quantization(bits=scheme.bits, group_size=scheme.group_size) if scheme else None,
         layer_bits=dict(layer_bits or {}),
+        include=tuple(sorted(include)),
         loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d]) for d in profile.domains},
         stability=stability(profile, selection) if prunes else 1.0,
         protected={layer: found for layer, found in super_experts(profile).items() if found},
         unsupported=few,
-        sizes=estimate_sizes(profile.inventory, shape, count, scheme, layer_bits),
+        sizes=estimate_sizes(profile.inventory, shape, count, scheme, layer_bits, linears),
         calibration=dict(profile.calibration),
         notes=_notes(profile, chosen, few, prunes=prunes),
     )
@@ -197,10 +205,11 @@ def estimate_sizes(
     count: int,
     scheme: Scheme | None,
     layer_bits: Mapping[int, int] | None = None,
+    linears: Sequence[Linear] = (),
 ) -> Sizes:
-    """Bytes of all weights before and after; quantization of the routed experts only, the MTP layer dropped."""
+    """Bytes of all weights before and after; the routed experts and `linears` quantized, the MTP layer dropped."""
     before = sum(int(row["bytes"]) for row in inventory.values())
-    after = sum(part_sizes(inventory, shape, count, scheme, layer_bits).values())
+    after = sum(part_sizes(inventory, shape, count, scheme, layer_bits, linears).values())
     return Sizes(before_bytes=before, after_bytes=round(after))
 
 

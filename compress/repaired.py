@@ -15,9 +15,8 @@ from torch import Tensor
 
 from moepress.compress.repair import Repair
 from moepress.errors import InvalidInputError
-from moepress.models.checkpoint import Source
+from moepress.models.checkpoint import Source, SourceView
 from moepress.models.experts import is_fused, router_disk_names
-from moepress.models.family import Family
 
 
 class LayerRepair(BaseModel):
@@ -112,31 +111,14 @@ def edits_of(pruned: Source, repairs: Repairs) -> Edits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RepairedSource:
+class RepairedSource(SourceView):
     """A pruned source with its repairs, as if the repaired folder had been written.
 
     Attributes:
-        base: the pruned source.
         edits: what is changed.
     """
 
-    base: Source
     edits: Edits
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The pruned model's config."""
-        return self.base.config
-
-    @property
-    def family(self) -> Family:
-        """The row of the family table."""
-        return self.base.family
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The pruned model's tensors."""
-        return self.base.shapes
 
     def read(self, name: str) -> Tensor:
         """One tensor, repaired."""

@@ -45,6 +45,42 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceView:
+    """A source as another one shows it: a base for those that change some tensors and keep names and shapes.
+
+    What overrides `read` overrides `read_row` too: neither calls the other.
+
+    Attributes:
+        base: the source that is looked at.
+    """
+
+    base: Source
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The base's config."""
+        return self.base.config
+
+    @property
+    def family(self) -> Family:
+        """The row of the family table."""
+        return self.base.family
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The base's tensors."""
+        return self.base.shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as the base has it."""
+        return self.base.read(name)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """`read(name)[row]`, reading nothing else."""
+        return self.base.read_row(name, row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """A folder of safetensors shards as published on the Hugging Face hub; also a `Source`.
 

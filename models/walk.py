@@ -110,7 +110,7 @@ class Stream:
         chosen: [N * T, K] int64.
         weights: [N * T, K] fp32.
         residual: [N * T, D] stream before the MoE block, when asked for.
-        logits: [N * T, E] router logits, when asked for.
+        logits: [N * T, E] router logits, when asked for; -inf for experts that a layer lacks.
         outputs: the experts' outputs of a part of the tokens, made and reused by `calibration.observe`.
         routed: their weighted sums, likewise.
     """
@@ -147,8 +147,19 @@ class Stream:
         self.scratch.forget()
 
 
-def open_stream(model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limits: Limits, *, observe: bool) -> Stream:
-    """Allocate buffers and embed the windows; `observe` also keeps the residual stream and the router's logits."""
+def open_stream(
+    model: StreamedModel,
+    windows_NT: Tensor,
+    scratch: Scratch,
+    limits: Limits,
+    *,
+    observe: bool,
+    logits: bool = False,
+) -> Stream:
+    """Allocate buffers and embed the windows.
+
+    `observe` also keeps the residual stream and the router's logits, `logits` only these.
+    """
     _settle_garbage()
     windows, length = windows_NT.shape
     tokens, shape = windows * length, model.shape
@@ -163,7 +174,7 @@ def open_stream(model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limi
         chosen=scratch.tensor("chosen", (rows, shape.top_k), torch.int64),
         weights=scratch.tensor("weights", (rows, shape.top_k), torch.float32),
         residual=scratch.tensor("residual", (rows, shape.hidden), model.dtype) if observe else None,
-        logits=scratch.tensor("logits", (rows, shape.experts), torch.float32) if observe else None,
+        logits=scratch.tensor("logits", (rows, shape.experts), torch.float32) if observe or logits else None,
     )
     batches = torch.split(windows_NT, limits.batch_windows)
     start = 0
@@ -206,9 +217,12 @@ def store(stream: Stream, batch: Tensor, output: Tensor, routed: Routed | None, 
         stream.inputs[rows] = routed.inputs.to("cpu")
         stream.chosen[rows] = routed.chosen.to("cpu")
         stream.weights[rows] = routed.weights.to("cpu", torch.float32)
-        if stream.residual is not None and stream.logits is not None:
+        if stream.residual is not None:
             stream.residual[rows] = routed.residual.to("cpu")
-            stream.logits[rows] = routed.logits.to("cpu", torch.float32)
+        if stream.logits is not None:
+            experts = routed.logits.shape[1]  # another layer may have more
+            stream.logits[rows, :experts] = routed.logits.to("cpu", torch.float32)
+            stream.logits[rows, experts:] = float("-inf")
     stream.touch(batch.shape[0] * batch.shape[1])
 
 
@@ -242,13 +256,28 @@ def add_experts(stream: Stream, layer: int) -> None:
         add_output(stream, flat, weights, tokens, slots, layer)
 
 
-def add_output(stream: Stream, flat: Tensor, expert: Expert, tokens: Tensor, slots: Tensor, layer: int) -> None:
-    """Add one expert's weighted output to the rows of `flat` that chose it."""
+def add_output(
+    stream: Stream,
+    flat: Tensor,
+    expert: Expert,
+    tokens: Tensor,
+    slots: Tensor,
+    layer: int,
+    middle: Tensor | None = None,
+) -> None:
+    """Add one expert's weighted output to the rows of `flat` that chose it.
+
+    `middle`, where known, is what its gate and up give these tokens, [T, F].
+    """
     model = stream.model
-    with phase("forward", flops=expert_flops(expert, len(tokens))):
+    flops = expert_flops(expert, len(tokens)) if middle is None else 2.0 * len(tokens) * expert.down.numel()
+    with phase("forward", flops=flops):
         for part in range(0, len(tokens), 8192):
             rows, columns = tokens[part : part + 8192], slots[part : part + 8192]
-            output = apply_expert(expert, stream.inputs[rows].to(model.device), model.activation(layer))
+            if middle is None:
+                output = apply_expert(expert, stream.inputs[rows].to(model.device), model.activation(layer))
+            else:
+                output = torch.nn.functional.linear(middle[part : part + 8192], expert.down)
             weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
             flat.index_add_(0, rows, weighted.to("cpu", flat.dtype))
             stream.touch(len(rows))

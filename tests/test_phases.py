@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,3 +86,15 @@ def test_nothing_is_kept_where_nobody_records() -> None:
     with in_layer(0), phase("after"), beside("after"):
         pass
     assert clock.rows() == []
+
+
+def test_a_thread_that_is_waited_for_adds_its_flops_and_not_its_seconds() -> None:
+    def work(_: int) -> None:
+        with phase("inner", flops=5.0, size=3):
+            time.sleep(PAUSE_SECONDS)
+
+    with recording() as clock, in_layer(1), phase("outer"), ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    inner, outer = row(clock.rows(), "inner", 1), row(clock.rows(), "outer", 1)
+    assert (inner["seconds"], inner["flops"], inner["bytes"]) == (0.0, 10.0, 6)
+    assert outer["seconds"] >= PAUSE_SECONDS

@@ -10,7 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moepress.errors import InvalidInputError
+from moepress.errors import InvalidInputError, UsageError
+from moepress.validation.projection import Interval, Load, project
 
 TABLE = Path(__file__).with_name("targets.toml")
 RESERVE = 0.15
@@ -67,18 +68,44 @@ def load_targets(file: Path = TABLE) -> tuple[Target, ...]:
     try:
         table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; restore it.") from error
+        remedy = "restore it" if file == TABLE else "give a TOML file with a [[target]] table for each GPU"
+        raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; {remedy}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InvalidInputError(f"{file}: {where}: {first['msg']}; mend it.") from error
-    except ValueError as error:
-        raise InvalidInputError(f"{file} is not valid TOML ({error}); mend it.") from error
+        raise InvalidInputError(f"{file}: {where}: {' '.join(first['msg'].split())}; mend it.") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{file} is not valid TOML ({' '.join(str(error).split())}); mend it.") from error
     ids = [target.id for target in table.target]
     twice = next((name for name in ids if ids.count(name) > 1), None)
     if twice is not None:
         raise InvalidInputError(f"{file} has two targets with the id {twice!r}; mend it.")
     return table.target
+
+
+def all_targets(own: Path | None = None) -> tuple[Target, ...]:
+    """The shipped table with a user's own rows: one with an id of the table takes that place, others come last.
+
+    Raises:
+        InvalidInputError: the file can not be used; see `load_targets`.
+    """
+    rows = {target.id: target for target in load_targets()}
+    if own is not None:
+        rows |= {target.id: target for target in load_targets(own)}
+    return tuple(rows.values())
+
+
+def target_of(name: str, own: Path | None = None) -> Target:
+    """The GPU of that id.
+
+    Raises:
+        UsageError: there is none; the message names those that there are.
+        InvalidInputError: the user's own file can not be used.
+    """
+    targets = {target.id: target for target in all_targets(own)}
+    if name not in targets:
+        raise UsageError(f"--target {name} is not in the table; it has {', '.join(targets)}.")
+    return targets[name]
 
 
 class Verdict(StrEnum):
@@ -98,21 +125,27 @@ class Fit:
         verdict: `fits` leaves `RESERVE` of the memory free, `tight` only `TIGHT_RESERVE`.
         left_bytes: memory beside weights and KV cache; negative where they alone are too much.
         lacking_bytes: how much memory more would make it `tight`; 0 where it is that already.
+        pp512, tg128: projected tokens per second; None where it does not fit, or nobody asked.
     """
 
     target: str
     verdict: Verdict
     left_bytes: int
     lacking_bytes: int
+    pp512: Interval | None = None
+    tg128: Interval | None = None
 
 
-def fit(target: Target, needed_bytes: int) -> Fit:
-    """Hold weights and KV cache against a card's memory."""
+def fit(target: Target, needed_bytes: int, load: Load | None = None) -> Fit:
+    """Hold weights and KV cache against a card's memory; with a load, project the speed where they fit."""
     left = target.memory_bytes - needed_bytes
     share = left / target.memory_bytes
     verdict = Verdict.FITS if share >= RESERVE else Verdict.TIGHT if share >= TIGHT_RESERVE else Verdict.NO
     lacking = 0 if verdict is not Verdict.NO else math.ceil(needed_bytes / (1 - TIGHT_RESERVE)) - target.memory_bytes
-    return Fit(target=target.id, verdict=verdict, left_bytes=left, lacking_bytes=lacking)
+    pp512, tg128 = None, None
+    if load is not None and verdict is not Verdict.NO:
+        pp512, tg128 = project(load, bandwidth=1e9 * target.bandwidth_gb_per_second, flops=1e12 * target.fp16_tflops)
+    return Fit(target=target.id, verdict=verdict, left_bytes=left, lacking_bytes=lacking, pp512=pp512, tg128=tg128)
 
 
 def gaming(targets: Sequence[Target]) -> tuple[Target, ...]:

@@ -9,23 +9,17 @@ last line is JSON: seconds_quantize (its `oneshot` alone), seconds_total (with i
 peak_rss_bytes, version.
 """
 
-import argparse
 import json
 import resource
 import time
 from importlib.metadata import version
-from pathlib import Path
+
+from quantize_options import parser_of
 
 
 def main() -> None:
     start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--tokens-file", type=Path, required=True)
-    parser.add_argument("--keep", nargs="*", default=[], help="regular expressions of modules that stay")
+    parser = parser_of(__doc__)
     parser.add_argument("--routed-only", action="store_true", help="to each expert its own tokens (not its default)")
     options = parser.parse_args()
 

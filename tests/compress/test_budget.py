@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from stage_runs import add_tokenizer, command
 from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Profile, load_profile, merge_profiles
 from moepress.compress.budget import Budget, Candidate, Space, best, by_layer, candidate, choose, uniform, verdict
 from moepress.compress.damage import space_of
+from moepress.compress.linears import Include
 from moepress.compress.plan import load_plan, plan_text
 from moepress.compress.scoring import Criterion, Groups, Selection, keep_sets
 from moepress.converters.artifact import open_artifact
@@ -31,7 +33,7 @@ SMALL = Calibration(tokens=4096, window=128)
 
 
 @st.composite
-def spaces(draw: st.DrawFn) -> Space:
+def spaces(draw: st.DrawFn, *, outside: int | None = None) -> Space:
     """Any bytes and losses: more experts or bits take more bytes, and more experts never lose more."""
     counts = sorted(draw(st.sets(st.integers(1, 64), min_size=1, max_size=5)))
     widths = sorted(draw(st.sets(st.sampled_from(SUPPORTED_BITS), min_size=1)))
@@ -43,6 +45,7 @@ def spaces(draw: st.DrawFn) -> Space:
         layer={count: {width: count * each * width for width in widths} for count in counts},
         pruned=dict(zip(counts, sorted((draw(loss) for _ in counts), reverse=True), strict=True)),
         quantized={layer: {width: draw(loss) for width in widths} for layer in range(layers)},
+        outside=dict.fromkeys(widths, 0) | {width: draw(st.integers(0, 500)) * width for width in widths[:outside]},
     )
 
 
@@ -99,7 +102,7 @@ def every_choice(space: Space, count: int) -> list[Candidate]:
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_what_the_multiplier_finds_is_the_best_of_all_for_its_own_bytes(data: st.DataObject) -> None:
-    space = data.draw(spaces())
+    space = data.draw(spaces(outside=0))  # else the bits of most layers change what the others may take
     count = min(space.layer)
     found = by_layer(space, count, data.draw(limits_of(space)))
     if found is not None and len(space.quantized) <= 4:
@@ -299,6 +302,7 @@ def test_from_profile_to_a_folder_that_fits(demo: Path, tmp_path: Path) -> None:
         (["--budget", "4MiB", "--target", "rtx-3090"], "Give either --budget"),
         (["--keep", "0.5", "--context", "100"], "--context and --mixed-bits go with --budget"),
         (["--budget", "4MiB", "--mixed-bits", "--bits", "4"], "leave out --bits"),
+        (["--keep", "0.5", "--no-quantization", "--include", "attention"], "leave it out with --no-quantization"),
         (["--budget", "4MiB", "--keep", "0.5", "--experts", "8"], "both --keep and --experts"),
     ],
 )
@@ -323,3 +327,61 @@ def test_written_bytes_are_those_foretold(tiny_copy: Callable[..., Path], tmp_pa
     request = QuantizeRequest(scheme=plan.quantization.scheme())
     quantize_stage(str(folder), Output(folder=tmp_path / "out"), plan, request, text, Machine())
     assert open_artifact(tmp_path / "out").total_bytes == plan.sizes.after_bytes
+
+
+@pytest.fixture(scope="module")
+def deepseek(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Profile, Calibration]:
+    out = tmp_path_factory.mktemp("included")
+    folder, text = out / "model", Calibration(tokens=1024, window=64)
+    shutil.copytree(tiny_model("deepseek_v3", dtype=torch.bfloat16), folder)
+    add_tokenizer(folder)
+    profile_stage(str(folder), Output(folder=out / "profile"), text, Machine())
+    return folder, load_profile(out / "profile"), text
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
+@pytest.mark.parametrize("include", [(), (Include.ATTENTION,), tuple(Include)], ids=["experts", "attention", "all"])
+def test_the_chosen_row_states_the_bytes_of_the_artifact(
+    deepseek: tuple[Path, Profile, Calibration], tmp_path: Path, include: tuple[Include, ...], *, mixed: bool
+) -> None:
+    """Pruned and quantized for real: the same number, to the byte."""
+    folder, profile, text = deepseek
+    ask = wish(experts=8, include=frozenset(include), mixed=mixed, group_size=16)
+    every = plan_within(profile, BudgetRequest(limit_bytes=1 << 30), ask).alternatives
+    low, high = min(row.weight_bytes for row in every), max(row.weight_bytes for row in every)
+    limits = [low + (high - low) * step // 16 for step in range(1, 16)]
+    plans = [plan_within(profile, BudgetRequest(limit_bytes=limit), ask) for limit in limits]
+    plan = next(p for p in plans if bool(p.layer_bits) == mixed)
+    assert plan.prunes
+    (chosen,) = [row for row in plan.alternatives if row.chosen]
+    assert plan.quantization is not None
+    assert frozenset(plan.include) == frozenset(include)
+    request = QuantizeRequest(
+        scheme=plan.quantization.scheme(), layer_bits=plan.layer_bits, include=frozenset(plan.include)
+    )
+    quantize_stage(str(folder), Output(folder=tmp_path / "out"), plan, request, text, Machine())
+    written = open_artifact(tmp_path / "out").total_bytes
+    assert written == chosen.weight_bytes == plan.sizes.after_bytes
+    assert plan.budget is not None
+    assert written <= plan.budget.weight_bytes
+
+
+def test_quantize_takes_the_plan_s_includes_and_holds_others_against_it(demo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    code, printed, errors = command("plan", demo, "--budget", "3.5MiB", "--include", "attention", "-o", file)
+    assert code == 0, errors
+    assert "what --include adds has their bits" in printed
+    assert load_plan(file).include == (Include.ATTENTION,)
+    out = ["quantize", "demo", "--plan", file, "-o", tmp_path / "out", "--tokens", "2048", "--window", "128"]
+    code, _, errors = command(*out, "--include", "lm_head")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "The plan fits its budget with --include attention" in errors
+    code, _, errors = command(*out)
+    assert code == 0, errors
+    assert open_artifact(tmp_path / "out").total_bytes == load_plan(file).sizes.after_bytes
+    more = [*out, "--include", "attention", "--include", "lm_head", "--dry-run", "--force"]
+    code, _, errors = command(*more)
+    assert code == 0, errors
+    assert "The plan was made for --include attention" in errors

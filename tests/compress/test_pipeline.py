@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moepress.calibration.hessian import HessianOptions
-from moepress.compress import pieces, pipeline
+from moepress.compress import experts, pieces, pipeline
 from moepress.compress.experts import QuantizeOptions, pooled_hessian, pooled_inputs, solve_experts
 from moepress.compress.grid import absmax_scales, round_to_nearest
 from moepress.compress.linears import Include
@@ -171,6 +171,15 @@ def test_one_forward_pass_that_waits_gives_the_bytes_of_one_for_each_linear(
     monkeypatch.setattr(pipeline, "steps_fit", lambda _stream: False)
     quantized_folder(tiny_model(key), WINDOWS, tmp_path / "again", include=EVERYTHING, scheme=G16)
     assert content(tmp_path / "waits") == content(tmp_path / "again")
+
+
+def test_intermediates_that_were_kept_give_the_bytes_of_those_computed_again(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized_folder(tiny_model("deepseek_v3"), WINDOWS, tmp_path / "kept", scheme=G16)
+    monkeypatch.setattr(experts, "_middles_fit", lambda _stream, _seen: False)
+    quantized_folder(tiny_model("deepseek_v3"), WINDOWS, tmp_path / "again", scheme=G16)
+    assert content(tmp_path / "kept") == content(tmp_path / "again")
 
 
 @pytest.mark.parametrize("power", [1, 2])

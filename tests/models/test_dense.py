@@ -1,7 +1,8 @@
 """load_dense: with our weights, transformers' model is the one that it loads itself, however they are stored."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from moepress.converters.artifact import open_source
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.exports import export_stage
 from moepress.models import dense
-from moepress.models.checkpoint import Source, open_checkpoint
+from moepress.models.checkpoint import Source, SourceView, open_checkpoint
 from moepress.models.dense import dense_bytes, load_dense
 from moepress.models.experts import prune_source
-from moepress.models.family import Family
 from moepress.stages import Output
 
 WINDOWS = tiny_models.windows(256, count=2, length=20)
@@ -93,46 +93,32 @@ def test_a_source_seen_through_a_keep_list(tiny_model: Callable[..., Path], tmp_
     assert_near(logits_of(model, WINDOWS), streamed_logits(source, WINDOWS, tmp_path), 1e-5)
 
 
-class Watched:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched(SourceView):
     """A source that knows which of the experts' matrices that it gave are still held by someone."""
 
-    def __init__(self, base: Source) -> None:
-        self.base, self.given, self.most = base, list[weakref.ref[Tensor]](), 0
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.base.config
-
-    @property
-    def family(self) -> Family:
-        return self.base.family
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.base.shapes
+    given: list[weakref.ref[Tensor]] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
 
     def read(self, name: str) -> Tensor:
         tensor = self.base.read(name)
         if ".experts." in name:
             self.given.append(weakref.ref(tensor))
-            self.most = max(self.most, sum(known() is not None for known in self.given))
+            self.held.append(sum(known() is not None for known in self.given))
         return tensor
-
-    def read_row(self, name: str, row: int) -> Tensor:
-        return self.base.read_row(name, row)
 
 
 def test_no_more_than_one_expert_is_held_beside_the_model(tiny_model: Callable[..., Path]) -> None:
-    source = Watched(open_checkpoint(tiny_model("deepseek_v3")))
+    source = Watched(base=open_checkpoint(tiny_model("deepseek_v3")))
     loaded(source)
     assert len(source.given) == 2 * 16 * 3
-    assert source.most == 3  # gate, up and down
+    assert max(source.held) == 3  # gate, up and down
 
 
 def test_a_model_that_does_not_fit_is_refused_before_a_weight_is_read(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Watched(open_checkpoint(tiny_model("mixtral")))
+    source = Watched(base=open_checkpoint(tiny_model("mixtral")))
     needed = dense_bytes(tiny_models.build("mixtral"), torch.float32)
     monkeypatch.setattr(dense, "free_memory_bytes", lambda device: needed - 1)
     with pytest.raises(MoepressError, match=r"needs .* GiB in float32, and .* GiB are free \(cpu\); use --dtype bf"):
