@@ -30,10 +30,10 @@ def round_columns(
         high: largest code.
     """
     pivot_EB1 = upper_EBB.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(-1)
-    for i in range(work_EBO.shape[1]):
-        value_EO, scale_EO, code_EO, error_EO = (m[:, i] for m in (work_EBO, scales_EBO, codes_EBO, errors_EBO))
+    columns = zip(*(m.unbind(1) for m in (work_EBO, scales_EBO, codes_EBO, errors_EBO, pivot_EB1)), strict=True)
+    for i, (value_EO, scale_EO, code_EO, error_EO, pivot_E1) in enumerate(columns):
         torch.div(value_EO, scale_EO, out=code_EO).round_().clamp_(low, high)
-        torch.addcmul(value_EO, code_EO, scale_EO, value=-1, out=error_EO).mul_(pivot_EB1[:, i])
+        torch.addcmul(value_EO, code_EO, scale_EO, value=-1, out=error_EO).mul_(pivot_E1)
         if i + 1 < work_EBO.shape[1]:
             work_EBO[:, i + 1 :].baddbmm_(upper_EBB[:, i, i + 1 :, None], error_EO[:, None], alpha=-1)
 
@@ -59,9 +59,9 @@ def improve_columns(
     diagonal_EB = hessian_EBB.diagonal(dim1=1, dim2=2)
     inverse_EB1 = torch.where(diagonal_EB > 0, diagonal_EB, torch.inf).reciprocal().unsqueeze(-1)
     steps_EBO.copy_(values_EBO)
-    for i in range(values_EBO.shape[1]):
-        value_EO, step_EO = values_EBO[:, i], steps_EBO[:, i]
-        value_EO.addcmul_(slope_EBO[:, i], inverse_EB1[:, i]).round_().clamp_(low, high)
+    columns = zip(*(m.unbind(1) for m in (values_EBO, steps_EBO, slope_EBO, inverse_EB1)), strict=True)
+    for i, (value_EO, step_EO, slope_EO, inverse_E1) in enumerate(columns):
+        value_EO.addcmul_(slope_EO, inverse_E1).round_().clamp_(low, high)
         torch.sub(value_EO, step_EO, out=step_EO)
         if i + 1 < values_EBO.shape[1]:
             slope_EBO[:, i + 1 :].baddbmm_(hessian_EBB[:, i + 1 :, i, None], step_EO[:, None], alpha=-1)
