@@ -47,8 +47,9 @@ gates: dev
 	$(BIN)/mypy -p moepress
 	$(BIN)/lint-imports
 
+# A process per core, each with one thread: most of a test is Python. A file stays in one process, with its fixtures.
 unit: dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 test-slow: dev
 	$(BIN)/pytest -m slow

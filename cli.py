@@ -10,8 +10,8 @@ import click
 
 from moepress import __version__
 from moepress.commands_making import export, plan, profile, prune, quantize
-from moepress.commands_showing import doctor, generate, inspect, validate
-from moepress.console import INTERRUPTED, emit, fail, quiet_libraries, show_estimates, show_report
+from moepress.commands_showing import check, doctor, generate, inspect, targets, validate
+from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, show_estimates, show_report
 from moepress.errors import MoepressError, UsageError
 from moepress.options import (
     budget_options,
@@ -26,6 +26,7 @@ from moepress.options import (
     repair_option,
     scheme_options,
     selection_options,
+    targets_file_option,
     timings_option,
 )
 from moepress.parsed import recipe_values
@@ -88,7 +89,7 @@ def _interrupt(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-for _command in (inspect, doctor, profile, plan, prune, quantize, export, validate, generate):
+for _command in (inspect, targets, doctor, profile, plan, prune, quantize, export, check, validate, generate):
     cli.add_command(_command)
 
 
@@ -100,6 +101,7 @@ for _command in (inspect, doctor, profile, plan, prune, quantize, export, valida
 )
 @selection_options
 @budget_options
+@targets_file_option
 @repair_option
 @scheme_options
 @include_option
@@ -123,9 +125,10 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
               moepress run MODEL -o out --calibration my-text/ --target rtx-4060-ti-16gb --context 8192
               moepress run --recipe out/recipe.yaml -o again
     """
-    from moepress.recipe import estimate_recipe, run_recipe
-    from moepress.recipe_file import load_recipe, make_recipe
-    from moepress.stages import model_folder
+    from moepress.dry_run import estimate_recipe
+    from moepress.groundwork import model_folder
+    from moepress.recipe import run_recipe
+    from moepress.recipe_file import load_recipe, make_recipe, runtime_notes
     from moepress.timings import check_timings, timed
 
     quiet_libraries()
@@ -135,15 +138,13 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
         raise UsageError("Say which model: moepress run MODEL -o OUT, or a recipe that names one.")
     recipe = make_recipe(values)
     check_timings(options["timings"], output, [model_folder(recipe.model)], dry_run=options["dry_run"])
+    note(*runtime_notes(recipe))
     if options["dry_run"]:
         from moepress.journal import check_output
 
         check_output(output, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
-        found = estimate_recipe(recipe)
-        if options["as_json"]:
-            emit(found)
-        else:
-            show_estimates({name: found[name] for name in ("profile", "quantize")}, as_json=False)
+        found = estimate_recipe(recipe, output, resume=resume)
+        emit(found.plain()) if options["as_json"] else show_estimates(found.stages, as_json=False)
         return
     with timed("run", options["timings"], device=recipe.device):
         report = run_recipe(recipe, output, resume=resume, force=force)

@@ -24,6 +24,7 @@ from moepress.options import (
     repair_option,
     scheme_options,
     selection_options,
+    targets_file_option,
     timings_option,
 )
 from moepress.parsed import (
@@ -64,17 +65,17 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     Example:  moepress profile demo -o profile
               moepress profile MODEL -o profile --calibration chats.jsonl --domain python=code.txt
     """
-    from moepress import stages
+    from moepress import groundwork, stages
     from moepress.journal import check_output
     from moepress.printed import print_profile
     from moepress.timings import check_timings, timed
 
     quiet_libraries()
-    check_timings(options["timings"], output, [stages.model_folder(model)], dry_run=options["dry_run"])
+    check_timings(options["timings"], output, [groundwork.model_folder(model)], dry_run=options["dry_run"])
     calibration, machine = calibration_of(options), machine_of(options)
     if options["dry_run"]:
-        check_output(output, [stages.model_folder(model)], resume=resume, force=force)
-        place = stages.Output(folder=output, resume=resume, force=force)
+        check_output(output, [groundwork.model_folder(model)], resume=resume, force=force)
+        place = groundwork.Output(folder=output, resume=resume, force=force)
         found = stages.profile_estimate(
             model,
             calibration,
@@ -88,7 +89,7 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     with timed("profile", options["timings"], device=options["device"]):
         made = stages.profile_stage(
             model,
-            stages.Output(folder=output, resume=resume, force=force),
+            groundwork.Output(folder=output, resume=resume, force=force),
             calibration,
             machine,
             leave_one_out=not options["no_loo"],
@@ -105,6 +106,7 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
 @click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @selection_options
 @budget_options
+@targets_file_option
 @click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
 @scheme_options
 @include_option
@@ -129,9 +131,12 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
 
     if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
         raise UsageError(f"-o {output} is not a file in a folder that exists; write for example -o plan.json.")
-    made = plan_of(load_profiles(profiles), options, quantized=not options["no_quantization"])
+    seen = load_profiles(profiles)
+    made = plan_of(seen, options, quantized=not options["no_quantization"])
     from moepress.compress.plan import plan_text
+    from moepress.validation.runtime_rules import planned_notes
 
+    note(*planned_notes(made, seen.config))
     if output is not None:
         write_atomically(output, plan_text(made))
     emit(made.model_dump(mode="json")) if as_json else print_plan(made, output)
@@ -162,11 +167,11 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
               moepress prune demo --profile profile --keep 0.5 -o pruned
               moepress prune demo --plan plan.json --repair gain -o repaired
     """
-    from moepress import stages
+    from moepress import groundwork, stages
     from moepress.compress.plan import load_plan
     from moepress.timings import check_timings, timed
 
-    check_timings(options["timings"], output, [stages.model_folder(model)], dry_run=options["dry_run"])
+    check_timings(options["timings"], output, [groundwork.model_folder(model)], dry_run=options["dry_run"])
     if (plan_file is None) == (not options["profiles"]):
         raise UsageError("Say what to prune: either --plan plan.json, or --profile PROFILE with --keep or --experts.")
     if plan_file is not None:
@@ -176,7 +181,7 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     else:
         made = plan_of(stages.load_profiles(options["profiles"]), options, quantized=False)
     note(*made.notes)
-    place = stages.Output(folder=output, resume=resume, force=force)
+    place = groundwork.Output(folder=output, resume=resume, force=force)
     if options["repair"] is not None:
         _prune_repaired(model, place, made, options)
         return
@@ -266,13 +271,13 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
               moepress quantize MODEL --plan plan.json --include attention --include shared -o pressed
               moepress quantize MODEL --plan plan.json -o pressed --max-pieces 20 --resume
     """
-    from moepress import stages
+    from moepress import groundwork, stages
     from moepress.compress.plan import load_plan
     from moepress.converters.scheme import Scheme
     from moepress.timings import check_timings, timed
 
     quiet_libraries()
-    check_timings(options["timings"], output, [stages.model_folder(model)], dry_run=options["dry_run"])
+    check_timings(options["timings"], output, [groundwork.model_folder(model)], dry_run=options["dry_run"])
     made = load_plan(plan_file) if plan_file else None
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
     layer_bits: Mapping[int, int] = {}
@@ -285,7 +290,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     with timed("quantize", options["timings"], device=options["device"]):
         result = stages.quantize_stage(
             model,
-            stages.Output(folder=output, resume=resume, force=force),
+            groundwork.Output(folder=output, resume=resume, force=force),
             made,
             stages.QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian_of(options)),
             calibration_of(options),
@@ -332,9 +337,9 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
               moepress export quantized --to onnx -o quantized-onnx
               moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
     """
-    from moepress import exports, stages
+    from moepress import exports, groundwork
 
-    place = stages.Output(folder=output, resume=resume, force=force)
+    place = groundwork.Output(folder=output, resume=resume, force=force)
     if target == "onnx":
         _export_onnx(artifact, place, options, as_json=as_json)
         return

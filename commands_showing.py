@@ -1,4 +1,4 @@
-"""The commands that show something: inspect, doctor, validate, generate."""
+"""The commands that show something: inspect, targets, doctor, check, validate, generate."""
 
 import shlex
 import sys
@@ -10,7 +10,7 @@ import click
 
 from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, show_report
 from moepress.errors import UsageError
-from moepress.options import device_options, evaluation_options, json_option, machine_options
+from moepress.options import device_options, evaluation_options, json_option, machine_options, targets_file_option
 from moepress.parsed import evaluation_of, machine_of
 
 
@@ -20,8 +20,9 @@ from moepress.parsed import evaluation_of, machine_of
 @click.option(
     "--context", type=click.IntRange(1), help="Tokens in the KV cache.  [default: 8192, or the model's context]"
 )
+@targets_file_option
 @json_option
-def inspect(model: str, tokens: int | None, context: int | None, as_json: bool) -> None:
+def inspect(model: str, tokens: int | None, context: int | None, targets_file: Path | None, as_json: bool) -> None:
     """Tell what MODEL is and what pressing it takes: family, experts, sizes by part, the expert counts that can stay
     and those to try first, time, memory and disk on this machine, and which GPU holds the result.
 
@@ -30,13 +31,43 @@ def inspect(model: str, tokens: int | None, context: int | None, as_json: bool) 
     \b
     Example:  moepress inspect demo
               moepress inspect MODEL --tokens 262144 --context 32768
+              moepress inspect MODEL --targets-file my-gpus.toml
     """
     from moepress.inspection import inspect_model
     from moepress.printed_inspection import print_inspection
 
     quiet_libraries()
-    found = inspect_model(model, tokens=tokens, context=context)
+    found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file)
     emit(found) if as_json else print_inspection(found)
+
+
+@click.command()
+@targets_file_option
+@json_option
+def targets(targets_file: Path | None, as_json: bool) -> None:
+    """List the GPUs that `inspect`, `validate` and --target know, with those of --targets-file.
+
+    That file has one table for each GPU; `pcie` and `uncertain` may be left out, `kind` may also be unified or
+    reference:
+
+    \b
+      [[target]]
+      id = "two-3090"
+      name = "2 x RTX 3090"
+      kind = "gaming"
+      memory_gib = 48
+      bandwidth_gb_per_second = 936
+      fp16_tflops = 71.2
+
+    \b
+    Example:  moepress targets
+              moepress targets --targets-file my-gpus.toml --json
+    """
+    from moepress.printed_inspection import print_targets
+    from moepress.validation.targets import all_targets
+
+    rows = [target.model_dump() for target in all_targets(targets_file)]
+    emit({"targets": rows}) if as_json else print_targets(rows)
 
 
 @click.command()
@@ -63,10 +94,66 @@ def doctor(as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("output")
+@click.option(
+    "--runtime",
+    "runtimes",
+    metavar="NAMES",
+    help="Runtimes to check for, with commas between them: vllm, sglang, transformers, gptqmodel, llama.cpp, "
+    "onnxruntime.  [default: those that the layout is made for]",
+)
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, help="Devices that every matrix is split over.")
+@click.option("--expert-parallel", type=click.IntRange(1), default=1, help="Devices that the experts are dealt to.")
+@json_option
+def check(output: str, runtimes: str | None, tensor_parallel: int, expert_parallel: int, as_json: bool) -> None:
+    """Hold OUTPUT against the rules of the runtimes that are to load it, without these runtimes: a folder in
+    compressed-tensors or GPTQ layout, pruned, or ONNX.
+
+    Reads JSON and headers, no weights. Each finding says which runtime, what happens there (refuses, silently wrong,
+    slower), and how to mend it. Ends with 4 when a runtime refuses OUTPUT or computes something else without an error.
+
+    \b
+    Example:  moepress check pressed
+              moepress check pressed --runtime vllm,sglang --tensor-parallel 2
+    """
+    from moepress import groundwork
+    from moepress.errors import InvalidInputError
+    from moepress.printed_check import print_checked
+    from moepress.validation.findings import parse_runtimes
+    from moepress.validation.runtime_rules import check_folder
+
+    quiet_libraries()
+    found = check_folder(
+        groundwork.model_folder(output),
+        parse_runtimes(runtimes),
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+    )
+    emit(asdict(found)) if as_json else print_checked(found)
+    if found.failing:
+        names = ", ".join(dict.fromkeys(finding.runtime for finding in found.failing))
+        raise InvalidInputError(
+            f"{output} does not work in {names} (findings: {len(found.failing)}); mend it, or name other "
+            "runtimes with --runtime."
+        )
+
+
+@click.command()
 @click.argument("before")
 @click.argument("after")
 @evaluation_options
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for report.html, report.md, report.json.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Tokens in the KV cache of the report's table of GPUs.  [default: 8192, or the model's context]",
+)
+@targets_file_option
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for report.html, report.md, report.json, junit.xml and provenance.json.",
+)
 @machine_options
 @json_option
 def validate(before: str, after: str, output: Path | None, as_json: bool, **options: Any) -> None:
@@ -82,11 +169,12 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
     """
     import tempfile
 
-    from moepress import comparison, stages
+    from moepress import comparison, groundwork
+    from moepress.validation.provenance import provenance, write_provenance
     from moepress.validation.report import write_report
 
     quiet_libraries()
-    folders = [stages.model_folder(name) for name in (before, after)]
+    folders = [groundwork.model_folder(name) for name in (before, after)]
     if output is not None:
         comparison.check_report_folder(output, folders)
     subjects = [comparison.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
@@ -103,6 +191,7 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_report(report, output)
+        write_provenance(output, provenance(report, dict(zip(("before", "after"), folders, strict=True)), {}))
     show_report(report, output, as_json=as_json)
 
 
@@ -129,7 +218,7 @@ def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
               moepress generate pressed "The sum of" --temperature 0.8 --top-p 0.95 --seed 7
     """
     from moepress import generation
-    from moepress.stages import Machine
+    from moepress.groundwork import Machine
     from moepress.validation.generate import Sampling
 
     quiet_libraries()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,18 +19,21 @@ from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.plan import Plan, estimate_sizes
 from moepress.compress.repaired import Repairs, repaired_source
+from moepress.compress.sizes import part_sizes
 from moepress.converters.artifact import Artifact, open_source
 from moepress.converters.onnx_folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx_runtime import installed_version, require_onnxruntime, session_providers
 from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.groundwork import DEFAULT_WINDOW, Machine, load_tokenizer
 from moepress.models.checkpoint import Checkpoint, Source
 from moepress.models.experts import prune_source
-from moepress.models.family import Shape, shape_of
+from moepress.models.family import Part, Shape, part_of, shape_of
 from moepress.models.inventory import inventory
 from moepress.models.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
-from moepress.stages import DEFAULT_WINDOW, Machine, load_tokenizer
+from moepress.validation.fits import fits_section
 from moepress.validation.measure import Subject, measure, vocabulary_of
 from moepress.validation.schema import Environment, Report, SubjectInfo
+from moepress.validation.targets import all_targets
 from moepress.validation.thresholds import Thresholds, judge
 from moepress.validation.throughput import device_name, measure_throughput
 from moepress.validation.timing import Bench
@@ -47,6 +51,8 @@ class Evaluation:
         window: tokens per window; None for the reference's context, at most 2048.
         max_windows: windows per domain; None for all (of the embedded text, for 8192 tokens).
         throughput: also time prefill and decode.
+        context: tokens in the KV cache of the table of GPUs; None for 8192, or the context where it is shorter.
+        targets_file: the user's own GPUs, beside those of the table.
         thresholds: limits that are judged.
     """
 
@@ -55,6 +61,8 @@ class Evaluation:
     window: int | None = None
     max_windows: int | None = None
     throughput: bool = True
+    context: int | None = None
+    targets_file: Path | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
 
 
@@ -115,6 +123,7 @@ def subject_of(label: str, source: Checkpoint | Artifact) -> Subject:
         folder=source.folder,
         stored_bytes=source.total_bytes,
         parameters=parameters,
+        parts=_stored_parts(source),
     )
 
 
@@ -136,16 +145,25 @@ def tokenizer_folder(folders: Sequence[Path]) -> Path:
     raise first
 
 
+def _stored_parts(source: Checkpoint | Artifact) -> dict[str, int]:
+    layers, sizes = int(source.config["num_hidden_layers"]), Counter[Part]()
+    for name, entry in source.stored.items():
+        sizes[part_of(source.family, name, layers)] += entry.bytes
+    return {part.value: sizes[part] for part in Part if sizes[part]}
+
+
 def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan, repairs: Repairs | None = None) -> Subject:
     """The model pruned by a plan and not quantized, without writing it: the original seen through the keep list."""
     source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup)
     source = source if repairs is None else repaired_source(source, repairs)
+    parts = part_sizes(inventory(checkpoint), checkpoint.shape, plan.experts, None)
     return Subject(
         label=label,
         source=source,
         folder=None,
         stored_bytes=estimate_sizes(inventory(checkpoint), checkpoint.shape, plan.experts, None).after_bytes,
         parameters=sum(math.prod(shape) for shape in source.shapes.values()),
+        parts={part.value: round(size) for part, size in parts.items() if size},
     )
 
 
@@ -192,7 +210,7 @@ def validate_stage(
         InvalidInputError: the subjects have different vocabularies, or the text is too short.
         MoepressError: an ONNX folder does not fit into memory.
     """
-    provider = onnx_device or machine.device
+    provider, targets = onnx_device or machine.device, all_targets(evaluation.targets_file)
     streamed = [s.source for s in subjects if not isinstance(s.source, OnnxFolder)]
     device = choose_device(machine.device if streamed else "cpu")
     dtype = choose_dtype(machine.dtype if streamed else "float32", device)
@@ -229,6 +247,9 @@ def validate_stage(
         quality=quality,
         throughput=timed,
         thresholds=judge(evaluation.thresholds, quality.rows),
+        targets=fits_section(
+            [(s.label, s.source) for s in subjects if s.folder is not None], targets, evaluation.context
+        ),
         environment=_environment(device, onnx=bool(folders)),
         **sections,
     )
@@ -288,6 +309,7 @@ def _subject_info(subject: Subject) -> SubjectInfo:
         experts_per_layer=_onnx_experts(source) if isinstance(source, OnnxFolder) else _shape(source).experts,
         bits=8 * subject.stored_bytes / subject.parameters if subject.parameters else None,
         onnx=isinstance(source, OnnxFolder),
+        parts=dict(subject.parts),
     )
 
 

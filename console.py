@@ -41,6 +41,16 @@ def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
     print_estimates(estimates)
 
 
+def _append_summary(file: Path, report: Any) -> None:
+    from moepress.validation.ci import append_summary
+    from moepress.validation.report import markdown
+
+    try:
+        append_summary(file, markdown(report))
+    except OSError as error:  # the result is what counts
+        note(f"GITHUB_STEP_SUMMARY names {file}, which can not be written ({error.strerror or error}).")
+
+
 def quiet_libraries() -> None:
     """No banners or bars of the libraries below; ours are on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,7 +61,13 @@ def quiet_libraries() -> None:
 
 
 def show_report(report: Any, folder: Path | None, *, as_json: bool) -> None:
-    """Print the tables, say where the report lies, and end with 3 when a threshold was missed."""
+    """Print the tables, say where the report lies, and end with 3 when a threshold was missed.
+
+    In a step of GitHub Actions, which names a file for it, the report is appended to the step's summary.
+    """
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if summary:
+        _append_summary(Path(summary), report)
     if as_json:
         click.echo(report.model_dump_json(indent=2))
     else:

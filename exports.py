@@ -14,10 +14,10 @@ from moepress.converters.export import Exported, Target, check_target, export
 from moepress.converters.onnx_runtime import require_onnx, require_onnxruntime
 from moepress.converters.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
+from moepress.groundwork import Output, model_folder, require_room
 from moepress.journal import check_output, open_run
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.experts import moe_layers
-from moepress.stages import Output, model_folder, require_room
 
 
 def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:

@@ -12,11 +12,11 @@ from moepress.converters.artifact import open_source
 from moepress.converters.onnx_folder import is_onnx, open_onnx
 from moepress.converters.onnx_runtime import installed_version
 from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.groundwork import Machine, load_tokenizer, model_folder
 from moepress.models.checkpoint import read_json
 from moepress.models.dense import free_memory_bytes, load_dense
 from moepress.models.skeleton import hf_config
 from moepress.models.walk import choose_device, choose_dtype
-from moepress.stages import Machine, load_tokenizer, model_folder
 from moepress.validation.generate import (
     Decoder,
     Sampling,

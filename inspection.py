@@ -18,11 +18,11 @@ from moepress.compress.linears import Include
 from moepress.compress.rates import Rates, measure_rates
 from moepress.compress.sizes import group_size_for, part_sizes
 from moepress.converters.scheme import PER_CHANNEL, Scheme
+from moepress.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder, workload
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.family import Part, Shape, legal_counts
 from moepress.models.inventory import Weight, cache_bytes, describe
 from moepress.models.skeleton import check_tensors
-from moepress.stages import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder, workload
 from moepress.validation.projection import FORMULAS, Load, load_of
 from moepress.validation.targets import (
     DEFAULT_CONTEXT,

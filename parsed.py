@@ -31,6 +31,8 @@ def recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
         values["to"] = _formats(options["formats"])
     if not all_default("no_throughput"):
         values["throughput"] = not options["no_throughput"]
+    if not all_default("targets_file"):
+        values["targets_file"] = str(options["targets_file"])
     for name, option in (("max_memory", "--max-memory"), ("budget", "--budget")):
         if not all_default(name):
             values[name] = parse_bytes(options[name], option)
@@ -69,6 +71,8 @@ def evaluation_of(options: Mapping[str, Any]) -> Any:
         window=options.get("window"),
         max_windows=options["max_windows"],
         throughput=not options["no_throughput"],
+        context=options["context"],
+        targets_file=options["targets_file"],
         thresholds=Thresholds(**_thresholds(options)),
     )
 
@@ -142,7 +146,7 @@ def onnx_of(options: Mapping[str, Any]) -> Any:
 
 def calibration_of(options: Mapping[str, Any]) -> Any:
     """The calibration that --calibration, --domain, --tokens, --window and --seed describe."""
-    from moepress.stages import Calibration
+    from moepress.groundwork import Calibration
 
     return Calibration(
         sources=options["calibration"],
@@ -155,7 +159,7 @@ def calibration_of(options: Mapping[str, Any]) -> Any:
 
 def machine_of(options: Mapping[str, Any]) -> Any:
     """The machine that --device, --dtype and --max-memory describe."""
-    from moepress.stages import Machine
+    from moepress.groundwork import Machine
 
     return Machine(device=options["device"], dtype=options["dtype"], memory_bytes=parse_bytes(options["max_memory"]))
 
@@ -169,6 +173,8 @@ def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any
         return _budgeted_plan(profile, options, quantized=quantized)
     if options.get("context") is not None or options.get("mixed_bits"):
         raise UsageError("--context and --mixed-bits go with --budget or --target only.")
+    if options.get("targets_file") is not None:
+        raise UsageError("--targets-file says what --target may name; give --target too, or leave it out.")
     from moepress.compress.plan import count_from_keep, make_plan
     from moepress.compress.scoring import Criterion, Groups
     from moepress.compress.sizes import linears_of_config
@@ -215,6 +221,9 @@ def _budgeted_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool)
         include=_planned_includes(options, quantized=quantized),
     )
     request = BudgetRequest(
-        limit_bytes=parse_bytes(options["budget"], "--budget"), target=options["target"], context=options["context"]
+        limit_bytes=parse_bytes(options["budget"], "--budget"),
+        target=options["target"],
+        context=options["context"],
+        targets_file=options["targets_file"],
     )
     return plan_within(profile, request, wish)

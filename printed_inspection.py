@@ -1,11 +1,12 @@
 """What `inspect` and dry runs found, as tables for people, on stdout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from moepress.printed import human_bytes, plain_console, plain_table, print_inventory
+from moepress.validation.projection import interval_text
 
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
@@ -101,6 +102,7 @@ def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str,
         f"fits: {found['reserve']:.0%} of the memory stay free for activations and the runtime; tight: "
         f"{found['tight_reserve']:.0%}, a shorter context helps; -n GiB: so much is lacking for that; *: no gaming GPU"
     )
+    _print_speeds(console, found)
     for sentence in found["answer"]:
         console.print(sentence)
 
@@ -108,3 +110,29 @@ def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str,
 def _cell(row: Mapping[str, Any]) -> str:
     lacking = row["lacking_bytes"] / 2**30
     return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
+
+
+def _print_speeds(console: Console, found: Mapping[str, Any]) -> None:
+    """Decoding on the GPUs that hold it; nothing where none does."""
+    counts = found["counts"]
+    table = plain_table("tokens per second", *(str(row["experts"]) for row in counts))
+    for index, target in enumerate(found["table"]):
+        speeds = [row["fits"][index]["tg128"] for row in counts]
+        if any(speeds):
+            cells = ("-" if speed is None else interval_text(speed["low"], speed["high"]) for speed in speeds)
+            table.add_row(target["name"] + ("" if target["kind"] == "gaming" else " *"), *cells)
+    if table.row_count:
+        console.print(table)
+        console.print("tg128, batch 1, projected, not measured; --json has pp512 too, and the formulas")
+
+
+def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
+    """The table of GPUs; target -> a `Target` as plain data."""
+    table = plain_table("id", "GPU", "kind", "GiB", "GB/s", "TFLOPS")
+    for row in targets:
+        flops = f"{'~' if row['uncertain'] else ''}{row['fp16_tflops']:g}"
+        speed = f"{row['bandwidth_gb_per_second']:g}"
+        table.add_row(row["id"], row["name"], row["kind"], f"{row['memory_gib']:g}", speed, flops)
+    console = plain_console()
+    console.print(table)
+    console.print("TFLOPS: fp16 on tensor cores, dense, accumulating in fp32; ~: less certain")

@@ -7,12 +7,12 @@ OUT/plan.json        what stays
 OUT/repair/          what is mended of it, where that is asked for
 OUT/model/           the canonical artifact, compressed-tensors
 OUT/exports/<fmt>/   the same codes in other layouts; onnx-before: the original, to be timed beside exports/onnx
-OUT/report.{html,md,json}
+OUT/report.{html,md,json}, junit.xml, provenance.json
 """
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,16 @@ from moepress.comparison import (
     subject_of,
     validate_stage,
 )
-from moepress.compress.estimate import estimate_profile, estimate_quantize
-from moepress.compress.figures import figures_of
-from moepress.compress.plan import Plan, estimate_sizes, load_plan, make_plan, plan_text
-from moepress.compress.rates import measure_rates
+from moepress.compress.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.repaired import Repairs
-from moepress.compress.sizes import included_linears, linears_of_config
-from moepress.converters.artifact import open_artifact, open_source
+from moepress.compress.sizes import linears_of_config
+from moepress.converters.artifact import Artifact, open_artifact, open_source
 from moepress.converters.onnx_folder import open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.exports import export_stage, onnx_stage
+from moepress.groundwork import Machine, Output, model_folder
 from moepress.journal import Run, check_output, open_run, previous_settings, write_atomically
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.inventory import inventory
+from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.walk import default_memory
 from moepress.planning import plan_within
 from moepress.recipe_file import (
@@ -55,20 +52,18 @@ from moepress.recipe_file import (
     wish_of,
 )
 from moepress.repairing import load_repairs, repair_stage
-from moepress.stages import (
-    DEFAULT_TOKENS,
-    DEFAULT_WINDOW,
-    Machine,
-    Output,
-    QuantizeRequest,
-    model_folder,
-    profile_stage,
-    quantize_stage,
-    workload,
-)
+from moepress.stages import QuantizeRequest, profile_stage, quantize_stage
+from moepress.validation.model_card import CARD_NAME, Format, model_card
+from moepress.validation.provenance import files_below, provenance, write_provenance
 from moepress.validation.report import write_report
 from moepress.validation.schema import Report
-from moepress.validation.sections import calibration_section, pruning_section, quantization_section
+from moepress.validation.sections import (
+    calibration_section,
+    choice_section,
+    pruning_section,
+    quantization_section,
+    usage_section,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,33 +84,6 @@ class _Onnx:
     notes: tuple[str, ...] = ()
 
 
-def estimate_recipe(recipe: Recipe) -> dict[str, Any]:
-    """What a run would take, after all its checks: the recipe in full, projected time, memory and disk by stage."""
-    checkpoint, count, criterion = check_recipe(recipe)
-    full = resolve(recipe, checkpoint, criterion, recipe.max_memory or default_memory())
-    machine = Machine(device=full.device, dtype=full.dtype, memory_bytes=full.max_memory)
-    work = workload(machine, tokens=full.tokens or DEFAULT_TOKENS, window=full.window or DEFAULT_WINDOW)
-    scheme, figures = settled(full, checkpoint)[1], figures_of(checkpoint)
-    rates = measure_rates(checkpoint, work.device, work.dtype)
-    original = full.match == "original"
-    quantized = estimate_quantize(
-        checkpoint, figures, count, scheme, work, rates, include=full.include, original_targets=original
-    )
-    return {
-        "recipe": full.model_dump(mode="json"),
-        "experts": count,
-        "sizes": estimate_sizes(
-            inventory(checkpoint),
-            checkpoint.shape,
-            count,
-            scheme,
-            linears=included_linears(checkpoint, full.include),
-        ).model_dump(),
-        "profile": asdict(estimate_profile(figures, work, rates, bit_losses=budget_request(full) is not None)),
-        "quantize": asdict(quantized),
-    }
-
-
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False) -> Report:
     """Run all stages.
 
@@ -133,7 +101,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
     settings |= {f"recipe.{k}": v for k, v in recipe.model_dump(mode="json", exclude=set(LATE_FIELDS)).items()}
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
-    setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint)[1], machine=machine)
+    setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
     with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
         write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         profile = _profile(setup, run)
@@ -141,7 +109,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         repairs = _repair(setup, run, plan)
         quantized = _quantize(setup, run, plan, repairs)
         exported = _exports(setup, run)
-        return _report(setup, run, plan, repairs, quantized, exported)
+        return _report(setup, run, (profile, plan), repairs, quantized, exported)
 
 
 def _stage_output(setup: _Setup, name: str) -> Output:
@@ -240,7 +208,7 @@ def _exports(setup: _Setup, run: Run) -> _Onnx:
     notes = _export_onnx(setup, run, "onnx", str(setup.out / "model"))
     if not recipe.throughput:
         return _Onnx(after=exports / "onnx", notes=notes)
-    lack = None if (exports / "onnx-before").exists() else _no_room(setup)
+    lack = None if (exports / "onnx-before").exists() else no_room(recipe.model, setup.out)
     if lack is not None:
         return _Onnx(after=exports / "onnx", notes=(*notes, lack))
     notes += _export_onnx(setup, run, "onnx-before", recipe.model)
@@ -257,12 +225,12 @@ def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, .
     return tuple(run.pieces[f"export-{name}"].note["notes"])
 
 
-def _no_room(setup: _Setup) -> str | None:
+def no_room(model: str, folder: Path) -> str | None:
     """Why the original is not exported to ONNX, or None: it would be large, and is only needed to be timed."""
     from moepress.converters.onnx_export import OnnxRequest, onnx_bytes, plan_onnx
 
-    size = onnx_bytes(plan_onnx(open_source(model_folder(setup.recipe.model)), OnnxRequest()))
-    memory, disk = _free_memory(), shutil.disk_usage(setup.out).free
+    size = onnx_bytes(plan_onnx(open_source(model_folder(model)), OnnxRequest()))
+    memory, disk = _free_memory(), shutil.disk_usage(folder).free
     lack = f"The original has no throughput in ONNX Runtime: in fp32 it has {size / 2**30:.1f} GiB, and"
     if 2 * size > memory:
         return f"{lack} {memory / 2**30:.1f} GiB of memory are free, of which it may take half."
@@ -276,9 +244,14 @@ def _free_memory() -> int:
 
 
 def _report(
-    setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None, quantized: Mapping[str, Any], onnx: _Onnx
+    setup: _Setup,
+    run: Run,
+    decided: tuple[Profile, Plan],
+    repairs: Repairs | None,
+    quantized: Mapping[str, Any],
+    onnx: _Onnx,
 ) -> Report:
-    recipe, folder = setup.recipe, model_folder(setup.recipe.model)
+    recipe, folder, (profile, plan) = setup.recipe, model_folder(setup.recipe.model), decided
     late = recipe.model_dump(mode="json", include=set(LATE_FIELDS) - {"to"})
     if onnx.after is not None:
         late["onnx"] = "before and after" if onnx.before is not None else "after"
@@ -304,6 +277,8 @@ def _report(
         also_timed=[onnx_subject("original, ONNX", open_onnx(onnx.before))] if onnx.before is not None else [],
         title=plan.model_name,
         pruning=pruning_section(plan) if plan.prunes else None,
+        usage=usage_section(profile, plan),
+        choice=choice_section(plan),
         quantization=quantization_section(quantized, artifact.scheme, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
         notes=(*plan.notes, *onnx.notes),
@@ -311,5 +286,22 @@ def _report(
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
     write_report(report, setup.out)
+    _describe(setup, report, original, artifact)
     run.mark("report", late)
     return report
+
+
+def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Artifact) -> None:
+    """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
+    layouts: tuple[tuple[str, Format], ...] = (
+        ("model", "compressed-tensors"),
+        ("exports/gptq", "gptq"),
+        ("exports/onnx", "onnx"),
+    )
+    for name, layout in layouts:
+        if (setup.out / name).is_dir():
+            card = model_card(report, original, layout, mixed=len(artifact.schemes) > 1)
+            write_atomically(setup.out / name / CARD_NAME, card)
+    made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
+    settings = setup.recipe.model_dump(mode="json")
+    write_provenance(setup.out, provenance(report, {"original": original.folder}, made, settings))

@@ -22,20 +22,15 @@ from moepress.compress.sizes import included_linears
 from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.exports import check_onnx, onnx_bits
+from moepress.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, load_corpus, model_folder
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import moe_layers
 from moepress.models.inventory import inventory
 from moepress.models.walk import choose_device, choose_dtype
 from moepress.planning import BudgetRequest, Wish, budget_of, require_possible
 from moepress.repairing import check_repair
-from moepress.stages import (
-    DEFAULT_TOKENS,
-    DEFAULT_WINDOW,
-    EMBEDDED_TOKENS,
-    Calibration,
-    load_corpus,
-    model_folder,
-)
+from moepress.validation.runtime_rules import notes_before
+from moepress.validation.targets import all_targets
 from moepress.validation.thresholds import Thresholds
 
 # What may change on resume: it touches exports and the report alone, which are then made (again).
@@ -63,6 +58,7 @@ class Recipe(BaseModel):
     group_size: int | None = None
     budget: int | None = Field(default=None, ge=1)
     target: str | None = None
+    targets_file: str | None = None
     context: int | None = Field(default=None, ge=1)
     mixed_bits: bool = False
     include: tuple[Include, ...] = ()
@@ -120,7 +116,16 @@ def budget_request(recipe: Recipe) -> BudgetRequest | None:
     """The budget that a recipe names, or None."""
     if recipe.budget is None and recipe.target is None:
         return None
-    return BudgetRequest(limit_bytes=recipe.budget, target=recipe.target, context=recipe.context)
+    return BudgetRequest(
+        limit_bytes=recipe.budget,
+        target=recipe.target,
+        context=recipe.context,
+        targets_file=_targets_file(recipe),
+    )
+
+
+def _targets_file(recipe: Recipe) -> Path | None:
+    return None if recipe.targets_file is None else Path(recipe.targets_file)
 
 
 def wish_of(recipe: Recipe) -> Wish:
@@ -169,9 +174,7 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
     wish, budget = wish_of(recipe), budget_of(request, checkpoint.config, shape)
     linears = included_linears(checkpoint, wish.include)
     layers = moe_layers(checkpoint)
-    found = require_possible(
-        inventory(checkpoint), shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits
-    )
+    found = require_possible(inventory(checkpoint), shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits)
     scheme = Scheme(bits=most_common(found.widths) or 4, group_size=wish.group(shape, linears))
     bits = {layers[n]: width for n, width in found.widths.items() if width is not None}
     return Settled(count=found.count, scheme=scheme, layer_bits=bits if found.mixed else {})
@@ -187,6 +190,7 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
         UsageError, InvalidInputError, UnsupportedError: as the stage concerned would.
     """
     folder = model_folder(recipe.model)
+    all_targets(_targets_file(recipe))
     checkpoint = open_checkpoint(folder)
     shape = checkpoint.shape
     known = settled(recipe, checkpoint)
@@ -239,5 +243,21 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
         window=recipe.window,
         max_windows=recipe.max_windows,
         throughput=recipe.throughput,
+        context=recipe.context,
+        targets_file=_targets_file(recipe),
         thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
     )
+
+
+def runtime_notes(recipe: Recipe) -> list[str]:
+    """What would not work of the result in the runtimes that its layouts are made for, known before any work; nothing
+    under a budget, which decides about experts and bits after the profile.
+
+    Raises:
+        UsageError, InvalidInputError, UnsupportedError: as `check_recipe`.
+    """
+    if budget_request(recipe) is not None:
+        return []
+    checkpoint = open_checkpoint(model_folder(recipe.model))
+    known, degroup = settled(recipe, checkpoint), recipe.groups is Groups.DEGROUP
+    return notes_before(checkpoint.config, known.count, known.scheme, degroup=degroup, gptq="gptq" in recipe.to)

@@ -21,16 +21,10 @@ from moepress.compress.repair_estimate import estimate_repair
 from moepress.compress.repair_walk import collect_repairs, drop_walk
 from moepress.compress.repaired import Repairs, parse_repairs
 from moepress.errors import InvalidInputError, UsageError
-from moepress.journal import Run, check_output
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.experts import prune_source
-from moepress.models.forward import StreamedModel
-from moepress.models.walk import Limits
-from moepress.stages import (
+from moepress.groundwork import (
     Calibration,
     Machine,
     Output,
-    checked_plan,
     load_corpus,
     model_folder,
     model_run,
@@ -38,6 +32,12 @@ from moepress.stages import (
     streamed,
     workload,
 )
+from moepress.journal import Run, check_output
+from moepress.models.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.experts import prune_source
+from moepress.models.forward import StreamedModel
+from moepress.models.walk import Limits
+from moepress.stages import checked_plan
 
 REPAIR_FILE = "repair.json"
 

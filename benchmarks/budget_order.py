@@ -21,11 +21,12 @@ from moepress.compress.damage import PRUNING_WEIGHT, space_of
 from moepress.compress.plan import Plan
 from moepress.compress.scoring import Selection
 from moepress.converters.artifact import open_artifact
+from moepress.groundwork import Calibration, Machine, Output
 from moepress.models.checkpoint import open_checkpoint
 from moepress.models.family import legal_counts
 from moepress.models.walk import Limits
 from moepress.planning import BudgetRequest, Wish, plan_within
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, profile_stage, quantize_stage
+from moepress.stages import QuantizeRequest, profile_stage, quantize_stage
 from moepress.validation.measure import Subject, measure
 from moepress.validation.results import DOMAIN_MEAN
 

@@ -269,10 +269,13 @@ def table(rows: Sequence[dict[str, Any]], key: str, first: str) -> str:
 
 
 def write(file: Path | None, section: str, runs: list[dict[str, Any]], first: str, key: str, about: Any) -> None:
-    """Put a section into the file; the other one stays as it is."""
+    """Put runs into a section of the file; those of other bits and seeds stay, and so does the other section."""
     if file is None:
         return
     document = json.loads(file.read_text()) if file.exists() else {}
+    new = {(run[key], run["bits"], run["seed"]) for run in runs}
+    before = document.get(section, {}).get("runs", [])
+    runs = [run for run in before if (run[key], run["bits"], run["seed"]) not in new] + runs
     document[section] = {"machine": machine(), **about, "rows": summary(runs, key, first), "runs": runs}
     file.write_text(json.dumps(document, indent=2) + "\n")
 

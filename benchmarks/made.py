@@ -14,11 +14,11 @@ from moepress.compress.grid import absmax_scales, round_to_nearest
 from moepress.compress.linears import Include, linear_groups, unquantized_modules
 from moepress.converters.compressed_layout import layer_tensors, quantization_config
 from moepress.converters.scheme import Scheme
+from moepress.groundwork import model_folder
 from moepress.models.checkpoint import open_checkpoint
 from moepress.models.family import Part, part_of
 from moepress.models.safetensors_file import DTYPE_NAMES, read_tensor, tensor_bytes
 from moepress.models.writer import Chunk, Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
-from moepress.stages import model_folder
 
 # With the routed experts: every Linear but routers, `lm_head` and what `quantize` never touches.
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})

@@ -49,7 +49,7 @@ from moepress.converters.onnx_runtime import CPU_PROVIDER, require_onnxruntime, 
 from moepress.converters.scheme import Scheme
 from moepress.errors import UnsupportedError
 from moepress.exports import onnx_stage
-from moepress.stages import Output, model_folder
+from moepress.groundwork import Output, model_folder
 from moepress.validation.onnx_check import own_logits
 from moepress.validation.onnx_session import CUDA_PROVIDER, Decoding, OnnxModel
 from moepress.validation.throughput import device_name

@@ -134,7 +134,7 @@ def prepare(model: str, work: Path) -> tuple[Path, dict[str, Path]]:
 
     from moepress.converters.onnx_export import OnnxRequest
     from moepress.exports import onnx_stage
-    from moepress.stages import Output
+    from moepress.groundwork import Output
 
     if model == "bench":
         original, artifact = bench_model(), work / f"{bench_model().name}-4bit"
@@ -159,7 +159,8 @@ def _quantize(original: Path, artifact: Path) -> None:
     from setting import texts
 
     from moepress.converters.scheme import Scheme
-    from moepress.stages import Calibration, Machine, Output, QuantizeRequest, quantize_stage
+    from moepress.groundwork import Calibration, Machine, Output
+    from moepress.stages import QuantizeRequest, quantize_stage
 
     quantize_stage(
         str(original),

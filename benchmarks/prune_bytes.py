@@ -15,8 +15,9 @@ from moepress.compress.plan import make_plan
 from moepress.compress.scoring import Criterion
 from moepress.converters.artifact import Artifact, open_artifact
 from moepress.converters.scheme import Scheme
+from moepress.groundwork import Machine, Output
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages import Machine, Output, QuantizeRequest, quantize_stage
+from moepress.stages import QuantizeRequest, quantize_stage
 
 GROUP_SIZE = 64
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})

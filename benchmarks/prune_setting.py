@@ -18,10 +18,11 @@ from moepress.compress.plan import Plan
 from moepress.compress.repair import Repair
 from moepress.compress.repaired import Repairs
 from moepress.compress.scoring import Criterion
+from moepress.groundwork import Calibration, Machine, Output
 from moepress.models.checkpoint import Checkpoint, Source, SourceView
 from moepress.models.walk import Limits
 from moepress.repairing import repair_stage
-from moepress.stages import Calibration, Machine, Output, profile_stage
+from moepress.stages import profile_stage
 from moepress.validation.measure import Subject, measure
 from moepress.validation.results import DOMAIN_MEAN, Quality
 

@@ -23,10 +23,11 @@ from moepress.compress.grid import absmax_scales, dequantize, round_to_nearest
 from moepress.compress.linears import Include, linear_groups
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
+from moepress.groundwork import Calibration, Machine, Output
 from moepress.models.checkpoint import Checkpoint, SourceView, open_checkpoint
 from moepress.models.family import Part, part_of
 from moepress.models.walk import Limits
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, quantize_stage
+from moepress.stages import QuantizeRequest, quantize_stage
 from moepress.validation.measure import Subject, measure
 from moepress.validation.results import DOMAIN_MEAN
 

@@ -82,7 +82,7 @@ def bare_space(
     group_size: int,
     linears: Sequence[Linear] = (),
 ) -> Space:
-    """The bytes alone, without a profile: removing an expert costs 1, all bits together less, so they fill what is left."""
+    """The bytes alone, without a profile: an expert that goes costs 1; bits cost less and so fill what is left."""
     rest, sizes = dict[int, int](), dict[int, Mapping[Width, int]]()
     inside, outside = [n for n in linears if n.routed], [n for n in linears if not n.routed]
     schemes = {w: Scheme(bits=w, group_size=group_size) for w in widths if w is not None}
@@ -90,6 +90,7 @@ def bare_space(
         w: _up(linears_bytes(inventory, inside, scheme) / layers) for w, scheme in schemes.items()
     }
     plain = dense_bytes(inventory, linears) if schemes else 0.0
+    losses: dict[Width, float] = {w: 0.0 if w is None else 4.0**-w / layers for w in widths}
     for count in counts:
         parts = {w: part_sizes(inventory, shape, count, _scheme(w, group_size)) for w in widths}
         rest[count] = max(_up(sum(p.values()) - p[Part.ROUTED] - plain) for p in parts.values())
@@ -98,7 +99,7 @@ def bare_space(
         rest=rest,
         layer=sizes,
         pruned={count: float(shape.experts - count) for count in counts},
-        quantized=dict.fromkeys(range(layers), {w: 0.0 if w is None else 4.0**-w / layers for w in widths}),
+        quantized=dict.fromkeys(range(layers), losses),
         outside={w: linears_bytes(inventory, outside, scheme) for w, scheme in schemes.items()},
     )
 

@@ -7,6 +7,7 @@ original, of which only experts, router rows and the included Linears change.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from moepress.compress.estimate import PROJECTED, Estimate
 from moepress.compress.figures import Figures
@@ -19,6 +20,7 @@ from moepress.converters.scheme import Scheme
 from moepress.models.family import Part
 
 _FLOAT = 4
+_Many = tuple[int, int, Scheme, int]  # rows, columns, scheme and number of quantized matrices
 _HEAPS = 2  # ONNX Runtime holds a rearranged copy of the weights (docs/benchmarks.md, "memory of the export")
 
 
@@ -63,12 +65,12 @@ def onnx_bytes_after(original_bytes: int, figures: Figures, pressed: Pressed, *,
     routers = (shape.experts - pressed.count) * (shape.hidden + bias) * figures.moe_layers
     linears = sum(linear.rows * linear.columns for linear in pressed.linears)
     dense = _FLOAT * (figures.parameters(Part.ROUTED) + routers + linears)
-    found = original_bytes - dense
-    for rows, columns, scheme, number in _matrices(figures, pressed):
-        routed = {rows, columns} == {shape.hidden, shape.expert_width}
-        block = block_size(scheme, *((shape.hidden, shape.expert_width) if routed else (columns,)))
-        found += number * rows * (columns * scheme.bits // 8 + _FLOAT * columns // block)
-    return found
+    size = original_bytes - dense
+    for rows, columns, scheme, number in _experts(figures, pressed):
+        size += number * _onnx_matrix(rows, columns, scheme, block_size(scheme, shape.hidden, shape.expert_width))
+    for rows, columns, scheme, number in _included(pressed):
+        size += number * _onnx_matrix(rows, columns, scheme, block_size(scheme, columns))
+    return size
 
 
 def estimate_gptq(figures: Figures, pressed: Pressed, rates: Rates | None = None) -> Estimate:
@@ -126,15 +128,23 @@ def _estimate(size: int, time: dict[str, float], memory: dict[str, int]) -> Esti
     )
 
 
-def _matrices(figures: Figures, pressed: Pressed) -> Iterator[tuple[int, int, Scheme, int]]:
-    """Rows, columns, scheme and number of every quantized matrix."""
-    hidden, width, own = figures.shape.hidden, figures.shape.expert_width, pressed.layer_bits
+def _matrices(figures: Figures, pressed: Pressed) -> Iterator[_Many]:
+    """Every quantized matrix."""
+    return chain(_experts(figures, pressed), _included(pressed))
+
+
+def _experts(figures: Figures, pressed: Pressed) -> Iterator[_Many]:
+    hidden, width = figures.shape.hidden, figures.shape.expert_width
     for bits, layers in _widths(figures, pressed).items():
         scheme = Scheme(bits=bits, group_size=pressed.scheme.group_size)
         yield width, hidden, scheme, 2 * layers * pressed.count
         yield hidden, width, scheme, layers * pressed.count
+
+
+def _included(pressed: Pressed) -> Iterator[_Many]:
+    most = pressed.scheme.bits
     for linear in pressed.linears:
-        bits = pressed.scheme.bits if linear.layer is None else own.get(linear.layer, pressed.scheme.bits)
+        bits = most if linear.layer is None else pressed.layer_bits.get(linear.layer, most)
         yield linear.rows, linear.columns, Scheme(bits=bits, group_size=pressed.scheme.group_size), 1
 
 
@@ -149,6 +159,10 @@ def _widths(figures: Figures, pressed: Pressed) -> dict[int, int]:
 def _gptq_matrix(rows: int, columns: int, scheme: Scheme) -> int:
     groups = scheme.groups(columns)
     return rows * columns * scheme.bits // 8 + groups * rows * scheme.bits // 8 + 2 * groups * rows + 4 * columns
+
+
+def _onnx_matrix(rows: int, columns: int, scheme: Scheme, block: int) -> int:
+    return rows * (columns * scheme.bits // 8 + _FLOAT * (columns // block))
 
 
 def _matrix_memory(figures: Figures) -> int:

@@ -13,7 +13,7 @@ _TWICE = ("token buffers", "mapped files", "layer")
 
 def estimate_repair(figures: Figures, work: Workload, rates: Rates | None = None) -> Estimate:
     """Twice a profile's forward pass; every expert is read once, and of K outputs a token K are kept for the second."""
-    profile = estimate_profile(figures, work, rates, leave_one_out=True)
+    profile = estimate_profile(figures, work, rates, leave_one_out=True, bit_losses=False)
     time = {term: seconds * (1 if term in _ONCE else 2) for term, seconds in profile.time.items()}
     memory = {term: size * (2 if term in _TWICE else 1) for term, size in profile.memory.items()}
     disk = {term: 0 if term in {"output", "statistics by layer"} else 2 * size for term, size in profile.disk.items()}

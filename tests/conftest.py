@@ -1,6 +1,7 @@
 """Fixtures that many test files share: tiny models, made once per session."""
 
 import gc
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import tiny_models
 import torch
 
 gc.freeze()  # each layer of a streamed forward collects garbage: it need not look at torch and transformers again
+os.environ.pop("GITHUB_STEP_SUMMARY", None)  # or every validate of a test would write to the summary of our own CI
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other, minutes in all where tests run in parallel
 
 TinyFactory = Callable[..., Path]

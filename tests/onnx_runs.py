@@ -28,10 +28,10 @@ from moepress.converters.onnx_export import OnnxRequest
 from moepress.converters.onnx_folder import open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.exports import onnx_stage
+from moepress.groundwork import Output
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import router_disk_names
 from moepress.models.family import Part, part_of
-from moepress.stages import Output
 from moepress.validation.onnx_session import Decoding, open_session
 
 PREFILL, DECODE = 24, 32  # tokens at once, and then one by one

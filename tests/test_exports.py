@@ -27,11 +27,11 @@ from moepress.models.family import Part
 # Runs the export again and again, each time killed at another moment: as the n-th write reaches the disk.
 KILLED = """
 import os, pathlib, signal, sys
-from moepress import cli, exports, stages
+from moepress import cli, exports, groundwork
 from moepress.converters import onnx_export
 
 folder, outputs = sys.argv[1:]
-none = stages.Output(folder=pathlib.Path(outputs) / "none")
+none = groundwork.Output(folder=pathlib.Path(outputs) / "none")
 exports.onnx_estimate(folder, none, onnx_export.OnnxRequest())  # imports what every run would import again
 for number in range(1, 100, 2):
     if os.fork() == 0:

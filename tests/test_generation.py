@@ -30,8 +30,8 @@ from moepress.converters.artifact import open_source
 from moepress.errors import InvalidInputError
 from moepress.exports import export_stage
 from moepress.generation import stop_tokens
+from moepress.groundwork import Output, model_folder
 from moepress.models.checkpoint import open_checkpoint
-from moepress.stages import Output, model_folder
 
 PROMPT = "def main():"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from full_models import full_model
+from stage_runs import command
 
 from moepress.converters.scheme import PER_CHANNEL
 from moepress.inspection import answer, calibration_advice, count_advice, inspect_model, scheme_for
@@ -75,6 +76,33 @@ def test_no_gaming_gpu_holds_r1_and_inspect_says_so_with_the_figures(inspected: 
     assert "experts in system RAM or on NVMe" in running
     assert "314.0 GiB with 256, 235.5 GiB with 192, 157.0 GiB with 128, 78.5 GiB with 64" in running
     assert "80 % of its GSM8K score" in quality
+
+
+def test_speeds_are_projected_where_it_fits_and_only_there(inspected: Inspected) -> None:
+    found = inspected("Qwen3-30B-A3B")["targets"]
+    assert found["projection"].keys() == {"pp512", "tg128"}
+    speeds = [row["fits"][5] for row in found["counts"]]
+    assert found["table"][5]["id"] == "rtx-4090"
+    assert all(row["tg128"]["kind"] == "projected" and row["tg128"]["low"] < row["tg128"]["high"] for row in speeds)
+    assert len({row["tg128"]["high"] for row in speeds}) == 4, "router rows go, the rest of what a token reads stays"
+    assert speeds[-1]["tg128"]["high"] == pytest.approx(speeds[0]["tg128"]["high"], rel=0.01)
+    assert speeds[-1]["pp512"]["high"] > 1.1 * speeds[0]["pp512"]["high"], "fewer experts are read for a prompt"
+    assert [row["fits"][2]["tg128"] is None for row in found["counts"]] == [True, False, False, False]
+
+
+def test_a_gpu_of_one_s_own_is_held_against_the_model(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(
+        '[[target]]\nid = "mine"\nname = "Mine"\nkind = "gaming"\nmemory_gib = 1\n'
+        "bandwidth_gb_per_second = 10\nfp16_tflops = 1\n"
+    )
+    found = inspect_model("demo", targets_file=file)["targets"]
+    assert found["table"][-1]["id"] == "mine"
+    assert [row["fits"][-1]["verdict"] for row in found["counts"]] == ["fits"] * len(found["counts"])
+    code, printed, _ = command("inspect", "demo", "--targets-file", file)
+    assert code == 0
+    assert len([line for line in printed.splitlines() if line.startswith("Mine ")]) == 2
+    assert "tg128, batch 1, projected, not measured" in printed
 
 
 def test_what_lies_beside_the_experts_of_r1_is_worked_out(inspected: Inspected) -> None:

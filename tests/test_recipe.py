@@ -15,7 +15,7 @@ from moepress.compress.plan import load_plan
 from moepress.converters.artifact import open_artifact
 from moepress.converters.onnx_folder import open_onnx
 from moepress.errors import InvalidInputError, MoepressError, UsageError
-from moepress.journal import open_run, partial_folder
+from moepress.journal import open_run, partial_folder, sha256_of
 from moepress.recipe import run_recipe
 from moepress.recipe_file import check_recipe, load_recipe, make_recipe
 from moepress.validation.schema import Report
@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
-    reports = {"report.html", "report.md", "report.json"}
+    reports = {"report.html", "report.md", "report.json", "junit.xml", "provenance.json"}
     assert names == {"model", "exports", "profile", "plan.json", "recipe.yaml", "journal.jsonl"} | reports
     assert (finished / "exports" / "gptq" / "quantize_config.json").is_file()
     report = Report.model_validate_json((finished / "report.json").read_text())
@@ -67,6 +67,45 @@ def test_the_recipe_left_behind_is_complete_and_gives_the_same_bytes(finished: P
     assert written["dtype"] != "auto"
     run_recipe(make_recipe(written), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(finished)
+    first, again = (json.loads((out / "provenance.json").read_text()) for out in (finished, tmp_path / "again"))
+    assert first | {"created": again["created"]} == again
+
+
+def test_what_was_made_has_its_provenance_and_a_card_in_every_folder(finished: Path) -> None:
+    found = json.loads((finished / "provenance.json").read_text())
+    (model,) = found["inputs"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {row["path"] for row in model["files"]}
+    made = {row["path"]: row for row in found["outputs"]}
+    assert {"plan.json", "recipe.yaml", "model/README.md", "exports/gptq/config.json"} <= made.keys()
+    assert not {"report.json", "journal.jsonl", "provenance.json"} & made.keys()
+    for path, row in made.items():
+        assert (row["bytes"], row["sha256"]) == ((finished / path).stat().st_size, sha256_of(finished / path))
+    assert found["recipe"] == load_recipe(finished / "recipe.yaml")
+    report = Report.model_validate_json((finished / "report.json").read_text())
+    assert report.calibration is not None
+    assert found["calibration"]["digest"] == report.calibration.digest
+    for folder, line in (("model", "- compressed-tensors"), ("exports/gptq", "- gptq")):
+        assert line in (finished / folder / "README.md").read_text().splitlines()
+
+
+def test_a_gpu_of_one_s_own_is_a_target_and_in_the_report(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(
+        '[[target]]\nid = "mine"\nname = "Mine"\nkind = "gaming"\nmemory_gib = 0.006\n'
+        "bandwidth_gb_per_second = 10\nfp16_tflops = 1\n"
+    )
+    small = {k: v for k, v in SMALL.items() if k not in ("keep", "group_size", "to")}
+    recipe = make_recipe(small | {"target": "mine", "targets_file": str(file), "context": 64})
+    report = run_recipe(recipe, tmp_path / "out")
+    assert report.targets is not None
+    (row,) = (r for r in report.targets.rows if r.target == "mine" and r.subject == report.subjects[-1].label)
+    assert (row.verdict, report.targets.context) == ("fits", 64)
+    plan = load_plan(tmp_path / "out" / "plan.json")
+    assert plan.budget is not None
+    assert plan.budget.target == "mine"
+    code, _, errors = command("plan", tmp_path / "out" / "profile", "--keep", "0.5", "--targets-file", file)
+    assert code == 2
+    assert "give --target too" in errors
 
 
 def test_a_resume_may_change_what_touches_the_report_alone(finished: Path, tmp_path: Path) -> None:
@@ -216,7 +255,10 @@ def test_onnx_can_be_added_on_resume_and_its_report_is_not_made_twice(finished: 
     report = run_recipe(alone, out, resume=True)
     assert [s.label for s in report.subjects][3:] == ["4 bit, ONNX"]
     assert {p.name for p in (out / "exports").iterdir()} == {"gptq", "onnx"}  # nothing is timed
-    assert {name: data for name, data in contents(out).items() if name in before} == before
+    cards = {name for name in before if name.endswith("README.md")}  # beside ONNX codes are multiplied out in fp32
+    assert {name: contents(out)[name] for name in before.keys() - cards} == {
+        name: data for name, data in before.items() if name not in cards
+    }
     assert run_recipe(alone, out, resume=True).created == report.created
     with_speed = make_recipe(SMALL | {"to": ["gptq", "onnx"], "throughput": True})
     report = run_recipe(with_speed, out, resume=True)

@@ -14,11 +14,12 @@ from moepress.compress.repair import Repair
 from moepress.compress.repaired import Repairs
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError
+from moepress.groundwork import Calibration, Machine, Output
 from moepress.models.checkpoint import open_checkpoint
 from moepress.recipe import run_recipe
 from moepress.recipe_file import make_recipe
 from moepress.repairing import load_repairs, prune_repaired_stage, repair_stage
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, quantize_stage
+from moepress.stages import QuantizeRequest, quantize_stage
 from moepress.validation.schema import Report
 
 KEEP = {1: [0, 1, 4, 6, 8, 9, 12, 15], 2: [2, 3, 5, 6, 9, 11, 12, 13]}

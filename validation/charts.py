@@ -1,60 +1,25 @@
-"""Charts as inline SVG: no fonts, scripts or addresses in it, text as text, colours from the page's style sheet.
+"""Bar charts of the report: size, perplexity, KL divergence, tokens per second. A subject has one colour in all."""
 
-matplotlib draws with marker colours, which are then replaced: the ink by `currentColor`, series by `var(--series-N)`.
-"""
-
-import io
-import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from html import escape
+from math import isfinite
 from typing import Any
 
-from moepress.validation.results import Estimate, QualityRow
+from moepress.validation.drawing import INK, mark, new_figure, short, styled, svg
+from moepress.validation.results import Estimate, ThroughputRow
 from moepress.validation.schema import Report
-from moepress.validation.tables import size_text
+from moepress.validation.tables import size_text, without_version
 
-SERIES = 6  # colours in the style sheet; further subjects begin anew
-_INK = "#010203"
-_MARKS = tuple(f"#0a0b{number:02x}" for number in range(SERIES))
-_WIDTH_INCHES = 5.0  # 360 points: on a phone the text has its natural size
-_SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moepress",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
-
-def perplexity_chart(report: Report) -> str:
-    """Perplexity by domain, a bar for each subject, with standard errors."""
-    labels = [subject.label for subject in report.subjects]
-    domains = [row.domain for row in report.quality.rows if row.subject == labels[0]]
-    rows = [[report.quality.row(label, domain) for domain in domains] for label in labels]
-    with _styled():
-        figure, axes = _figure(0.9 + len(domains) * (0.18 + 0.22 * len(labels)))
-        thick = 0.8 / len(labels)
-        for number, (label, series) in enumerate(zip(labels, rows, strict=True)):
-            places = [place + (number - (len(labels) - 1) / 2) * thick for place in range(len(domains))]
-            _bars(axes, places, [row.perplexity for row in series], thick, number, label)
-        _name_rows(axes, domains, "perplexity (lower is better)")
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=min(3, len(labels)))
-        return _svg(figure, "perplexity", _spoken(labels, rows))
+Series = tuple[int, str, Sequence[Estimate | None]]
+"""Number of its colour, name, a value for each row of the chart."""
 
 
 def size_chart(report: Report) -> str:
     """Size on disk, a bar for each subject."""
     labels = [subject.label for subject in report.subjects]
     sizes = [subject.stored_bytes for subject in report.subjects]
-    with _styled():
-        figure, axes = _figure(0.2 + 0.4 * len(labels))
+    with styled():
+        figure = new_figure(0.2 + 0.4 * len(labels))
+        (axes,) = figure.axes
         for number, size in enumerate(sizes):
             _bars(axes, [number], [Estimate(value=size)], 0.7, number, labels[number])
             axes.annotate(size_text(size), (size, number), xytext=(4, 0), textcoords="offset points", va="center")
@@ -63,73 +28,137 @@ def size_chart(report: Report) -> str:
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         spoken = "; ".join(f"{label} {size_text(size)}" for label, size in zip(labels, sizes, strict=True))
-        return _svg(figure, "size", f"Bar chart of size on disk: {spoken}")
+        return svg(figure, "size", f"Bar chart of size on disk: {spoken}")
 
 
-def _styled() -> AbstractContextManager[None]:
-    """Our settings for as long as a chart is made: matplotlib takes some at once, others only when it draws."""
-    import matplotlib as mpl
+def parts_chart(report: Report) -> str:
+    """Size of every part of the model, a bar for each subject whose parts are known."""
+    known = [(number, subject) for number, subject in enumerate(report.subjects) if subject.parts]
+    parts = list(dict.fromkeys(part for _, subject in known for part in subject.parts))
+    series = [
+        (number, subject.label, [Estimate(value=subject.parts.get(part, 0)) for part in parts])
+        for number, subject in known
+    ]
+    with styled():
+        figure = _grouped_figure(parts, series, "size on disk")
+        figure.axes[0].xaxis.set_major_locator(_few_ticks())
+        figure.axes[0].xaxis.set_major_formatter(lambda size, _: size_text(round(size)) if size else "0")
+        return svg(figure, "parts", _spoken("size on disk by part", parts, series, lambda size: size_text(round(size))))
 
-    return mpl.rc_context(_SETTINGS)
+
+def perplexity_chart(report: Report) -> str:
+    """Perplexity by domain, a bar for each subject, with standard errors."""
+    labels = [subject.label for subject in report.subjects]
+    domains = [row.domain for row in report.quality.rows if row.subject == labels[0]]
+    series = [
+        (number, label, [report.quality.row(label, domain).perplexity for domain in domains])
+        for number, label in enumerate(labels)
+    ]
+    with styled():
+        figure = _grouped_figure(domains, series, "perplexity (lower is better)")
+        return svg(figure, "perplexity", _spoken("perplexity by text", domains, series))
 
 
-def _figure(height_inches: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+def divergence_chart(report: Report) -> str:
+    """KL divergence from the reference by domain, a bar for each other subject, with standard errors."""
+    labels = [subject.label for subject in report.subjects]
+    domains = [row.domain for row in report.quality.rows if row.subject == labels[0]]
+    series: list[Series] = []
+    for number, label in enumerate(labels[1:], 1):
+        paired = [report.quality.row(label, domain).paired for domain in domains]
+        series.append((number, label, [None if pair is None else pair.kl for pair in paired]))
+    with styled():
+        figure = _grouped_figure(domains, series, "KL divergence, nats per token (lower is better)")
+        return svg(figure, "divergence", _spoken("KL divergence from the first model by text", domains, series))
 
-    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.subplots()
+
+def throughput_chart(report: Report) -> str:
+    """Tokens per second, a picture for each test; rows are runtimes, bars subjects, with standard deviations."""
+    assert report.throughput is not None
+    measured = [row for row in report.throughput.rows if row.tokens_per_second is not None]
+    tests, labels = (list(dict.fromkeys(getattr(row, name) for row in measured)) for name in ("test", "subject"))
+    colours = {subject.label: number for number, subject in enumerate(report.subjects)}
+    spoken, panels = [], []
+    for test in tests:
+        rows = [row for row in measured if row.test == test]
+        places = list(dict.fromkeys(map(_place, rows)))
+        found = {(row.subject, _place(row)): row.tokens_per_second for row in rows}
+        series = [
+            (colours.get(label, len(colours) + number), label, [found.get((label, place)) for place in places])
+            for number, label in enumerate(labels)
+        ]
+        panels.append((places, series))
+        spoken.append(f"{test}: {_values(places, series, '{:.3g}'.format)}")
+    heights = [0.7 + len(places) * (0.18 + 0.22 * len(labels)) for places, _ in panels]
+    with styled():
+        figure = new_figure(sum(heights) + 0.4, rows=len(panels), ratios=heights)
+        for axes, test, (places, series) in zip(figure.axes, tests, panels, strict=True):
+            _grouped(axes, places, series, f"{test}: tokens per second (higher is better)")
+        _legend(figure.axes[0], len(labels))
+        return svg(figure, "throughput", f"Bar chart of tokens per second. {'; '.join(spoken)}")
+
+
+def _place(row: ThroughputRow) -> str:
+    return ", ".join(filter(None, (without_version(row.runtime), row.provider)))
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)
+
+
+def _grouped_figure(names: Sequence[str], series: Sequence[Series], title: str) -> Any:
+    figure = new_figure(0.9 + len(names) * (0.18 + 0.22 * len(series)))
+    _grouped(figure.axes[0], names, series, title)
+    _legend(figure.axes[0], len(series))
+    return figure
+
+
+def _grouped(axes: Any, names: Sequence[str], series: Sequence[Series], title: str) -> None:
+    """A group of bars for each name, in it a bar for each series that has a value."""
+    thick = 0.8 / len(series)
+    for place, (number, label, values) in enumerate(series):
+        known = [(row, value) for row, value in enumerate(values) if value is not None and isfinite(value.value)]
+        rows = [row + (place - (len(series) - 1) / 2) * thick for row, _ in known]
+        _bars(axes, rows, [value for _, value in known], thick, number, label)
+    _name_rows(axes, names, title)
+
+
+def _legend(axes: Any, count: int) -> None:
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=min(3, count))
 
 
 def _bars(
     axes: Any, places: Sequence[float], values: Sequence[Estimate], thick: float, number: int, label: str
 ) -> None:
-    errors = [value.error or 0.0 for value in values]
+    errors = [value.error if value.error is not None and isfinite(value.error) else 0.0 for value in values]
     axes.barh(
         places,
         [value.value for value in values],
         height=thick * 0.9,
         xerr=errors if any(errors) else None,
-        color=_MARKS[number % SERIES],
-        ecolor=_INK,
+        color=mark(number),
+        ecolor=INK,
         error_kw={"elinewidth": 0.8, "capsize": 1.5, "capthick": 0.8},
         label=label,
     )
 
 
 def _name_rows(axes: Any, names: Sequence[str], title: str) -> None:
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(title)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else f"{name[:17]}…"
+def _spoken(what: str, names: Sequence[str], series: Sequence[Series], show: Any = "{:.3g}".format) -> str:
+    return f"Bar chart of {what}. {_values(names, series, show)}"
 
 
-def _spoken(labels: Sequence[str], rows: Sequence[Sequence[QualityRow]]) -> str:
+def _values(names: Sequence[str], series: Sequence[Series], show: Any) -> str:
     parts = []
-    for label, series in zip(labels, rows, strict=True):
-        parts.append(f"{label}: " + ", ".join(f"{row.domain} {row.perplexity.value:.3g}" for row in series))
-    return f"Bar chart of perplexity by text. {'; '.join(parts)}"
-
-
-def _svg(figure: Any, name: str, spoken: str) -> str:
-    """Draw, and make the drawing part of a page: own ids, no metadata, no addresses, the page's colours and font."""
-    drawn = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
-    text = drawn.getvalue()
-    body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = re.sub(r'(xlink:)?href="#', f'href="#{name}-', body).replace("url(#", f"url(#{name}-")
-    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
-    body = body.replace(_INK, "currentColor")
-    for number, mark in enumerate(_MARKS):
-        body = body.replace(mark, f"var(--series-{number + 1})")
-    view = re.search(r'viewBox="([^"]+)"', text)
-    assert view is not None, "matplotlib writes a viewBox"
-    return f'<svg class="chart" role="img" aria-label="{escape(spoken)}" viewBox="{view[1]}">{body.strip()}'
+    for _, label, values in series:
+        known = [f"{name} {show(v.value)}" for name, v in zip(names, values, strict=True) if v is not None]
+        parts.append(f"{label}: {', '.join(known)}")
+    return "; ".join(parts)

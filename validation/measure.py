@@ -6,9 +6,9 @@ window. Shapes: N windows, T tokens in a window, H hidden size, V vocabulary, R 
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,6 +57,7 @@ class Subject:
         folder: where it lies as a folder that its runtime can load; None: only in memory, so no throughput.
         stored_bytes: size of its weights on disk.
         parameters: how many weights it has when dense.
+        parts: stored bytes by part of the model; empty where they are not known.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Subject:
     folder: Path | None
     stored_bytes: int
     parameters: int
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

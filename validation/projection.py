@@ -58,6 +58,12 @@ class Interval:
     kind: Literal["projected"] = "projected"
 
 
+def interval_text(low: float, high: float) -> str:
+    """Both ends in three figures, without a decimal above ten: 9.25-21, 98-210, 1,310-3,500."""
+    ends = (float(f"{end:.3g}") for end in (low, high))
+    return "-".join(f"{end:,.0f}" if end >= 10 else f"{end:g}" for end in ends)
+
+
 def load_of(parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: int) -> Load:
     """What a model of these parts asks; its MTP layer is not run.
 

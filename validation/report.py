@@ -1,4 +1,4 @@
-"""The report in all its forms: report.json for machines, report.md report.html for people, tables for a terminal."""
+"""The report in all its forms: report.json and junit.xml for machines, report.md and report.html for people, tables."""
 
 import re
 from functools import cache
@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moepress.journal import write_atomically
+from moepress.validation.ci import JUNIT_NAME, junit_xml
+from moepress.validation.contents import contents
 from moepress.validation.schema import Report
-from moepress.validation.tables import Table, console_tables, headlines, tables, warnings
+from moepress.validation.tables import Table, console_tables, headlines, warnings
+from moepress.validation.wording import plain_words
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from rich.console import Console
 
 JSON_NAME, MARKDOWN_NAME, HTML_NAME = "report.json", "report.md", "report.html"
+_FOLDED_ROWS = 12  # a longer table is folded where a picture above it says the same
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
-    """Write the report in its three forms, each file atomically, into a folder that is made if need be.
+    """Write the report in its forms, each file atomically, into a folder that is made if need be.
 
     Returns:
-        The files' paths: JSON, Markdown, HTML.
+        The files' paths: JSON, Markdown, HTML, and the thresholds as JUnit XML.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -30,6 +34,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
         (JSON_NAME, report.model_dump_json(indent=2) + "\n"),
         (MARKDOWN_NAME, markdown(report)),
         (HTML_NAME, html(report)),
+        (JUNIT_NAME, junit_xml(report)),
     ):
         write_atomically(folder / name, text)
         written.append(folder / name)
@@ -39,32 +44,37 @@ def write_report(report: Report, folder: Path) -> tuple[Path, ...]:
 def markdown(report: Report) -> str:
     """The report in GitHub's Markdown."""
     parts = [
-        f"# {_plain(line)}" if not number else f"**{_plain(line)}**" for number, line in enumerate(headlines(report))
+        f"# {plain_text(line)}" if not number else f"**{plain_text(line)}**"
+        for number, line in enumerate(headlines(report))
     ]
+    words = plain_words(report)
+    parts += [plain_text(" ".join(words))] if words else []
     notes = warnings(report)
     if notes:
-        parts.append("> **Note**\n>\n" + "\n".join(f"> - {_plain(note)}" for note in notes))
-    for table in tables(report):
-        parts += [f"## {_plain(table.title)}", _markdown_table(table)]
-        parts += [_plain(table.note)] if table.note else []
+        parts.append("> **Note**\n>\n" + "\n".join(f"> - {plain_text(note)}" for note in notes))
+    for table in contents(report):
+        parts += [f"## {plain_text(table.title)}", _markdown_table(table)]
+        parts += [plain_text(table.note)] if table.note else []
     if report.commands:
         parts += ["## To reproduce", _code("\n".join(report.commands), "sh")]
     if report.recipe:
         parts += ["Recipe:", _code(report.recipe, "yaml")]
-    parts.append(_plain(_imprint(report)))
+    parts.append(plain_text(_imprint(report)))
     return "\n\n".join(parts) + "\n"
 
 
 def html(report: Report) -> str:
     """The report as one self-contained page."""
-    from moepress.validation.charts import perplexity_chart, size_chart
+    from moepress.validation.pictures import pictures
 
     return _template().render(
         title=report.title or report.subjects[0].label,
         headlines=[_bound(line) for line in headlines(report)],
+        words=[_bound(line) for line in plain_words(report)],
         notes=warnings(report),
-        tables=tables(report),
-        charts={"Size": size_chart(report), "Perplexity": perplexity_chart(report)},
+        tables=contents(report),
+        pictures=pictures(report),
+        folded_rows=_FOLDED_ROWS,
         commands="\n".join(report.commands),
         recipe=report.recipe,
         imprint=_imprint(report),
@@ -104,14 +114,16 @@ def _imprint(report: Report) -> str:
 
 def _markdown_table(table: Table) -> str:
     rules = ["---:" if table.is_numeric(column) else "---" for column in range(len(table.header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in ([_plain(c) for c in table.header], rules, *_cells(table)))
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in ([plain_text(c) for c in table.header], rules, *_cells(table))
+    )
 
 
 def _cells(table: Table) -> list[list[str]]:
-    return [[_plain(cell) for cell in row] for row in table.rows]
+    return [[plain_text(cell) for cell in row] for row in table.rows]
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Text on one line that Markdown shows as it is: no markup, no new table cell, no HTML."""
     for sign in "\\`*_[]|#":
         text = text.replace(sign, f"\\{sign}")
@@ -135,4 +147,14 @@ def _template() -> "Template":
     )
 
 
-__all__ = ["HTML_NAME", "JSON_NAME", "MARKDOWN_NAME", "Report", "html", "markdown", "print_tables", "write_report"]
+__all__ = [
+    "HTML_NAME",
+    "JSON_NAME",
+    "MARKDOWN_NAME",
+    "Report",
+    "html",
+    "markdown",
+    "plain_text",
+    "print_tables",
+    "write_report",
+]

@@ -1,10 +1,14 @@
 """The report as data: what report.json holds. Measured rows are those of `moepress.validation.results`, unchanged."""
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from moepress.compress.budget import Alternative
+from moepress.validation.projection import Interval, Load
 from moepress.validation.results import ALL_WINDOWS, Quality, QualityRow, Throughput
+from moepress.validation.targets import Target, Verdict
 from moepress.validation.thresholds import Outcome
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
@@ -27,6 +31,7 @@ class SubjectInfo(_Section):
         experts_per_layer: routed experts in each MoE layer; (fewest, most) where layers differ.
         bits: stored bits per weight, over all weights, scales included.
         onnx: it is an ONNX folder.
+        parts: stored bytes by part of the model; empty where they are not known.
     """
 
     label: str
@@ -36,6 +41,7 @@ class SubjectInfo(_Section):
     experts_per_layer: int | tuple[int, int] | None = None
     bits: float | None = None
     onnx: bool = False
+    parts: dict[str, int] = {}
 
 
 class DomainLoss(_Section):
@@ -68,6 +74,46 @@ class Pruning(_Section):
     total: int
     domains: tuple[DomainLoss, ...] = ()
     keep_set_stability: float | None = None
+
+
+class DomainUsage(_Section):
+    """How often the experts were chosen in one calibration domain.
+
+    Attributes:
+        domain: its name.
+        counts: tokens that reached an expert, [layer][expert] in the order of the section's layers.
+    """
+
+    domain: str
+    counts: tuple[tuple[int, ...], ...]
+
+
+class Usage(_Section):
+    """How the calibration text used the experts, and which of them stay.
+
+    Attributes:
+        layers: numbers of the layers with experts.
+        top_k: experts that a token chooses in each.
+        kept: numbers of the experts that stay, for each of the layers; None: all.
+        domains: one entry a domain.
+    """
+
+    layers: tuple[int, ...]
+    top_k: int
+    kept: tuple[tuple[int, ...], ...] | None = None
+    domains: tuple[DomainUsage, ...]
+
+
+class Choice(_Section):
+    """What a budget was chosen from.
+
+    Attributes:
+        limit_bytes: what the weights may take.
+        rows: the alternatives, with their estimated loss.
+    """
+
+    limit_bytes: int
+    rows: tuple[Alternative, ...]
 
 
 class LayerError(_Section):
@@ -120,6 +166,71 @@ class Calibration(_Section):
     digest: str | None = None
 
 
+class TargetFit(_Section):
+    """One model on one GPU alone.
+
+    Attributes:
+        subject: the model's label.
+        target: id of the GPU.
+        name: as it is sold.
+        memory_bytes: of the GPU.
+        needed_bytes: weights and KV cache.
+        verdict: `fits` leaves the reserve free, `tight` a third of it, `no` less.
+        left_bytes: memory beside them; negative where they alone are too much.
+        lacking_bytes: how much memory more would make it `tight`.
+        pp512, tg128: tokens per second by the formulas of the section, projected; None where it does not fit.
+    """
+
+    subject: str
+    target: str
+    name: str
+    memory_bytes: int
+    needed_bytes: int
+    verdict: Verdict
+    left_bytes: int
+    lacking_bytes: int
+    pp512: Interval | None = None
+    tg128: Interval | None = None
+
+
+class SubjectLoad(_Section):
+    """What the formulas of a projection know of one model.
+
+    Attributes:
+        subject: its label.
+        weight_bytes: its weights on disk.
+        cache_bytes: KV cache of the section's context.
+        load: what it asks of a GPU.
+    """
+
+    subject: str
+    weight_bytes: int
+    cache_bytes: int
+    load: Load
+
+
+class Targets(_Section):
+    """Which GPU holds the models, and how fast they would be there; nothing of this is measured.
+
+    Attributes:
+        context: tokens in the KV cache.
+        reserve: share of a GPU's memory that `fits` leaves free.
+        tight_reserve: the same for `tight`.
+        projection: formula of each test's tokens per second.
+        loads: what the formulas know of each model.
+        table: the GPUs.
+        rows: every model on every GPU.
+    """
+
+    context: int
+    reserve: float
+    tight_reserve: float
+    projection: dict[str, str]
+    loads: tuple[SubjectLoad, ...]
+    table: tuple[Target, ...]
+    rows: tuple[TargetFit, ...]
+
+
 class Environment(_Section):
     """Where it ran: package to version, device, processor."""
 
@@ -137,6 +248,9 @@ class Report(_Section):
         title: the model's name.
         subjects: in the order of the rows; the first one is the reference.
         quality: of all subjects.
+        usage: how the calibration text used the experts; None without a profile.
+        choice: what the plan was chosen from; None without a budget.
+        targets: which GPU holds the models that are folders of safetensors; projected.
         recipe: the recipe file's text.
         commands: that reproduce the result.
         notes: warnings that the reader must see.
@@ -151,8 +265,11 @@ class Report(_Section):
     throughput: Throughput | None = None
     thresholds: tuple[Outcome, ...] = ()
     pruning: Pruning | None = None
+    usage: Usage | None = None
+    choice: Choice | None = None
     quantization: Quantization | None = None
     calibration: Calibration | None = None
+    targets: Targets | None = None
     notes: tuple[str, ...] = ()
     environment: Environment | None = None
     commands: tuple[str, ...] = ()
@@ -161,3 +278,24 @@ class Report(_Section):
     def overall(self, label: str) -> QualityRow:
         """A subject's row over all windows."""
         return self.quality.row(label, ALL_WINDOWS)
+
+
+def schema_text() -> str:
+    """The JSON Schema (2020-12) of report.json, as docs/report.schema.json holds it.
+
+    Infinite and undefined numbers are strings in report.json, which the schema allows wherever there is a number.
+    """
+    schema = Report.model_json_schema(mode="serialization")
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "moepress report.json"}
+    return json.dumps(_with_strings(schema) | head, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _with_strings(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_with_strings(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("type") == "number":
+        rest = {key: value for key, value in node.items() if key != "type"}
+        return rest | {"anyOf": [{"type": "number"}, {"enum": ["Infinity", "-Infinity", "NaN"]}]}
+    return {key: _with_strings(value) for key, value in node.items()}

@@ -3,10 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moepress.calibration.profile import Profile
 from moepress.compress.plan import Plan
 from moepress.compress.schemes import bits_text
 from moepress.converters.scheme import Scheme
-from moepress.validation.schema import Calibration, DomainLoss, ExpertName, LayerError, Pruning, Quantization
+from moepress.validation.schema import (
+    Calibration,
+    Choice,
+    DomainLoss,
+    DomainUsage,
+    ExpertName,
+    LayerError,
+    Pruning,
+    Quantization,
+    Usage,
+)
 
 
 def pruning_section(plan: Plan) -> Pruning:
@@ -21,6 +32,27 @@ def pruning_section(plan: Plan) -> Pruning:
         ),
         keep_set_stability=plan.stability,
     )
+
+
+def usage_section(profile: Profile, plan: Plan) -> Usage:
+    """What the report says of the experts' use."""
+    counts = [profile.statistics[layer]["count"].sum(dim=1).round().long() for layer in profile.layers]
+    return Usage(
+        layers=profile.layers,
+        top_k=profile.shape.top_k,
+        kept=tuple(tuple(plan.keep[layer]) for layer in profile.layers) if plan.prunes else None,
+        domains=tuple(
+            DomainUsage(domain=domain, counts=tuple(tuple(count_SE[number].tolist()) for count_SE in counts))
+            for number, domain in enumerate(profile.domains)
+        ),
+    )
+
+
+def choice_section(plan: Plan) -> Choice | None:
+    """What the report says of the alternatives; None where the plan was not made under a budget."""
+    if plan.budget is None or not plan.alternatives:
+        return None
+    return Choice(limit_bytes=plan.budget.weight_bytes, rows=tuple(plan.alternatives))
 
 
 def quantization_section(result: Mapping[str, Any], scheme: Scheme, plan: Plan | None) -> Quantization:

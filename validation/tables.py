@@ -4,10 +4,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moepress.validation.projection import interval_text
 from moepress.validation.results import Estimate, QualityRow, ThroughputRow
-from moepress.validation.schema import ExpertName, Report, SubjectInfo
+from moepress.validation.schema import ExpertName, Report, SubjectInfo, TargetFit
 
 _MINUS, _NONE = "−", "–"
+BLINDNESS = (
+    "Perplexity alone misses damage: a pruned model may keep it and still lose much of its skill at tasks such as "
+    "arithmetic. Try the result on your own task before you rely on it."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +94,14 @@ def warnings(report: Report) -> tuple[str, ...]:
         found.append(
             "Calibrated on the small default text of moepress: use text of your own domain for better results."
         )
+    if report.quantization is not None and report.quantization.fallback_experts:
+        count = len(report.quantization.fallback_experts)
+        found.append(
+            f"{count} {'expert was' if count == 1 else 'experts were'} rounded to nearest: no tokens came there, or "
+            "the solver failed."
+        )
+    if len(report.subjects) > 1:
+        found.append(BLINDNESS)
     if any(row.scope == "domain" and row.windows < 2 for row in report.quality.rows):
         found.append("A domain has a single window, so its numbers and the means have no standard error.")
     return tuple(found)
@@ -104,6 +117,7 @@ def tables(report: Report) -> tuple[Table, ...]:
         _throughput(report),
         *_pruning(report),
         *_quantization(report),
+        *_targets(report),
         _conditions(report),
     ]
     return tuple(table for table in made if table.rows)
@@ -138,13 +152,14 @@ def _speed_in_short(report: Report) -> Table:
     rows = []
     for row in measured:
         label, _, test, remark, speed, ratio = _throughput_row(row)
-        runtime = f"{_without_version(row.runtime)}, {row.provider}"
+        runtime = f"{without_version(row.runtime)}, {row.provider}"
         rows.append((label, runtime, test, remark if row.tokens_per_second is None else speed, ratio))
     header = ("Model", "Runtime", "Test", "Tokens/s", "Ratio")
     return Table(title="Speed", header=header, rows=tuple(rows), numeric=2)
 
 
-def _without_version(runtime: str) -> str:
+def without_version(runtime: str) -> str:
+    """A runtime's name alone."""
     return re.sub(r" [\d.]+\S*$", "", runtime)
 
 
@@ -304,6 +319,36 @@ def _experts(experts: Sequence[ExpertName]) -> str:
     noun = "expert" if len(experts) == 1 else "experts"
     shown = ", ".join(f"layer {e.layer} expert {e.expert}" for e in experts[:8])
     return f"{len(experts)} {noun} ({shown}{', …' if len(experts) > 8 else ''})"
+
+
+def _targets(report: Report) -> tuple[Table, ...]:
+    """GPUs by rows, models by columns."""
+    found = report.targets
+    if found is None:
+        return ()
+    labels = [load.subject for load in found.loads]
+    rows = []
+    for target in found.table:
+        fits = [next(r for r in found.rows if (r.subject, r.target) == (label, target.id)) for label in labels]
+        rows.append((target.name, f"{target.memory_gib:g} GiB", *map(_fit_text, fits)))
+    note = (
+        f"Alone on the card, with a KV cache of {found.context:,} tokens: fits leaves {found.reserve:.0%} of the "
+        f"memory free, tight {found.tight_reserve:.0%}. Tokens per second of tg128 (tg) and pp512 (pp) are projected "
+        "from bytes and FLOP, not measured; report.json has the formulas."
+    )
+    header = ("GPU", "Memory", *labels)
+    return (
+        Table(
+            title="Which GPU holds it (projected)", header=header, rows=tuple(rows), note=note, numeric=1 + len(labels)
+        ),
+    )
+
+
+def _fit_text(row: TargetFit) -> str:
+    if row.tg128 is None or row.pp512 is None:
+        return f"no, {size_text(row.lacking_bytes)} short"
+    decode, prefill = (interval_text(speed.low, speed.high) for speed in (row.tg128, row.pp512))
+    return f"{row.verdict}; tg {decode}, pp {prefill}"
 
 
 def _conditions(report: Report) -> Table:

@@ -17,7 +17,8 @@ from moepress.compress.gptq import SolverOptions
 from moepress.compress.linears import Include
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, quantize_stage
+from moepress.groundwork import Calibration, Machine, Output
+from moepress.stages import QuantizeRequest, quantize_stage
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 PEERS = ("gptqmodel", "llmcompressor")

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moepress import stages
+from moepress import groundwork, stages
 from moepress.calibration.hessian import hessian_for
 from moepress.converters.scheme import Scheme
 
-CALIBRATION = stages.Calibration(tokens=4_096, window=256)
-MACHINE = stages.Machine(device="cpu", memory_bytes=96 << 20)
+CALIBRATION = groundwork.Calibration(tokens=4_096, window=256)
+MACHINE = groundwork.Machine(device="cpu", memory_bytes=96 << 20)
 SCHEME = Scheme(bits=4, group_size=128)
 
 
@@ -63,7 +63,7 @@ def watched(folder: Path, work: Any) -> dict[str, float]:
 def main() -> None:
     model, work = sys.argv[1], Path(sys.argv[2])
     work.mkdir()
-    place = stages.Output(folder=work / "profile")
+    place = groundwork.Output(folder=work / "profile")
     profile = asdict(stages.profile_estimate(model, CALIBRATION, MACHINE))
     found = {
         "profile": [profile, watched(work, lambda: stages.profile_stage(model, place, CALIBRATION, MACHINE))],
@@ -71,7 +71,7 @@ def main() -> None:
 
     def quantize(folder: Path, targets: str, *, dry_run: bool) -> dict[str, Any]:
         request, out = stages.QuantizeRequest(scheme=SCHEME, hessian=hessian_for(targets)), folder / "out"
-        place = stages.Output(folder=out)
+        place = groundwork.Output(folder=out)
         return stages.quantize_stage(model, place, None, request, CALIBRATION, MACHINE, dry_run=dry_run)
 
     for name, targets in (("quantize", "own"), ("original", "original")):

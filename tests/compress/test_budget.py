@@ -23,10 +23,11 @@ from moepress.compress.scoring import Criterion, Groups, Selection, keep_sets
 from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import SUPPORTED_BITS
 from moepress.errors import InvalidInputError, UsageError
+from moepress.groundwork import Calibration, Machine, Output
 from moepress.models.family import legal_counts
 from moepress.models.inventory import cache_bytes
 from moepress.planning import BudgetRequest, Wish, budget_of, plan_within
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, profile_stage, quantize_stage
+from moepress.stages import QuantizeRequest, profile_stage, quantize_stage
 from moepress.validation.targets import Verdict, fit, load_targets
 
 SMALL = Calibration(tokens=4096, window=128)

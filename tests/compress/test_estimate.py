@@ -16,7 +16,7 @@ import torch
 from r1_models import small_r1
 from stage_runs import keep_of, pruned_folder
 
-from moepress import stages
+from moepress import groundwork, stages
 from moepress.calibration.hessian import gram
 from moepress.calibration.observe import _open_buffers
 from moepress.compress.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
@@ -268,9 +268,9 @@ def test_a_profile_that_the_disk_cannot_hold_is_refused_before_any_work(
 ) -> None:
     there = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: there._replace(free=1000))
-    place, text = stages.Output(folder=tmp_path / "profile"), stages.Calibration(tokens=1024, window=64)
+    place, text = groundwork.Output(folder=tmp_path / "profile"), groundwork.Calibration(tokens=1024, window=64)
     with pytest.raises(MoepressError, match=r"has 0\.0 GiB free and the output needs about"):
-        stages.profile_stage("demo", place, text, stages.Machine())
+        stages.profile_stage("demo", place, text, groundwork.Machine())
     assert list(tmp_path.iterdir()) == []
 
 

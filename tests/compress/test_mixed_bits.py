@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_targets
 from stage_runs import G32, add_tokenizer, assert_near, command, content, logits_of, quantized_folder, streamed_logits
 
-from moepress import stages
+from moepress import groundwork, stages
 from moepress.compress import pieces
 from moepress.compress.estimate import estimate_quantize
 from moepress.compress.figures import figures_of
@@ -221,11 +221,11 @@ def test_a_resume_with_other_bits_by_layer_is_refused(tiny_copy: Callable[..., P
     def quantize(bits: dict[int, int], *, resume: bool) -> dict[str, Any]:
         return stages.quantize_stage(
             str(model),
-            stages.Output(folder=tmp_path / "q", resume=resume),
+            groundwork.Output(folder=tmp_path / "q", resume=resume),
             None,
             stages.QuantizeRequest(scheme=G32, layer_bits=bits),
-            stages.Calibration(domains=(f"one={text}",), tokens=256, window=16),
-            stages.Machine(device="cpu", memory_bytes=64 << 20),
+            groundwork.Calibration(domains=(f"one={text}",), tokens=256, window=16),
+            groundwork.Machine(device="cpu", memory_bytes=64 << 20),
             max_pieces=1,
         )
 

@@ -25,12 +25,13 @@ from moepress.compress.mtp import Mtp, mtp_keep_sets
 from moepress.compress.plan import plan_text
 from moepress.compress.scoring import Groups
 from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.groundwork import Output
 from moepress.journal import partial_folder
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import mtp_layers
 from moepress.models.safetensors_file import read_bytes
 from moepress.models.skeleton import check_mtp, check_tensors
-from moepress.stages import Output, prune_stage
+from moepress.stages import prune_stage
 
 BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
 

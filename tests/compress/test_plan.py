@@ -23,11 +23,12 @@ from moepress.compress.plan import (
 from moepress.compress.scoring import Criterion, Groups
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, UsageError
+from moepress.groundwork import Calibration, Machine, Output
 from moepress.models.checkpoint import open_checkpoint
 from moepress.models.experts import moe_layers
 from moepress.models.family import Shape
 from moepress.models.inventory import inventory
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, prune_stage, quantize_stage
+from moepress.stages import QuantizeRequest, prune_stage, quantize_stage
 
 GROUPED = Shape(
     layers=3,

@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from moepress.compress.scoring import Groups
 from moepress.errors import InvalidInputError, UsageError
+from moepress.groundwork import Output
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import is_fused, moe_layers, router_disk_names
 from moepress.models.safetensors_file import read_bytes
-from moepress.stages import Output, prune_stage
+from moepress.stages import prune_stage
 
 every_key = pytest.mark.parametrize("key", tiny_models.KEYS)
 every_form = pytest.mark.parametrize("fused", [False, True], ids=["per-expert", "fused"])

@@ -17,9 +17,9 @@ from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
 from moepress.errors import UnsupportedError, UsageError
 from moepress.exports import export_stage
+from moepress.groundwork import Output
 from moepress.models.checkpoint import open_checkpoint
 from moepress.models.family import Part, part_of
-from moepress.stages import Output
 
 KEYS = ("deepseek_v3", "deepseek_v2", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
 WINDOWS = tiny_models.windows(256, count=3, length=16)

@@ -39,9 +39,9 @@ from moepress.converters.onnx_folder import open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.exports import export_stage
+from moepress.groundwork import Output
 from moepress.models.experts import moe_layers
 from moepress.models.family import Part
-from moepress.stages import Output
 
 EXACT = 1e-4  # relative, of fp32 with fp32 activations; 1e-6 is what was seen
 

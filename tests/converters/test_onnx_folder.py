@@ -20,8 +20,8 @@ from moepress.converters.onnx_folder import genai_config, is_onnx, open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.exports import onnx_stage
+from moepress.groundwork import Output
 from moepress.models.family import Part
-from moepress.stages import Output
 
 LAYER = "model.layer-001.data"
 

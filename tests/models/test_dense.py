@@ -16,11 +16,11 @@ from moepress.compress.linears import Include
 from moepress.converters.artifact import open_source
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.exports import export_stage
+from moepress.groundwork import Output
 from moepress.models import dense
 from moepress.models.checkpoint import Source, SourceView, open_checkpoint
 from moepress.models.dense import dense_bytes, load_dense
 from moepress.models.experts import prune_source
-from moepress.stages import Output
 
 WINDOWS = tiny_models.windows(256, count=2, length=20)
 

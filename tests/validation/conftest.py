@@ -15,10 +15,10 @@ from moepress.converters.onnx_export import OnnxRequest
 from moepress.converters.onnx_folder import OnnxFolder, open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.exports import onnx_stage
+from moepress.groundwork import Output
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import prune_source
 from moepress.models.walk import Limits
-from moepress.stages import Output
 from moepress.validation.measure import Subject, measure
 from moepress.validation.results import Quality
 

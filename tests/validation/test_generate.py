@@ -18,8 +18,8 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from moepress.converters.artifact import open_source
 from moepress.errors import InvalidInputError, UsageError
+from moepress.groundwork import model_folder
 from moepress.models.dense import load_dense
-from moepress.stages import model_folder
 from moepress.validation.generate import (
     Decoder,
     Sampling,

@@ -23,8 +23,8 @@ from moepress.converters.onnx_folder import open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.errors import MoepressError
 from moepress.exports import onnx_stage
+from moepress.groundwork import Output
 from moepress.models.family import Part
-from moepress.stages import Output
 from moepress.validation.onnx_check import Checked, check_export, genai_greedy, own_logits
 from moepress.validation.onnx_session import Decoding, open_session
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -108,9 +109,11 @@ class Balance(HTMLParser):
         self.wrong: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.tags: list[str] = []
+        self.elements: list[tuple[str, list[tuple[str, str | None]]]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.elements.append((tag, attrs))
         self.attributes += attrs
         if tag not in VOID:
             self.stack.append(tag)
@@ -134,9 +137,9 @@ def parsed(page: str) -> Balance:
 def test_json_round_trips_through_the_model(report: Report, bare: Report, tmp_path: Path) -> None:
     for number, one in enumerate((report, bare)):
         paths = write_report(one, tmp_path / str(number))
-        assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
+        assert [path.name for path in paths] == ["report.json", "report.md", "report.html", "junit.xml"]
         assert Report.model_validate_json(paths[0].read_text()) == one
-        assert sorted(path.name for path in paths[0].parent.iterdir()) == ["report.html", "report.json", "report.md"]
+        assert {path.name for path in paths[0].parent.iterdir()} == {path.name for path in paths}
 
 
 def test_infinite_perplexity_survives_json(bare: Report) -> None:
@@ -179,12 +182,96 @@ def test_the_page_can_be_read_by_ear_and_in_the_dark(report: Report) -> None:
     page = html(report)
     assert '<html lang="en">' in page
     assert "prefers-color-scheme: dark" in page
-    assert page.count('role="img" aria-label="Bar chart of') == 2
-    assert page.count("<th ") == page.count("<th scope=")
+    found = parsed(page)
+    named = [dict(attributes) for tag, attributes in found.elements if tag in {"svg", "img"}]
+    assert len(named) == 5, "size, perplexity, divergence, speed, error by layer"
+    assert all(one.get("role") == "img" and len(one.get("aria-label") or "") > 20 for one in named)
+    assert all(dict(attributes).get("scope") in {"col", "row"} for tag, attributes in found.elements if tag == "th")
+    assert found.tags.count("caption") == found.tags.count("table")
+    levels = [int(tag[1]) for tag in found.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert set(levels[1:]) == {2}
     assert "currentColor" in page
     assert "var(--series-2)" in page
     assert not re.search(r"#0102|#0a0b", page), "a marker colour of the charts is left"
     assert "#000000" not in page, "black ink is invisible in the dark"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, as WCAG 2 defines it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted(map(luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_colours_stand_out_on_light_and_on_dark_paper(report: Report) -> None:
+    schemes = re.findall(r":root \{(.*?)\}", html(report), flags=re.DOTALL)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]+)", scheme))
+        texts = [(ink, paper) for ink in ("ink", "soft", "series-2") for paper in ("paper",)]
+        for ink, paper in [*texts, ("ink", "shade"), ("ink", "warn-shade"), ("warn", "warn-shade")]:
+            assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+        for number in range(1, 7):
+            assert contrast(colours[f"series-{number}"], colours["paper"]) >= 3
+
+
+def test_the_page_can_be_used_with_the_keyboard_and_printed(report: Report) -> None:
+    page = html(report)
+    found = parsed(page)
+    (main,) = (dict(attributes) for tag, attributes in found.elements if tag == "main")
+    first = next(dict(attributes) for tag, attributes in found.elements if tag == "a")
+    assert first["href"] == f"#{main['id']}"
+    frames = [dict(attributes) for _, attributes in found.elements if ("class", "scroll") in attributes]
+    assert all(one.get("tabindex") == "0" and (one.get("aria-label") or one.get("aria-labelledby")) for one in frames)
+    assert "@media print" in page
+    assert "focus-visible" in page
+
+
+def test_long_tables_are_folded_below_their_picture(report: Report) -> None:
+    assert report.quantization is not None
+    assert "<details>" not in html(report)
+    rows = tuple(LayerError(layer=n, mean_relative_error=0.01) for n in range(13))
+    made = report.model_copy(update={"quantization": report.quantization.model_copy(update={"layers": rows})})
+    assert parsed(html(made)).tags.count("details") == 1
+    assert "The figures as a table (13 rows)" in html(made)
+
+
+def test_the_result_is_told_in_plain_words(report: Report) -> None:
+    text = markdown(report).splitlines()[2]
+    assert text.startswith(
+        "The original takes 9.3 MB, the result 3.1 MB: 33% of it. On the test text it expects the same"
+    )
+    paired = report.overall("pruned").paired
+    assert paired is not None
+    assert f"in {paired.same_top1.value:.0%} of the places" in text
+    losses = {
+        domain: found.perplexity_ratio.value
+        for domain in report.quality.domains
+        if (found := report.quality.row("pruned", domain).paired) is not None
+    }
+    assert f"Most was lost in {max(losses, key=losses.__getitem__)} (" in text
+
+
+def test_warnings_name_rounded_experts_and_what_perplexity_does_not_see(report: Report, bare: Report) -> None:
+    assert "1 expert was rounded to nearest" in markdown(report)
+    assert "Perplexity alone misses damage" in html(report)
+    assert "misses damage" not in html(bare)
+
+
+def test_a_report_without_the_newer_sections_still_loads(report: Report) -> None:
+    data = json.loads(report.model_dump_json())
+    for name in ("usage", "choice"):
+        del data[name]
+    for subject in data["subjects"]:
+        del subject["parts"]
+    assert Report.model_validate_json(json.dumps(data)) == report
 
 
 def test_text_is_escaped_everywhere(report: Report) -> None:

@@ -1,13 +1,26 @@
 """The table of GPUs: read, checked, and models held against it."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stage_runs import command
 
-from moepress.errors import InvalidInputError
-from moepress.validation.targets import RESERVE, TABLE, TIGHT_RESERVE, Target, Verdict, fit, gaming, load_targets
+from moepress.errors import InvalidInputError, UsageError
+from moepress.validation.targets import (
+    RESERVE,
+    TABLE,
+    TIGHT_RESERVE,
+    Target,
+    Verdict,
+    all_targets,
+    fit,
+    gaming,
+    load_targets,
+    target_of,
+)
 
 GIB = 1 << 30
 CARD = '[[target]]\nid = "a-1"\nname = "A"\nkind = "gaming"\nmemory_gib = 8\nbandwidth_gb_per_second = 100\n'
@@ -61,6 +74,43 @@ def test_a_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"nothing\.toml: No such file.*give a TOML file with a \[\[target\]\]"):
         load_targets(tmp_path / "nothing.toml")
     assert TABLE.is_file()
+
+
+def test_own_rows_come_last_and_take_the_place_of_the_same_id(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(CARD + CARD.replace('"a-1"', '"rtx-4090"').replace('"A"', '"Mine"'))
+    shipped, merged = load_targets(), all_targets(file)
+    assert [t.id for t in merged] == [*(t.id for t in shipped), "a-1"]
+    assert target_of("rtx-4090", file).name == "Mine"
+    assert [t for t in merged if t.id not in {"a-1", "rtx-4090"}] == [t for t in shipped if t.id != "rtx-4090"]
+    with pytest.raises(UsageError, match=r"--target b is not in the table; it has rtx-3060-12gb, .*, a-1\."):
+        target_of("b", file)
+
+
+def test_targets_lists_the_table_with_one_s_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(CARD)
+    code, printed, errors = command("targets", "--targets-file", file, "--json")
+    assert (code, errors) == (0, "")
+    assert json.loads(printed)["targets"] == [t.model_dump() for t in all_targets(file)]
+    code, printed, _ = command("targets")
+    lines = printed.splitlines()
+    assert code == 0
+    assert [line.split()[0] for line in lines[1:17]] == [t.id for t in load_targets()]
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("rx-9070-xt") and "~195" in line for line in lines)
+
+
+@pytest.mark.parametrize(("text", "message"), [BROKEN[1], BROKEN[3], ("[" * 10_000, "is not valid TOML")])
+def test_every_command_refuses_a_wrong_file_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    file, out = tmp_path / "own.toml", tmp_path / "out"
+    file.write_text(text)
+    for arguments in (["targets"], ["inspect", "demo"], ["validate", "demo", "demo"], ["run", "demo", "-o", out]):
+        code, printed, errors = command(*arguments, "--targets-file", file)
+        assert (code, printed) == (4, ""), arguments
+        assert message in errors
+        assert errors.count("\n") == 1
+    assert not out.exists()
 
 
 @given(needed=st.integers(0, 200 * GIB), memory=st.sampled_from([8.0, 12.0, 24.0, 141.0]))
