@@ -97,7 +97,7 @@ def includes_for(plan: Any, options: Mapping[str, Any]) -> Any:
         UsageError: less is included than the plan's budget counts on.
     """
     given = includes_of(options)
-    if plan is None or not given or given == set(plan.include):
+    if plan is None or not given or given == set(plan.include) or (plan.budget is None and not plan.include):
         return (given or frozenset(plan.include if plan is not None else ())), []
     planned = " ".join(f"--include {part}" for part in plan.include) or "no --include"
     if plan.budget is not None and not given >= set(plan.include):

@@ -68,7 +68,8 @@ def divergence_chart(report: Report) -> str:
         paired = [report.quality.row(label, domain).paired for domain in domains]
         series.append((number, label, [None if pair is None else pair.kl for pair in paired]))
     with styled():
-        figure = _grouped_figure(domains, series, "KL divergence, nats per token (lower is better)")
+        figure = _grouped_figure(domains, series, "KL divergence, nats (lower is better)")
+        figure.axes[0].xaxis.set_major_locator(_few_ticks())
         return svg(figure, "divergence", _spoken("KL divergence from the first model by text", domains, series))
 
 

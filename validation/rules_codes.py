@@ -12,6 +12,7 @@ GPTQ_GROUPS = (PER_CHANNEL, 32, 64, 128)
 MARLIN_HIDDEN, MARLIN_WIDTH = 128, 64
 _HF = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
 _AGAIN = "quantize again with moepress"
+_AT_RANDOM = "starts its weights at random, with a line in its log"
 _REFUSES, _WRONG, _SLOWER = Effect.REFUSES, Effect.WRONG, Effect.SLOWER
 # Matrices that vLLM and SGLang join to one: they are quantized alike or not at all.
 _FUSED = (
@@ -203,7 +204,8 @@ def plain_router(facts: Facts) -> Iterator[Problem]:
     if routers:
         yield Problem(
             what=f"the router {routers[0]} is quantized",
-            happens=dict.fromkeys((*_HF[:3], Runtime.LLAMA_CPP), (_REFUSES, "has a router with plain weights only")),
+            happens=dict.fromkeys((*_HF[:2], Runtime.LLAMA_CPP), (_REFUSES, "has a router with plain weights only"))
+            | {Runtime.TRANSFORMERS: (_WRONG, _AT_RANDOM)},
             mend=f"{_AGAIN}: routers stay as they are",
         )
 
@@ -246,7 +248,7 @@ def excluded_linears(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             what=f"{first(shut, 1)} has codes, and quantization_config.ignore names it",
             happens={
-                Runtime.TRANSFORMERS: (_WRONG, "starts its weights at random, with a line in its log"),
+                Runtime.TRANSFORMERS: (_WRONG, _AT_RANDOM),
                 Runtime.VLLM: (_REFUSES, "builds it unquantized and has no place for codes"),
             },
             mend="take it out of quantization_config.ignore",
@@ -270,7 +272,8 @@ def plain_embeddings(facts: Facts) -> Iterator[Problem]:
     if wrong or (facts.kind is Kind.GPTQ and facts.quantization.get("lm_head") is True):
         yield Problem(
             what=f"{wrong[0] if wrong else 'lm_head'} is quantized",
-            happens=dict.fromkeys(_HF, (_REFUSES, "reads it with plain weights only")),
+            happens=dict.fromkeys(_HF, (_REFUSES, "reads it with plain weights only"))
+            | {Runtime.TRANSFORMERS: (_WRONG, _AT_RANDOM)},
             mend="quantize without --include lm_head; embeddings are never quantized",
         )
 

@@ -28,16 +28,15 @@ def index(facts: Facts) -> Iterator[Problem]:
         return
     if not found.there:
         if len(found.shards) > 1:
-            happens = dict.fromkeys(_BY_INDEX, (Effect.REFUSES, "finds the shards by the index, and stops without it"))
+            alone = dict.fromkeys(_BY_INDEX, (Effect.REFUSES, "finds the shards by the index, and stops without it"))
             what = f"{len(found.shards)} shards and no model.safetensors.index.json"
-            yield Problem(what=what, happens=happens, mend=_COPY)
+            yield Problem(what=what, happens=alone, mend=_COPY)
         return
     named = set(found.weight_map.values())
     gone = sorted(named - set(found.shards))
     if gone:
         stops = dict.fromkeys((Runtime.VLLM, *_BY_INDEX), (Effect.REFUSES, "stops at a shard that is not there"))
-        happens = {**_UNREAD, **stops}
-        yield Problem(what=f"the index names {first(gone)}, which is missing", happens=happens, mend=_COPY)
+        yield Problem(what=f"the index names {first(gone)}, which is missing", happens={**_UNREAD, **stops}, mend=_COPY)
         return
     lacking = sorted(set(found.weight_map) - set(facts.tensors))
     if lacking:
@@ -87,7 +86,7 @@ def experts_complete(facts: Facts) -> Iterator[Problem]:
 
 def all_tensors(facts: Facts) -> Iterator[Problem]:
     """Everything besides the experts is there too, in the shape that the config states."""
-    if facts.kind is Kind.OTHER:
+    if facts.kind is Kind.OTHER or facts.stored is None:
         return
     own, counts = (index, experts_complete, complete_codes), (count_in_config, equal_counts, legal_count, whole_groups)
     if any(problem for rule in (*own, expert_names, *counts) for problem in rule(facts)):

@@ -46,7 +46,7 @@ def _rule(name: str, look: Callable[[Facts], Iterator[Problem]], source: str) ->
 
 RULES: tuple[Rule, ...] = (
     _rule("layout", rules_codes.layout, "what each runtime's loader is for"),
-    _rule("index", rules_complete.index, "loaders of vLLM, SGLang and llama.cpp (read)"),
+    _rule("index", rules_complete.index, "loaders of vLLM, SGLang and llama.cpp (read), transformers 5.23 (tried)"),
     _rule("experts-complete", rules_complete.experts_complete, _ALL),
     _rule("expert-names", rules_model.expert_names, _TRANSFORMERS),
     _rule("tensors-complete", rules_complete.all_tensors, _TRANSFORMERS),
@@ -74,7 +74,7 @@ RULES: tuple[Rule, ...] = (
     _rule("router-excluded", rules_codes.excluded_router, _VLLM),
     _rule("linears-excluded", rules_codes.excluded_linears, f"{_TRANSFORMERS}; vLLM goes by the same list"),
     _rule("kv-b-proj-unquantized", rules_codes.kv_b_proj, _SGLANG),
-    _rule("embeddings-unquantized", rules_codes.plain_embeddings, "what the layouts' loaders have kernels for"),
+    _rule("embeddings-unquantized", rules_codes.plain_embeddings, _TRANSFORMERS),
     _rule("fused-linears", rules_codes.fused_alike, _VLLM),
     _rule("fp8-beside-gptq", rules_codes.fp8_beside_gptq, _VLLM),
     _rule("config-keys", rules_codes.config_keys, "transformers 5.23, GPTQModel 7.7 (tried)"),

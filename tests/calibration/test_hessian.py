@@ -157,8 +157,10 @@ def test_hessians_are_of_the_tokens_that_the_pruned_router_sends(
             middle = silu(stacked @ gate.T) * (stacked @ up.T)
             expected = (middle * mass[:, None]).T @ middle / mass.sum()
             plain, original = (coded(gate), coded(up)), Expert(gate=gate, up=up, down=up.T)
-            found = _down_moments(inputs_here, layer, positions[expert], sample, plain, original).hessian
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+            given = (inputs_here, layer, positions[expert], sample, plain, original)
+            moments, kept = _down_moments(*given, keep=True)
+            torch.testing.assert_close(moments.hessian, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+            torch.testing.assert_close(kept, middle, rtol=1e-3, atol=1e-4)
         assert sum(counts) == windows.numel() * stream.model.shape.top_k
         assert len(set(counts)) > 1
 

@@ -132,7 +132,7 @@ def stored(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], byte
         ("mixtral", {"dtype": torch.float16}, GAIN),
         ("moonlight", {}, BOTH),
     ],
-    ids=str,
+    ids=["deepseek_v3", "deepseek_v3-fused", "mixtral", "moonlight"],
 )
 def test_only_down_projections_and_biases_change_and_the_folder_is_the_model_that_was_walked(
     tiny_model: Callable[..., Path], tmp_path: Path, key: str, options: dict[str, Any], parts: frozenset[Repair]

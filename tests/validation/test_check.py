@@ -95,7 +95,7 @@ def test_what_is_only_slower_is_no_failure(outputs: Outputs, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["--runtime", "vllm,tgi"], 2, "--runtime tgi is not known; choose of vllm"),
+        (["--runtime", "vllm,tgi"], 2, "--runtime 'tgi' is not known; choose of vllm"),
         (["--runtime", ","], 2, "is not known; choose of"),
     ],
 )

@@ -161,7 +161,8 @@ def test_bits_that_differ_in_a_layer(copy: Copies) -> None:
 def test_a_quantized_router(copy: Copies) -> None:
     folder = copy("compressed")
     become_codes(folder, "model.layers.1.mlp.gate")
-    assert found(folder, "router-unquantized") == dict.fromkeys((VLLM, SGLANG, TRANSFORMERS, LLAMA_CPP), REFUSES)
+    expected = {VLLM: REFUSES, SGLANG: REFUSES, TRANSFORMERS: WRONG, LLAMA_CPP: REFUSES}
+    assert found(folder, "router-unquantized") == expected
 
 
 def test_a_plain_linear_that_the_config_does_not_leave_out(copy: Copies) -> None:
@@ -186,8 +187,8 @@ def test_quantized_embeddings_and_a_quantized_head_in_gptq(copy: Copies) -> None
     compressed, gptq = copy("compressed"), copy("gptq")
     become_codes(compressed, "model.embed_tokens")
     become_codes(gptq, "lm_head")
-    assert found(compressed, "embeddings-unquantized") == dict.fromkeys(FOLDERS, REFUSES)
-    assert found(gptq, "embeddings-unquantized") == dict.fromkeys(FOLDERS, REFUSES)
+    expected = dict.fromkeys(FOLDERS, REFUSES) | {TRANSFORMERS: WRONG}
+    assert found(compressed, "embeddings-unquantized") == found(gptq, "embeddings-unquantized") == expected
 
 
 def test_one_of_query_key_and_value_is_plain(copy: Copies) -> None:
