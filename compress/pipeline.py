@@ -9,6 +9,7 @@ solving, and so ends with the same bytes.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,28 +236,29 @@ def _do_chunk(
     theirs = positions_of(job.reference) if experts and job.reference is not None else []
     # The next expert is read while the present ones are solved; of a finished piece only the original wants them.
     wanted = experts if done is None or job.reference is not None else []
-    weights = read_ahead(model, layer, wanted, torch.float32 if done is None else None)
-    for start in range(0, len(experts), job.at_once):
-        batch = experts[start : start + job.at_once]
-        loaded = dict(itertools.islice(weights, job.at_once))
-        if done is None:
-            assert pooled is not None
-            hessian, sample, originals = pooled
-            options = job.options.of_layer(layer)
-            solved = solve_experts(job.stream, layer, loaded, positions, hessian, sample, options, originals)
-        else:
-            solved = [_read_expert(job, stored, layer, expert) for expert in batch]
-        if job.reference is not None:
-            add_originals(job.reference, layer, loaded, theirs)
-        del loaded
-        for expert, coded in zip(batch, solved, strict=True):
-            tokens, slots = positions[expert]
-            with phase("forward"):
-                add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer, coded.middle)
+    # Closed here: what is raised while Python frees a generator, Ctrl-C too, is lost.
+    with closing(read_ahead(model, layer, wanted, torch.float32 if done is None else None)) as weights:
+        for start in range(0, len(experts), job.at_once):
+            batch = experts[start : start + job.at_once]
+            loaded = dict(itertools.islice(weights, job.at_once))
             if done is None:
-                tensors |= _expert_tensors(job, layer, expert, coded)
-                note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
-        release_memory()
+                assert pooled is not None
+                hessian, sample, originals = pooled
+                options = job.options.of_layer(layer)
+                solved = solve_experts(job.stream, layer, loaded, positions, hessian, sample, options, originals)
+            else:
+                solved = [_read_expert(job, stored, layer, expert) for expert in batch]
+            if job.reference is not None:
+                add_originals(job.reference, layer, loaded, theirs)
+            del loaded
+            for expert, coded in zip(batch, solved, strict=True):
+                tokens, slots = positions[expert]
+                with phase("forward"):
+                    add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer, coded.middle)
+                if done is None:
+                    tensors |= _expert_tensors(job, layer, expert, coded)
+                    note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
+            release_memory()
     if done is None:
         _write_piece(job, piece, [tensor_entry(name, tensor) for name, tensor in tensors.items()], note)
 

@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -228,8 +228,8 @@ def store(stream: Stream, batch: Tensor, output: Tensor, routed: Routed | None, 
 
 def read_ahead(
     model: StreamedModel, layer: int, experts: Sequence[int], dtype: torch.dtype | None = None
-) -> Iterator[tuple[int, Expert]]:
-    """Experts in order, the next one being read from disk while the present one is used."""
+) -> Generator[tuple[int, Expert], None, None]:
+    """Experts in order, the next one being read from disk while the present one is used. Close it, if not exhausted."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = [(e, pool.submit(_read_beside, model, layer, e, dtype)) for e in experts[:1]]
         for following in [*experts[1:], None] if experts else []:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from moepress.converters.artifact import open_artifact
 from moepress.converters.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.journal import Piece
+from moepress.models import walk
 from moepress.models.checkpoint import Source, open_checkpoint
 from moepress.models.experts import moe_layers, prune_source
 from moepress.models.family import Part, layer_of, part_of
@@ -189,6 +191,22 @@ def test_weighing_tokens_changes_the_solution(tiny_model: Callable[..., Path], t
     quantized_folder(folder, WINDOWS, tmp_path / "weighed", hessian=HessianOptions(weight_power=power))
     names = [n for n in content(tmp_path / "plain") if n.endswith(".safetensors")]
     assert any((tmp_path / "plain" / n).read_bytes() != (tmp_path / "weighed" / n).read_bytes() for n in names)
+
+
+class Interrupted(ThreadPoolExecutor):
+    """Ctrl-C comes while the thread that reads ahead is waited for."""
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_the_reading_ahead_ends_is_not_lost(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "ThreadPoolExecutor", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantized_folder(tiny_model("qwen3_moe"), WINDOWS, tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", ["deepseek_v3", "mixtral"])
