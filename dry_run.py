@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moepress.calibration.hessian import matches_original
 from moepress.compress.estimate import PROJECTED, Estimate, estimate_profile, estimate_quantize
 from moepress.compress.export_estimate import Pressed, estimate_gptq, estimate_onnx, onnx_bytes_after
 from moepress.compress.figures import Figures, figures_of
@@ -82,7 +83,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
         rates,
         include=full.include,
         layer_bits=known.layer_bits,
-        original_targets=full.match == "original",
+        original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
     )
     linears = included_linears(checkpoint, full.include)
     sizes = estimate_sizes(

@@ -40,6 +40,7 @@ from moepress.journal import Run, check_output, open_run, previous_settings, wri
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.walk import default_memory
 from moepress.planning import plan_within
+from moepress.progress import note
 from moepress.recipe_file import (
     LATE_FIELDS,
     Recipe,
@@ -56,6 +57,7 @@ from moepress.stages import QuantizeRequest, profile_stage, quantize_stage
 from moepress.validation.model_card import CARD_NAME, Format, model_card
 from moepress.validation.provenance import files_below, provenance, write_provenance
 from moepress.validation.report import write_report
+from moepress.validation.runtime_rules import planned_notes
 from moepress.validation.schema import Report
 from moepress.validation.sections import (
     calibration_section,
@@ -146,7 +148,10 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
             )
         text = plan_text(plan)
         run.write("plan", "plan.json", lambda path: _text(path, text))
-    return load_plan(setup.out / "plan.json")
+    plan = load_plan(setup.out / "plan.json")
+    if budget_request(recipe) is not None:  # without a budget they were told before the profile
+        note(*planned_notes(plan, profile.config, gptq="gptq" in recipe.to))
+    return plan
 
 
 def _text(path: Path, text: str) -> None:
@@ -176,15 +181,16 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
 
         result: Mapping[str, Any] = read_json(folder / "moepress.json")
     else:
+        scheme = plan.quantization.scheme() if plan.quantization else setup.scheme
         result = quantize_stage(
             recipe.model,
             _stage_output(setup, "model"),
             plan,
             QuantizeRequest(
-                scheme=plan.quantization.scheme() if plan.quantization else setup.scheme,
+                scheme=scheme,
                 layer_bits=plan.layer_bits,
                 include=frozenset(recipe.include),
-                hessian=hessian_for(recipe.match),
+                hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
             ),
             calibration_of(recipe),
             setup.machine,

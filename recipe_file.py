@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from moepress.byte_sizes import parse_bytes
 from moepress.comparison import (
     Evaluation,
     evaluation_corpus,
@@ -23,6 +24,7 @@ from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.exports import check_onnx, onnx_bits
 from moepress.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, load_corpus, model_folder
+from moepress.hub import origin_of
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import moe_layers
 from moepress.models.inventory import inventory
@@ -35,6 +37,17 @@ from moepress.validation.thresholds import Thresholds
 
 # What may change on resume: it touches exports and the report alone, which are then made (again).
 LATE_FIELDS = ("to", "data", "data_domain", "max_windows", "throughput", "max_ppl_increase", "max_kl")
+
+
+def _bytes(value: Any) -> Any:
+    """A size as --budget and --max-memory take it; numbers stay what they are."""
+    try:
+        return parse_bytes(value) if isinstance(value, str) else value
+    except UsageError:
+        raise ValueError(f"{value!r} is not a size; write for example 8GiB") from None
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
 
 
 class Recipe(BaseModel):
@@ -56,13 +69,13 @@ class Recipe(BaseModel):
     groups: Groups = Groups.BALANCED
     bits: int | None = None
     group_size: int | None = None
-    budget: int | None = Field(default=None, ge=1)
+    budget: Bytes | None = Field(default=None, ge=1)
     target: str | None = None
     targets_file: str | None = None
     context: int | None = Field(default=None, ge=1)
     mixed_bits: bool = False
     include: tuple[Include, ...] = ()
-    match: Literal["own", "original"] = "own"
+    match: Literal["auto", "own", "original"] = "auto"
     repair: tuple[Repair, ...] = ()
     to: tuple[Literal["gptq", "onnx"], ...] = ()
     data: tuple[str, ...] = ()
@@ -73,7 +86,7 @@ class Recipe(BaseModel):
     max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     device: str = "auto"
     dtype: str = "auto"
-    max_memory: int | None = None
+    max_memory: Bytes | None = None
 
 
 def load_recipe(file: Path) -> dict[str, Any]:
@@ -103,7 +116,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InvalidInputError(f"The recipe's {where}: {first['msg']}; mend it.") from error
+        why = first["msg"].removeprefix("Value error, ")
+        raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
     if budget_request(recipe) is not None:
         return recipe
     defaults: dict[str, Any] = {"bits": recipe.bits or 4, "group_size": recipe.group_size or 128}
@@ -211,7 +225,10 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
     """The recipe with every default filled in, so that it says all that was used."""
     embedded = not (recipe.calibration or recipe.domain)
     device = choose_device(recipe.device)
-    model = recipe.model if not Path(recipe.model).is_dir() else str(Path(recipe.model).resolve())
+    if Path(recipe.model).is_dir():
+        model = str(Path(recipe.model).resolve())
+    else:  # of the hub with its commit, so that a resume has the same weights
+        model = str(origin_of(checkpoint.folder) or recipe.model)
     values = {
         "model": model,
         "tokens": recipe.tokens or (EMBEDDED_TOKENS if embedded else DEFAULT_TOKENS),
@@ -251,7 +268,7 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
 
 def runtime_notes(recipe: Recipe) -> list[str]:
     """What would not work of the result in the runtimes that its layouts are made for, known before any work; nothing
-    under a budget, which decides about experts and bits after the profile.
+    under a budget, which decides about experts and bits after the profile (`run_recipe` tells it then).
 
     Raises:
         UsageError, InvalidInputError, UnsupportedError: as `check_recipe`.

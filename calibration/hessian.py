@@ -3,6 +3,7 @@
 Where the original model's inputs x~ are known too, the cross moments C = sum_t a_t (x~_t - x_t) x_t^T go with it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from moepress.phases import phase
 
 ORIGINAL_ASYMMETRY = 1.0
 """What `--match original` takes for `HessianOptions.asymmetry`."""
+ORIGINAL_BITS = 3
+"""With `--match auto`: at 3 bits it takes a quarter of the divergence away, at 4 a sixth (docs/benchmarks.md)."""
 _ROWS_AT_ONCE = 8192
 _STRIP = 1024  # columns of a wide Hessian that are formed together
 
@@ -47,9 +50,20 @@ class HessianOptions:
             raise ValueError(f"{self}: need least_tokens >= 0.")
 
 
-def hessian_for(match: str) -> HessianOptions:
-    """The options for `--match` own or original, all else as it is by default."""
-    return HessianOptions(asymmetry=ORIGINAL_ASYMMETRY if match == "original" else 0.0)
+def matches_original(match: str, bits: int, layer_bits: Mapping[int, int]) -> bool:
+    """Whether targets come from the original: with auto where a layer gets at most `ORIGINAL_BITS`.
+
+    Args:
+        match: own, original or auto.
+        bits: of the scheme.
+        layer_bits: layer -> its bits, where they are not the scheme's.
+    """
+    return match == "original" or (match == "auto" and min([bits, *layer_bits.values()]) <= ORIGINAL_BITS)
+
+
+def hessian_for(match: str, bits: int, layer_bits: Mapping[int, int]) -> HessianOptions:
+    """The options for `--match`, all else as it is by default; arguments as of `matches_original`."""
+    return HessianOptions(asymmetry=ORIGINAL_ASYMMETRY if matches_original(match, bits, layer_bits) else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,9 @@ from moepress.journal import Run, sha256_of
 from moepress.models.checkpoint import Checkpoint, read_json
 from moepress.models.family import Shape, shape_of
 from moepress.models.forward import StreamedModel, require_finite_hidden
+from moepress.models.memory import release_memory
 from moepress.models.safetensors_file import read_header, read_row, read_tensor
-from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream, release_memory
+from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream
 from moepress.models.writer import tensor_entry, write_json, write_shard
 from moepress.phases import in_layer, phase
 from moepress.progress import track

@@ -24,6 +24,7 @@ from moepress.compress.footprint import (
     libraries_bytes,
     limits_of,
     memory_notes,
+    middles,
     outputs_bytes,
     peak_of,
     probe_bytes,
@@ -31,6 +32,7 @@ from moepress.compress.footprint import (
     resident,
     slice_bytes,
     solver_memory,
+    waiting,
 )
 from moepress.compress.gptq import SolverOptions
 from moepress.compress.linears import Include
@@ -190,11 +192,14 @@ def estimate_quantize(
     layers = streams if is_apart(include) else 1
     rest = resident(figures, work, limits, (buffers, spilled), streams=streams, layers=layers)
     rest |= solver_memory(figures, at_once, extra, sizes, output, moved=original_targets)
+    stepped = waiting(figures, work, limits, streams) if is_apart(include) else 0
+    rest |= {"waiting tokens": stepped, "intermediates": middles(figures, work, limits, at_once / count)}
     rest["expert's tokens"] = streams * slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
     disk = {"output": output} | hidden_disk(figures, work, spilled, streams)
     time = {}
     if rates is not None:
-        time = _quantize_seconds(figures, count, work, rates, at_once, extra, spilled, output)
+        again = [] if stepped else extra
+        time = _quantize_seconds(figures, count, work, rates, at_once, extra, again, spilled, output)
         if original_targets:
             time = _moved_seconds(figures, count, work, rates, extra, time)
     peak = quantize_peak(rest)
@@ -203,7 +208,11 @@ def estimate_quantize(
         output_bytes=output,
         peak_memory_bytes=peak,
         device_memory_bytes=device_bytes(
-            work, rest, ("embeddings",), ("layer", "activations"), ("layer", "solver", "expert's tokens")
+            work,
+            rest,
+            ("embeddings",),
+            ("layer", "activations", "waiting tokens", "other Linears"),
+            ("layer", "solver", "expert's tokens", "intermediates"),
         ),
         seconds=sum(time.values()) if rates is not None else None,
         tokens_per_expert=work.tokens * shape.top_k / count,
@@ -248,9 +257,11 @@ def _quantize_seconds(
     rates: Rates,
     at_once: int,
     extra: Sequence[Matrices],
+    passed: Sequence[Matrices],
     spilled: int,
     output: int,
 ) -> dict[str, float]:
+    """`passed`: of the extra matrices those that want a forward pass of their own."""
     shape, sample = figures.shape, HessianOptions().pooled_tokens
     kept = figures.stored(Part.ROUTED) + figures.parts[Part.ROUTED].bytes * count / shape.experts
     weights = rest_parameters(figures) + figures.parameters(Part.ROUTED) * count / shape.experts
@@ -262,7 +273,7 @@ def _quantize_seconds(
     grams = routed_tokens * _gram_flops(gate_up.columns) + work.tokens * figures.moe_layers * _gram_flops(shape.hidden)
     grams += (routed_tokens + sample * down.count) * _gram_flops(down.columns)
     grams += sum(m.count * work.tokens * _gram_flops(m.columns) for m in extra)
-    for matrices in extra:  # every group of Linears wants its layer's attention once more
+    for matrices in passed:  # each wants its layer's attention once more
         share = matrices.count / max(shape.layers, 1)
         forward = {term: seconds * (1 + share / 2) for term, seconds in forward.items()}
     solved = [_solve_seconds(m, rates, at_once if m.part is Part.ROUTED else 1) for m in chain((gate_up, down), extra)]

@@ -12,6 +12,7 @@ from moepress.compress.figures import Figures, Matrices, expert_matrices
 from moepress.compress.pieces import PIECE_BYTES
 from moepress.models.family import Part
 from moepress.models.scratch import mapped_limit_bytes
+from moepress.models.stepping import waiting_bytes
 from moepress.models.walk import Limits, choose_limits
 
 ROWS_AT_ONCE = 8192
@@ -155,6 +156,21 @@ def resident(
     }
 
 
+def waiting(figures: Figures, work: Workload, limits: Limits, streams: int) -> int:
+    """What tokens hold that wait in the middle of a layer while its Linears are solved; 0 where it is too much.
+
+    Where it is, the layer runs from its start for each group of Linears (`compress.linear_solving.steps_fit`).
+    """
+    held = streams * work.tokens * waiting_bytes(figures.attention, figures.shape.hidden, work.dtype)
+    return held if held <= limits.memory_bytes // 4 else 0
+
+
+def middles(figures: Figures, work: Workload, limits: Limits, share: float) -> int:
+    """The intermediates of that share of a layer's experts, where they are kept (`compress.experts`)."""
+    kept = round(work.tokens * figures.shape.top_k * share) * figures.shape.expert_width * work.dtype.itemsize
+    return kept if kept <= limits.memory_bytes // 8 else 0
+
+
 def slice_bytes(figures: Figures, rows: int) -> int:
     """So many of an expert's tokens, what lies between its matrices, and its output."""
     return rows * 4 * (3 * figures.shape.hidden + 4 * figures.shape.expert_width)
@@ -189,7 +205,8 @@ def solver_memory(
     rest = 2 * figures.layer_parameters  # written in 16 bit with the layer's first piece
     tables = max(w.bytes for p, w in figures.parts.items() if p in {Part.EMBEDDINGS, Part.LM_HEAD})
     return {
-        "solver": max(solver, others),
+        "solver": solver,
+        "other Linears": others,
         "pieces": min(PIECE_BYTES, sizes[Part.ROUTED]) + min(rest, output),
         "lm_head": round(tables * (1 + _CHECKED)),
     }
@@ -229,8 +246,9 @@ def peak_of(memory: dict[str, int], *moments: Sequence[str]) -> int:
 
 def quantize_peak(memory: dict[str, int]) -> int:
     """`peak_of` the moments of `quantize`."""
-    solving = ("layer", "solver", "expert's tokens", "pieces")
-    return peak_of(memory, ("embeddings",), ("layer", "activations"), solving, ("lm_head",))
+    experts = ("layer", "solver", "expert's tokens", "intermediates", "pieces")
+    linears = ("layer", "activations", "waiting tokens", "other Linears")
+    return peak_of(memory, ("embeddings",), linears, experts, ("lm_head",))
 
 
 def device_bytes(work: Workload, memory: dict[str, int], *moments: Sequence[str]) -> int | None:
@@ -246,7 +264,7 @@ def least_memory(
     rest["expert's tokens"] = slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
     if solved is None:
         return peak_of(rest, ("embeddings",), ("layer", "activations"))
-    return quantize_peak(rest | solver_memory(figures, 1, *solved))
+    return quantize_peak(rest | {"waiting tokens": 0, "intermediates": 0} | solver_memory(figures, 1, *solved))
 
 
 def memory_notes(work: Workload, peak: int, least: int) -> Iterable[str]:

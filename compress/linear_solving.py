@@ -1,6 +1,7 @@
 """GPTQ for the Linears besides the routed experts: each on what reaches it once those before it are quantized."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -66,44 +67,50 @@ def solve_linears(
     return coded, errors
 
 
-def steps_fit(stream: Stream) -> bool:
-    """Whether all windows of a layer may wait in memory while its Linears are solved."""
-    return held_bytes(stream) <= stream.limits.memory_bytes // 4
+def steps_fit(stream: Stream, reference: Stream | None = None) -> bool:
+    """Whether all windows of a layer, of both streams, may wait in memory while its Linears are solved."""
+    return sum(held_bytes(s) for s in (stream, reference) if s is not None) <= stream.limits.memory_bytes // 4
 
 
 def solve_stepping(
-    stream: Stream, options: QuantizeOptions, layer: int, groups: Sequence[LinearGroup]
+    stream: Stream,
+    options: QuantizeOptions,
+    layer: int,
+    groups: Sequence[LinearGroup],
+    reference: Stream | None = None,
 ) -> tuple[dict[str, Coded], dict[str, float], bool]:
-    """`solve_linears` and the layer's first step in one forward pass, which waits before each group of Linears.
+    """`solve_linears` and the first step of both streams in one forward pass each, which waits before each group.
 
     Gives the same bits, in a third of the time where attention is quantized; `steps_fit` says whether memory is enough.
+    The reference must have a model of its own.
 
     Returns:
         Matrices and relative errors, by name on disk; whether the layer has routed experts.
     """
     coded: dict[str, Coded] = {}
     errors: dict[str, float] = {}
-    model = stream.model
+    model, streams = stream.model, [s for s in (stream, reference) if s is not None]
     model.load_layer(layer)
     stops = [[_place(stream, layer, name) for name in group.names] for group in groups]
-    with Stepping(stream, layer, stops) as steps:
+    with ExitStack() as stack:
+        steppings = [stack.enter_context(Stepping(s, layer, stops)) for s in streams]
         for group, places in zip(groups, stops, strict=True):
-            total, parts = None, steps.inputs()
+            total, parts = None, zip(*(steps.inputs() for steps in steppings), strict=True)
             while True:
                 with phase("forward"):  # FLOP are not counted: how much of the layer runs depends on the Linear
-                    part = next(parts, None)
-                if part is None:
+                    found = next(parts, None)
+                if found is None:
                     break
-                total = _added(total, moments(part.flatten(0, -2)))
+                total = _added(total, moments(*(part.flatten(0, -2) for part in found)))
             assert total is not None
             matrices, losses = _solve_stack(stream, options, group.names, total.over(stream.tokens))
             coded |= dict(zip(group.names, matrices, strict=True))
             errors |= dict(zip(group.names, losses, strict=True))
             for place, matrix in zip(places, matrices, strict=True):
-                steps.replace(place, matrix.dense().to(model.device, model.dtype))
+                steppings[0].replace(place, matrix.dense().to(model.device, model.dtype))
         with phase("forward"):
-            routed = steps.finish()
-    return coded, errors, routed
+            routed = [steps.finish() for steps in steppings]
+    return coded, errors, routed[0]
 
 
 def _place(stream: Stream, layer: int, name: str) -> str:

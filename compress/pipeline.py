@@ -54,6 +54,7 @@ from moepress.models.costs import stored_bytes
 from moepress.models.experts import names_by_layer
 from moepress.models.family import Part, layer_of, part_of
 from moepress.models.forward import StreamedModel, require_finite_hidden, tokens_of
+from moepress.models.memory import release_memory
 from moepress.models.safetensors_file import DTYPE_NAMES, Stored, read_header, read_tensor, tensor_bytes
 from moepress.models.walk import (
     Limits,
@@ -63,7 +64,6 @@ from moepress.models.walk import (
     first_step,
     open_stream,
     read_ahead,
-    release_memory,
 )
 from moepress.models.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
 from moepress.phases import in_layer, phase
@@ -184,8 +184,9 @@ def _quantize_layer(job: Job, layer: int) -> None:
         load_original(reference, layer)
     done = job.run.done(f"layer-{layer}-0")
     groups = linear_groups(model.source, layer, model.shape.layers, job.include, job.names.get(layer, []))
-    if done is None and groups and reference is None and steps_fit(stream):
-        coded, errors, routed = solve_stepping(stream, job.options.of_layer(layer), layer, groups)
+    stepping = done is None and bool(groups) and steps_fit(stream, job.originals)
+    if stepping:
+        coded, errors, routed = solve_stepping(stream, job.options.of_layer(layer), layer, groups, job.originals)
     else:
         if done is None:
             coded, errors = solve_linears(stream, job.options.of_layer(layer), layer, groups, job.originals)
@@ -194,7 +195,7 @@ def _quantize_layer(job: Job, layer: int) -> None:
         model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
         routed = first_step(stream, layer)
     if reference is not None:
-        step_original(reference, layer)
+        step_original(reference, layer, stepped=stepping)
     pooled = _pooled(job) if routed else None
     for part, experts in enumerate(job.chunks[layer]):
         _do_chunk(job, layer, part, experts, pooled, coded if part == 0 else {}, errors if part == 0 else {})

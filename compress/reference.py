@@ -69,9 +69,10 @@ def load_original(reference: Reference, layer: int) -> None:
         reference.stream.model.load_layer(layer)
 
 
-def step_original(reference: Reference, layer: int) -> None:
-    """All of a loaded layer but its routed experts, as `first_step` does it for the other stream."""
-    first_step(reference.stream, layer)
+def step_original(reference: Reference, layer: int, *, stepped: bool) -> None:
+    """All of a loaded layer but its routed experts, as `first_step` does it for the other stream, if not done yet."""
+    if not stepped:
+        first_step(reference.stream, layer)
     if reference.apart:
         reference.stream.model.unload_layer(layer)
 

@@ -23,10 +23,11 @@ from moepress.journal import Run
 from moepress.models.costs import expert_flops
 from moepress.models.experts import Expert
 from moepress.models.forward import StreamedModel, apply_expert, require_finite_hidden, tokens_of
+from moepress.models.memory import release_memory
 from moepress.models.routing import route, router_of, scores
 from moepress.models.safetensors_file import read_header, read_row
 from moepress.models.scratch import Rows
-from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream, read_ahead, release_memory
+from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream, read_ahead
 from moepress.models.writer import tensor_entry, write_shard
 from moepress.phases import in_layer, phase
 from moepress.progress import track

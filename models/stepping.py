@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress.models.forward import Routed
-from moepress.models.inventory import attention_of
+from moepress.models.inventory import AttentionShape, attention_of
 from moepress.models.walk import Stream, store
 
 
@@ -141,10 +141,15 @@ class Stepping:
 
 
 def held_bytes(stream: Stream) -> int:
-    """About what the waiting batches of a layer hold: a few activations of the hidden size, queries, keys, values."""
-    attention, shape = attention_of(stream.model.config), stream.model.shape
+    """`waiting_bytes` of a stream's tokens."""
+    model = stream.model
+    return stream.tokens * waiting_bytes(attention_of(model.config), model.shape.hidden, model.dtype)
+
+
+def waiting_bytes(attention: AttentionShape, hidden: int, dtype: torch.dtype) -> int:
+    """About what a waiting token of a layer holds: a few activations of the hidden size, queries, keys, values."""
     wide = attention.heads * (2 * attention.key_width + 2 * attention.value_width)
-    return stream.tokens * stream.model.dtype.itemsize * (4 * shape.hidden + wide)
+    return dtype.itemsize * (4 * hidden + wide)
 
 
 def _reaches(owners: dict[int | None, _Walker], stop: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

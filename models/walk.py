@@ -1,8 +1,5 @@
 """Walk a streamed model layer by layer over many windows, within a memory limit."""
 
-import ctypes
-import gc
-import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ from moepress.models.costs import expert_flops, layer_flops, stored_expert_bytes
 from moepress.models.experts import Expert
 from moepress.models.family import Shape
 from moepress.models.forward import Routed, StreamedModel, apply_expert, require_finite_hidden, tokens_of
+from moepress.models.memory import release_memory, settle
 from moepress.models.scratch import Rows
 from moepress.models.scratch import Scratch as Scratch  # a walk cannot be opened without one
 from moepress.phases import beside, phase
@@ -80,26 +78,6 @@ def choose_limits(
     return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)
 
 
-def _settle_garbage() -> None:
-    """What lives now is not looked through again whenever memory is released: transformers has a million objects."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system.
-
-    Modules hold each other in cycles, and glibc keeps what tensors of many sizes leave behind: over sixty layers that
-    adds up to gigabytes of resident memory that nobody uses.
-    """
-    with phase("release"):
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        if trim is not None:
-            trim(0)
-
-
 @dataclass(slots=True, kw_only=True)
 class Stream:
     """The state of a walk: hidden states of all windows, and buffers for one layer's routed tokens.
@@ -160,7 +138,7 @@ def open_stream(
 
     `observe` also keeps the residual stream and the router's logits, `logits` only these.
     """
-    _settle_garbage()
+    settle()
     windows, length = windows_NT.shape
     tokens, shape = windows * length, model.shape
     routed = bool(model.moe_layers)

@@ -81,8 +81,6 @@ def test_both_moments_are_added_divided_and_shrunk_alike() -> None:
 
 
 def test_targets_have_a_share_of_the_correction_or_none() -> None:
-    assert hessian_for("own") == HessianOptions()
-    assert 0 < hessian_for("original").asymmetry <= 1
     for asymmetry in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="need 0 <= asymmetry <= 1"):
             HessianOptions(asymmetry=asymmetry)
@@ -177,3 +175,20 @@ def test_the_sample_for_rare_experts_is_spread_over_all_tokens(tiny_model: Calla
     sample = pooled_inputs(stream, HessianOptions(pooled_tokens=18))
     assert torch.equal(sample, stream.inputs[::4])
     assert torch.equal(pooled_inputs(stream, HessianOptions()), stream.inputs)
+
+
+@pytest.mark.parametrize(
+    ("match", "bits", "layer_bits", "original"),
+    [
+        ("auto", 4, {}, False),
+        ("auto", 3, {}, True),
+        ("auto", 4, {1: 8, 2: 3}, True),
+        ("auto", 8, {1: 4}, False),
+        ("own", 2, {}, False),
+        ("original", 8, {}, True),
+    ],
+)
+def test_the_original_gives_the_targets_where_asked_or_where_bits_are_few(
+    match: str, bits: int, layer_bits: dict[int, int], original: bool
+) -> None:
+    assert hessian_for(match, bits, layer_bits).asymmetry == float(original)

@@ -15,11 +15,20 @@ from typing import Any
 
 from moepress import groundwork, stages
 from moepress.calibration.hessian import hessian_for
+from moepress.compress.linears import Include
 from moepress.converters.scheme import Scheme
 
 CALIBRATION = groundwork.Calibration(tokens=4_096, window=256)
 MACHINE = groundwork.Machine(device="cpu", memory_bytes=96 << 20)
 SCHEME = Scheme(bits=4, group_size=128)
+REQUESTS = {
+    "quantize": stages.QuantizeRequest(scheme=SCHEME),
+    "original": stages.QuantizeRequest(scheme=SCHEME, hessian=hessian_for("original", SCHEME.bits, {})),
+    "everything": stages.QuantizeRequest(
+        scheme=SCHEME, hessian=hessian_for("original", SCHEME.bits, {}), include=frozenset(Include)
+    ),
+}
+MACHINES = {"everything": groundwork.Machine(device="cpu", memory_bytes=512 << 20)}  # so that all tokens can wait
 
 
 def peak_resident_bytes() -> int:
@@ -69,16 +78,15 @@ def main() -> None:
         "profile": [profile, watched(work, lambda: stages.profile_stage(model, place, CALIBRATION, MACHINE))],
     }
 
-    def quantize(folder: Path, targets: str, *, dry_run: bool) -> dict[str, Any]:
-        request, out = stages.QuantizeRequest(scheme=SCHEME, hessian=hessian_for(targets)), folder / "out"
-        place = groundwork.Output(folder=out)
-        return stages.quantize_stage(model, place, None, request, CALIBRATION, MACHINE, dry_run=dry_run)
+    def quantize(folder: Path, name: str, *, dry_run: bool) -> dict[str, Any]:
+        machine, place = MACHINES.get(name, MACHINE), groundwork.Output(folder=folder / "out")
+        return stages.quantize_stage(model, place, None, REQUESTS[name], CALIBRATION, machine, dry_run=dry_run)
 
-    for name, targets in (("quantize", "own"), ("original", "original")):
+    for name in REQUESTS:
         folder = work / name
         folder.mkdir()
-        estimate = quantize(folder, targets, dry_run=True)
-        found[name] = [estimate, watched(folder, functools.partial(quantize, folder, targets, dry_run=False))]
+        estimate = quantize(folder, name, dry_run=True)
+        found[name] = [estimate, watched(folder, functools.partial(quantize, folder, name, dry_run=False))]
     print(json.dumps(found))
 
 

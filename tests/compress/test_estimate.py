@@ -36,7 +36,7 @@ from moepress.models.walk import Limits, Scratch, open_stream
 
 CPU = torch.device("cpu")
 G128 = Scheme(bits=4, group_size=128)
-STAGES = ("profile", "quantize", "original")  # the last one: quantize with --match original
+STAGES = ("profile", "quantize", "original", "everything")  # the last two: --match original, every Linear
 # hidden 512, so that matrices weigh more than what every process needs.
 MIDDLING = {
     "hidden_size": 512,
@@ -223,7 +223,18 @@ def test_included_linears_cost_time_and_memory(model: Checkpoint, figures: Figur
     for term in ("forward", "Hessians", "factor", "solve", "rounding"):
         assert more.time[term] > base.time[term]
     assert more.output_bytes < base.output_bytes
-    assert more.memory["solver"] > base.memory["solver"]  # lm_head is the widest matrix of all
+    assert base.memory["other Linears"] == base.memory["waiting tokens"] == more.memory["waiting tokens"] == 0
+    assert more.memory["other Linears"] > more.memory["solver"]  # lm_head is the widest matrix of all
+
+
+def test_tokens_wait_where_memory_is_enough_and_save_forward_passes(model: Checkpoint, figures: Figures) -> None:
+    waits, again = (
+        quantizing(model, figures, Include.ATTENTION, memory_bytes=memory) for memory in (1 << 30, 64 << 20)
+    )
+    assert waits.memory["waiting tokens"] > 0 == again.memory["waiting tokens"]
+    assert waits.peak_memory_bytes > again.peak_memory_bytes
+    assert waits.time["forward"] < again.time["forward"]
+    assert waits.time["Hessians"] == again.time["Hessians"]
 
 
 def test_the_cost_of_a_hessian_is_the_triangle_that_is_formed() -> None:
@@ -310,7 +321,7 @@ def test_without_a_limit_this_machine_is_the_limit(
 
 def test_a_gpu_holds_no_token_buffers(model: Checkpoint, figures: Figures) -> None:
     assert quantizing(model, figures).device_memory_bytes is None
-    few, many = (quantizing(model, figures, device=torch.device("meta"), tokens=n) for n in (8192, 1 << 20))
+    few, many = (quantizing(model, figures, device=torch.device("meta"), tokens=n) for n in (1 << 19, 1 << 20))
     assert few.device_memory_bytes == many.device_memory_bytes
     assert many.peak_memory_bytes > few.peak_memory_bytes
 

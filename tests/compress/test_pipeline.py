@@ -23,7 +23,7 @@ from stage_runs import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moepress.calibration.hessian import HessianOptions
+from moepress.calibration.hessian import HessianOptions, hessian_for
 from moepress.compress import experts, pieces, pipeline
 from moepress.compress.experts import QuantizeOptions, pooled_hessian, pooled_inputs, solve_experts
 from moepress.compress.grid import absmax_scales, round_to_nearest
@@ -165,13 +165,15 @@ def test_calibration_flows_through_the_pruned_and_quantized_layers(
     assert not all(torch.equal(a, b) for a, b in zip(other, written, strict=True))
 
 
+@pytest.mark.parametrize("match", ["own", "original"])
 @pytest.mark.parametrize("key", ["deepseek_v3", "qwen3_moe"])
 def test_one_forward_pass_that_waits_gives_the_bytes_of_one_for_each_linear(
-    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, match: str
 ) -> None:
-    quantized_folder(tiny_model(key), WINDOWS, tmp_path / "waits", include=EVERYTHING, scheme=G16)
-    monkeypatch.setattr(pipeline, "steps_fit", lambda _stream: False)
-    quantized_folder(tiny_model(key), WINDOWS, tmp_path / "again", include=EVERYTHING, scheme=G16)
+    options = {"include": EVERYTHING, "scheme": G16, "hessian": hessian_for(match, 4, {})}
+    quantized_folder(tiny_model(key), WINDOWS, tmp_path / "waits", **options)
+    monkeypatch.setattr(pipeline, "steps_fit", lambda _stream, _reference: False)
+    quantized_folder(tiny_model(key), WINDOWS, tmp_path / "again", **options)
     assert content(tmp_path / "waits") == content(tmp_path / "again")
 
 
