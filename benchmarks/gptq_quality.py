@@ -49,7 +49,7 @@ class Variant:
     request: dict[str, Any] = field(default_factory=dict)
 
 
-DEFAULT = Variant(name="default")
+DEFAULT = Variant(name="default")  # at all bits with --match own, which --match auto takes for 4 bits and more
 VARIANTS = (
     Variant(name="act_order off", solver={"act_order": False}),
     Variant(name="scale_search off", solver={"scale_search": False}),

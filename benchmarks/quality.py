@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from setting import bench_model, save, texts
 
-from moepress.calibration.hessian import HessianOptions
+from moepress.calibration.hessian import HessianOptions, hessian_for
 from moepress.comparison import load_evaluation
 from moepress.compress.gptq import SolverOptions
 from moepress.compress.grid import absmax_scales, dequantize, round_to_nearest
@@ -84,10 +84,6 @@ def main() -> None:
     corpus = load_evaluation(
         bench_model(), (), texts("test"), window=512, max_windows=12, vocabulary=base.shape.vocabulary
     )
-    methods = {
-        "plain GPTQ": (PLAIN, HessianOptions(weight_power=0, shrinkage_tokens=0.0)),
-        "moepress": (SolverOptions(), HessianOptions()),
-    }
     with tempfile.TemporaryDirectory() as name:
         subjects = [Subject(label="bf16", source=base, folder=None, stored_bytes=base.total_bytes, parameters=0)]
         seconds = {}
@@ -97,6 +93,10 @@ def main() -> None:
             subjects.append(
                 Subject(label=label, source=rounded(base, scheme), folder=None, stored_bytes=0, parameters=0)
             )
+            methods = {
+                "plain GPTQ": (PLAIN, HessianOptions(weight_power=0, shrinkage_tokens=0.0)),
+                "moepress": (SolverOptions(), hessian_for("auto", width, {})),
+            }
             for method, (solver, hessian) in methods.items():
                 label, folder = f"{method} {width} bit", Path(name) / f"{method.split()[0]}-{width}"
                 seconds[label] = quantized(folder, scheme, solver, hessian)

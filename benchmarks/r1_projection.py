@@ -40,6 +40,7 @@ from r1_scaling import (
 )
 from setting import RESULTS, ROOT
 
+from moepress.byte_sizes import parse_bytes
 from moepress.compress.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
 from moepress.compress.experts import experts_that_fit
 from moepress.compress.figures import Figures, figures_of, pressed_sizes
@@ -48,7 +49,6 @@ from moepress.compress.gptq import SolverOptions
 from moepress.compress.rates import ASSUMED_READ
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.writer import write_index, write_json
-from moepress.options import parse_bytes
 
 DENSE_LAYERS, MOE_LAYERS, VOCABULARY, SHARDS = 3, 58, 129280, 163
 GPU = "RTX 4090 24 GB and NVMe"
