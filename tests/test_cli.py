@@ -137,6 +137,18 @@ def test_a_missed_threshold_exits_3(folder: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def test_validating_twice_gives_the_same_report_apart_from_times(folder: Path, tmp_path: Path) -> None:
+    found, limits = [], ["--max-windows", "1", "--no-throughput"]
+    for out in (tmp_path / "one", tmp_path / "two"):
+        code, _, errors = command("validate", "demo", folder / "quantized", *limits, "-o", out)
+        assert code == 0, errors
+        report = json.loads((out / "report.json").read_text())
+        assert report.pop("created")
+        assert str(out) in str(report.pop("commands"))
+        found.append(report)
+    assert found[0] == found[1]
+
+
 def test_corrupt_input_exits_4_naming_the_file(folder: Path, tiny_copy: Callable[..., Path], tmp_path: Path) -> None:
     broken = tiny_copy("mixtral")
     shard = sorted(broken.glob("*.safetensors"))[1]
