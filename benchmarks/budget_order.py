@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from setting import bench_model, save, texts
 
+from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile
 from moepress.comparison import load_evaluation
 from moepress.compress.damage import PRUNING_WEIGHT, space_of
@@ -94,7 +95,9 @@ def main() -> None:
         subjects = [Subject(label="original", source=base, folder=None, stored_bytes=0, parameters=0)]
         for number, (label, plan) in enumerate(made.items()):
             assert plan.quantization is not None
-            request = QuantizeRequest(scheme=plan.quantization.scheme(), layer_bits=plan.layer_bits)
+            scheme, layer_bits = plan.quantization.scheme(), plan.layer_bits
+            hessian = hessian_for("auto", scheme.bits, layer_bits)
+            request = QuantizeRequest(scheme=scheme, layer_bits=layer_bits, hessian=hessian)
             place = Output(folder=work / str(number))
             quantize_stage(str(bench_model()), place, plan, request, text, Machine())
             source = open_artifact(place.folder)

@@ -9,6 +9,7 @@ import torch
 from prune_setting import InMemory, Pressed, Setting, calibration, count_of, figures, measured, profile_of, subject
 from setting import bench_model
 
+from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile
 from moepress.compress.linears import Include
 from moepress.compress.plan import make_plan
@@ -53,7 +54,11 @@ def pressed(profile: Profile, disk: Checkpoint, wanted: Pressed, seed: int, sett
     """The model at that share and width, as an opened artifact."""
     plan = make_plan(profile, count=count_of(disk, wanted.keep), criterion=Criterion(wanted.criterion))
     folder.parent.mkdir(exist_ok=True)
-    request = QuantizeRequest(scheme=Scheme(bits=wanted.bits, group_size=GROUP_SIZE), include=INCLUDE)
+    request = QuantizeRequest(
+        scheme=Scheme(bits=wanted.bits, group_size=GROUP_SIZE),
+        include=INCLUDE,
+        hessian=hessian_for("auto", wanted.bits, {}),
+    )
     given = calibration(seed, setting.repair_tokens)
     quantize_stage(str(bench_model()), Output(folder=folder), plan, request, given, Machine())
     return open_artifact(folder)
