@@ -10,8 +10,9 @@ import click
 
 from moepress import __version__
 from moepress.commands_making import export, plan, profile, prune, quantize
-from moepress.commands_showing import check, doctor, generate, inspect, targets, validate
-from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, show_estimates, show_report
+from moepress.commands_showing import check, completion, doctor, generate, inspect, targets, validate
+from moepress.completion import complete_list
+from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, show_estimates, show_report, upload
 from moepress.errors import MoepressError, UsageError
 from moepress.options import (
     budget_options,
@@ -22,14 +23,16 @@ from moepress.options import (
     json_option,
     machine_options,
     match_option,
+    model_argument,
     output_options,
+    push_options,
     repair_option,
     scheme_options,
     selection_options,
     targets_file_option,
     timings_option,
 )
-from moepress.parsed import recipe_values
+from moepress.parsed import push_of, recipe_values
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
@@ -50,9 +53,9 @@ def cli() -> None:
       moepress validate MODEL pressed
       moepress export pressed --to gptq -o pressed-gptq
 
-    MODEL is the folder of a Hugging Face model. Models never have to fit into memory. Interrupted runs go on with
-    --resume. Exit codes: 0 ok, 2 wrong use, 3 a threshold was missed, 4 invalid input, 5 unsupported, 6 output in
-    use, 130 interrupted.
+    MODEL is the folder of a Hugging Face model, or its id on the hub, such as owner/name. Models never have to fit into
+    memory. Interrupted runs go on with --resume. Exit codes: 0 ok, 2 wrong use, 3 a threshold was missed, 4 invalid
+    input, 5 unsupported, 6 output in use, 130 interrupted.
     """
 
 
@@ -65,7 +68,7 @@ def main() -> NoReturn:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP on purpose
             signal.signal(number, _interrupt)
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="moepress", standalone_mode=False)
     except MoepressError as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -73,9 +76,6 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         fail("Interrupted. What is finished is kept; repeat the command with --resume to go on.", INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
@@ -89,12 +89,15 @@ def _interrupt(_number: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-for _command in (inspect, targets, doctor, profile, plan, prune, quantize, export, check, validate, generate):
+for _command in (
+    *(inspect, targets, doctor, profile, plan, prune, quantize, export),
+    *(check, validate, generate, completion),
+):
     cli.add_command(_command)
 
 
 @cli.command()
-@click.argument("model", required=False)
+@model_argument(required=False)
 @output_options("Folder for the run: model/, exports/, profile/, plan.json, report.html, ...")
 @click.option(
     "--recipe", "recipe_file", type=click.Path(path_type=Path), help="A YAML recipe; options given here win over it."
@@ -108,8 +111,14 @@ for _command in (inspect, targets, doctor, profile, plan, prune, quantize, expor
 @match_option
 @calibration_options
 @evaluation_options
-@click.option("--to", "formats", help="Further formats, with commas between them: gptq, onnx.")
+@click.option(
+    "--to",
+    "formats",
+    shell_complete=complete_list("gptq", "onnx"),
+    help="Further formats, with commas between them: gptq, onnx.",
+)
 @machine_options
+@push_options
 @timings_option
 @dry_run_option
 @json_option
@@ -126,9 +135,11 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
               moepress run --recipe out/recipe.yaml -o again
     """
     from moepress.dry_run import estimate_recipe
-    from moepress.groundwork import model_folder
+    from moepress.groundwork import local_folders
+    from moepress.hub import headers_only
+    from moepress.journal import check_output
     from moepress.recipe import run_recipe
-    from moepress.recipe_file import load_recipe, make_recipe, runtime_notes
+    from moepress.recipe_file import check_recipe, load_recipe, make_recipe, runtime_notes
     from moepress.timings import check_timings, timed
 
     quiet_libraries()
@@ -137,18 +148,24 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
     if "model" not in values:
         raise UsageError("Say which model: moepress run MODEL -o OUT, or a recipe that names one.")
     recipe = make_recipe(values)
-    check_timings(options["timings"], output, [model_folder(recipe.model)], dry_run=options["dry_run"])
-    note(*runtime_notes(recipe))
-    if options["dry_run"]:
-        from moepress.journal import check_output
-
-        check_output(output, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
-        found = estimate_recipe(recipe, output, resume=resume)
-        emit(found.plain()) if options["as_json"] else show_estimates(found.stages, as_json=False)
-        return
+    inputs = local_folders(recipe.model)
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_output(output, inputs, resume=resume, force=force, in_place=True)
+    push = push_of(options)
+    with headers_only():
+        note(*runtime_notes(recipe))
+        if options["dry_run"]:
+            found = estimate_recipe(recipe, output, resume=resume)
+            emit(found.plain()) if options["as_json"] else show_estimates(found.stages, as_json=False)
+            return
+        if not inputs:
+            check_recipe(recipe)  # all that can be refused is, before a model of the hub is downloaded
     with timed("run", options["timings"], device=recipe.device):
         report = run_recipe(recipe, output, resume=resume, force=force)
+    if push is not None and any(outcome.state == "missed" for outcome in report.thresholds):
+        note(f"Nothing is pushed to {push.repo}, for a threshold was missed.")
     show_report(report, output, as_json=options["as_json"])
+    upload(push, output / "model", recipe.model, as_json=options["as_json"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moepress.console import emit, note, quiet_libraries, show_estimates
+from moepress.console import emit, note, quiet_libraries, say, show_estimates, upload
 from moepress.errors import UsageError
 from moepress.options import (
     budget_options,
@@ -17,10 +17,12 @@ from moepress.options import (
     json_option,
     machine_options,
     match_option,
+    model_argument,
     mtp_option,
     nonfinite_option,
     onnx_options,
     output_options,
+    push_options,
     repair_option,
     scheme_options,
     selection_options,
@@ -35,12 +37,13 @@ from moepress.parsed import (
     machine_of,
     mtp_of,
     plan_of,
+    push_of,
     repair_of,
 )
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @output_options("Folder for the profile.")
 @calibration_options
 @machine_options
@@ -66,24 +69,27 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
               moepress profile MODEL -o profile --calibration chats.jsonl --domain python=code.txt
     """
     from moepress import groundwork, stages
+    from moepress.hub import headers_only
     from moepress.journal import check_output
     from moepress.printed import print_profile
     from moepress.timings import check_timings, timed
 
     quiet_libraries()
-    check_timings(options["timings"], output, [groundwork.model_folder(model)], dry_run=options["dry_run"])
+    inputs = groundwork.local_folders(model)
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
     calibration, machine = calibration_of(options), machine_of(options)
     if options["dry_run"]:
-        check_output(output, [groundwork.model_folder(model)], resume=resume, force=force)
         place = groundwork.Output(folder=output, resume=resume, force=force)
-        found = stages.profile_estimate(
-            model,
-            calibration,
-            machine,
-            leave_one_out=not options["no_loo"],
-            bit_losses=not options["no_bit_losses"],
-            output=place,
-        )
+        with headers_only():
+            found = stages.profile_estimate(
+                model,
+                calibration,
+                machine,
+                leave_one_out=not options["no_loo"],
+                bit_losses=not options["no_bit_losses"],
+                output=place,
+            )
         show_estimates({"profile": asdict(found)}, as_json=options["as_json"])
         return
     with timed("profile", options["timings"], device=options["device"]):
@@ -143,7 +149,7 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @output_options("Folder for the pruned model.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan made by `moepress plan`.")
 @click.option("--profile", "profiles", multiple=True, type=click.Path(path_type=Path), help="Plan from this profile.")
@@ -153,6 +159,7 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
 @machine_options
 @mtp_option
 @nonfinite_option
+@push_options
 @timings_option
 @dry_run_option
 @json_option
@@ -169,9 +176,13 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     """
     from moepress import groundwork, stages
     from moepress.compress.plan import load_plan
+    from moepress.journal import check_output
     from moepress.timings import check_timings, timed
 
-    check_timings(options["timings"], output, [groundwork.model_folder(model)], dry_run=options["dry_run"])
+    inputs = groundwork.local_folders(model)
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
+    push = push_of(options)
     if (plan_file is None) == (not options["profiles"]):
         raise UsageError("Say what to prune: either --plan plan.json, or --profile PROFILE with --keep or --experts.")
     if plan_file is not None:
@@ -183,7 +194,7 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     note(*made.notes)
     place = groundwork.Output(folder=output, resume=resume, force=force)
     if options["repair"] is not None:
-        _prune_repaired(model, place, made, options)
+        _prune_repaired(model, place, made, push, options)
         return
     if not all_default("calibration", "domain", "tokens", "window", "seed", "device", "dtype", "max_memory"):
         raise UsageError("Pruning alone copies bytes: calibration and machine options go with --repair only.")
@@ -200,9 +211,10 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
         show_estimates({"prune": result}, as_json=options["as_json"])
         return
     _show_pruned(result, output, options)
+    upload(push, output, model, as_json=options["as_json"])
 
 
-def _prune_repaired(model: str, place: Any, plan: Any, options: Mapping[str, Any]) -> None:
+def _prune_repaired(model: str, place: Any, plan: Any, push: Any, options: Mapping[str, Any]) -> None:
     from moepress import repairing
     from moepress.timings import timed
 
@@ -221,6 +233,7 @@ def _prune_repaired(model: str, place: Any, plan: Any, options: Mapping[str, Any
         )
     if not options["dry_run"]:
         _show_pruned(result, place.folder, options)
+        upload(push, place.folder, model, as_json=options["as_json"])
     elif options["as_json"]:
         emit(result)
     else:
@@ -235,15 +248,15 @@ def _show_pruned(result: Mapping[str, Any], output: Path, options: Mapping[str, 
     from moepress.printed import human_bytes
 
     sizes = f"{human_bytes(result['bytes_before'])} -> {human_bytes(result['bytes_after'])}"
-    click.echo(f"{output}: {result['experts']} of {result['experts_before']} experts stay, {sizes}")
+    say(f"{output}: {result['experts']} of {result['experts_before']} experts stay, {sizes}")
     if "repair" in result:
         layers = result["repair"]["layers"].values()
         before, after = (sum(row[name] for row in layers) / len(layers) for name in ("error_before", "error_after"))
-        click.echo(f"Squared error of the layers' output, mean: {before:.2%} unrepaired, {after:.2%} repaired")
+        say(f"Squared error of the layers' output, mean: {before:.2%} unrepaired, {after:.2%} repaired")
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @output_options("Folder for the quantized model.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
 @scheme_options
@@ -253,6 +266,7 @@ def _show_pruned(result: Mapping[str, Any], output: Path, options: Mapping[str, 
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
 @machine_options
+@push_options
 @timings_option
 @dry_run_option
 @json_option
@@ -274,10 +288,14 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     from moepress import groundwork, stages
     from moepress.compress.plan import load_plan
     from moepress.converters.scheme import Scheme
+    from moepress.journal import check_output
     from moepress.timings import check_timings, timed
 
     quiet_libraries()
-    check_timings(options["timings"], output, [groundwork.model_folder(model)], dry_run=options["dry_run"])
+    inputs = groundwork.local_folders(model)
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
+    push = push_of(options)
     made = load_plan(plan_file) if plan_file else None
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
     layer_bits: Mapping[int, int] = {}
@@ -292,7 +310,12 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
             model,
             groundwork.Output(folder=output, resume=resume, force=force),
             made,
-            stages.QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian_of(options)),
+            stages.QuantizeRequest(
+                scheme=scheme,
+                layer_bits=layer_bits,
+                include=include,
+                hessian=hessian_of(options, scheme.bits, layer_bits),
+            ),
             calibration_of(options),
             machine_of(options),
             mtp=mtp_of(options),
@@ -302,10 +325,16 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     if options["dry_run"]:
         show_estimates({"quantize": result}, as_json=options["as_json"])
         return
+    _show_quantized(result, output, as_json=options["as_json"])
+    if result["finished"]:
+        upload(push, output, model, as_json=options["as_json"])
+
+
+def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -> None:
     if not result["finished"]:
         done = f"{result['pieces_done']} of {result['pieces']} pieces are done"
         note(f"{done}; repeat the command with --resume to go on.")
-    if options["as_json"]:
+    if as_json:
         emit(result)
         return
     if not result["finished"]:
@@ -317,12 +346,13 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
 
 
 @click.command()
-@click.argument("artifact")
+@model_argument("artifact")
 @output_options("Folder for the export.")
 @click.option(
     "--to", "target", required=True, type=click.Choice(["gptq", "compressed-tensors", "onnx"]), help="The format."
 )
 @onnx_options
+@push_options
 @dry_run_option
 @json_option
 def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool, **options: Any) -> None:
@@ -338,10 +368,13 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
               moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
     """
     from moepress import exports, groundwork
+    from moepress.journal import check_output
 
     place = groundwork.Output(folder=output, resume=resume, force=force)
+    check_output(output, groundwork.local_folders(artifact), resume=resume, force=force)
+    push = push_of(options)
     if target == "onnx":
-        _export_onnx(artifact, place, options, as_json=as_json)
+        _export_onnx(artifact, place, push, options, as_json=as_json)
         return
     if not all_default("preset", "kernel", "accuracy_level", "no_check", "dry_run"):
         raise UsageError("--for, --experts, --accuracy-level, --no-check and --dry-run go with --to onnx only.")
@@ -352,10 +385,11 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
     else:
         from moepress.printed import human_bytes
 
-        click.echo(f"{output}: {result.modules} matrices in {target} layout, {human_bytes(result.bytes_after)}")
+        say(f"{output}: {result.modules} matrices in {target} layout, {human_bytes(result.bytes_after)}")
+    upload(push, output, artifact, as_json=as_json)
 
 
-def _export_onnx(artifact: str, place: Any, options: Mapping[str, Any], *, as_json: bool) -> None:
+def _export_onnx(artifact: str, place: Any, push: Any, options: Mapping[str, Any], *, as_json: bool) -> None:
     from moepress import exports
     from moepress.parsed import onnx_of
     from moepress.printed import print_onnx
@@ -368,3 +402,4 @@ def _export_onnx(artifact: str, place: Any, options: Mapping[str, Any], *, as_js
     result = exports.onnx_stage(artifact, place, request, check=not options["no_check"])
     note(*result.notes)
     emit({"output": str(place.folder), **asdict(result)}) if as_json else print_onnx(result, place.folder)
+    upload(push, place.folder, artifact, as_json=as_json)

@@ -1,5 +1,6 @@
-"""The commands that show something: inspect, targets, doctor, check, validate, generate."""
+"""The commands that show something: inspect, targets, doctor, check, validate, generate, completion."""
 
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -8,14 +9,22 @@ from typing import Any
 
 import click
 
-from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, show_report
+from moepress.completion import SHELLS, complete_runtimes, completion_script
+from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, say, show_report, stream
 from moepress.errors import UsageError
-from moepress.options import device_options, evaluation_options, json_option, machine_options, targets_file_option
+from moepress.options import (
+    device_options,
+    evaluation_options,
+    json_option,
+    machine_options,
+    model_argument,
+    targets_file_option,
+)
 from moepress.parsed import evaluation_of, machine_of
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option("--tokens", type=click.IntRange(1), help="Calibration tokens to plan for.  [default: 131072]")
 @click.option(
     "--context", type=click.IntRange(1), help="Tokens in the KV cache.  [default: 8192, or the model's context]"
@@ -33,11 +42,13 @@ def inspect(model: str, tokens: int | None, context: int | None, targets_file: P
               moepress inspect MODEL --tokens 262144 --context 32768
               moepress inspect MODEL --targets-file my-gpus.toml
     """
+    from moepress.hub import headers_only
     from moepress.inspection import inspect_model
     from moepress.printed_inspection import print_inspection
 
     quiet_libraries()
-    found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file)
+    with headers_only():
+        found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file)
     emit(found) if as_json else print_inspection(found)
 
 
@@ -88,17 +99,18 @@ def doctor(as_json: bool) -> None:
     note(*found.notes)
     for problem in found.problems:
         if problem not in found.clashes:
-            click.echo(f"Problem: {problem}", err=True)
+            say(f"Problem: {problem}", err=True)
     if found.clashes:
         raise UnsupportedError(" ".join(found.clashes))
 
 
 @click.command()
-@click.argument("output")
+@model_argument("output")
 @click.option(
     "--runtime",
     "runtimes",
     metavar="NAMES",
+    shell_complete=complete_runtimes,
     help="Runtimes to check for, with commas between them: vllm, sglang, transformers, gptqmodel, llama.cpp, "
     "onnxruntime.  [default: those that the layout is made for]",
 )
@@ -139,8 +151,8 @@ def check(output: str, runtimes: str | None, tensor_parallel: int, expert_parall
 
 
 @click.command()
-@click.argument("before")
-@click.argument("after")
+@model_argument("before")
+@model_argument("after")
 @evaluation_options
 @click.option(
     "--context",
@@ -174,9 +186,9 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
     from moepress.validation.report import write_report
 
     quiet_libraries()
-    folders = [groundwork.model_folder(name) for name in (before, after)]
     if output is not None:
-        comparison.check_report_folder(output, folders)
+        comparison.check_report_folder(output, groundwork.local_folders(before, after))
+    folders = [groundwork.model_folder(name) for name in (before, after)]
     subjects = [comparison.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:
         report = comparison.validate_stage(
@@ -185,7 +197,7 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
             evaluation_of(options),
             machine_of(options),
             Path(work),
-            title=f"{folders[0].resolve().name} and {folders[1].resolve().name}",
+            title=" and ".join(map(groundwork.display_name, folders, (before, after))),
             commands=(shlex.join(["moepress", *sys.argv[1:]]),),
         )
     if output is not None:
@@ -196,7 +208,7 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, help="Stop after so many tokens.")
 @click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
@@ -231,16 +243,31 @@ def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     machine = Machine(device=options["device"], dtype=options["dtype"])
     try:
         made = generation.generate_stage(
-            model, request, machine, write=lambda piece: None if as_json else click.echo(piece, nl=False)
+            model, request, machine, write=lambda piece: None if as_json else stream(piece)
         )
     except KeyboardInterrupt:
         fail("Interrupted.", INTERRUPTED)  # there is nothing to resume
     if as_json:
         emit(asdict(made))
         return
-    click.echo()
+    say("")
     speed = f"{made.tokens} tokens in {made.seconds:.1f} s ({made.tokens / made.seconds:.1f} per second)"
     note(f"{speed}, {made.runtime}, {made.dtype} on {made.device}, stopped: {made.stopped}")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS), required=False)
+@click.pass_context
+def completion(context: click.Context, shell: str | None) -> None:
+    """Print a script that completes commands, options, `demo`, model folders, GPUs, criteria and runtimes on TAB; for
+    SHELL, or else the login shell.
+
+    \b
+    Example:  moepress completion bash >> ~/.bashrc
+              moepress completion zsh > ~/.zfunc/_moepress
+              moepress completion fish > ~/.config/fish/completions/moepress.fish
+    """
+    say(completion_script(context.find_root().command, shell, os.environ.get("SHELL", "")))
 
 
 def _prompt_of_stdin() -> str:

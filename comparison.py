@@ -25,6 +25,7 @@ from moepress.converters.onnx_folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx_runtime import installed_version, require_onnxruntime, session_providers
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.groundwork import DEFAULT_WINDOW, Machine, load_tokenizer
+from moepress.hub import origin_of
 from moepress.models.checkpoint import Checkpoint, Source
 from moepress.models.experts import prune_source
 from moepress.models.family import Part, Shape, part_of, shape_of
@@ -303,7 +304,7 @@ def _subject_info(subject: Subject) -> SubjectInfo:
     source = subject.source
     return SubjectInfo(
         label=subject.label,
-        folder=subject.folder.name if subject.folder else None,
+        folder=str(origin_of(subject.folder) or subject.folder.name) if subject.folder else None,
         stored_bytes=subject.stored_bytes,
         parameters=subject.parameters,
         experts_per_layer=_onnx_experts(source) if isinstance(source, OnnxFolder) else _shape(source).experts,

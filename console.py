@@ -16,19 +16,40 @@ INTERRUPTED = 130
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a sentence on stderr and exit with that code."""
-    click.echo(f"Error: {message}" if code != INTERRUPTED else message, err=True)
+    say(f"Error: {message}" if code != INTERRUPTED else message, err=True)
     sys.exit(code)
 
 
 def emit(data: Mapping[str, Any]) -> None:
     """Print JSON on stdout."""
-    click.echo(json.dumps(data, indent=2, default=str, ensure_ascii=False))
+    say(json.dumps(data, indent=2, default=str, ensure_ascii=False))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text on stdout or stderr; where its reader has gone go on in silence, to the end and its exit code."""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        from moepress.terminal import stop_printing
+
+        stop_printing(sys.stderr if err else sys.stdout)
+
+
+def stream(piece: str) -> None:
+    """Print a piece of a text that is still being made; where its reader has gone there is nothing left to do: exit."""
+    try:
+        click.echo(piece, nl=False)
+    except BrokenPipeError:
+        from moepress.terminal import stop_printing
+
+        stop_printing(sys.stdout)
+        sys.exit(0)
 
 
 def note(*notes: str) -> None:
     """Print notes on stderr."""
     for line in notes:
-        click.echo(f"Note: {line}", err=True)
+        say(f"Note: {line}", err=True)
 
 
 def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
@@ -51,6 +72,16 @@ def _append_summary(file: Path, report: Any) -> None:
         note(f"GITHUB_STEP_SUMMARY names {file}, which can not be written ({error.strerror or error}).")
 
 
+def upload(push: Any, folder: Path, base: str, *, as_json: bool) -> None:
+    """Upload an output, made of the model `base`, where --push asks for it, and say where it is then."""
+    if push is None:
+        return
+    from moepress.publishing import push_folder
+
+    url = push_folder(push, folder, base)
+    note(f"{folder} is on {url}") if as_json else say(f"Pushed: {url}")
+
+
 def quiet_libraries() -> None:
     """No banners or bars of the libraries below; ours are on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -69,15 +100,14 @@ def show_report(report: Any, folder: Path | None, *, as_json: bool) -> None:
     if summary:
         _append_summary(Path(summary), report)
     if as_json:
-        click.echo(report.model_dump_json(indent=2))
+        say(report.model_dump_json(indent=2))
     else:
-        from rich.console import Console
-
+        from moepress.terminal import console
         from moepress.validation.report import print_tables
 
-        print_tables(report, Console(highlight=False))
+        print_tables(report, console())
         if folder is not None:
-            click.echo(f"Report: {folder / 'report.html'}")
+            say(f"Report: {folder / 'report.html'}")
     missed = [outcome for outcome in report.thresholds if outcome.state == "missed"]
     if missed:
         worst = missed[0]

@@ -306,15 +306,16 @@ def _gib(size: int | None) -> str:
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
     """The facts as a table for people, on stdout."""
-    from rich.console import Console
     from rich.table import Table
+
+    from moepress.terminal import console
 
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for name, value in _rows(diagnosis.facts):
         table.add_row(name, value)
-    Console(highlight=False, markup=False).print(table)
+    console(markup=False).print(table)
 
 
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moepress import __version__
@@ -58,7 +57,7 @@ def onnx_bits() -> tuple[int, ...]:
 
 def export_stage(artifact_name: str, output: Output, target: Target) -> Exported:
     """Lay a quantized folder out in another format."""
-    folder = Path(artifact_name)
+    folder = model_folder(artifact_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     artifact = open_artifact(folder)
     if artifact.layout == target:

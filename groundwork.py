@@ -16,6 +16,7 @@ from moepress.calibration.corpus import Corpus, build_corpus
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.footprint import Workload
 from moepress.errors import InvalidInputError, MoepressError
+from moepress.hub import HubModel, hub_model, origin_of, snapshot
 from moepress.journal import Run, open_run, partial_folder, previous_settings
 from moepress.models.checkpoint import Source
 from moepress.models.forward import StreamedModel
@@ -70,19 +71,40 @@ class Output:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: a path, or `demo` for the embedded one.
+    """The folder of a model: a path, `demo` for the embedded one, or an id on the hub, downloaded where it has to be.
 
     Raises:
-        InvalidInputError: there is no such folder.
+        InvalidInputError: there is no such model.
+        MoepressError: it is on the hub and cannot be downloaded.
     """
+    found = _place(name)
+    return found if isinstance(found, Path) else snapshot(found)
+
+
+def local_folders(*names: str) -> list[Path]:
+    """The folders of those models that are no ids on the hub, for checks before anything is downloaded.
+
+    Raises:
+        InvalidInputError: there is no such model.
+    """
+    return [found for found in map(_place, names) if isinstance(found, Path)]
+
+
+def _place(name: str) -> Path | HubModel:
     folder = Path(name)
     if name == DEMO and not folder.exists():
         import moepress.models.demo as demo
 
         return Path(demo.__file__).parent
-    if not folder.is_dir():
-        raise InvalidInputError(f"{name} is not a folder; give the folder of a Hugging Face model, or `demo`.")
-    return folder
+    if folder.is_dir():
+        return folder
+    model = hub_model(name)
+    if model is None or folder.exists():
+        raise InvalidInputError(
+            f"{name} is not a folder; give the folder of a Hugging Face model, its id on the hub (owner/name), or "
+            "`demo`."
+        )
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -178,5 +200,8 @@ def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) ->
 
 
 def display_name(folder: Path, given: str) -> str:
-    """A model's name for people: `demo`, or its folder's name."""
+    """A model's name for people: `demo`, its id on the hub, or its folder's name."""
+    origin = origin_of(folder)
+    if origin is not None:
+        return origin.repo
     return DEMO if given == DEMO else folder.resolve().name

@@ -1,35 +1,17 @@
 """Click options that commands share by name, and the parsing of their values. Imports nothing heavy."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from moepress.completion import complete_list, complete_models, complete_targets
 from moepress.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
 INCLUDES = ("attention", "shared", "dense", "lm_head")
-
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_UNITS |= {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-
-
-def parse_bytes(text: str | None, option: str = "--max-memory") -> int | None:
-    """A size such as 8GiB, 500MB or 12G, in bytes; the option is named where it is not.
-
-    Raises:
-        UsageError: it is not a size.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    size = int(float(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
-    if size < 1:
-        raise UsageError(f"{option} {text!r} is not a size; write for example 8GiB.")
-    return size
 
 
 def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:
@@ -79,6 +61,11 @@ nonfinite_option: Decorator = click.option(
 )
 
 
+def model_argument(name: str = "model", *, required: bool = True) -> Decorator:
+    """The folder of a model, or `demo`, which shells complete."""
+    return click.argument(name, required=required, shell_complete=complete_models)
+
+
 def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--for, --experts, --accuracy-level and --no-check of `export --to onnx`."""
     return _stack(
@@ -104,6 +91,16 @@ def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--no-check", is_flag=True, help="Leave out the self-check in ONNX Runtime."),
     )(function)
+
+
+push_options: Decorator = _stack(
+    click.option(
+        "--push",
+        metavar="OWNER/NAME",
+        help="Upload the result to this repository on the Hugging Face hub once it is whole; made if there is none.",
+    ),
+    click.option("--private", is_flag=True, help="Where --push has to make the repository, make it private."),
+)
 
 
 def output_options(what: str) -> Decorator:
@@ -135,7 +132,12 @@ calibration_options: Decorator = _stack(
 
 device_options: Decorator = _stack(
     click.option(
-        "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|mps", help="Where the layers run."
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|mps",
+        shell_complete=complete_list("auto", "cpu", "cuda", "mps"),
+        help="Where the layers run.",
     ),
     click.option(
         "--dtype",
@@ -178,7 +180,12 @@ budget_options: Decorator = _stack(
         help="Choose experts and bits so that the weights take no more, such as 12GiB, at the least estimated loss. "
         "--keep or --experts leave it the bits alone, --bits the experts alone.",
     ),
-    click.option("--target", metavar="GPU", help="The same for a GPU of `moepress inspect`, such as rtx-4060-ti-16gb."),
+    click.option(
+        "--target",
+        metavar="GPU",
+        shell_complete=complete_targets,
+        help="The same for a GPU of `moepress targets`, such as rtx-4060-ti-16gb.",
+    ),
     click.option(
         "--context",
         type=click.IntRange(1),
@@ -207,12 +214,13 @@ include_option: Decorator = click.option(
 
 match_option: Decorator = click.option(
     "--match",
-    type=click.Choice(["own", "original"]),
-    default="own",
+    type=click.Choice(["auto", "own", "original"]),
+    default="auto",
     show_default=True,
     help="What a quantized matrix's output is to meet: own, that of the exact matrix on the same inputs, which came "
     "through quantized layers; original, that of the exact matrix on the original model's inputs, which mends what "
-    "the layers before did. original runs both models side by side: about twice the time, and twice the token buffers.",
+    "the layers before did. original runs both models side by side: up to twice the time, and twice the token buffers. "
+    "auto takes original for 3 bits and fewer, where it gains most.",
 )
 
 mtp_option: Decorator = click.option(
@@ -226,6 +234,7 @@ mtp_option: Decorator = click.option(
 repair_option: Decorator = click.option(
     "--repair",
     metavar="PARTS",
+    shell_complete=complete_list("gain", "bias"),
     help="Mend what pruning changes, with calibration text: gain (a factor for every expert that stays), bias (the "
     "correction bias of sigmoid routers), or both with a comma.  [default: nothing]",
 )

@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from moepress.byte_sizes import parse_bytes
 from moepress.errors import UsageError
-from moepress.options import parse_bytes, parse_weights
+from moepress.options import parse_weights
 
 _RECIPE_OPTIONS = (
     *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match"),
@@ -105,11 +106,11 @@ def includes_for(plan: Any, options: Mapping[str, Any]) -> Any:
     return given, [f"The plan was made for {planned}: the sizes that it states are not those of this result."]
 
 
-def hessian_of(options: Mapping[str, Any]) -> Any:
-    """How tokens are weighed in Hessians, with the targets that --match names."""
+def hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, int]) -> Any:
+    """How tokens are weighed in Hessians, with the targets that --match names for so many bits."""
     from moepress.calibration.hessian import hessian_for
 
-    return hessian_for(options["match"])
+    return hessian_for(options["match"], bits, layer_bits)
 
 
 def mtp_of(options: Mapping[str, Any]) -> Any:
@@ -130,6 +131,20 @@ def repair_of(options: Mapping[str, Any]) -> Any:
         if part not in list(Repair):
             raise UsageError(f"--repair {part} is not there; give {', '.join(Repair)}, or both with a comma.")
     return frozenset(Repair(part) for part in found)
+
+
+def push_of(options: Mapping[str, Any]) -> Any:
+    """Where --push and --private say that the result goes, or None; asks the hub whether it may.
+
+    Raises:
+        UsageError: it may not.
+        MoepressError: the hub cannot be asked.
+    """
+    if options["push"] is None and not options["private"]:
+        return None
+    from moepress.publishing import check_push
+
+    return check_push(options["push"], private=options["private"])
 
 
 def onnx_of(options: Mapping[str, Any]) -> Any:

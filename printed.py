@@ -12,6 +12,7 @@ from moepress.calibration.profile import Profile
 from moepress.compress.budget import Budget
 from moepress.compress.plan import Plan
 from moepress.compress.schemes import bits_text
+from moepress.terminal import console
 
 EMBEDDED_NOTE = "Note: the embedded demo text was used for calibration; give --calibration with your own text."
 
@@ -34,7 +35,7 @@ def human_count(number: int) -> str:
 
 def plain_console() -> Console:
     """stdout, for people: no colours for numbers, no lines broken."""
-    return Console(highlight=False, soft_wrap=True)
+    return console(soft_wrap=True)
 
 
 def plain_table(*columns: str) -> Table:

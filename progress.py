@@ -15,7 +15,6 @@ def track(description: str, total: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield lambda _steps: None
         return
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -25,6 +24,8 @@ def track(description: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn,
     )
 
+    from moepress.terminal import console
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,6 +34,17 @@ def track(description: str, total: int) -> Iterator[Callable[[int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.update(task, advance=steps)
+
+
+def note(*notes: str) -> None:
+    """Notes on stderr, from where the work is done; where their reader has gone the work goes on."""
+    try:
+        for line in notes:
+            print(f"Note: {line}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        from moepress.terminal import stop_printing
+
+        stop_printing(sys.stderr)

@@ -23,6 +23,7 @@ from moepress import __version__
 from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile, fingerprint, load_profile
 from moepress.comparison import (
+    evaluation_corpus,
     onnx_subject,
     pruned_subject,
     subject_of,
@@ -35,7 +36,7 @@ from moepress.converters.artifact import Artifact, open_artifact, open_source
 from moepress.converters.onnx_folder import open_onnx
 from moepress.converters.scheme import Scheme
 from moepress.exports import export_stage, onnx_stage
-from moepress.groundwork import Machine, Output, model_folder
+from moepress.groundwork import Machine, Output, load_corpus, model_folder
 from moepress.journal import Run, check_output, open_run, previous_settings, write_atomically
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.walk import default_memory
@@ -44,6 +45,7 @@ from moepress.progress import note
 from moepress.recipe_file import (
     LATE_FIELDS,
     Recipe,
+    as_before,
     budget_request,
     calibration_of,
     check_recipe,
@@ -93,15 +95,19 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         UsageError: an option or the expert count is not legal, or the output is taken.
         InvalidInputError: model or text are not sound.
     """
+    before = previous_settings(out) if resume else {}
+    recipe = as_before(recipe, before.get("recipe.model"))
     check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
     checkpoint, count, criterion = check_recipe(recipe)
-    before = previous_settings(out) if resume else {}
     # Batch sizes depend on the memory, and the last bits of the result on them.
     recipe = resolve(
         recipe, checkpoint, criterion, recipe.max_memory or before.get("recipe.max_memory") or default_memory()
     )
     settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
     settings |= {f"recipe.{k}": v for k, v in recipe.model_dump(mode="json", exclude=set(LATE_FIELDS)).items()}
+    shape, text = checkpoint.shape, calibration_of(recipe)
+    corpus = load_corpus(checkpoint.folder, text, context=shape.context, vocabulary=shape.vocabulary)
+    settings["corpus"] = corpus.digest  # a text may change under its name; the stages that read it may be finished
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
     setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
     with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
@@ -261,10 +267,13 @@ def _report(
     late = recipe.model_dump(mode="json", include=set(LATE_FIELDS) - {"to"})
     if onnx.after is not None:
         late["onnx"] = "before and after" if onnx.before is not None else "after"
+    original = open_checkpoint(folder)
+    shape, text = original.shape, evaluation_of(recipe)
+    late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
     done = run.done("report")
     if done is not None and done.note == late:
         return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
-    original, artifact = open_checkpoint(folder), open_artifact(setup.out / "model")
+    artifact = open_artifact(setup.out / "model")
     subjects = [subject_of("original", original)]
     if plan.prunes:
         subjects.append(pruned_subject("pruned", original, plan, repairs))

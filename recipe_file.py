@@ -24,7 +24,7 @@ from moepress.converters.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.exports import check_onnx, onnx_bits
 from moepress.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, load_corpus, model_folder
-from moepress.hub import origin_of
+from moepress.hub import hub_model, origin_of
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.experts import moe_layers
 from moepress.models.inventory import inventory
@@ -239,6 +239,19 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
         "max_memory": memory_bytes,
     }
     return recipe.model_copy(update=values)
+
+
+def as_before(recipe: Recipe, model: Any) -> Recipe:
+    """The recipe with the commit of the hub that an interrupted run began with, where it names none itself.
+
+    Args:
+        recipe: of the resume.
+        model: what the interrupted run has noted; None where there is none.
+    """
+    named, began = hub_model(recipe.model), hub_model(model) if isinstance(model, str) else None
+    if named is None or began is None or named.revision is not None or named.repo != began.repo:
+        return recipe
+    return recipe if Path(recipe.model).exists() else recipe.model_copy(update={"model": model})
 
 
 def calibration_of(recipe: Recipe) -> Calibration:

@@ -18,7 +18,7 @@ from typing import Any
 
 from moepress.converters.onnx_runtime import require_onnx
 from moepress.errors import InvalidInputError
-from moepress.models.checkpoint import load_config, read_json
+from moepress.models.checkpoint import in_hub_cache, load_config, read_json
 
 MODEL, GENAI_CONFIG, SUMMARY = "model.onnx", "genai_config.json", "moepress.json"
 _FLOAT, _FLOAT16, _EXTERNAL = 1, 10, 1
@@ -160,7 +160,7 @@ def _external_bytes(folder: Path, graph: Any) -> int:
         file = folder / name
         if not file.is_file():
             raise InvalidInputError(f"{folder / MODEL} names {name}, which is missing; copy or export it again.")
-        if file.is_symlink() or file.stat().st_nlink > 1:
+        if (file.is_symlink() or file.stat().st_nlink > 1) and not in_hub_cache(file):
             raise InvalidInputError(f"{file} is a link, which ONNX refuses; copy the files themselves.")
         size = file.stat().st_size
         if size < end:

@@ -359,12 +359,21 @@ def _inside(folder: Path, name: str) -> Path:
         there = False
     if not there:
         raise InvalidInputError(f"{folder / INDEX} names {name}, which is missing; download it.")
-    root, target = folder.resolve(), path.resolve()
-    # The hub keeps snapshots/<revision>/<file> as links to ../../blobs/<hash>; nothing else may leave the folder.
-    cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-    if target.parent != root and not cache:
+    target = path.resolve()
+    if target.parent != folder.resolve() and not in_hub_cache(path):
         raise InvalidInputError(f"{path} is a link that leads out of the folder ({target}); copy the file there.")
     return path
+
+
+def in_hub_cache(file: Path) -> bool:
+    """Whether a link is one of the hub's cache, which may lead out of the folder.
+
+    The hub keeps snapshots/<revision>/<file> as links to ../../blobs/<hash>, which may itself be a link to the blobs
+    that all its models share, blobs/<two digits>/<hash> at the cache's root.
+    """
+    snapshots, target = file.parent.resolve().parent, file.resolve()
+    own, shared = snapshots.parent / "blobs", snapshots.parent.parent / "blobs"
+    return snapshots.name == "snapshots" and (target.parent == own or target.parent.parent == shared)
 
 
 def _same_as_index(folder: Path, weight_map: Mapping[str, str], stored: Mapping[str, Stored]) -> None:

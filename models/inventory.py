@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moepress.hub import origin_of
 from moepress.models.checkpoint import Checkpoint
 from moepress.models.experts import moe_layers
 from moepress.models.family import Part, legal_counts, part_of, shape_of
@@ -101,7 +102,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.bytes
     routed_layers = moe_layers(checkpoint)
     return {
-        "model": str(checkpoint.folder),
+        "model": str(origin_of(checkpoint.folder) or checkpoint.folder),
         "family": checkpoint.family.name,
         "architecture": checkpoint.family.architecture,
         "layers": shape.layers,

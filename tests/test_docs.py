@@ -1,6 +1,6 @@
 """The documents against the code: commands parse, options exist, links resolve, and nothing is left undescribed.
 
-No command is run: click parses the arguments and stops before the function.
+No command is run here: click parses the arguments and stops before the function. test_doc_commands.py runs them.
 """
 
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from documents import DOCUMENTS, FENCE, ROOT, blocks, commands_of, name_of
 from pydantic import BaseModel
 
 from moepress.calibration.hessian import HessianOptions
@@ -22,32 +23,9 @@ from moepress.models.families import FAMILIES
 from moepress.recipe_file import Recipe
 from moepress.validation.schema import Report
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
-FENCE = re.compile(r"^( *)```[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\[(?:[^\]\\]|\\.)*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
 OTHER_TOOLS = {"--no-deps", "--no-build-isolation", "--editable", "--constraint", "--import-mode"}
-
-
-def name_of(document: Path) -> str:
-    return document.relative_to(ROOT).as_posix()
-
-
-def blocks(text: str) -> Iterator[str]:
-    """What stands in code fences, with continued lines joined."""
-    for found in FENCE.finditer(text):
-        yield re.sub(r"\\\n\s*", " ", found[2])
-
-
-def commands_of(block: str) -> Iterator[str]:
-    """The `moepress ...` commands of a code block, without prompts, comments, pipes and redirections."""
-    for line in block.splitlines():
-        line = line.strip().removeprefix("$ ")
-        for part in re.split(r"\s(?:&&|\|\|?|;)\s", line):
-            part = re.sub(r"^(?:\S*/)?moepress(?=\s|$)", "moepress", part.strip())
-            if part == "moepress" or part.startswith("moepress "):
-                yield re.split(r"\s\d?(?:>>?|<)\s?", part)[0]
 
 
 def inline_code(text: str) -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 import pytest
 
+from moepress.byte_sizes import parse_bytes
 from moepress.compress.linears import Include
 from moepress.compress.scoring import Criterion
 from moepress.errors import UsageError
-from moepress.options import CRITERIA, INCLUDES, parse_bytes, parse_weights
+from moepress.options import CRITERIA, INCLUDES, parse_weights
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import yaml
 from stage_runs import command
 
 from moepress import comparison, recipe
+from moepress.calibration.profile import load_profile
 from moepress.compress.plan import load_plan
 from moepress.converters.artifact import open_artifact
 from moepress.converters.onnx_folder import open_onnx
@@ -18,6 +19,7 @@ from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.journal import open_run, partial_folder, sha256_of
 from moepress.recipe import run_recipe
 from moepress.recipe_file import check_recipe, load_recipe, make_recipe
+from moepress.validation.runtime_rules import planned_notes
 from moepress.validation.schema import Report
 from moepress.validation.timing import Bench
 
@@ -119,6 +121,20 @@ def test_a_resume_may_change_what_touches_the_report_alone(finished: Path, tmp_p
     assert contents(out) == contents(finished)
 
 
+def test_text_that_changed_under_its_name_is_noticed_by_the_resume_of_a_finished_run(tmp_path: Path) -> None:
+    learnt, read = tmp_path / "learnt.txt", tmp_path / "read.txt"
+    learnt.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    read.write_text("A journey of a thousand miles begins with one step. " * 100)
+    small = SMALL | {"to": [], "max_windows": 1, "calibration": [str(learnt)], "data": [str(read)]}
+    first = run_recipe(make_recipe(small), tmp_path / "out")
+    read.write_text("Still waters run deep, and a rolling stone gathers no moss. " * 100)
+    second = run_recipe(make_recipe(small), tmp_path / "out", resume=True)
+    assert first.quality.digest != second.quality.digest
+    learnt.write_text("All that glitters is not gold. " * 100)
+    with pytest.raises(UsageError, match="corpus was"):
+        run_recipe(make_recipe(small), tmp_path / "out", resume=True)
+
+
 def test_a_resume_with_another_setting_is_refused_by_its_name(finished: Path) -> None:
     with pytest.raises(UsageError, match=r"recipe\.keep was 0\.75, now 0\.5"):
         run_recipe(make_recipe(SMALL | {"keep": 0.5}), finished, resume=True)
@@ -158,6 +174,10 @@ def test_what_is_wrong_is_found_before_any_work(tmp_path: Path, change: dict[str
         ("- demo", "does not hold a YAML mapping"),
         ("model: demo\nkep: 0.5", "kep: Extra inputs"),
         ("model: demo\nmax_kl: -1", "max_kl"),
+        ("model: demo\nbudget: 4MiX", "recipe's budget: '4MiX' is not a size; write for example 8GiB; mend it"),
+        ("model: demo\nmax_memory: -8GiB", "max_memory: '-8GiB' is not a size"),
+        ("model: demo\nbudget: 0", "budget: Input should be greater than or equal to 1"),
+        ("model: demo\nbudget: [1]", "budget: Input should be a valid integer"),
         ("keep: 0.5", "model: Field required"),
     ],
 )
@@ -169,11 +189,25 @@ def test_a_broken_recipe_is_refused_in_one_line(tmp_path: Path, text: str, messa
     assert "\n" not in str(caught.value)
 
 
-def test_a_budget_decides_experts_and_bits_and_the_result_fits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "size"), [("4MiB", 4 << 20), ("500 kB", 500_000), ("4194304", 4 << 20), (4 << 20, 4 << 20), (None, None)]
+)
+def test_sizes_in_a_recipe_are_written_as_on_the_command_line(tmp_path: Path, text: Any, size: int | None) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"model": "demo", "budget": text, "max_memory": text}))
+    made = make_recipe(load_recipe(file))
+    assert (made.budget, made.max_memory) == (size, size)
+
+
+def test_a_budget_decides_experts_and_bits_and_the_result_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, limit = tmp_path / "out", 7 << 19
     small = {k: v for k, v in SMALL.items() if k not in ("keep", "group_size", "to")}
-    report = run_recipe(make_recipe(small | {"budget": limit}), out)
+    report = run_recipe(make_recipe(small | {"budget": "3.5MiB"}), out)
     plan = load_plan(out / "plan.json")
+    noted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Note: codes have")]
+    assert noted == [f"Note: {note}" for note in planned_notes(plan, load_profile(out / "profile").config)] != []
     assert plan.alternatives
     assert plan.quantization is not None
     assert open_artifact(out / "model").total_bytes == report.subjects[-1].stored_bytes <= limit

@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from moepress.models.checkpoint import Checkpoint
+from moepress import __version__
+from moepress.converters.onnx_folder import is_onnx
+from moepress.hub import origin_of
+from moepress.models.checkpoint import Checkpoint, read_json
 from moepress.validation.report import plain_text
 from moepress.validation.results import QualityRow
 from moepress.validation.schema import Report
@@ -21,10 +24,15 @@ CARD_NAME = "README.md"
 Format = Literal["compressed-tensors", "gptq", "onnx"]
 
 _CARRIED = ("license", "license_name", "license_link", "language")
-_HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _LARGEST_CARD = 1 << 20
 
-_LOADING: dict[Format, str] = {
+_LOADING: dict[Format | Literal["plain"], str] = {
+    "plain": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```""",
     "compressed-tensors": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,8 +76,7 @@ def model_card(report: Report, source: Checkpoint, layout: Format, *, mixed: boo
         mixed: bits differ by layer.
     """
     front = _front_matter(report, source, layout)
-    base = front.get("base_model")
-    name = f"[{base}](https://huggingface.co/{base})" if base else f"`{source.folder.resolve().name}`"
+    name = source_link(source.folder)
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {plain_text(report.title or source.folder.resolve().name)}, pressed with moepress",
@@ -81,15 +88,57 @@ def model_card(report: Report, source: Checkpoint, layout: Format, *, mixed: boo
         "## How to load it",
         _MIXED if mixed and layout == "compressed-tensors" else _LOADING[layout],
         "## Licence",
-        _licence(front, source),
+        _licence(front, source.folder),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def source_name(folder: Path) -> str | None:
-    """The hub's name of a model, where its folder lies in the hub's cache (`models--ORG--NAME/snapshots/...`)."""
-    found = next((m for part in reversed(folder.resolve().parts) if (m := _HUB_CACHE.fullmatch(part))), None)
-    return f"{found[1]}/{found[2]}" if found else None
+def plain_card(folder: Path, base: Path) -> str:
+    """The card of a folder that was made without a report: what it is and of what, and that nothing was measured.
+
+    Args:
+        folder: pruned, quantized or exported.
+        base: the folder that it was made of, whose licence is carried over.
+    """
+    config, layout = read_json(folder / "config.json"), _layout(folder)
+    named = card_metadata(base)
+    origin = origin_of(base)
+    original = named.get("base_model") if origin is None else origin.repo
+    front: dict[str, Any] = {"base_model": original} if isinstance(original, str) else {}
+    front["base_model_relation"] = "finetune" if layout is None else "quantized"
+    front |= _carried({"license": config.get("license")} | named)
+    front |= {"library_name": "onnx" if layout == "onnx" else "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["moepress", "moe", layout or "pruned"]
+    how = "Pruned" if layout is None else f"In {layout} layout"
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {plain_text(folder.resolve().name)}",
+        f"{how}, made of {source_link(base)} with moepress {__version__}; `moepress.json` says how.",
+        "What it lost was not measured here: test it on your own task.",
+        "## How to load it",
+        _LOADING[layout or "plain"],
+        "## Licence",
+        _licence(front, base),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _layout(folder: Path) -> Format | None:
+    """Of the codes in a folder; None for a folder without."""
+    if is_onnx(folder):
+        return "onnx"
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if method in ("compressed-tensors", "gptq") else None  # a pruned fp8 model stays one
+
+
+def source_link(folder: Path) -> str:
+    """The original in a sentence: a link to the hub, with the commit, where its folder lies in the hub's cache."""
+    origin = origin_of(folder)
+    if origin is None:
+        return f"`{folder.resolve().name}`"
+    link = f"[{origin.repo}](https://huggingface.co/{origin.repo})"
+    return link if origin.revision is None else f"{link} (revision `{origin.revision}`)"
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:
@@ -106,10 +155,8 @@ def card_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _front_matter(report: Report, source: Checkpoint, layout: Format) -> dict[str, Any]:
-    front: dict[str, Any] = {}
-    base = source_name(source.folder)
-    if base is not None:
-        front["base_model"] = base
+    origin = origin_of(source.folder)
+    front: dict[str, Any] = {} if origin is None else {"base_model": origin.repo}
     front["base_model_relation"] = "quantized" if report.quantization is not None else "finetune"
     front |= _carried({"license": source.config.get("license")} | card_metadata(source.folder))
     front["library_name"] = "onnx" if layout == "onnx" else "transformers"
@@ -172,9 +219,9 @@ def _measured(report: Report) -> str:
     return f"Measured on {text}: {quality.windows} windows of {quality.window} tokens, {digest}."
 
 
-def _licence(front: Mapping[str, Any], source: Checkpoint) -> str:
+def _licence(front: Mapping[str, Any], folder: Path) -> str:
     if "license" in front:
         return "That of the original model, carried over from its card."
-    files = [f.name for f in source.folder.iterdir() if f.name.upper().startswith(("LICENSE", "LICENCE"))]
+    files = [f.name for f in folder.iterdir() if f.name.upper().startswith(("LICENSE", "LICENCE"))]
     beside = f"; see {', '.join(f'`{name}`' for name in sorted(files))} beside this file" if files else ""
     return f"That of the original model, whose folder has no card that names it{beside}."

@@ -8,7 +8,7 @@ from typing import Any
 from moepress.converters.onnx_folder import GENAI_CONFIG, MODEL
 from moepress.converters.onnx_runtime import require_onnx
 from moepress.errors import InvalidInputError
-from moepress.models.checkpoint import read_json
+from moepress.models.checkpoint import in_hub_cache, read_json
 
 _EXTERNAL = 1
 _OPERATORS = ("QMoE", "MatMulNBits", "MoE")
@@ -45,7 +45,7 @@ class Graph:
         nodes: those of QMoE, MatMulNBits and MoE.
         ends: file of weights, as the graph names it -> bytes that it must have.
         sizes: those that are plain files in the folder -> bytes that they have.
-        linked: those of them that are links, or have several names.
+        linked: those of them that are links, or have several names; those of the hub's cache do not count.
         caches: name of a cache input -> heads and values of a head.
         genai: genai_config.json; None where there is none.
     """
@@ -78,10 +78,15 @@ def read_graph(folder: Path) -> Graph:
         nodes=tuple(_node(node, dims) for node in graph.node if node.op_type in _OPERATORS),
         ends=ends,
         sizes={name: file.stat().st_size for name, file in files.items()},
-        linked=frozenset(n for n, file in files.items() if file.is_symlink() or file.stat().st_nlink > 1),
+        linked=frozenset(name for name, file in files.items() if _is_linked(file)),
         caches={v.name: _cache(v) for v in graph.input if v.name.startswith("past_key_values.")},
         genai=read_json(folder / GENAI_CONFIG) if (folder / GENAI_CONFIG).is_file() else None,
     )
+
+
+def _is_linked(file: Path) -> bool:
+    """ONNX Runtime takes the links of the hub's cache."""
+    return (file.is_symlink() or file.stat().st_nlink > 1) and not in_hub_cache(file)
 
 
 def _is_plain(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from moepress.hub import origin_of
 from moepress.journal import sha256_of, write_atomically
 from moepress.progress import track
 from moepress.validation.schema import Report
@@ -49,6 +50,7 @@ def provenance(
                 {
                     "name": name,
                     "folder": inputs[name].resolve().name,
+                    **_hub(inputs[name]),
                     "files": [_digest(file.name, file, advance) for file in files],
                 }
                 for name, files in models.items()
@@ -76,6 +78,12 @@ def files_below(root: Path, names: Iterable[str]) -> dict[str, Path]:
         files = [place] if place.is_file() else sorted(f for f in place.rglob("*") if f.is_file())
         found |= {file.relative_to(root).as_posix(): file for file in files}
     return found
+
+
+def _hub(folder: Path) -> dict[str, str | None]:
+    """The id and commit of a model that lies in the hub's cache."""
+    origin = origin_of(folder)
+    return {} if origin is None else {"repository": origin.repo, "revision": origin.revision}
 
 
 def _digest(name: str, file: Path, advance: Any) -> dict[str, Any]:

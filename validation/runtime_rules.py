@@ -159,10 +159,10 @@ def check_folder(
     )
 
 
-def planned_notes(plan: Plan, config: Mapping[str, Any]) -> list[str]:
-    """What would not work of a plan's result, before anything is made."""
-    kind = Kind.COMPRESSED if plan.quantization else Kind.PLAIN
-    return _notes(planned_facts(plan, config, kind))
+def planned_notes(plan: Plan, config: Mapping[str, Any], *, gptq: bool = False) -> list[str]:
+    """What would not work of a plan's result, before anything is made; of its GPTQ export too, if asked for."""
+    kinds = (Kind.COMPRESSED if plan.quantization else Kind.PLAIN, *((Kind.GPTQ,) if gptq else ()))
+    return list(dict.fromkeys(note for kind in kinds for note in _notes(planned_facts(plan, config, kind))))
 
 
 def notes_before(config: Mapping[str, Any], experts: int, scheme: Any, *, degroup: bool, gptq: bool) -> list[str]:

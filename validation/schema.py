@@ -25,7 +25,7 @@ class SubjectInfo(_Section):
 
     Attributes:
         label: as in the rows.
-        folder: name of its folder, without the path; None: it was only in memory.
+        folder: name of its folder, without the path, or owner/name@commit of the hub; None: it was only in memory.
         stored_bytes: size of its weights on disk.
         parameters: weights when dense; 0 where nobody knows.
         experts_per_layer: routed experts in each MoE layer; (fewest, most) where layers differ.

@@ -139,6 +139,10 @@ def test_a_plan_is_held_against_the_same_rules(outputs: Outputs) -> None:
     mixed = plan.model_copy(update={"quantization": Quantization(group_size=32), "layer_bits": bits})
     assert "transformers silently wrong" in planned_notes(mixed, source.config)[0]
     assert planned_notes(plan.model_copy(update={"quantization": None}), source.config) == []
+    narrow = plan.model_copy(update={"quantization": Quantization(group_size=16)})
+    assert planned_notes(narrow, source.config) == []
+    (groups,) = planned_notes(narrow, source.config, gptq=True)
+    assert groups.startswith("groups have 16 columns: vllm refuses")
 
 
 def test_a_run_is_held_against_the_rules_of_its_exports(outputs: Outputs) -> None:

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from moepress.hub import HubModel, origin_of
 from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.validation.model_card import card_metadata, model_card, source_name
+from moepress.validation.model_card import card_metadata, model_card
 from moepress.validation.results import Quality
 from moepress.validation.schema import Calibration, Pruning, Quantization, Report, SubjectInfo
 
@@ -105,6 +106,6 @@ def test_a_licence_beside_the_model_is_named(demo: Checkpoint, report: Report, t
 
 
 def test_only_the_hub_s_cache_tells_a_model_s_name(tmp_path: Path) -> None:
-    assert source_name(tmp_path / "models--a--b--c" / "snapshots" / "1") == "a/b--c"
-    assert source_name(tmp_path / "models" / "a") is None
+    assert origin_of(tmp_path / "models--a--b--c" / "snapshots" / "1") == HubModel("a/b--c", "1")
+    assert origin_of(tmp_path / "models" / "a") is None
     assert card_metadata(tmp_path) == {}

@@ -1,0 +1,28 @@
+"""Sizes in bytes, as people write and read them."""
+
+import re
+
+from moepress.errors import UsageError
+
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_bytes(text: str | None, option: str = "--max-memory") -> int | None:
+    """A size such as 8GiB, 500MB or 12G, in bytes; the option is named where it is not.
+
+    Raises:
+        UsageError: it is not a size.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    size = int(float(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
+    if size < 1:
+        raise UsageError(f"{option} {text!r} is not a size; write for example 8GiB.")
+    return size
+
+
+def size_text(size: int) -> str:
+    """Bytes as MiB or GiB, for a sentence."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
