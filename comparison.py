@@ -34,7 +34,8 @@ from moepress.models.walk import Limits, choose_device, choose_dtype, choose_lim
 from moepress.validation.fits import fits_section
 from moepress.validation.measure import Subject, measure, vocabulary_of
 from moepress.validation.schema import Environment, Report, SubjectInfo
-from moepress.validation.targets import all_targets
+from moepress.validation.target_here import target_here
+from moepress.validation.targets import Target, all_targets
 from moepress.validation.thresholds import Thresholds, judge
 from moepress.validation.throughput import device_name, measure_throughput
 from moepress.validation.timing import Bench
@@ -249,11 +250,22 @@ def validate_stage(
         throughput=timed,
         thresholds=judge(evaluation.thresholds, quality.rows),
         targets=fits_section(
-            [(s.label, s.source) for s in subjects if s.folder is not None], targets, evaluation.context
+            [(s.label, s.source) for s in subjects if s.folder is not None],
+            targets,
+            evaluation.context,
+            here=_gpu_here(device, targets),
+            throughput=timed,
         ),
         environment=_environment(device, onnx=bool(folders)),
         **sections,
     )
+
+
+def _gpu_here(device: torch.device, targets: Sequence[Target]) -> Target | None:
+    if device.type != "cuda":
+        return None
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    return target_here(str(torch.cuda.get_device_name(device)), memory, targets)
 
 
 def _exact(subject: Subject) -> Subject:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moepress.calibration.profile import Profile
@@ -33,9 +34,9 @@ def human_count(number: int) -> str:
     return str(number)
 
 
-def plain_console() -> Console:
+def plain_console(*, markup: bool = False) -> Console:
     """stdout, for people: no colours for numbers, no lines broken."""
-    return console(soft_wrap=True)
+    return console(soft_wrap=True, markup=markup)
 
 
 def plain_table(*columns: str) -> Table:
@@ -48,10 +49,10 @@ def plain_table(*columns: str) -> Table:
 
 def print_inventory(found: Mapping[str, Any]) -> None:
     """What `inspect` found."""
-    console = plain_console()
+    console = plain_console(markup=True)
     kinds = found["layer_kinds"]
     groups = f", {found['groups']} groups ({found['top_groups']} used)" if found["groups"] > 1 else ""
-    console.print(f"[bold]{found['model']}[/bold]  {found['family']} ({found['architecture']})")
+    console.print(f"[bold]{escape(found['model'])}[/bold]  {found['family']} ({found['architecture']})")
     console.print(f"{found['layers']} layers: {kinds['moe']} with experts, {kinds['dense']} dense")
     console.print(f"{found['experts']} routed experts of width {found['expert_width']}, top-{found['top_k']}{groups}")
     console.print(f"hidden {found['hidden']}, vocabulary {found['vocabulary']}, context {found['context']}")

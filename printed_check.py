@@ -11,7 +11,7 @@ from moepress.validation.runtime_rules import Checked
 
 def print_checked(found: Checked) -> None:
     """A row for each runtime, then every problem with what happens where and how to mend it."""
-    console = plain_console()
+    console = plain_console(markup=True)
     console.print(f"[bold]{escape(found.folder)}[/bold]  {found.kind}, held against {found.rules} rules")
     table = plain_table("runtime", *Effect)
     for runtime in found.runtimes:

@@ -21,7 +21,7 @@ def human_seconds(seconds: float) -> str:
 
 def print_estimates(estimates: Mapping[str, Mapping[str, Any]]) -> None:
     """Time, memory and disk by stage, then the terms of each; stage -> an `Estimate` as plain data."""
-    console = plain_console()
+    console = plain_console(markup=True)
     table = plain_table("projected", "time", "peak memory", "disk", "output", "tokens/expert")
     for stage, row in estimates.items():
         each = row["tokens_per_expert"]
@@ -53,7 +53,7 @@ def _terms(terms: Mapping[str, float], text: Any) -> str:
 def print_inspection(found: Mapping[str, Any]) -> None:
     """All that `inspect` found."""
     print_inventory(found)
-    console = plain_console()
+    console = plain_console(markup=True)
     _print_counts(console, found)
     machine, estimates = found["machine"], found["estimates"]
     read = f"{machine['read_bytes_per_second'] / 1e6:,.0f} MB/s"
@@ -133,6 +133,6 @@ def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
         flops = f"{'~' if row['uncertain'] else ''}{row['fp16_tflops']:g}"
         speed = f"{row['bandwidth_gb_per_second']:g}"
         table.add_row(row["id"], row["name"], row["kind"], f"{row['memory_gib']:g}", speed, flops)
-    console = plain_console()
+    console = plain_console(markup=True)
     console.print(table)
     console.print("TFLOPS: fp16 on tensor cores, dense, accumulating in fp32; ~: less certain")

@@ -1,4 +1,7 @@
-"""The report's section on GPUs: which one holds the measured models, and how fast they would be there; projected."""
+"""The report's section on GPUs: which one holds the measured models, and how fast they would be there.
+
+All of it is projected, but where this machine has such a GPU: there its measured speeds stand beside.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,12 +13,19 @@ from moepress.models.checkpoint import Checkpoint, Source
 from moepress.models.family import Part, part_of, shape_of
 from moepress.models.inventory import Weight, cache_bytes
 from moepress.validation.projection import FORMULAS, load_of
+from moepress.validation.results import Throughput
 from moepress.validation.schema import SubjectLoad, TargetFit, Targets
+from moepress.validation.target_here import speed_checks
 from moepress.validation.targets import DEFAULT_CONTEXT, RESERVE, TIGHT_RESERVE, Target, fit
 
 
 def fits_section(
-    subjects: Iterable[tuple[str, Source | OnnxFolder]], targets: Sequence[Target], context: int | None = None
+    subjects: Iterable[tuple[str, Source | OnnxFolder]],
+    targets: Sequence[Target],
+    context: int | None = None,
+    *,
+    here: Target | None = None,
+    throughput: Throughput | None = None,
 ) -> Targets | None:
     """Every folder of safetensors on every GPU; ONNX folders are left out, for other programs run them.
 
@@ -23,6 +33,8 @@ def fits_section(
         subjects: label and opened folder; what is in memory only is left out too.
         targets: the GPUs.
         context: tokens in the KV cache; None for 8192, or the shortest context of the models.
+        here: this machine's GPU, if it is one of them.
+        throughput: measured on this machine.
 
     Returns:
         None where there is no such folder.
@@ -33,6 +45,7 @@ def fits_section(
     longest = min(shape_of(source.family, source.config).context for _, source in folders)
     tokens = context or min(DEFAULT_CONTEXT, longest)
     loads = tuple(_load(label, source, tokens) for label, source in folders)
+    rows = tuple(_row(target, subject) for subject in loads for target in targets)
     return Targets(
         context=tokens,
         reserve=RESERVE,
@@ -40,7 +53,8 @@ def fits_section(
         projection=FORMULAS,
         loads=loads,
         table=tuple(targets),
-        rows=tuple(_row(target, subject) for subject in loads for target in targets),
+        rows=rows,
+        measured=speed_checks(throughput, here, rows) if throughput is not None and here is not None else (),
     )
 
 

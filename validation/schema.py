@@ -209,8 +209,32 @@ class SubjectLoad(_Section):
     load: Load
 
 
+class SpeedCheck(_Section):
+    """What was measured on this machine's GPU, and what the formulas say of it.
+
+    Attributes:
+        subject: the model's label.
+        target: id of the GPU.
+        test: `pp512` or `tg128`.
+        runtime: what ran it.
+        measured: tokens per second.
+        projected: the interval for it.
+        off: measured over the nearer end of the interval; 1 inside of it.
+        note: of the measurement, such as that codes were made dense, which the formulas do not know.
+    """
+
+    subject: str
+    target: str
+    test: str
+    runtime: str
+    measured: float
+    projected: Interval
+    off: float
+    note: str | None = None
+
+
 class Targets(_Section):
-    """Which GPU holds the models, and how fast they would be there; nothing of this is measured.
+    """Which GPU holds the models, and how fast they would be there: projected, but for `measured`.
 
     Attributes:
         context: tokens in the KV cache.
@@ -220,6 +244,7 @@ class Targets(_Section):
         loads: what the formulas know of each model.
         table: the GPUs.
         rows: every model on every GPU.
+        measured: where this machine has one of them, its measured speeds beside the projected ones.
     """
 
     context: int
@@ -229,6 +254,7 @@ class Targets(_Section):
     loads: tuple[SubjectLoad, ...]
     table: tuple[Target, ...]
     rows: tuple[TargetFit, ...]
+    measured: tuple[SpeedCheck, ...] = ()
 
 
 class Environment(_Section):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moepress.validation.projection import interval_text
 from moepress.validation.results import Estimate, QualityRow, ThroughputRow
-from moepress.validation.schema import ExpertName, Report, SubjectInfo, TargetFit
+from moepress.validation.schema import ExpertName, Report, SubjectInfo, TargetFit, Targets
 
 _MINUS, _NONE = "−", "–"
 BLINDNESS = (
@@ -337,10 +337,31 @@ def _targets(report: Report) -> tuple[Table, ...]:
         "from bytes and FLOP, not measured; report.json has the formulas."
     )
     header = ("GPU", "Memory", *labels)
-    return (
-        Table(
-            title="Which GPU holds it (projected)", header=header, rows=tuple(rows), note=note, numeric=1 + len(labels)
-        ),
+    held = Table(
+        title="Which GPU holds it (projected)", header=header, rows=tuple(rows), note=note, numeric=1 + len(labels)
+    )
+    return (held, _speed_checks(found)) if found.measured else (held,)
+
+
+def _speed_checks(found: Targets) -> Table:
+    """This machine's GPU: measured beside projected."""
+    names = {target.id: target.name for target in found.table}
+    rows = [
+        (
+            f"{row.subject}, {row.runtime}",
+            row.test,
+            f"{row.measured:.4g}",
+            interval_text(row.projected.low, row.projected.high),
+            "inside" if row.off == 1 else f"{row.off:.2f} times its nearer end",
+        )
+        for row in found.measured
+    ]
+    return Table(
+        title=f"Measured here, on {names[found.measured[0].target]}",
+        header=("Model", "Test", "Measured, tokens/s", "Projected, tokens/s", "Measured against projected"),
+        rows=tuple(rows),
+        note="How far the projections of the table above are off on this GPU.",
+        numeric=3,
     )
 
 
