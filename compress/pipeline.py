@@ -187,6 +187,7 @@ def _quantize_layer(job: Job, layer: int) -> None:
     stepping = done is None and bool(groups) and steps_fit(stream, job.originals)
     if stepping:
         coded, errors, routed = solve_stepping(stream, job.options.of_layer(layer), layer, groups, job.originals)
+        release_memory()  # what waited: many tensors too small to have gone back by themselves
     else:
         if done is None:
             coded, errors = solve_linears(stream, job.options.of_layer(layer), layer, groups, job.originals)
