@@ -9,12 +9,19 @@ from typing import Any, NoReturn
 import click
 
 from moepress import __version__
-from moepress.commands_making import export, plan, profile, prune, quantize
-from moepress.commands_showing import check, completion, doctor, generate, inspect, targets, validate
-from moepress.completion import complete_list
-from moepress.console import INTERRUPTED, emit, fail, note, quiet_libraries, show_estimates, show_report, upload
-from moepress.errors import MoepressError, UsageError
-from moepress.options import (
+from moepress.commands.completion import complete_list
+from moepress.commands.console import (
+    INTERRUPTED,
+    emit,
+    fail,
+    note,
+    quiet_libraries,
+    show_estimates,
+    show_report,
+    upload,
+)
+from moepress.commands.making import export, plan, profile, prune, quantize
+from moepress.commands.options import (
     budget_options,
     calibration_options,
     dry_run_option,
@@ -32,7 +39,9 @@ from moepress.options import (
     targets_file_option,
     timings_option,
 )
-from moepress.parsed import push_of, recipe_values
+from moepress.commands.parsed import push_of, recipe_values
+from moepress.commands.showing import check, completion, doctor, generate, inspect, targets, validate
+from moepress.errors import MoepressError, UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
@@ -134,13 +143,13 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
               moepress run MODEL -o out --calibration my-text/ --target rtx-4060-ti-16gb --context 8192
               moepress run --recipe out/recipe.yaml -o again
     """
-    from moepress.dry_run import estimate_recipe
-    from moepress.groundwork import local_folders
-    from moepress.hub import headers_only
-    from moepress.journal import check_output
-    from moepress.recipe import run_recipe
-    from moepress.recipe_file import check_recipe, load_recipe, make_recipe, runtime_notes
-    from moepress.timings import check_timings, timed
+    from moepress.commands.timings import check_timings, timed
+    from moepress.hub.snapshot import headers_only
+    from moepress.runs.journal import check_output
+    from moepress.stages.groundwork import local_folders
+    from moepress.stages.run.dry_run import estimate_recipe
+    from moepress.stages.run.recipe import check_recipe, load_recipe, make_recipe, runtime_notes
+    from moepress.stages.run.run import run_recipe
 
     quiet_libraries()
     values = load_recipe(recipe_file) if recipe_file else {}

@@ -17,19 +17,19 @@ from setting import bench_model, save, texts
 
 from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile
-from moepress.comparison import load_evaluation
-from moepress.compress.damage import PRUNING_WEIGHT, space_of
-from moepress.compress.plan import Plan
-from moepress.compress.scoring import Selection
-from moepress.converters.artifact import open_artifact
-from moepress.groundwork import Calibration, Machine, Output
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.family import legal_counts
-from moepress.models.walk import Limits
-from moepress.planning import BudgetRequest, Wish, plan_within
-from moepress.stages import QuantizeRequest, profile_stage, quantize_stage
-from moepress.validation.measure import Subject, measure
-from moepress.validation.results import DOMAIN_MEAN
+from moepress.compress.budget.damage import PRUNING_WEIGHT, space_of
+from moepress.compress.pruning.plan import Plan
+from moepress.compress.pruning.scoring import Selection
+from moepress.converters.safetensors.artifact import open_artifact
+from moepress.models.families.family import legal_counts
+from moepress.models.forward.walk import Limits
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.groundwork import Calibration, Machine, Output
+from moepress.stages.making import QuantizeRequest, profile_stage, quantize_stage
+from moepress.stages.plan import BudgetRequest, Wish, plan_within
+from moepress.stages.validate import load_evaluation
+from moepress.validation.quality.measure import Subject, measure
+from moepress.validation.quality.results import DOMAIN_MEAN
 
 NEAR = 0.1  # of the bytes: pairs that a budget has to choose between
 

@@ -14,15 +14,15 @@ import torch
 from setting import bench_model, save, texts
 
 from moepress.calibration.profile import Profile
-from moepress.comparison import load_evaluation
-from moepress.compress.scoring import Criterion, Selection, domain_weights, keep_sets, random_keep_sets
-from moepress.groundwork import Calibration, Machine, Output
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.experts import prune_source
-from moepress.models.walk import Limits
-from moepress.stages import profile_stage
-from moepress.validation.measure import Subject, measure
-from moepress.validation.results import DOMAIN_MEAN
+from moepress.compress.pruning.scoring import Criterion, Selection, domain_weights, keep_sets, random_keep_sets
+from moepress.models.forward.walk import Limits
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.experts import prune_source
+from moepress.stages.groundwork import Calibration, Machine, Output
+from moepress.stages.making import profile_stage
+from moepress.stages.validate import load_evaluation
+from moepress.validation.quality.measure import Subject, measure
+from moepress.validation.quality.results import DOMAIN_MEAN
 
 SEEDS = (0, 1, 2)
 

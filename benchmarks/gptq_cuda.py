@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from setting import RESULTS
 
-from moepress.compress.gptq import Solved, solve
-from moepress.converters.scheme import Scheme
+from moepress.compress.gptq.solver import Solved, solve
+from moepress.converters.safetensors.scheme import Scheme
 
 # Columns and rows of the two solves, experts, tokens of each expert.
 QWEN3_30B = {"gate and up": (2048, 2 * 768), "down": (768, 2048)}

@@ -28,15 +28,15 @@ from setting import RESULTS, bench_model, machine, texts
 
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.calibration.hessian import HessianOptions
-from moepress.comparison import load_evaluation
-from moepress.compress.gptq import SolverOptions
-from moepress.compress.linears import Include
-from moepress.converters.scheme import Scheme
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.walk import Limits
-from moepress.stages import Calibration, Machine, Output, QuantizeRequest, model_folder, quantize_stage
-from moepress.validation.measure import Subject, measure
-from moepress.validation.results import DOMAIN_MEAN, Quality
+from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.solver import SolverOptions
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.forward.walk import Limits
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.making import Calibration, Machine, Output, QuantizeRequest, model_folder, quantize_stage
+from moepress.stages.validate import load_evaluation
+from moepress.validation.quality.measure import Subject, measure
+from moepress.validation.quality.results import DOMAIN_MEAN, Quality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

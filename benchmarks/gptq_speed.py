@@ -23,9 +23,9 @@ from typing import Any
 from quantizers import NAMES, TOOLS, Task, available, run_tool, write_windows
 from setting import RESULTS, bench_model, machine, texts
 
-from moepress.converters.scheme import Scheme
-from moepress.groundwork import Calibration, model_folder
-from moepress.models.checkpoint import open_checkpoint
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.groundwork import Calibration, model_folder
 
 WINDOW = 512
 MADE = {"layers": 4, "experts": 64, "hidden": 1024, "width": 512, "top_k": 8}

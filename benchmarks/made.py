@@ -10,15 +10,23 @@ from typing import Any
 
 import torch
 
-from moepress.compress.grid import absmax_scales, round_to_nearest
-from moepress.compress.linears import Include, linear_groups, unquantized_modules
-from moepress.converters.compressed_layout import layer_tensors, quantization_config
-from moepress.converters.scheme import Scheme
-from moepress.groundwork import model_folder
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.family import Part, part_of
-from moepress.models.safetensors_file import DTYPE_NAMES, read_tensor, tensor_bytes
-from moepress.models.writer import Chunk, Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.compress.gptq.grid import absmax_scales, round_to_nearest
+from moepress.compress.gptq.include import Include, linear_groups, unquantized_modules
+from moepress.converters.safetensors.compressed_tensors import layer_tensors, quantization_config
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.families.family import Part, part_of
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.safetensors_file import DTYPE_NAMES, read_tensor, tensor_bytes
+from moepress.models.storage.writer import (
+    Chunk,
+    Entry,
+    copy_companions,
+    tensor_entry,
+    write_index,
+    write_json,
+    write_shard,
+)
+from moepress.stages.groundwork import model_folder
 
 # With the routed experts: every Linear but routers, `lm_head` and what `quantize` never touches.
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})

@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moepress.groundwork import model_folder
-from moepress.models.safetensors_file import tensor_bytes
-from moepress.models.writer import Chunk, Entry, write_index, write_json, write_shard
+from moepress.models.storage.safetensors_file import tensor_bytes
+from moepress.models.storage.writer import Chunk, Entry, write_index, write_json, write_shard
+from moepress.stages.groundwork import model_folder
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],

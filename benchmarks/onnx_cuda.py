@@ -41,18 +41,18 @@ from onnx_kernels import (
 )
 from setting import ROOT, save
 
-from moepress.converters.artifact import open_artifact
-from moepress.converters.onnx_export import OnnxRequest
-from moepress.converters.onnx_folder import open_onnx
-from moepress.converters.onnx_moe import FAR
-from moepress.converters.onnx_runtime import CPU_PROVIDER, require_onnxruntime, session_options, session_providers
-from moepress.converters.scheme import Scheme
+from moepress.converters.onnx.export import OnnxRequest
+from moepress.converters.onnx.folder import open_onnx
+from moepress.converters.onnx.moe import FAR
+from moepress.converters.onnx.runtime import CPU_PROVIDER, require_onnxruntime, session_options, session_providers
+from moepress.converters.safetensors.artifact import open_artifact
+from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError
-from moepress.exports import onnx_stage
-from moepress.groundwork import Output, model_folder
-from moepress.validation.onnx_check import own_logits
-from moepress.validation.onnx_session import CUDA_PROVIDER, Decoding, OnnxModel
-from moepress.validation.throughput import device_name
+from moepress.stages.export import onnx_stage
+from moepress.stages.groundwork import Output, model_folder
+from moepress.validation.quality.onnx_check import own_logits
+from moepress.validation.quality.onnx_session import CUDA_PROVIDER, Decoding, OnnxModel
+from moepress.validation.speed.throughput import device_name
 
 LATENT, ROPE, NOPE = 512, 64, 128  # DeepSeek-V3's
 PREFILL, DECODE = 24, 8

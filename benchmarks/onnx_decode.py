@@ -76,10 +76,10 @@ def _transformers(folder: Path, dtype: str, tokens: int, threads: int) -> tuple[
 def _onnxruntime(folder: Path, _kind: str, tokens: int, threads: int) -> tuple[float, Callable[[], float]]:
     import torch
 
-    from moepress.converters.onnx_folder import open_onnx
-    from moepress.converters.onnx_runtime import require_onnxruntime
-    from moepress.validation.onnx_session import open_session
-    from moepress.validation.onnx_throughput import SharedDecoding
+    from moepress.converters.onnx.folder import open_onnx
+    from moepress.converters.onnx.runtime import require_onnxruntime
+    from moepress.validation.quality.onnx_session import open_session
+    from moepress.validation.speed.onnx_throughput import SharedDecoding
 
     torch.set_num_threads(threads)
     require_onnxruntime()
@@ -132,9 +132,9 @@ def prepare(model: str, work: Path) -> tuple[Path, dict[str, Path]]:
     """The original folder, and its exports by kind; what is there already stays."""
     from setting import bench_model
 
-    from moepress.converters.onnx_export import OnnxRequest
-    from moepress.exports import onnx_stage
-    from moepress.groundwork import Output
+    from moepress.converters.onnx.export import OnnxRequest
+    from moepress.stages.export import onnx_stage
+    from moepress.stages.groundwork import Output
 
     if model == "bench":
         original, artifact = bench_model(), work / f"{bench_model().name}-4bit"
@@ -158,9 +158,9 @@ def _quantize(original: Path, artifact: Path) -> None:
     from made import INCLUDE
     from setting import texts
 
-    from moepress.converters.scheme import Scheme
-    from moepress.groundwork import Calibration, Machine, Output
-    from moepress.stages import QuantizeRequest, quantize_stage
+    from moepress.converters.safetensors.scheme import Scheme
+    from moepress.stages.groundwork import Calibration, Machine, Output
+    from moepress.stages.making import QuantizeRequest, quantize_stage
 
     quantize_stage(
         str(original),
@@ -175,7 +175,7 @@ def _quantize(original: Path, artifact: Path) -> None:
 def _make(original: Path, artifact: Path) -> None:
     from made import make_olmoe, make_rounded
 
-    from moepress.converters.scheme import Scheme
+    from moepress.converters.safetensors.scheme import Scheme
 
     for folder, make in (
         (original, make_olmoe),
@@ -192,8 +192,8 @@ def measure(
     model: str, original: Path, exports: Mapping[str, Path], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Rows of one model, transformers first."""
-    from moepress.converters.onnx_runtime import installed_version
-    from moepress.validation.throughput import paired_ratio
+    from moepress.converters.onnx.runtime import installed_version
+    from moepress.validation.speed.throughput import paired_ratio
 
     folders = {"transformers bf16": original, "transformers fp32": original}
     folders |= {f"onnxruntime {kind}": folder for kind, folder in exports.items()}
@@ -228,7 +228,7 @@ def measure(
 
 def show(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Print one model's table and what it says about the goals; returns the ratios of the latter."""
-    from moepress.validation.throughput import paired_ratio
+    from moepress.validation.speed.throughput import paired_ratio
 
     model, best = rows[0]["model"], rows[0]["reference"]
     print(f"\n{model}: tokens/s as median (least to most), ratio to {best}; memory in MiB")

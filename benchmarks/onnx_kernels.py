@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.converters.onnx_folder import MODEL
-from moepress.converters.onnx_graph import CONTRIB, Graph, write_weights
-from moepress.converters.onnx_runtime import require_onnx, require_onnxruntime, session_options
-from moepress.converters.onnx_weights import interleaved, packed_rows
-from moepress.models.writer import tensor_entry
+from moepress.converters.onnx.folder import MODEL
+from moepress.converters.onnx.graph import CONTRIB, Graph, write_weights
+from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime, session_options
+from moepress.converters.onnx.weights import interleaved, packed_rows
+from moepress.models.storage.writer import tensor_entry
 
 BITS = 4
 FILE = "weights.data"

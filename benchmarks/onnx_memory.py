@@ -35,9 +35,9 @@ def open_and_step(folder: Path, way: str) -> None:
     """Open an export in this process, decode one token, and print what that took as JSON."""
     import torch
 
-    from moepress.converters.onnx_folder import MODEL, open_onnx
-    from moepress.converters.onnx_runtime import CPU_PROVIDER, require_onnxruntime, session_options
-    from moepress.validation.onnx_session import Decoding, OnnxModel
+    from moepress.converters.onnx.folder import MODEL, open_onnx
+    from moepress.converters.onnx.runtime import CPU_PROVIDER, require_onnxruntime, session_options
+    from moepress.validation.quality.onnx_session import Decoding, OnnxModel
 
     runtime, options = require_onnxruntime(), session_options()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -8,7 +8,7 @@ import torch
 from peers.read_gptq import codes_of, dequantize, matrices
 from safetensors import safe_open
 
-from moepress.converters.artifact import Artifact, open_artifact
+from moepress.converters.safetensors.artifact import Artifact, open_artifact
 
 
 def open_exact(folder: Path) -> Artifact:

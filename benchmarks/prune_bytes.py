@@ -11,14 +11,14 @@ from setting import bench_model
 
 from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile
-from moepress.compress.linears import Include
-from moepress.compress.plan import make_plan
-from moepress.compress.scoring import Criterion
-from moepress.converters.artifact import Artifact, open_artifact
-from moepress.converters.scheme import Scheme
-from moepress.groundwork import Machine, Output
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages import QuantizeRequest, quantize_stage
+from moepress.compress.gptq.include import Include
+from moepress.compress.pruning.plan import make_plan
+from moepress.compress.pruning.scoring import Criterion
+from moepress.converters.safetensors.artifact import Artifact, open_artifact
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.stages.groundwork import Machine, Output
+from moepress.stages.making import QuantizeRequest, quantize_stage
 
 GROUP_SIZE = 64
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})

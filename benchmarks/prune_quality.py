@@ -44,13 +44,13 @@ from prune_tables import markdown
 from setting import RESULTS, bench_model
 
 from moepress.calibration.profile import Profile, collect
-from moepress.compress.plan import Plan, make_plan
-from moepress.compress.repaired import repaired_source
-from moepress.compress.scoring import Criterion, Selection, domain_weights, keep_sets, random_keep_sets
-from moepress.models.checkpoint import Checkpoint, Source, open_checkpoint
-from moepress.models.experts import prune_source
-from moepress.models.family import shape_of
-from moepress.stages import Machine, Output, load_corpus, model_run, streamed
+from moepress.compress.pruning.plan import Plan, make_plan
+from moepress.compress.pruning.repaired import repaired_source
+from moepress.compress.pruning.scoring import Criterion, Selection, domain_weights, keep_sets, random_keep_sets
+from moepress.models.families.family import shape_of
+from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
+from moepress.models.storage.experts import prune_source
+from moepress.stages.making import Machine, Output, load_corpus, model_run, streamed
 
 FILE = RESULTS / "prune_quality.json"
 NONE = "none"

@@ -13,18 +13,18 @@ import torch
 from setting import bench_model, machine, texts
 
 from moepress.calibration.profile import Profile, load_profile
-from moepress.comparison import load_evaluation
-from moepress.compress.plan import Plan
-from moepress.compress.repair import Repair
-from moepress.compress.repaired import Repairs
-from moepress.compress.scoring import Criterion
-from moepress.groundwork import Calibration, Machine, Output
-from moepress.models.checkpoint import Checkpoint, Source, SourceView
-from moepress.models.walk import Limits
-from moepress.repairing import repair_stage
-from moepress.stages import profile_stage
-from moepress.validation.measure import Subject, measure
-from moepress.validation.results import DOMAIN_MEAN, Quality
+from moepress.compress.pruning.plan import Plan
+from moepress.compress.pruning.repair import Repair
+from moepress.compress.pruning.repaired import Repairs
+from moepress.compress.pruning.scoring import Criterion
+from moepress.models.forward.walk import Limits
+from moepress.models.storage.checkpoint import Checkpoint, Source, SourceView
+from moepress.stages.groundwork import Calibration, Machine, Output
+from moepress.stages.making import profile_stage
+from moepress.stages.repair import repair_stage
+from moepress.stages.validate import load_evaluation
+from moepress.validation.quality.measure import Subject, measure
+from moepress.validation.quality.results import DOMAIN_MEAN, Quality
 
 REPAIRS: Mapping[str, frozenset[Repair]] = {
     "none": frozenset(),

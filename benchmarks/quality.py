@@ -17,19 +17,19 @@ import torch
 from setting import bench_model, save, texts
 
 from moepress.calibration.hessian import HessianOptions, hessian_for
-from moepress.comparison import load_evaluation
-from moepress.compress.gptq import SolverOptions
-from moepress.compress.grid import absmax_scales, dequantize, round_to_nearest
-from moepress.compress.linears import Include, linear_groups
-from moepress.converters.artifact import open_artifact
-from moepress.converters.scheme import Scheme
-from moepress.groundwork import Calibration, Machine, Output
-from moepress.models.checkpoint import Checkpoint, SourceView, open_checkpoint
-from moepress.models.family import Part, part_of
-from moepress.models.walk import Limits
-from moepress.stages import QuantizeRequest, quantize_stage
-from moepress.validation.measure import Subject, measure
-from moepress.validation.results import DOMAIN_MEAN
+from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest
+from moepress.compress.gptq.include import Include, linear_groups
+from moepress.compress.gptq.solver import SolverOptions
+from moepress.converters.safetensors.artifact import open_artifact
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.families.family import Part, part_of
+from moepress.models.forward.walk import Limits
+from moepress.models.storage.checkpoint import Checkpoint, SourceView, open_checkpoint
+from moepress.stages.groundwork import Calibration, Machine, Output
+from moepress.stages.making import QuantizeRequest, quantize_stage
+from moepress.stages.validate import load_evaluation
+from moepress.validation.quality.measure import Subject, measure
+from moepress.validation.quality.results import DOMAIN_MEAN
 
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})
 PLAIN = SolverOptions(act_order=False, scale_search=False, refit_scales=False, sweeps=0)

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from setting import ROOT
 
 from moepress.calibration.corpus import Corpus
-from moepress.converters.scheme import Scheme
-from moepress.groundwork import Calibration, load_corpus
-from moepress.models.checkpoint import open_checkpoint
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.groundwork import Calibration, load_corpus
 
 TOOLS = ("moepress", "gptqmodel", "llmcompressor")
 NAMES = {"moepress": "moepress", "gptqmodel": "GPTQModel", "llmcompressor": "llm-compressor"}

@@ -32,8 +32,8 @@ from processes import watched
 from r1_scaling import Term, Work, by_phase, human, layer_of, project_quantize, table, total
 from setting import RESULTS, machine, save, texts
 
-from moepress.compress.rates import matmul_rate, read_rate
-from moepress.journal import JOURNAL, partial_folder
+from moepress.compress.estimates.rates import matmul_rate, read_rate
+from moepress.runs.journal import JOURNAL, partial_folder
 
 STAGES = ("profile", "prune", "quantize")
 INTERVAL_SECONDS = 0.2

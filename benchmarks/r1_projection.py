@@ -40,21 +40,21 @@ from r1_scaling import (
 )
 from setting import RESULTS, ROOT
 
-from moepress.byte_sizes import parse_bytes
-from moepress.compress.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
-from moepress.compress.experts import experts_that_fit
-from moepress.compress.figures import Figures, figures_of, pressed_sizes
-from moepress.compress.footprint import Workload
-from moepress.compress.gptq import SolverOptions
-from moepress.compress.rates import ASSUMED_READ
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.writer import write_index, write_json
+from moepress.compress.estimates.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
+from moepress.compress.estimates.figures import Figures, figures_of, pressed_sizes
+from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.rates import ASSUMED_READ
+from moepress.compress.gptq.experts import experts_that_fit
+from moepress.compress.gptq.solver import SolverOptions
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.writer import write_index, write_json
+from moepress.runs.byte_sizes import parse_bytes
 
 DENSE_LAYERS, MOE_LAYERS, VOCABULARY, SHARDS = 3, 58, 129280, 163
 GPU = "RTX 4090 24 GB and NVMe"
 GPU_MEMORY_BYTES = 12 << 30  # half of 24 GiB, as `choose_limits` takes it
 # Slowest and fastest. Peaks: NVIDIA, Ada GPU Architecture whitepaper (RTX 4090: 82.6 TFLOPS fp32 without tensor cores,
-# 165.2 bf16 dense with fp32 accumulate, 1008 GB/s); validation/targets.toml has the last two. Shares are assumed.
+# 165.2 bf16 dense with fp32 accumulate, 1008 GB/s); validation/speed/targets.toml has the last two. Shares are assumed.
 ASSUMED: dict[str, tuple[float, float, str]] = {
     "bf16_flops": (0.4 * 165.2e12, 0.8 * 165.2e12, "FLOP/s; 40 to 80 % of the whitepaper's 165.2 TFLOPS, assumed"),
     "fp32_flops": (0.4 * 82.6e12, 0.8 * 82.6e12, "FLOP/s; 40 to 80 % of the whitepaper's 82.6 TFLOPS, assumed"),

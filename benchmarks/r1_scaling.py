@@ -13,7 +13,7 @@ from typing import Any
 from make_r1 import BYTES, r1_tensors
 
 from moepress.calibration.hessian import HessianOptions, gram_flops
-from moepress.converters.scheme import Scheme
+from moepress.converters.safetensors.scheme import Scheme
 
 HESSIANS, FORWARD, READ, BESIDE, WRITE, HIDDEN, SPILL = (
     *("Hessian", "forward", "read", "read beside", "write", "hidden states", "spill"),
@@ -96,7 +96,7 @@ def layer_of(config: Mapping[str, Any], layer: int) -> Layer:
 
 
 def first_step_flops(layer: Layer, work: Work) -> float:
-    """Everything but routed experts, the scores of attention included (as `models.costs.layer_flops` counts it)."""
+    """Everything but routed experts, the scores of attention included (as `models.forward.costs` counts it)."""
     config = layer.config
     width = config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]
     return 2.0 * work.tokens * (layer.rest + work.window * config["num_attention_heads"] * width)

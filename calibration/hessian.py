@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepress.phases import phase
+from moepress.runs.phases import phase
 
 ORIGINAL_ASYMMETRY = 1.0
 """What `--match original` takes for `HessianOptions.asymmetry`."""
@@ -31,10 +31,10 @@ class HessianOptions:
         pooled_tokens: tokens of the layer that the pooled Hessian of `down` is formed of, by sending them through the
             expert as if they had been routed to it.
         least_tokens: an expert that fewer tokens chose is topped up to so many, in its Hessians alone, with those that
-            the router ranks next for it (`compress.balance`); they count for `shrinkage_tokens`. 0 for never; then no
-            router logits are kept.
-        asymmetry: how far a matrix is drawn to what the *original* model's inputs give (`compress.asymmetry`): 0, not
-            at all, and no second stream of hidden states is kept; 1, all the way.
+            the router ranks next for it (`compress.gptq.balance`); they count for `shrinkage_tokens`. 0 for never; then
+            no router logits are kept.
+        asymmetry: how far a matrix is drawn to what the *original* model's inputs give (`compress.gptq.asymmetry`): 0,
+            not at all, and no second stream of hidden states is kept; 1, all the way.
     """
 
     weight_power: int = 0

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepress.models.costs import expert_flops
-from moepress.models.family import Shape
-from moepress.models.forward import apply_expert, tokens_of
-from moepress.models.routing import Router, choice_scores, combine_weights, router_of, scores
-from moepress.models.scratch import Rows
-from moepress.models.walk import Stream, read_ahead
-from moepress.phases import phase
+from moepress.models.families.family import Shape
+from moepress.models.families.routing import Router, choice_scores, combine_weights, router_of, scores
+from moepress.models.forward.costs import expert_flops
+from moepress.models.forward.scratch import Rows
+from moepress.models.forward.streamed import apply_expert, tokens_of
+from moepress.models.forward.walk import Stream, read_ahead
+from moepress.runs.phases import phase
 
 # Name of an accumulator -> how two profiles are merged. All are fp64 [S, B, E]: domains, token shards, experts.
 ACCUMULATORS = {

@@ -17,19 +17,19 @@ from torch import Tensor
 
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.observe import ACCUMULATORS, Cells, observe_layer, shard_of_windows
-from moepress.converters.artifact import Artifact
-from moepress.converters.scheme import SUPPORTED_BITS
+from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS
 from moepress.errors import InvalidInputError
-from moepress.journal import Run, sha256_of
-from moepress.models.checkpoint import Checkpoint, read_json
-from moepress.models.family import Shape, shape_of
-from moepress.models.forward import StreamedModel, require_finite_hidden
-from moepress.models.memory import release_memory
-from moepress.models.safetensors_file import read_header, read_row, read_tensor
-from moepress.models.walk import Limits, Scratch, Stream, first_step, open_stream
-from moepress.models.writer import tensor_entry, write_json, write_shard
-from moepress.phases import in_layer, phase
-from moepress.progress import track
+from moepress.models.families.family import Shape, shape_of
+from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
+from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, open_stream
+from moepress.models.storage.checkpoint import Checkpoint, read_json
+from moepress.models.storage.safetensors_file import read_header, read_row, read_tensor
+from moepress.models.storage.writer import tensor_entry, write_json, write_shard
+from moepress.runs.journal import Run, sha256_of
+from moepress.runs.memory import release_memory
+from moepress.runs.phases import in_layer, phase
+from moepress.runs.progress import track
 
 SCHEMA_VERSION = "1.0"
 SHARDS = 8
@@ -249,7 +249,7 @@ def load_profile(folder: Path) -> Profile:
     Raises:
         InvalidInputError: the folder is not a profile, or statistics are missing from it.
     """
-    from moepress.models.families import family_of
+    from moepress.models.families.table import family_of
 
     if not (folder / DESCRIPTION).is_file():
         raise InvalidInputError(f"{folder} has no {DESCRIPTION}; give a folder made by `moepress profile`.")

@@ -11,13 +11,13 @@ import tiny_models
 from onnx_runs import to_onnx
 from stage_runs import G32, keep_of, pruned_folder, quantized_folder
 
-from moepress.compress.linears import Include
-from moepress.converters.export import Target
-from moepress.exports import export_stage
-from moepress.groundwork import Output
-from moepress.models.checkpoint import open_checkpoint
-from moepress.validation.findings import Effect, Runtime
-from moepress.validation.runtime_rules import check_folder
+from moepress.compress.gptq.include import Include
+from moepress.converters.safetensors.export import Target
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.export import export_stage
+from moepress.stages.groundwork import Output
+from moepress.validation.rules.check import check_folder
+from moepress.validation.rules.findings import Effect, Runtime
 
 # Key -> what differs from the tiny models, so that vLLM's fast kernel and the GPTQ layout take them.
 CHANGES: dict[str, dict[str, Any]] = {

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from r1_models import make_r1
 
-from moepress.models.families import family_of
-from moepress.models.skeleton import build_skeleton
-from moepress.models.writer import write_index, write_json
+from moepress.models.families.table import family_of
+from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.storage.writer import write_index, write_json
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "DeepSeek-R1": make_r1.CONFIG,

@@ -12,7 +12,7 @@ import pytest
 from hub_server import Hub, serving
 from huggingface_hub import constants
 
-from moepress import hub as hub_module
+from moepress.hub import snapshot as hub_module
 
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_OIDC_RESOURCE")
 

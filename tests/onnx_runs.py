@@ -22,17 +22,17 @@ import torch
 from stage_runs import keep_of, quantized_folder, streamed_logits
 from torch import Tensor
 
-from moepress.converters.artifact import Artifact, open_source
-from moepress.converters.compressed_layout import layer_tensors, quantization_config
-from moepress.converters.onnx_export import OnnxRequest
-from moepress.converters.onnx_folder import open_onnx
-from moepress.converters.scheme import Scheme
-from moepress.exports import onnx_stage
-from moepress.groundwork import Output
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.experts import router_disk_names
-from moepress.models.family import Part, part_of
-from moepress.validation.onnx_session import Decoding, open_session
+from moepress.converters.onnx.export import OnnxRequest
+from moepress.converters.onnx.folder import open_onnx
+from moepress.converters.safetensors.artifact import Artifact, open_source
+from moepress.converters.safetensors.compressed_tensors import layer_tensors, quantization_config
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.families.family import Part, part_of
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.experts import router_disk_names
+from moepress.stages.export import onnx_stage
+from moepress.stages.groundwork import Output
+from moepress.validation.quality.onnx_session import Decoding, open_session
 
 PREFILL, DECODE = 24, 32  # tokens at once, and then one by one
 G16 = Scheme(bits=4, group_size=16)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moepress.models.writer import write_index, write_json
+from moepress.models.storage.writer import write_index, write_json
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "make_r1.py"
 

@@ -21,8 +21,8 @@ from documents import ROOT, blocks, name_of
 from hub_client import client, contents
 from stage_runs import command
 
-from moepress.groundwork import model_folder
-from moepress.hub import hub_model
+from moepress.hub.snapshot import hub_model
+from moepress.stages.groundwork import model_folder
 
 NOT_RUN = {
     r"make (demo|test)$": "installs packages from the network; continuous integration runs `make test`",

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import Profile, collect, describe_corpus, fingerprint
-from moepress.compress.experts import QuantizeOptions
-from moepress.compress.linears import Include
-from moepress.compress.pipeline import quantize
-from moepress.compress.plan import Plan, Quantization, Sizes
-from moepress.compress.pruning import prune
-from moepress.compress.schemes import model_dtype, scale_value_dtype
-from moepress.compress.scoring import Criterion, Groups
-from moepress.converters.scheme import Scheme
-from moepress.journal import open_run
-from moepress.models.checkpoint import Checkpoint, Source, open_checkpoint
-from moepress.models.experts import moe_layers, prune_source
-from moepress.models.family import shape_of
-from moepress.models.forward import StreamedModel
-from moepress.models.inventory import inventory
-from moepress.models.walk import Limits, Scratch, forward
+from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.pipeline import quantize
+from moepress.compress.gptq.schemes import model_dtype, scale_value_dtype
+from moepress.compress.pruning.plan import Plan, Quantization, Sizes
+from moepress.compress.pruning.rewrite import prune
+from moepress.compress.pruning.scoring import Criterion, Groups
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.families.family import shape_of
+from moepress.models.forward.inventory import inventory
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits, Scratch, forward
+from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
+from moepress.models.storage.experts import moe_layers, prune_source
+from moepress.runs.journal import open_run
 
 CPU = torch.device("cpu")
 LIMITS = Limits(memory_bytes=1 << 30, batch_windows=4)

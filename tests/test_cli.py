@@ -16,10 +16,10 @@ import tiny_models
 from stage_runs import command, content
 
 from moepress.cli import cli
-from moepress.compress.plan import COLLAPSE_NOTE
-from moepress.groundwork import model_folder
-from moepress.journal import JOURNAL
-from moepress.models.families import FAMILIES
+from moepress.compress.pruning.plan import COLLAPSE_NOTE
+from moepress.models.families.table import FAMILIES
+from moepress.runs.journal import JOURNAL
+from moepress.stages.groundwork import model_folder
 
 SMALL = ["--tokens", "512", "--window", "32"]
 COMMANDS = sorted(cli.commands)

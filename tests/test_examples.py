@@ -18,8 +18,8 @@ import yaml
 from action_runner import EXPRESSION, Job
 
 from moepress.cli import cli
-from moepress.groundwork import model_folder
-from moepress.recipe_file import load_recipe, make_recipe
+from moepress.stages.groundwork import model_folder
+from moepress.stages.run.recipe import load_recipe, make_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"

@@ -125,7 +125,7 @@ def test_extras_with_different_onnx_runtimes_exclude_each_other() -> None:
     assert all({one, other} in conflicts for one in cpu for other in gpu)
 
 
-@pytest.mark.parametrize("module", ["moepress", "moepress.cli", "moepress.options", "moepress.errors"])
+@pytest.mark.parametrize("module", ["moepress", "moepress.cli", "moepress.commands.options", "moepress.errors"])
 def test_importing_the_command_line_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")

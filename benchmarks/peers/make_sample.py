@@ -25,8 +25,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from moepress.converters import compressed_layout, gptq_layout
-from moepress.converters.scheme import Scheme
+from moepress.converters.safetensors import compressed_tensors
+from moepress.converters.safetensors.scheme import Scheme
 
 QUANTIZED = re.compile(r"\.(self_attn\.(q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa|mlp\..*(gate|up|down)_proj)\.weight$")
 COMMON = {
@@ -88,11 +88,11 @@ def write_layouts(root: Path, scheme: Scheme, dtype: torch.dtype) -> None:
         module = name.removesuffix(".weight")
         codes, scales = round_to_grid(weight, scheme)
         plain[name] = dequantize(codes, scales, dtype)
-        compressed |= compressed_layout.layer_tensors(module, codes, scales, scheme, dtype)
-        gptq |= gptq_layout.layer_tensors(module, codes, scales, scheme)
+        compressed |= compressed_tensors.layer_tensors(module, codes, scales, scheme, dtype)
+        gptq |= gptq.layer_tensors(module, codes, scales, scheme)
     save_folder(root / "dequantized", plain, config, None)
-    save_folder(root / "compressed-tensors", compressed, config, compressed_layout.quantization_config(scheme, kept))
-    gptq_json = gptq_layout.quantize_config(scheme, [gptq_layout.module_pattern(name) for name in kept])
+    save_folder(root / "compressed-tensors", compressed, config, compressed_tensors.quantization_config(scheme, kept))
+    gptq_json = gptq.quantize_config(scheme, [gptq.module_pattern(name) for name in kept])
     save_folder(root / "gptq", gptq, config, gptq_json)
     (root / "gptq/quantize_config.json").write_text(json.dumps(gptq_json, indent=2) + "\n")
 

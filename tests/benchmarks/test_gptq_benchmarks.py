@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from moepress.calibration.hessian import HessianOptions
-from moepress.compress.gptq import SolverOptions
-from moepress.compress.linears import Include
-from moepress.converters.artifact import open_artifact
-from moepress.converters.scheme import Scheme
-from moepress.groundwork import Calibration, Machine, Output
-from moepress.stages import QuantizeRequest, quantize_stage
+from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.solver import SolverOptions
+from moepress.converters.safetensors.artifact import open_artifact
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.stages.groundwork import Calibration, Machine, Output
+from moepress.stages.making import QuantizeRequest, quantize_stage
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 PEERS = ("gptqmodel", "llmcompressor")

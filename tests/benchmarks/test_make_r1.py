@@ -13,10 +13,10 @@ from r1_models import SMALL, make_r1, small_r1
 from stage_runs import content, corpus_of, profile_of
 from tiny_models import windows
 
-from moepress.groundwork import load_tokenizer
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.safetensors_file import read_tensor
-from moepress.models.skeleton import check_mtp, check_tensors
+from moepress.models.forward.skeleton import check_mtp, check_tensors
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.safetensors_file import read_tensor
+from moepress.stages.groundwork import load_tokenizer
 
 SCRIPT = Path(make_r1.__file__)
 

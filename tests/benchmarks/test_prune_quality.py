@@ -11,10 +11,10 @@ import pytest
 from r1_models import make_r1
 
 from moepress.calibration.profile import load_profile
-from moepress.groundwork import Calibration, Machine, Output, model_folder
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.family import require_legal
-from moepress.stages import profile_stage
+from moepress.models.families.family import require_legal
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.groundwork import Calibration, Machine, Output, model_folder
+from moepress.stages.making import profile_stage
 
 FOLDER = Path(make_r1.__file__).parent
 

@@ -20,11 +20,11 @@ from moepress.calibration.hessian import (
     shrink,
     shrink_moments,
 )
-from moepress.compress.experts import Coded, _down_moments, _input_moments, _Inputs, pooled_hessian, pooled_inputs
-from moepress.models.checkpoint import open_checkpoint
-from moepress.models.experts import Expert, prune_source
-from moepress.models.forward import StreamedModel, tokens_of
-from moepress.models.walk import Scratch, Stream, add_experts, first_step, open_stream
+from moepress.compress.gptq.experts import Coded, _down_moments, _input_moments, _Inputs, pooled_hessian, pooled_inputs
+from moepress.models.forward.streamed import StreamedModel, tokens_of
+from moepress.models.forward.walk import Scratch, Stream, add_experts, first_step, open_stream
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.experts import Expert, prune_source
 
 
 def rows(count: int, size: int = 5, seed: int = 0) -> Tensor:

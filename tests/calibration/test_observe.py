@@ -15,10 +15,10 @@ from torch import Tensor
 from moepress.calibration import observe
 from moepress.calibration.observe import ACCUMULATORS, TOTALS, shard_of_windows
 from moepress.calibration.profile import SHARDS, Profile, collect
-from moepress.journal import open_run
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.forward import StreamedModel
-from moepress.models.walk import Limits, Scratch, add_experts, first_step, open_stream
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits, Scratch, add_experts, first_step, open_stream
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.runs.journal import open_run
 
 GROUPED = ("deepseek_v3", "deepseek_v2")
 UNGROUPED = ("moonlight", "deepseek_v2_lite", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")

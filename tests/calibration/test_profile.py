@@ -25,9 +25,9 @@ from moepress.calibration.profile import (
     save_profile,
 )
 from moepress.errors import InvalidInputError
-from moepress.groundwork import Calibration, Machine, Output
-from moepress.models.checkpoint import open_checkpoint
-from moepress.stages import profile_stage
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.groundwork import Calibration, Machine, Output
+from moepress.stages.making import profile_stage
 
 WINDOWS = tiny_models.windows(256, count=12, length=8, seed=4)
 DOMAINS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 1, 0])

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
-from moepress.models.attention import register
-from moepress.models.checkpoint import Checkpoint, Source, open_checkpoint
-from moepress.models.experts import PrunedSource, moe_layers, prune_source, read_expert
-from moepress.models.families import FAMILIES
-from moepress.models.family import Part, part_of, shape_of
-from moepress.models.forward import StreamedModel
-from moepress.models.routing import route, router_of
-from moepress.models.skeleton import build_skeleton, check_tensors
-from moepress.models.walk import Limits, Scratch, forward
+from moepress.models.families.family import Part, part_of, shape_of
+from moepress.models.families.routing import route, router_of
+from moepress.models.families.table import FAMILIES
+from moepress.models.forward.attention import register
+from moepress.models.forward.skeleton import build_skeleton, check_tensors
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits, Scratch, forward
+from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
+from moepress.models.storage.experts import PrunedSource, moe_layers, prune_source, read_expert
 
 CPU = torch.device("cpu")
 AMPLE, TIGHT = 1 << 30, 1000  # bytes; with the second one every buffer lies in a file

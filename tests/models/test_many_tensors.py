@@ -15,18 +15,18 @@ from stage_runs import keep_of, plan_of
 
 from moepress.calibration.observe import ACCUMULATORS
 from moepress.calibration.profile import SHARDS, Profile, fingerprint
-from moepress.compress.experts import QuantizeOptions
-from moepress.compress.linears import Include, unquantized_modules
-from moepress.compress.mtp import Mtp
-from moepress.compress.pieces import piece_names, plan_chunks
-from moepress.compress.plan import check_plan, make_plan
-from moepress.compress.pruning import mtp_keep, planned_bytes, planned_entries
-from moepress.compress.schemes import check_scheme
-from moepress.converters.scheme import Scheme
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.experts import moe_layers, prune_source
-from moepress.models.inventory import describe, inventory
-from moepress.models.skeleton import check_tensors
+from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.include import Include, unquantized_modules
+from moepress.compress.gptq.pieces import piece_names, plan_chunks
+from moepress.compress.gptq.schemes import check_scheme
+from moepress.compress.pruning.plan import check_plan, make_plan
+from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.forward.inventory import describe, inventory
+from moepress.models.forward.skeleton import check_tensors
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.experts import moe_layers, prune_source
+from moepress.models.storage.mtp import Mtp
 
 TOTALS = ("tokens", "routed_squared", "residual_squared")
 SCHEME = Scheme(bits=4, group_size=32)

@@ -10,17 +10,17 @@ import torch
 import moepress.models.demo
 from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
 from moepress.calibration.sources import embedded_sources
-from moepress.converters.compressed_layout import layer_tensors, quantization_config
-from moepress.converters.onnx_export import OnnxRequest
-from moepress.converters.onnx_folder import OnnxFolder, open_onnx
-from moepress.converters.scheme import Scheme
-from moepress.exports import onnx_stage
-from moepress.groundwork import Output
-from moepress.models.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.experts import prune_source
-from moepress.models.walk import Limits
-from moepress.validation.measure import Subject, measure
-from moepress.validation.results import Quality
+from moepress.converters.onnx.export import OnnxRequest
+from moepress.converters.onnx.folder import OnnxFolder, open_onnx
+from moepress.converters.safetensors.compressed_tensors import layer_tensors, quantization_config
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.forward.walk import Limits
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.experts import prune_source
+from moepress.stages.export import onnx_stage
+from moepress.stages.groundwork import Output
+from moepress.validation.quality.measure import Subject, measure
+from moepress.validation.quality.results import Quality
 
 DEMO = Path(str(moepress.models.demo.__file__)).parent
 LIMITS = Limits(memory_bytes=1 << 30, batch_windows=8)

@@ -1,0 +1,254 @@
+"""Click options that commands share by name, and the parsing of their values. Imports nothing heavy."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moepress.commands.completion import complete_list, complete_models, complete_targets
+from moepress.errors import UsageError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
+INCLUDES = ("attention", "shared", "dense", "lm_head")
+
+
+def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:
+    """`NAME=NUMBER` pairs of --domain-weight.
+
+    Raises:
+        UsageError: a pair is not of that form.
+    """
+    weights = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise UsageError(f"--domain-weight {pair!r} is not of the form NAME=NUMBER; write for example python=3.")
+    return weights
+
+
+def _stack(*options: Decorator) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_PATH = click.Path(path_type=Path)
+
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+dry_run_option: Decorator = click.option(
+    "--dry-run", is_flag=True, help="Check everything and print the time, memory and disk it would take; write nothing."
+)
+timings_option: Decorator = click.option(
+    "--timings", type=_PATH, metavar="FILE", help="Write to FILE, as JSON, where the time went by layer and phase."
+)
+targets_file_option: Decorator = click.option(
+    "--targets-file",
+    type=_PATH,
+    metavar="FILE",
+    help="Your own GPUs, TOML in the form of `moepress targets -h`; a row with an id of the table takes its place.",
+)
+nonfinite_option: Decorator = click.option(
+    "--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in the weights."
+)
+
+
+def model_argument(name: str = "model", *, required: bool = True) -> Decorator:
+    """The folder of a model, or `demo`, which shells complete."""
+    return click.argument(name, required=required, shell_complete=complete_models)
+
+
+def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--for, --experts, --accuracy-level and --no-check of `export --to onnx`."""
+    return _stack(
+        click.option(
+            "--for",
+            "preset",
+            type=click.Choice(["cpu", "cuda"]),
+            default="cpu",
+            help="cpu: an fp32 graph; cuda: an fp16 graph. The codes are the same.",
+        ),
+        click.option(
+            "--experts",
+            "kernel",
+            type=click.Choice(["qmoe", "loop"]),
+            default="qmoe",
+            help="qmoe: a layer's experts as one fused node; loop: as matrices of their own, for providers without it.",
+        ),
+        click.option(
+            "--accuracy-level",
+            type=click.Choice(["0", "4"]),
+            default="0",
+            help="On the CPU: 0 keeps activations in fp32; 4 rounds them to int8, faster and less exact.",
+        ),
+        click.option("--no-check", is_flag=True, help="Leave out the self-check in ONNX Runtime."),
+    )(function)
+
+
+push_options: Decorator = _stack(
+    click.option(
+        "--push",
+        metavar="OWNER/NAME",
+        help="Upload the result to this repository on the Hugging Face hub once it is whole; made if there is none.",
+    ),
+    click.option("--private", is_flag=True, help="Where --push has to make the repository, make it private."),
+)
+
+
+def output_options(what: str) -> Decorator:
+    """-o, --resume and --force."""
+    return _stack(
+        click.option("-o", "--output", required=True, type=_PATH, help=what),
+        click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
+        click.option("--force", is_flag=True, help="Replace an output that is there; throw an unfinished run away."),
+    )
+
+
+calibration_options: Decorator = _stack(
+    click.option(
+        "--calibration",
+        multiple=True,
+        metavar="FILE|DIR|DATASET",
+        help="Text the experts are judged by: .txt, .jsonl, .parquet, a folder, or a hub data set. Repeatable. "
+        "Without it the embedded demo text is used, and the result says so.",
+    ),
+    click.option(
+        "--domain", multiple=True, metavar="NAME=FILE", help="Calibration text of a named domain. Repeatable."
+    ),
+    click.option(
+        "--tokens", type=click.IntRange(1), help="Calibration tokens in all.  [default: 131072; embedded: 32768]"
+    ),
+    click.option("--window", type=click.IntRange(2), help="Tokens per sequence.  [default: the context, at most 2048]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Chooses the windows."),
+)
+
+device_options: Decorator = _stack(
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|mps",
+        shell_complete=complete_list("auto", "cpu", "cuda", "mps"),
+        help="Where the layers run.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Compute dtype: auto is float32 on the CPU and bfloat16 elsewhere.",
+    ),
+)
+
+machine_options: Decorator = _stack(
+    device_options,
+    click.option(
+        "--max-memory", metavar="SIZE", help="Memory to work in, such as 8GiB.  [default: half of what is free]"
+    ),
+)
+
+selection_options: Decorator = _stack(
+    click.option("--keep", type=float, metavar="SHARE", help="Share of experts that stay, such as 0.75."),
+    click.option("--experts", type=int, metavar="N", help="Number of experts that stay in every layer."),
+    click.option(
+        "--criterion",
+        type=click.Choice(CRITERIA),
+        help="What an expert is worth.  [default: reap; easy-ep when domain weights differ]",
+    ),
+    click.option("--domain-weight", multiple=True, metavar="NAME=NUMBER", help="How much a domain counts. Repeatable."),
+    click.option(
+        "--groups",
+        type=click.Choice(["balanced", "degroup"]),
+        default="balanced",
+        show_default=True,
+        help="For grouped routers: keep as many in every group, or drop the groups.",
+    ),
+)
+
+budget_options: Decorator = _stack(
+    click.option(
+        "--budget",
+        metavar="SIZE",
+        help="Choose experts and bits so that the weights take no more, such as 12GiB, at the least estimated loss. "
+        "--keep or --experts leave it the bits alone, --bits the experts alone.",
+    ),
+    click.option(
+        "--target",
+        metavar="GPU",
+        shell_complete=complete_targets,
+        help="The same for a GPU of `moepress targets`, such as rtx-4060-ti-16gb.",
+    ),
+    click.option(
+        "--context",
+        type=click.IntRange(1),
+        help="Tokens in the KV cache beside the weights.  [default: 8192 with --target, else no cache]",
+    ),
+    click.option(
+        "--mixed-bits",
+        is_flag=True,
+        help="Let the bits differ by layer. vLLM and SGLang take that; transformers loads it wrong without an error.",
+    ),
+)
+
+scheme_options: Decorator = _stack(
+    click.option("--bits", type=int, default=4, show_default=True, help="Bits per weight: 2, 3, 4 or 8."),
+    click.option(
+        "--group-size", type=int, default=128, show_default=True, help="Input columns that share a scale; -1: all."
+    ),
+)
+
+include_option: Decorator = click.option(
+    "--include",
+    multiple=True,
+    type=click.Choice(INCLUDES),
+    help="Quantize this part too, besides the routed experts. Repeatable.",
+)
+
+match_option: Decorator = click.option(
+    "--match",
+    type=click.Choice(["auto", "own", "original"]),
+    default="auto",
+    show_default=True,
+    help="What a quantized matrix's output is to meet: own, that of the exact matrix on the same inputs, which came "
+    "through quantized layers; original, that of the exact matrix on the original model's inputs, which mends what "
+    "the layers before did. original runs both models side by side: up to twice the time, and twice the token buffers. "
+    "auto takes original for 3 bits and fewer, where it gains most.",
+)
+
+mtp_option: Decorator = click.option(
+    "--mtp",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    show_default=True,
+    help="DeepSeek's multi-token-prediction layer: drop it, or keep it with as many experts as the others.",
+)
+
+repair_option: Decorator = click.option(
+    "--repair",
+    metavar="PARTS",
+    shell_complete=complete_list("gain", "bias"),
+    help="Mend what pruning changes, with calibration text: gain (a factor for every expert that stays), bias (the "
+    "correction bias of sigmoid routers), or both with a comma.  [default: nothing]",
+)
+
+evaluation_options: Decorator = _stack(
+    click.option(
+        "--data",
+        multiple=True,
+        metavar="FILE|DIR|DATASET",
+        help="Text the models are compared on. Repeatable. Without it the embedded evaluation text is used.",
+    ),
+    click.option("--data-domain", multiple=True, metavar="NAME=FILE", help="Evaluation text of a named domain."),
+    click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows per domain.  [default: all]"),
+    click.option("--max-ppl-increase", metavar="SHARE", help="Fail when perplexity rises by more, such as 3%."),
+    click.option("--max-kl", type=float, metavar="NATS", help="Fail when the mean KL divergence per token is larger."),
+    click.option("--no-throughput", is_flag=True, help="Do not time prefill and decode."),
+)

@@ -1,0 +1,244 @@
+"""From parsed options to the requests that stages take. Heavy imports stay inside the functions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from moepress.commands.options import parse_weights
+from moepress.errors import UsageError
+from moepress.runs.byte_sizes import parse_bytes
+
+_RECIPE_OPTIONS = (
+    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match"),
+    *("target", "context", "mixed_bits"),
+    *("calibration", "domain", "tokens", "window", "seed"),
+    *("data", "data_domain", "max_windows", "device", "dtype"),
+)
+
+
+def recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were really given on the command line, as recipe values."""
+    values = {name: options[name] for name in _RECIPE_OPTIONS if not all_default(name)}
+    if "keep" in values and "experts" not in values:
+        values["experts"] = None
+    if "experts" in values and "keep" not in values:
+        values["keep"] = None
+    if not all_default("domain_weight"):
+        values["domain_weight"] = parse_weights(options["domain_weight"])
+    if not all_default("repair"):
+        values["repair"] = sorted(repair_of(options))
+    if not all_default("formats"):
+        values["to"] = _formats(options["formats"])
+    if not all_default("no_throughput"):
+        values["throughput"] = not options["no_throughput"]
+    if not all_default("targets_file"):
+        values["targets_file"] = str(options["targets_file"])
+    for name, option in (("max_memory", "--max-memory"), ("budget", "--budget")):
+        if not all_default(name):
+            values[name] = parse_bytes(options[name], option)
+    return values | _thresholds(options)
+
+
+def _formats(text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    for target in found:
+        if target not in ("gptq", "onnx"):
+            raise UsageError(f"--to {target} is not there; run exports to gptq and onnx, beside compressed-tensors.")
+    return list(dict.fromkeys(found))
+
+
+def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
+    from moepress.validation.quality.thresholds import parse_threshold
+
+    given = {}
+    if options["max_ppl_increase"] is not None:
+        given["max_ppl_increase"] = parse_threshold(options["max_ppl_increase"], "--max-ppl-increase")
+    if options["max_kl"] is not None:
+        given["max_kl"] = float(options["max_kl"])
+        if not 0 <= given["max_kl"] < float("inf"):
+            raise UsageError(f"--max-kl {options['max_kl']} is not a divergence; give a number of nats, 0 or more.")
+    return given
+
+
+def evaluation_of(options: Mapping[str, Any]) -> Any:
+    """The evaluation that --data, --max-windows and the thresholds describe."""
+    from moepress.stages.validate import Evaluation
+    from moepress.validation.quality.thresholds import Thresholds
+
+    return Evaluation(
+        data=options["data"],
+        domains=options["data_domain"],
+        window=options.get("window"),
+        max_windows=options["max_windows"],
+        throughput=not options["no_throughput"],
+        context=options["context"],
+        targets_file=options["targets_file"],
+        thresholds=Thresholds(**_thresholds(options)),
+    )
+
+
+def all_default(*names: str) -> bool:
+    """Whether none of these options was given on the command line."""
+    context = click.get_current_context()
+    return all(context.get_parameter_source(n) is click.core.ParameterSource.DEFAULT for n in names)
+
+
+def includes_of(options: Mapping[str, Any]) -> Any:
+    """The parts of --include, as a frozen set."""
+    from moepress.compress.gptq.include import Include
+
+    return frozenset(Include(name) for name in options["include"])
+
+
+def includes_for(plan: Any, options: Mapping[str, Any]) -> Any:
+    """The parts that `quantize` adds: the plan's, unless --include names others; and what to say of that.
+
+    Raises:
+        UsageError: less is included than the plan's budget counts on.
+    """
+    given = includes_of(options)
+    if plan is None or not given or given == set(plan.include) or (plan.budget is None and not plan.include):
+        return (given or frozenset(plan.include if plan is not None else ())), []
+    planned = " ".join(f"--include {part}" for part in plan.include) or "no --include"
+    if plan.budget is not None and not given >= set(plan.include):
+        raise UsageError(f"The plan fits its budget with {planned}; leave --include out here, or plan again with it.")
+    return given, [f"The plan was made for {planned}: the sizes that it states are not those of this result."]
+
+
+def hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, int]) -> Any:
+    """How tokens are weighed in Hessians, with the targets that --match names for so many bits."""
+    from moepress.calibration.hessian import hessian_for
+
+    return hessian_for(options["match"], bits, layer_bits)
+
+
+def mtp_of(options: Mapping[str, Any]) -> Any:
+    """What --mtp says is to become of the multi-token-prediction layer."""
+    from moepress.models.storage.mtp import Mtp
+
+    return Mtp(options["mtp"])
+
+
+def repair_of(options: Mapping[str, Any]) -> Any:
+    """The parts of --repair, as a frozen set."""
+    from moepress.compress.pruning.repair import Repair
+
+    found = [part.strip() for part in (options["repair"] or "").split(",") if part.strip()]
+    if not found:
+        raise UsageError(f"--repair names no part; give {', '.join(Repair)}, or both with a comma.")
+    for part in found:
+        if part not in list(Repair):
+            raise UsageError(f"--repair {part} is not there; give {', '.join(Repair)}, or both with a comma.")
+    return frozenset(Repair(part) for part in found)
+
+
+def push_of(options: Mapping[str, Any]) -> Any:
+    """Where --push and --private say that the result goes, or None; asks the hub whether it may.
+
+    Raises:
+        UsageError: it may not.
+        MoepressError: the hub cannot be asked.
+    """
+    if options["push"] is None and not options["private"]:
+        return None
+    from moepress.stages.push import check_push
+
+    return check_push(options["push"], private=options["private"])
+
+
+def onnx_of(options: Mapping[str, Any]) -> Any:
+    """The ONNX model that --for, --experts and --accuracy-level describe."""
+    from moepress.converters.onnx.runtime import require_onnx
+
+    require_onnx()  # before the module below, which imports it
+    from moepress.converters.onnx.export import OnnxRequest
+
+    return OnnxRequest(
+        preset=options["preset"], kernel=options["kernel"], accuracy_level=int(options["accuracy_level"])
+    )
+
+
+def calibration_of(options: Mapping[str, Any]) -> Any:
+    """The calibration that --calibration, --domain, --tokens, --window and --seed describe."""
+    from moepress.stages.groundwork import Calibration
+
+    return Calibration(
+        sources=options["calibration"],
+        domains=options["domain"],
+        tokens=options["tokens"],
+        window=options["window"],
+        seed=options["seed"],
+    )
+
+
+def machine_of(options: Mapping[str, Any]) -> Any:
+    """The machine that --device, --dtype and --max-memory describe."""
+    from moepress.stages.groundwork import Machine
+
+    return Machine(device=options["device"], dtype=options["dtype"], memory_bytes=parse_bytes(options["max_memory"]))
+
+
+def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
+    """A plan made of a profile with the options of selection, and of the scheme where it is quantized.
+
+    With --budget or --target what these leave open is chosen.
+    """
+    if options.get("budget") is not None or options.get("target") is not None:
+        return _budgeted_plan(profile, options, quantized=quantized)
+    if options.get("context") is not None or options.get("mixed_bits"):
+        raise UsageError("--context and --mixed-bits go with --budget or --target only.")
+    if options.get("targets_file") is not None:
+        raise UsageError("--targets-file says what --target may name; give --target too, or leave it out.")
+    from moepress.compress.budget.sizes import linears_of_config
+    from moepress.compress.pruning.plan import count_from_keep, make_plan
+    from moepress.compress.pruning.scoring import Criterion, Groups
+    from moepress.converters.safetensors.scheme import Scheme
+
+    groups, include = Groups(options["groups"]), _planned_includes(options, quantized=quantized)
+    keep, experts = options["keep"], options["experts"]
+    return make_plan(
+        profile,
+        count=count_from_keep(profile.shape, keep, experts, degroup=groups is Groups.DEGROUP),
+        criterion=Criterion(options["criterion"]) if options["criterion"] else None,
+        weights=parse_weights(options["domain_weight"]),
+        groups=groups,
+        scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
+        include=include,
+        linears=linears_of_config(profile.config, include),
+    )
+
+
+def _planned_includes(options: Mapping[str, Any], *, quantized: bool) -> Any:
+    """What a plan counts as quantized besides the experts; commands that only prune have no such option."""
+    if not quantized and options.get("include"):
+        raise UsageError("--include says what else is quantized; leave it out with --no-quantization.")
+    return includes_of(options) if quantized else frozenset()
+
+
+def _budgeted_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
+    from moepress.compress.pruning.scoring import Criterion, Groups
+    from moepress.converters.safetensors.scheme import SUPPORTED_BITS
+    from moepress.stages.plan import BudgetRequest, Wish, plan_within
+
+    if options["mixed_bits"] and not (quantized and all_default("bits")):
+        raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits and --no-quantization.")
+    widths = (None,) if not quantized else SUPPORTED_BITS if all_default("bits") else (options["bits"],)
+    wish = Wish(
+        keep=options["keep"],
+        experts=options["experts"],
+        widths=widths,
+        group_size=None if all_default("group_size") else options["group_size"],
+        mixed=options["mixed_bits"],
+        criterion=Criterion(options["criterion"]) if options["criterion"] else None,
+        weights=parse_weights(options["domain_weight"]),
+        groups=Groups(options["groups"]),
+        include=_planned_includes(options, quantized=quantized),
+    )
+    request = BudgetRequest(
+        limit_bytes=parse_bytes(options["budget"], "--budget"),
+        target=options["target"],
+        context=options["context"],
+        targets_file=options["targets_file"],
+    )
+    return plan_within(profile, request, wish)

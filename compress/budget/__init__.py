@@ -1,0 +1,1 @@
+"""Experts and bits under a budget in bytes."""

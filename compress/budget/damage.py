@@ -1,0 +1,147 @@
+"""What removing experts and taking bits away costs, estimated from a profile in one unit, for `compress.budget.search`.
+
+The unit is the squared error of the routed output as a share of its square, mean over layers, and over domains with
+their weights. Experts that go cost twice the sum of their leave-one-out losses, which is what each would cost alone:
+together they cost more, and their errors do not average out as those of rounding do. Bits cost the relative
+error of sampled experts (`compress.budget.bit_losses`) times what all experts contribute: the tokens of an expert that
+goes pass through another one, which is quantized too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Profile
+from moepress.compress.budget.search import Space, Width
+from moepress.compress.budget.sizes import Linear, dense_bytes, linears_bytes, part_sizes
+from moepress.compress.pruning.scoring import Selection, keep_sets
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.errors import InvalidInputError
+from moepress.models.families.family import Part, Shape
+
+PRUNING_WEIGHT = 2.0
+"""Measured: for the same squared error of a layer, the KL divergence after pruning is 1.8 to 2.8 times that after
+quantizing (docs/benchmarks.md); below the middle of it, for the share grows with the number of experts that go."""
+
+
+def space_of(
+    profile: Profile,
+    selection: Selection,
+    *,
+    counts: Sequence[int],
+    widths: Sequence[Width],
+    group_size: int,
+    linears: Sequence[Linear] = (),
+) -> Space:
+    """Bytes and losses of every count and width.
+
+    Args:
+        profile: with leave-one-out losses and bit losses.
+        selection: criterion, domain weights and groups; its count is replaced.
+        counts: legal ones.
+        widths: bits to choose from, or only None.
+        group_size: of the quantized matrices.
+        linears: quantized besides the experts, in their bits; what that costs is not in the loss.
+
+    Raises:
+        InvalidInputError: the profile lacks what the estimate needs.
+    """
+    layers, bits = profile.layers, [width for width in widths if width is not None]
+    _require_losses(profile, bits=bool(bits))
+    removal, contribution = _shares(profile, selection.weights)
+    errors = _errors(profile) if bits else {}
+    pruned = {}
+    for count in counts:
+        kept = keep_sets(profile, replace(selection, count=count))
+        lost = sum(float(removal[n].sum() - removal[n][torch.tensor(kept[n])].sum()) for n in layers)
+        pruned[count] = PRUNING_WEIGHT * max(0.0, lost) / len(layers)
+    quantized: dict[int, Mapping[Width, float]] = {
+        n: {w: 0.0 if w is None else errors[n][w] * contribution[n] / len(layers) for w in widths} for n in layers
+    }
+    sizes = bare_space(
+        profile.inventory,
+        profile.shape,
+        len(layers),
+        counts=counts,
+        widths=widths,
+        group_size=group_size,
+        linears=linears,
+    )
+    return replace(sizes, pruned=pruned, quantized=quantized)
+
+
+def bare_space(
+    inventory: Mapping[str, Any],
+    shape: Shape,
+    layers: int,
+    *,
+    counts: Sequence[int],
+    widths: Sequence[Width],
+    group_size: int,
+    linears: Sequence[Linear] = (),
+) -> Space:
+    """The bytes alone, without a profile: an expert that goes costs 1; bits cost less and so fill what is left."""
+    rest, sizes = dict[int, int](), dict[int, Mapping[Width, int]]()
+    inside, outside = [n for n in linears if n.routed], [n for n in linears if not n.routed]
+    schemes = {w: Scheme(bits=w, group_size=group_size) for w in widths if w is not None}
+    beside: dict[Width, int] = {
+        w: _up(linears_bytes(inventory, inside, scheme) / layers) for w, scheme in schemes.items()
+    }
+    plain = dense_bytes(inventory, linears) if schemes else 0.0
+    losses: dict[Width, float] = {w: 0.0 if w is None else 4.0**-w / layers for w in widths}
+    for count in counts:
+        parts = {w: part_sizes(inventory, shape, count, _scheme(w, group_size)) for w in widths}
+        rest[count] = max(_up(sum(p.values()) - p[Part.ROUTED] - plain) for p in parts.values())
+        sizes[count] = {w: _up(p[Part.ROUTED] / layers) + beside.get(w, 0) for w, p in parts.items()}
+    return Space(
+        rest=rest,
+        layer=sizes,
+        pruned={count: float(shape.experts - count) for count in counts},
+        quantized=dict.fromkeys(range(layers), losses),
+        outside={w: linears_bytes(inventory, outside, scheme) for w, scheme in schemes.items()},
+    )
+
+
+def _up(size: float) -> int:
+    return int(-(-size // 1))
+
+
+def _scheme(width: Width, group_size: int) -> Scheme | None:
+    return None if width is None else Scheme(bits=width, group_size=group_size)
+
+
+def _require_losses(profile: Profile, *, bits: bool) -> None:
+    if not any(bool(profile.statistics[n]["leave_one_out"].any()) for n in profile.layers):
+        raise InvalidInputError(
+            "A budget weighs experts by their leave-one-out losses and the profile has none; profile again without "
+            "--no-loo."
+        )
+    if bits and not any(BIT_LOSSES in s and bool(s[BIT_TOKENS].any()) for s in profile.statistics.values()):
+        raise InvalidInputError(
+            "A budget weighs bits by the losses that `profile` measures, and this profile has none; profile again, "
+            "without --no-bit-losses and on enough text."
+        )
+
+
+def _shares(profile: Profile, weights: Mapping[str, float]) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
+    """Per layer: what removing each expert costs, fp64 [E], and what all contribute, as shares of the routed output."""
+    weight_S = torch.tensor([weights.get(d, 1.0) for d in profile.domains], dtype=torch.float64)
+    removal, contribution = {}, {}
+    for layer in profile.layers:
+        found = profile.statistics[layer]
+        whole_S = found["routed_squared"].sum(dim=1)
+        share_S = torch.where(whole_S > 0, weight_S / weight_S.sum() / whole_S.clamp(min=1e-300), 0.0)
+        removal[layer] = (share_S[:, None] * found["leave_one_out"].sum(dim=1)).sum(dim=0)
+        contribution[layer] = float((share_S * found["weighted_norm_squared"].sum(dim=(1, 2))).sum())
+    return removal, contribution
+
+
+def _errors(profile: Profile) -> dict[int, dict[int, float]]:
+    """Per layer, width -> relative error of an expert's output; the mean of the others where none was measured."""
+    measured = {
+        n: s[BIT_LOSSES] for n, s in profile.statistics.items() if BIT_LOSSES in s and bool(s[BIT_TOKENS].any())
+    }
+    mean = torch.stack(list(measured.values())).mean(dim=0)
+    return {n: dict(zip(SUPPORTED_BITS, measured.get(n, mean).tolist(), strict=True)) for n in profile.layers}

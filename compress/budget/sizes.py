@@ -1,0 +1,200 @@
+"""Bytes of a pressed model, part by part, from the inventory of the original alone: never fewer than are written."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moepress.compress.gptq.include import Include, quantized_linears
+from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
+from moepress.errors import UsageError
+from moepress.models.families.family import Family, Part, Shape, layer_of, part_of
+from moepress.models.families.table import family_of
+from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.storage.checkpoint import Source
+from moepress.models.storage.experts import moe_layers
+
+_SHAPE_BYTES = 16  # `weight_shape`, two int64 beside every quantized matrix
+USUAL_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """A matrix that `--include` adds to the routed experts.
+
+    Attributes:
+        part: of the model.
+        layer: None outside of the decoder layers.
+        routed: its layer has routed experts, whose bits it then shares; others have the scheme's.
+        rows, columns: [O, I].
+    """
+
+    part: Part
+    layer: int | None
+    routed: bool
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """A model's names and shapes by its config alone: a `Source` without weights."""
+
+    config: Mapping[str, Any]
+    family: Family
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        raise NotImplementedError(name)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        raise NotImplementedError(name)
+
+
+def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> tuple[Linear, ...]:
+    """`included_linears` of a model of which only config.json is there, as in a profile.
+
+    Raises:
+        UsageError: lm_head is asked for and tied to the embeddings.
+    """
+    wanted = frozenset(include)
+    if not wanted:
+        return ()
+    shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
+    if config.get("tie_word_embeddings"):
+        shapes.pop("lm_head.weight", None)
+    return included_linears(_Names(config=config, family=family_of(dict(config)), shapes=shapes), wanted)
+
+
+def included_linears(source: Source, include: Iterable[Include]) -> tuple[Linear, ...]:
+    """What `--include` adds to the routed experts.
+
+    Raises:
+        UsageError: lm_head is asked for and tied to the embeddings.
+    """
+    wanted, layers = frozenset(include), int(source.config["num_hidden_layers"])
+    names = sorted(quantized_linears(source, layers, wanted))
+    if Include.LM_HEAD in wanted:
+        if "lm_head.weight" not in source.shapes:
+            raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
+        names.append("lm_head.weight")
+    routed = frozenset(moe_layers(source))
+    return tuple(
+        Linear(
+            part=part_of(source.family, name, layers),
+            layer=layer_of(name),
+            routed=layer_of(name) in routed,
+            rows=source.shapes[name][0],
+            columns=source.shapes[name][1],
+        )
+        for name in names
+    )
+
+
+def scale_bytes_of(inventory: Mapping[str, Any]) -> int:
+    """Bytes of a scale: 4 in fp32 models, else 2."""
+    row = inventory.get(Part.ROUTED.value, {"bytes": 0, "parameters": 0})
+    return 4 if int(row["bytes"]) >= 4 * int(row["parameters"]) else 2
+
+
+def dense_bytes(inventory: Mapping[str, Any], linears: Iterable[Linear]) -> float:
+    """What they take in a quantized folder without being quantized; fp8 becomes bf16."""
+    rows = {part: inventory[part.value] for part in {linear.part for linear in linears}}
+    each = {part: max(2.0, int(row["bytes"]) / int(row["parameters"])) for part, row in rows.items()}
+    return sum(linear.rows * linear.columns * each[linear.part] for linear in linears)
+
+
+def linears_bytes(
+    inventory: Mapping[str, Any],
+    linears: Iterable[Linear],
+    scheme: Scheme,
+    layer_bits: Mapping[int, int] | None = None,
+) -> int:
+    """What they take quantized, with the bits of their layer where it has its own."""
+    own, scale, total = layer_bits or {}, scale_bytes_of(inventory), 0
+    for linear in linears:
+        bits = scheme.bits if linear.layer is None else own.get(linear.layer, scheme.bits)
+        each = Scheme(bits=bits, group_size=scheme.group_size)
+        total += matrix_bytes(linear.rows, linear.columns, each, scale)
+    return total
+
+
+def group_size_within(shape: Shape, linears: Sequence[Linear]) -> int:
+    """The largest usual group size that divides an expert's widths and the columns of these; -1 where none does."""
+    widths = {shape.hidden, shape.expert_width, *(linear.columns for linear in linears)}
+    return next((size for size in USUAL_GROUPS if all(width % size == 0 for width in widths)), PER_CHANNEL)
+
+
+def group_size_for(shape: Shape) -> int | None:
+    """The largest usual group size that divides both widths of an expert, None where none does."""
+    return next((n for n in USUAL_GROUPS if shape.hidden % n == 0 and shape.expert_width % n == 0), None)
+
+
+def matrix_bytes(rows: int, columns: int, scheme: Scheme, scale_bytes: int = 2) -> int:
+    """Of one quantized matrix [rows, columns]: codes in whole words of 32 bits, scales, its shape."""
+    words = -(-columns * scheme.bits // 32)
+    return rows * (4 * words + scale_bytes * scheme.groups(columns)) + _SHAPE_BYTES
+
+
+def expert_bytes(shape: Shape, scheme: Scheme, scale_bytes: int = 2) -> int:
+    """Of one quantized expert: gate and up [F, D], down [D, F]."""
+    inner = 2 * matrix_bytes(shape.expert_width, shape.hidden, scheme, scale_bytes)
+    return inner + matrix_bytes(shape.hidden, shape.expert_width, scheme, scale_bytes)
+
+
+def part_sizes(
+    inventory: Mapping[str, Any],
+    shape: Shape,
+    count: int,
+    scheme: Scheme | None,
+    layer_bits: Mapping[int, int] | None = None,
+    linears: Sequence[Linear] = (),
+) -> dict[Part, float]:
+    """Bytes of every part of the result; the routed experts and `linears` are quantized, the MTP layer is dropped.
+
+    Pruning copies bytes. Quantizing an fp8 model stores the rest as bf16; scales have the model's dtype.
+
+    Args:
+        inventory: part -> bytes and parameters of the original.
+        shape: the original's.
+        count: experts that stay in every layer.
+        scheme: bits and group size; None for pruning alone.
+        layer_bits: layer with experts -> bits where they differ by layer.
+        linears: quantized besides the experts; without a scheme they stay.
+    """
+    parts = {Part(name): (int(row["bytes"]), int(row["parameters"])) for name, row in inventory.items()}
+    routed_bytes, routed_parameters = parts.get(Part.ROUTED, (0, 0))
+    rest: dict[Part, float] = {
+        part: float(size) for part, (size, _) in parts.items() if part not in {Part.ROUTED, Part.MTP}
+    }
+    layers = routed_parameters / (3 * shape.hidden * shape.expert_width * shape.experts)
+    rest[Part.ROUTER] = _router_bytes(*parts.get(Part.ROUTER, (0, 0)), shape, layers, count)
+    if scheme is None:
+        return rest | {Part.ROUTED: routed_bytes * count / shape.experts}
+    rest |= {p: 2.0 * parts[p][1] for p in rest if p in parts and p is not Part.ROUTER and _is_fp8(*parts[p])}
+    scale_bytes = scale_bytes_of(inventory)
+    # What quantizing one expert takes at each width; a layer without a width of its own has the scheme's.
+    sizes = {
+        bits: expert_bytes(shape, Scheme(bits=bits, group_size=scheme.group_size), scale_bytes)
+        for bits in SUPPORTED_BITS
+    }
+    own = layer_bits or {}
+    routed = sum(sizes[bits] for bits in own.values()) + (layers - len(own)) * sizes[scheme.bits]
+    for part in {linear.part for linear in linears}:
+        mine = [linear for linear in linears if linear.part is part]
+        rest[part] += linears_bytes(inventory, mine, scheme, layer_bits) - dense_bytes(inventory, mine)
+    return rest | {Part.ROUTED: count * routed}
+
+
+def _router_bytes(size: int, parameters: int, shape: Shape, layers: float, count: int) -> float:
+    """Rows go with their experts; the gate of a shared expert, one row more in every layer, stays."""
+    if not size:
+        return 0.0
+    gates = layers * shape.hidden
+    fixed = gates if parameters - gates * shape.experts == gates else 0.0
+    return size * (fixed + (parameters - fixed) * count / shape.experts) / parameters
+
+
+def _is_fp8(size_bytes: int, parameters: int) -> bool:
+    return size_bytes < 2 * parameters

@@ -1,0 +1,1 @@
+"""Time, memory and disk before a stage starts."""

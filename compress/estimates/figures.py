@@ -1,0 +1,149 @@
+"""What an estimate needs to know of a model: counted once, from names and shapes alone."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moepress.compress.budget.sizes import part_sizes
+from moepress.compress.gptq.include import Include, linear_groups
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.families.family import Part, Shape, layer_of, part_of
+from moepress.models.forward.inventory import AttentionShape, Weight, attention_shape, weigh
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.experts import moe_layers, names_by_layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrices:
+    """Linears that are solved as one, because they have the same input, or many such of the same shape.
+
+    Attributes:
+        rows, columns: of the stacked matrix [O, I].
+        count: how many of that shape.
+        part: the part of the model that they belong to.
+    """
+
+    rows: int
+    columns: int
+    count: int
+    part: Part
+
+    @property
+    def weights(self) -> int:
+        """Weights of all of them."""
+        return self.rows * self.columns * self.count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """The numbers of one model.
+
+    Attributes:
+        shape: its config's.
+        attention: widths of its attention.
+        parts: parameters and bytes.
+        moe_layers: layers with routed experts.
+        layer_parameters: of the largest layer, without its routed experts.
+        largest_matrix: parameters of the largest tensor of a layer, routed experts left out.
+        mlp_width: of the widest MLP that every token passes.
+    """
+
+    shape: Shape
+    attention: AttentionShape
+    parts: Mapping[Part, Weight]
+    moe_layers: int
+    layer_parameters: int
+    largest_matrix: int
+    mlp_width: int
+
+    @property
+    def inventory(self) -> dict[str, Any]:
+        """The parts, as plain JSON."""
+        return {part.value: asdict(weight) for part, weight in self.parts.items()}
+
+    def parameters(self, *parts: Part) -> int:
+        """Parameters of these parts together."""
+        return sum(self.parts[part].parameters for part in parts if part in self.parts)
+
+    def stored(self, *without: Part) -> int:
+        """Bytes on disk of everything but these parts and the MTP layer."""
+        return sum(weight.bytes for part, weight in self.parts.items() if part not in {Part.MTP, *without})
+
+
+def figures_of(checkpoint: Checkpoint) -> Figures:
+    """Count once; a model may have a hundred thousand tensors."""
+    layers, by_layer, widths, largest = checkpoint.shape.layers, dict[int, int](), [0], 0
+    for name, entry in checkpoint.stored.items():
+        layer, part = layer_of(name), part_of(checkpoint.family, name, layers)
+        if layer is None or layer >= layers or part is Part.ROUTED or name.endswith(".weight_scale_inv"):
+            continue
+        size = math.prod(entry.shape)
+        by_layer[layer] = by_layer.get(layer, 0) + size
+        largest = max(largest, size)
+        if part in {Part.DENSE, Part.SHARED} and len(entry.shape) == 2:
+            widths.append(entry.shape[0] if name.endswith(("gate_proj.weight", "up_proj.weight")) else 0)
+    return Figures(
+        shape=checkpoint.shape,
+        attention=attention_shape(checkpoint.config),
+        parts=weigh(checkpoint),
+        moe_layers=len(moe_layers(checkpoint)),
+        layer_parameters=max(by_layer.values()),
+        largest_matrix=largest,
+        mlp_width=max(widths),
+    )
+
+
+def pressed_sizes(
+    checkpoint: Checkpoint,
+    figures: Figures,
+    count: int,
+    scheme: Scheme | None,
+    include: Iterable[Include] = (),
+    layer_bits: Mapping[int, int] | None = None,
+) -> dict[Part, int]:
+    """Bytes of every part after pruning to `count` experts and quantizing the experts and what `include` adds.
+
+    `layer_bits` are those of layers that do not have the scheme's.
+    """
+    routed, own = moe_layers(checkpoint), layer_bits or {}
+    sizes = part_sizes(figures.inventory, figures.shape, count, scheme, {n: b for n, b in own.items() if n in routed})
+    if scheme is not None:
+        layers = {
+            Part.SHARED: routed,
+            Part.DENSE: [n for n in range(figures.shape.layers) if n not in routed],
+            Part.ATTENTION: range(figures.shape.layers),
+        }
+        for matrices in included_matrices(checkpoint, include):
+            stored = figures.parts[matrices.part]
+            each = max(2.0, stored.bytes / max(stored.parameters, 1))  # of fp8 the rest becomes bf16
+            bits = scheme.bits_per_weight(matrices.columns, 32 if each >= 4 else 16)
+            found = [own.get(layer, scheme.bits) for layer in layers.get(matrices.part, ())]
+            bits += sum(found) / len(found) - scheme.bits if found else 0
+            sizes[matrices.part] += matrices.weights * (bits / 8 - each)
+    return {part: round(size) for part, size in sizes.items()}
+
+
+def included_matrices(checkpoint: Checkpoint, include: Iterable[Include]) -> list[Matrices]:
+    """What `--include` adds to the routed experts, those of one shape together."""
+    wanted, layers, found = set(include), checkpoint.shape.layers, dict[tuple[int, int, Part], int]()
+    if not wanted:
+        return []
+    by_layer = names_by_layer(checkpoint)
+    for layer in range(layers):
+        for group in linear_groups(checkpoint, layer, layers, wanted, by_layer.get(layer, [])):
+            rows = sum(checkpoint.shapes[name][0] for name in group.names)
+            key = (rows, checkpoint.shapes[group.names[0]][1], group.part)
+            found[key] = found.get(key, 0) + 1
+    if Include.LM_HEAD in wanted and "lm_head.weight" in checkpoint.shapes:
+        found[(*checkpoint.shapes["lm_head.weight"], Part.LM_HEAD)] = 1  # type: ignore[index]
+    return [Matrices(rows=o, columns=i, count=n, part=part) for (o, i, part), n in found.items()]
+
+
+def expert_matrices(figures: Figures, count: int) -> tuple[Matrices, Matrices]:
+    """Gate and up, which share their input, and down, of `count` experts in every MoE layer."""
+    hidden, width, number = figures.shape.hidden, figures.shape.expert_width, count * figures.moe_layers
+    return (
+        Matrices(rows=2 * width, columns=hidden, count=number, part=Part.ROUTED),
+        Matrices(rows=hidden, columns=width, count=number, part=Part.ROUTED),
+    )

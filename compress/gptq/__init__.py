@@ -1,0 +1,1 @@
+"""GPTQ: scales, the solver, and the walk that quantizes a model."""

@@ -1,0 +1,379 @@
+"""GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from moepress.calibration.hessian import HessianOptions, Moments, cross, gram, moments, shrink_moments
+from moepress.compress.gptq.asymmetry import move_target, relative_error
+from moepress.compress.gptq.balance import topped_up
+from moepress.compress.gptq.grid import dequantize
+from moepress.compress.gptq.parts import part_slices, side_by_side
+from moepress.compress.gptq.solver import Solved, SolverOptions, solve
+from moepress.converters.safetensors.artifact import dense
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.families.family import Shape
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Stream
+from moepress.models.storage.experts import Expert
+from moepress.runs.phases import phase
+
+_ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOptions:
+    """How matrices are quantized.
+
+    Attributes:
+        scheme: bits and group size.
+        scale_dtype: dtype the scales are rounded to before codes are chosen.
+        stored_dtype: dtype the scales are stored in, the model's.
+        hessian: how tokens are weighed.
+        solver: options of the GPTQ solver.
+        layer_bits: layer -> bits, of the layers that do not have the scheme's.
+    """
+
+    scheme: Scheme
+    scale_dtype: torch.dtype
+    stored_dtype: torch.dtype
+    hessian: HessianOptions = field(default_factory=HessianOptions)
+    solver: SolverOptions = field(default_factory=SolverOptions)
+    layer_bits: Mapping[int, int] = field(default_factory=dict)
+
+    def scheme_of(self, layer: int | None) -> Scheme:
+        """The scheme of a layer's matrices, or of what lies outside of the layers."""
+        bits = self.scheme.bits if layer is None else self.layer_bits.get(layer, self.scheme.bits)
+        return replace(self.scheme, bits=bits)
+
+    def of_layer(self, layer: int) -> "QuantizeOptions":
+        """The same, with that layer's scheme."""
+        return replace(self, scheme=self.scheme_of(layer), layer_bits={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """A quantized matrix: codes int8 [O, I], scales [O, G] in the dtype they are stored in, on the CPU."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def dense(self) -> Tensor:
+        """What it stands for, [O, I], in the scales' dtype."""
+        return dense(self.codes, self.scales)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedExpert:
+    """One quantized expert and what is known of its error.
+
+    Attributes:
+        gate, up, down: the matrices.
+        tokens: calibration tokens that reached it.
+        error: relative output error of gate/up and of down on its Hessians, ||(W - Q) X||^2 / ||W X||^2; W is the
+            original matrix, whatever the codes were to meet.
+        rounded: a Hessian could not be factorised and the matrix was rounded to nearest.
+        middle: what the quantized gate and up give its tokens [T, F], in the compute dtype on the device; None where it
+            was not kept.
+    """
+
+    gate: Coded
+    up: Coded
+    down: Coded
+    tokens: int
+    error: tuple[float, float]
+    rounded: bool
+    middle: Tensor | None = None
+
+    def expert(self, model: StreamedModel) -> Expert:
+        """Dequantized, on the model's device, in its compute dtype."""
+        return Expert(gate=self.gate.dense(), up=self.up.dense(), down=self.down.dense()).to(model.device, model.dtype)
+
+
+def experts_at_once(model: StreamedModel, memory_bytes: int) -> int:
+    """How many experts of a model fit into a quarter of the memory limit while they are solved."""
+    return experts_that_fit(model.shape, memory_bytes)
+
+
+def experts_that_fit(shape: Shape, memory_bytes: int) -> int:
+    """`experts_at_once` of any model of that shape, one at least."""
+    hessians = 4 * shape.hidden * shape.hidden
+    matrices = 10 * 2 * shape.expert_width * shape.hidden
+    return max(1, min(shape.experts, memory_bytes // 4 // (4 * (hessians + matrices))))
+
+
+def pooled_inputs(stream: Stream, options: HessianOptions) -> Tensor:
+    """A fixed, evenly spread sample of the layer's tokens [P, D], for Hessians of experts with few tokens."""
+    count = min(options.pooled_tokens, stream.tokens)
+    rows = torch.arange(count) * stream.tokens // max(count, 1)
+    with phase("Hessian"):
+        return stream.inputs[rows].to(stream.model.device)
+
+
+def pooled_hessian(stream: Stream) -> Tensor:
+    """Mean of x x^T over all tokens of the layer, fp32 [D, D] on the device."""
+    device = stream.model.device
+    total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
+    with phase("Hessian"):
+        for part in stream.inputs.split(65536):
+            total += gram(part.to(device))
+            stream.touch(len(part))
+        return total / max(stream.tokens, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Originals:
+    """What the original model gives the same tokens before a layer's experts, where it is walked too.
+
+    Attributes:
+        stream: after the layer's first step.
+        pooled: mean of (x~ - x) x^T over all tokens of the layer, fp32 [D, D] on the device.
+        sample: `pooled_inputs` of that stream.
+    """
+
+    stream: Stream
+    pooled: Tensor
+    sample: Tensor
+
+
+def originals_of(stream: Stream, reference: Stream, options: HessianOptions) -> Originals:
+    """Everything of a layer that does not depend on the expert, once both streams have done its first step."""
+    device = stream.model.device
+    total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
+    with phase("Hessian"):
+        for part, original in zip(stream.inputs.split(65536), reference.inputs.split(65536), strict=True):
+            total += cross(part.to(device), original.to(device))
+            stream.touch(2 * len(part))
+        total /= max(stream.tokens, 1)
+    return Originals(stream=reference, pooled=total, sample=pooled_inputs(reference, options))
+
+
+def solve_experts(
+    stream: Stream,
+    layer: int,
+    weights: Mapping[int, Expert],
+    positions: Sequence[tuple[Tensor, Tensor]],
+    pooled_DD: Tensor,
+    sample_PD: Tensor,
+    options: QuantizeOptions,
+    originals: Originals | None = None,
+) -> list[CodedExpert]:
+    """Quantize a batch of experts of one layer.
+
+    Gate and up share their input and so one Hessian and one solve (their rows are stacked); down sees what the
+    quantized gate and up give.
+
+    Args:
+        stream: after the layer's first step.
+        layer: the layer's number.
+        weights: which of its experts, and their matrices in fp32.
+        positions: `tokens_of` the layer.
+        pooled_DD: `pooled_hessian`.
+        sample_PD: `pooled_inputs`.
+        options: see `QuantizeOptions`.
+        originals: `originals_of` the layer, where the original model's inputs give the targets.
+    """
+    device, experts = stream.model.solver_device, list(weights)
+    inputs = _Inputs(stream=stream, originals=originals, options=options.hessian)
+    seen = topped_up(stream, positions, experts, options.hessian.least_tokens)
+    with phase("load"):
+        stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)) for e in experts]).to(device)
+
+    def of_inputs(index: int) -> Moments:
+        return _input_moments(inputs, seen[experts[index]], pooled_DD)
+
+    hessians = _targets(stacked, of_inputs, options, stream.model.device)
+    first, first_error = solve_measured(stacked, hessians, options)
+    if originals is not None:
+        first_error = _errors((torch.cat((weights[e].gate, weights[e].up)) for e in experts), first, hessians, options)
+    del hessians, stacked
+    with phase("pack"):
+        coded = [_split(first, index, options.stored_dtype) for index in range(len(experts))]
+    with phase("load"):
+        downs = torch.stack([weights[e].down for e in experts]).to(device)
+    middles: dict[int, Tensor] | None = {} if _middles_fit(stream, seen) else None
+
+    def of_middles(index: int) -> Moments:
+        expert = experts[index]
+        found, middle = _down_moments(
+            inputs, layer, seen[expert], sample_PD, coded[index], weights[expert], keep=middles is not None
+        )
+        if middles is not None and middle is not None:
+            middles[index] = middle[: len(positions[expert][0])]
+        return found
+
+    hessians = _targets(downs, of_middles, options, stream.model.device)
+    second, second_error = solve_measured(downs, hessians, options)
+    if originals is not None:
+        second_error = _errors((weights[e].down for e in experts), second, hessians, options)
+    with phase("pack"):
+        down = [_stored(second, index, options.stored_dtype) for index in range(len(experts))]
+    return [
+        CodedExpert(
+            gate=coded[index][0],
+            up=coded[index][1],
+            down=down[index],
+            tokens=len(positions[expert][0]),
+            error=(first_error[index], second_error[index]),
+            rounded=bool(first.rounded[index]) or bool(second.rounded[index]),
+            middle=None if middles is None else middles.get(index),
+        )
+        for index, expert in enumerate(experts)
+    ]
+
+
+def solve_measured(weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOptions) -> tuple[Solved, list[float]]:
+    """`solve` by these options, and `relative_errors` of what it gave."""
+    with phase("solve"):
+        solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
+        return solved, relative_errors(solved)
+
+
+def _targets(
+    weight_EOI: Tensor, of: Callable[[int], Moments], options: QuantizeOptions, device: torch.device
+) -> Tensor:
+    """The Hessians of a batch; its weights become, in place, what their codes are to meet.
+
+    Args:
+        weight_EOI: on the device of the solver, where the Hessians will be.
+        of: the moments of one expert of the batch; one C a thread is held.
+        options: see `QuantizeOptions`.
+        device: where the moments are formed.
+    """
+
+    def some(part: slice) -> list[Tensor]:
+        hessians = []
+        for index in range(len(weight_EOI))[part]:
+            found = of(index)
+            move_target(weight_EOI[index], found, options.hessian.asymmetry, options.solver.damp)
+            hessians.append(found.hessian.to(weight_EOI.device))
+        return hessians
+
+    parts = part_slices(len(weight_EOI), device)
+    with phase("Hessian"), side_by_side(len(parts)) as each:
+        return torch.stack([hessian for found in each(some, parts) for hessian in found])
+
+
+def _middles_fit(stream: Stream, seen: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
+    """Whether the intermediates of a batch of experts may be kept for their outputs: an eighth of the memory limit."""
+    tokens, model = sum(len(rows) for rows, _ in seen.values()), stream.model
+    return tokens * model.shape.expert_width * model.dtype.itemsize <= stream.limits.memory_bytes // 8
+
+
+def _errors(weights: Iterable[Tensor], solved: Solved, hessian_EII: Tensor, options: QuantizeOptions) -> list[float]:
+    """`relative_error` of every matrix of a batch, against its original."""
+    errors = []
+    for index, (weight_OI, hessian_II) in enumerate(zip(weights, hessian_EII, strict=True)):
+        quantized_OI = dequantize(solved.codes[index, None], solved.scales[index, None], options.scheme)[0]
+        errors.append(relative_error(weight_OI.to(quantized_OI.device), quantized_OI, hessian_II))
+    return errors
+
+
+def _stored(solved: Solved, index: int, stored: torch.dtype) -> Coded:
+    return Coded(codes=solved.codes[index].cpu(), scales=solved.scales[index].to("cpu", stored))
+
+
+def _split(solved: Solved, index: int, stored: torch.dtype) -> tuple[Coded, Coded]:
+    both = _stored(solved, index, stored)
+    half = both.codes.shape[0] // 2
+    gate, up = (Coded(codes=both.codes[rows], scales=both.scales[rows]) for rows in (slice(half), slice(half, None)))
+    return gate, up
+
+
+def token_weights(stream: Stream, position: tuple[Tensor, Tensor], options: HessianOptions) -> Tensor | None:
+    """a_t of an expert's tokens, or None for 1."""
+    if options.weight_power == 0:
+        return None
+    return stream.weights[position[0], position[1]].pow(options.weight_power).to(stream.model.device)
+
+
+def _slices(tokens: int) -> list[slice]:
+    """An expert's tokens in parts: of a model with few experts one of them may see most of the text."""
+    return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, tokens, _ROWS_AT_ONCE)]
+
+
+def _mass(weights: Tensor | None, tokens: int) -> float:
+    return float(tokens) if weights is None else float(weights.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """What reaches the experts of a layer."""
+
+    stream: Stream
+    originals: Originals | None
+    options: HessianOptions
+
+    def none(self, like_II: Tensor) -> Moments:
+        """Sums over no token yet."""
+        zero = torch.zeros_like(like_II)
+        return Moments(hessian=zero, cross=zero.clone() if self.originals is not None else None)
+
+    def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inputs of these tokens, and those in the original model."""
+        device = self.stream.model.device
+        part = self.stream.inputs[tokens].to(device)
+        self.stream.touch(len(part) * (1 if self.originals is None else 2))
+        return part, None if self.originals is None else self.originals.stream.inputs[tokens].to(device)
+
+
+def _input_moments(inputs: _Inputs, position: tuple[Tensor, Tensor], pooled_DD: Tensor) -> Moments:
+    options, tokens, originals = inputs.options, len(position[0]), inputs.originals
+    weights = token_weights(inputs.stream, position, options)
+    with phase("Hessian"):
+        own = inputs.none(pooled_DD)
+        pooled = Moments(hessian=pooled_DD, cross=originals.pooled if originals else None)
+        for rows in _slices(tokens):
+            own.add(moments(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]))
+        return shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+
+
+def _down_moments(
+    inputs: _Inputs,
+    layer: int,
+    position: tuple[Tensor, Tensor],
+    sample_PD: Tensor,
+    gate_up: tuple[Coded, Coded],
+    original: Expert,
+    *,
+    keep: bool,
+) -> tuple[Moments, Tensor | None]:
+    """Like `_input_moments`, of the intermediate that the quantized gate and up give, and that the original ones do.
+
+    The hidden units of different experts have nothing in common, so the pooled Hessian is that of a sample of the
+    layer's tokens sent through this expert. What the quantized ones give, [T, F], is returned too, to be kept.
+    """
+    model, tokens, options, originals = inputs.stream.model, len(position[0]), inputs.options, inputs.originals
+    streams, activation = 1 if originals is None else 2, model.activation(layer)
+    flops = 2.0 * streams * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up)
+    with phase("Hessian", flops=flops):
+        kept: list[Tensor] = []
+        quantized = [m.dense().to(model.device, model.dtype) for m in gate_up]
+        whole = [m.to(model.device, model.dtype) for m in (original.gate, original.up)] if originals else []
+
+        def middle(pair: Sequence[Tensor], inputs_TD: Tensor) -> Tensor:
+            linear = torch.nn.functional.linear
+            return activation(linear(inputs_TD, pair[0])) * linear(inputs_TD, pair[1])
+
+        def of(inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None) -> Moments:
+            aim = None if originals_TD is None else middle(whole, originals_TD)
+            got = middle(quantized, inputs_TD)
+            if keep:
+                kept.append(got)
+            return moments(got, aim, weights_T)
+
+        weights = token_weights(inputs.stream, position, options)
+        pooled = of(sample_PD, originals.sample if originals else None, None).over(max(sample_PD.shape[0], 1))
+        own = inputs.none(pooled.hessian)
+        kept.clear()
+        for rows in _slices(tokens):
+            own.add(of(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]))
+        found = shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+        return found, torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)
+
+
+def relative_errors(solved: Solved) -> list[float]:
+    """||(W - Q) X||^2 / ||W X||^2 of every matrix of a batch."""
+    return (solved.loss / solved.energy.clamp(min=1e-300)).tolist()

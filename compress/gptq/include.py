@@ -1,0 +1,86 @@
+"""Which Linears of a layer are quantized besides the routed experts, and in which order."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.storage.checkpoint import Source
+from moepress.models.storage.experts import names_by_layer
+
+
+class Include(StrEnum):
+    """Parts that `--include` adds to the routed experts."""
+
+    ATTENTION = "attention"
+    SHARED = "shared"
+    DENSE = "dense"
+    LM_HEAD = "lm_head"
+
+
+_PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}
+# Linears of a gated MLP, in the order of the data.
+_MLP_GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGroup:
+    """Linears of one layer that see the same input, by their names on disk, `.weight` included."""
+
+    part: Part
+    names: tuple[str, ...]
+
+
+def linear_groups(
+    source: Source, layer: int, layers: int, include: Iterable[Include], names: Iterable[str] | None = None
+) -> list[LinearGroup]:
+    """The groups of a layer to be quantized, in the order in which the data meets them.
+
+    Args:
+        source: the model.
+        layer: the layer's number.
+        layers: how many there are.
+        include: the parts wanted.
+        names: the layer's tensors (`names_by_layer`) where many layers are asked for; otherwise all names are searched.
+    """
+    wanted, groups = set(include), list[LinearGroup]()
+    by_part: dict[Part, list[str]] = {}
+    for name in names_by_layer(source).get(layer, []) if names is None else names:
+        if len(source.shapes[name]) != 2 or not name.endswith(".weight"):
+            continue
+        by_part.setdefault(part_of(source.family, name, layers), []).append(name)
+    for part, kind in _PARTS.items():
+        if kind not in wanted:
+            continue
+        orders = source.family.attention_groups if part is Part.ATTENTION else _MLP_GROUPS
+        for order in orders:
+            leaves = [leaf for leaf in order if leaf not in source.family.never_quantize]
+            found = tuple(n for leaf in leaves for n in by_part.get(part, []) if n.split(".")[-2] == leaf)
+            if found:
+                groups.append(LinearGroup(part=part, names=found))
+    return groups
+
+
+def quantized_linears(source: Source, layers: int, include: Iterable[Include]) -> set[str]:
+    """Names of all Linears of decoder layers that are quantized besides the routed experts."""
+    wanted, by_layer = set(include), names_by_layer(source)
+    groups = [
+        g for layer in range(layers) for g in linear_groups(source, layer, layers, wanted, by_layer.get(layer, []))
+    ]
+    return {name for group in groups for name in group.names}
+
+
+def unquantized_modules(source: Source, layers: int, include: Iterable[Include]) -> list[str]:
+    """Names of Linears and routers that keep their weights, for the `ignore` list of quantization configs."""
+    wanted = set(include)
+    quantized = quantized_linears(source, layers, wanted)
+    ignored = []
+    for name, shape in source.shapes.items():
+        part = part_of(source.family, name, layers)
+        plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.NORMS, Part.MTP, Part.ROUTED}
+        head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
+        if plain and name.endswith(".weight") and name not in quantized and not head:
+            ignored.append(name.removesuffix(".weight"))
+    if "lm_head.weight" not in source.shapes:
+        ignored.append("lm_head")
+    return sorted(ignored, key=lambda n: (layer_of(n) if layer_of(n) is not None else 1 << 30, n))

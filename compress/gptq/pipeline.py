@@ -1,0 +1,402 @@
+"""quantize: one walk over the layers. Calibration tokens flow through the pruned model; each layer is solved on what
+reaches it, and its quantized output goes on to the next.
+
+Pieces are the shards of the result: a layer, or where a layer is large its parts. A run that was killed, or that
+stopped after as many pieces as were asked for, finds its finished pieces, takes their dequantized weights in place of
+solving, and so ends with the same bytes.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepress import __version__
+from moepress.calibration.corpus import Corpus
+from moepress.calibration.profile import resume_hidden, save_hidden
+from moepress.compress.gptq.experts import (
+    Coded,
+    CodedExpert,
+    Originals,
+    QuantizeOptions,
+    experts_at_once,
+    originals_of,
+    pooled_hessian,
+    pooled_inputs,
+    solve_experts,
+)
+from moepress.compress.gptq.include import Include, LinearGroup, linear_groups, unquantized_modules
+from moepress.compress.gptq.linears import solve_head, solve_linears, solve_stepping, steps_fit
+from moepress.compress.gptq.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
+from moepress.compress.gptq.reference import (
+    Reference,
+    add_originals,
+    check_original,
+    drop_original,
+    load_original,
+    open_reference,
+    positions_of,
+    resume_original,
+    save_original,
+    step_original,
+)
+from moepress.compress.gptq.schemes import check_scheme, config_groups, mixed_note
+from moepress.converters.safetensors import compressed_tensors
+from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.forward.costs import stored_bytes
+from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
+from moepress.models.forward.walk import (
+    Limits,
+    Scratch,
+    Stream,
+    add_output,
+    first_step,
+    open_stream,
+    read_ahead,
+)
+from moepress.models.storage.experts import names_by_layer
+from moepress.models.storage.mtp import mtp_note
+from moepress.models.storage.safetensors_file import DTYPE_NAMES, Stored, read_header, read_tensor, tensor_bytes
+from moepress.models.storage.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.runs.journal import Piece, Run
+from moepress.runs.memory import release_memory
+from moepress.runs.phases import in_layer, phase
+from moepress.runs.progress import track
+
+_FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that stays the same during one run of `quantize`."""
+
+    stream: Stream
+    reference: Reference | None
+    run: Run
+    options: QuantizeOptions
+    include: frozenset[Include]
+    chunks: Mapping[int, Sequence[Sequence[int]]]
+    piece_names: Mapping[str, str]
+    names: Mapping[int | None, Sequence[str]]
+    at_once: int
+    allowance: Allowance
+
+    @property
+    def originals(self) -> Stream | None:
+        """The original model's stream, if it is walked."""
+        return None if self.reference is None else self.reference.stream
+
+
+def quantize(
+    model: StreamedModel,
+    corpus: Corpus,
+    run: Run,
+    limits: Limits,
+    *,
+    options: QuantizeOptions,
+    include: frozenset[Include],
+    companions: Path,
+    summary: Mapping[str, Any],
+    max_pieces: int | None = None,
+) -> dict[str, Any]:
+    """Quantize a model (perhaps seen through a keep list) into a compressed-tensors folder and finish the run.
+
+    Args:
+        model: the streamed model that calibration flows through.
+        corpus: calibration windows.
+        run: the output in the making.
+        limits: memory and batch size.
+        options: scheme, Hessians, solver.
+        include: parts besides the routed experts.
+        companions: the folder whose tokenizer and other files go along.
+        summary: what moepress.json is to say about the plan and the calibration.
+        max_pieces: stop after so many new pieces; the run is then not finished and can be resumed.
+
+    Returns:
+        `finished`, `pieces_done` and `pieces`; of a finished run also bytes, per-layer errors, experts that fell back,
+        notes.
+    """
+    check_scheme(model.source, options.scheme, include)
+    layers = model.shape.layers
+    chunks = plan_chunks(model.source, layers, dict.fromkeys(model.moe_layers, model.shape.experts), options)
+    scratch = Scratch(run.folder, limits.memory_bytes)
+    try:
+        with torch.inference_mode(), track("quantize", layers) as advance:
+            with phase("embed"):
+                ranks = options.hessian.least_tokens > 0
+                stream = open_stream(model, corpus.windows, scratch, limits, observe=False, logits=ranks)
+                reference = open_reference(stream, include) if options.hessian.asymmetry else None
+            job = Job(
+                stream=stream,
+                reference=reference,
+                run=run,
+                options=options,
+                include=include,
+                chunks=chunks,
+                piece_names=piece_names(chunks),
+                names=names_by_layer(model.source),
+                at_once=experts_at_once(model, limits.memory_bytes),
+                allowance=Allowance(left=max_pieces),
+            )
+            first = resume_hidden(run, stream)
+            if reference is not None:
+                resume_original(run, reference, first)
+            advance(first)
+            for layer in range(first, layers):
+                job.allowance.require()
+                with in_layer(layer), phase("other"):
+                    _quantize_layer(job, layer)
+                if layer == layers - 1 and run.done("outer") is None:
+                    _write_outer(job)
+                with in_layer(layer):
+                    _save(job, layer)
+                    stream.forget()
+                advance(1)
+    except SpentError:
+        return {"finished": False, **_progress(job)}
+    finally:
+        scratch.close()
+    return {"finished": True, **_progress(job), **_finish(job, companions, summary)}
+
+
+def _save(job: Job, layer: int) -> None:
+    if job.reference is not None:
+        save_original(job.run, job.reference, layer)
+    save_hidden(job.run, job.stream, layer)
+    if job.reference is not None:
+        drop_original(job.run, layer - 1)
+
+
+def _progress(job: Job) -> dict[str, int]:
+    return {"pieces_done": sum(piece in job.run.pieces for piece in job.piece_names), "pieces": len(job.piece_names)}
+
+
+def _quantize_layer(job: Job, layer: int) -> None:
+    """Solve (or take from finished pieces) one layer, and move the hidden states through it."""
+    stream, reference, model = job.stream, job.reference, job.stream.model
+    if reference is not None:
+        load_original(reference, layer)
+    done = job.run.done(f"layer-{layer}-0")
+    groups = linear_groups(model.source, layer, model.shape.layers, job.include, job.names.get(layer, []))
+    stepping = done is None and bool(groups) and steps_fit(stream, job.originals)
+    if stepping:
+        coded, errors, routed = solve_stepping(stream, job.options.of_layer(layer), layer, groups, job.originals)
+        release_memory()  # what waited: many tensors too small to have gone back by themselves
+    else:
+        if done is None:
+            coded, errors = solve_linears(stream, job.options.of_layer(layer), layer, groups, job.originals)
+        else:
+            coded, errors = _read_linears(job, done, groups), {}
+        model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
+        routed = first_step(stream, layer)
+    if reference is not None:
+        step_original(reference, layer, stepped=stepping)
+    pooled = _pooled(job) if routed else None
+    for part, experts in enumerate(job.chunks[layer]):
+        _do_chunk(job, layer, part, experts, pooled, coded if part == 0 else {}, errors if part == 0 else {})
+    model.unload_layer(layer)
+    release_memory()
+    with phase("check"):
+        require_finite_hidden(stream.hidden, layer)
+        if reference is not None:
+            check_original(reference, layer)
+
+
+def _pooled(job: Job) -> tuple[Tensor, Tensor, Originals | None]:
+    """What `solve_experts` wants to know of all tokens of a layer."""
+    stream, options = job.stream, job.options.hessian
+    originals = None if job.originals is None else originals_of(stream, job.originals, options)
+    return pooled_hessian(stream), pooled_inputs(stream, options), originals
+
+
+def _do_chunk(
+    job: Job,
+    layer: int,
+    part: int,
+    experts: Sequence[int],
+    pooled: tuple[Tensor, Tensor, Originals | None] | None,
+    linears: Mapping[str, Coded],
+    errors: Mapping[str, float],
+) -> None:
+    """One piece: its experts are solved in batches, their output is added, their codes are written."""
+    piece = f"layer-{layer}-{part}"
+    done = job.run.done(piece)
+    if done is None:
+        job.allowance.require()
+    stored = {} if done is None else read_header(job.run.path(done))
+    model, tensors = job.stream.model, dict[str, Tensor]()
+    note: dict[str, Any] = {"layer": layer, "experts": {}, "linears": dict(errors)}
+    positions = tokens_of(job.stream.chosen, model.shape.experts) if experts else []
+    if done is None and part == 0:
+        tensors |= _rest_of_layer(job, layer, linears)
+    theirs = positions_of(job.reference) if experts and job.reference is not None else []
+    # The next expert is read while the present ones are solved; of a finished piece only the original wants them.
+    wanted = experts if done is None or job.reference is not None else []
+    # Closed here: what is raised while Python frees a generator, Ctrl-C too, is lost.
+    with closing(read_ahead(model, layer, wanted, torch.float32 if done is None else None)) as weights:
+        for start in range(0, len(experts), job.at_once):
+            batch = experts[start : start + job.at_once]
+            loaded = dict(itertools.islice(weights, job.at_once))
+            if done is None:
+                assert pooled is not None
+                hessian, sample, originals = pooled
+                options = job.options.of_layer(layer)
+                solved = solve_experts(job.stream, layer, loaded, positions, hessian, sample, options, originals)
+            else:
+                solved = [_read_expert(job, stored, layer, expert) for expert in batch]
+            if job.reference is not None:
+                add_originals(job.reference, layer, loaded, theirs)
+            del loaded
+            for expert, coded in zip(batch, solved, strict=True):
+                tokens, slots = positions[expert]
+                with phase("forward"):
+                    add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer, coded.middle)
+                if done is None:
+                    tensors |= _expert_tensors(job, layer, expert, coded)
+                    note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
+            release_memory()
+    if done is None:
+        _write_piece(job, piece, [tensor_entry(name, tensor) for name, tensor in tensors.items()], note)
+
+
+def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[str, Any]) -> None:
+    def write(path: Path) -> Mapping[str, Any]:
+        write_shard(path, entries)
+        return note
+
+    with phase("write", size=sum(entry.bytes for entry in entries)):
+        job.run.write(piece, job.piece_names[piece], write)
+    job.allowance.spend()
+
+
+def _expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dict[str, Tensor]:
+    names = job.stream.model.family.expert_names(layer, expert)
+    tensors: dict[str, Tensor] = {}
+    for name, matrix in zip(names, (coded.gate, coded.up, coded.down), strict=True):
+        tensors |= _packed(job, name, matrix)
+    return tensors
+
+
+def _packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
+    module, scheme = name.removesuffix(".weight"), job.options.scheme_of(layer_of(name))
+    with phase("pack"):
+        return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
+
+
+def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
+    """Everything of a layer but its routed experts: quantized where asked for, else as stored (fp8 becomes bf16)."""
+    source, tensors = job.stream.model.source, dict[str, Tensor]()
+    for name in job.names.get(layer, []):
+        if ".experts." in source.family.module_name(name):
+            continue
+        if name in linears:
+            tensors |= _packed(job, name, linears[name])
+        else:
+            tensors[name] = _plain(job, name)
+    return tensors
+
+
+def _plain(job: Job, name: str) -> Tensor:
+    source, tensor = job.stream.model.source, _read(job, name)
+    may_be_fp8 = part_of(source.family, name, job.stream.model.shape.layers) in _FP8_PARTS and tensor.ndim == 2
+    dequantized = may_be_fp8 and tensor.dtype == torch.float32 and "quantization_config" in source.config
+    return tensor.to(job.options.stored_dtype) if dequantized else tensor
+
+
+def _write_outer(job: Job) -> None:
+    """Embeddings, final norm and lm_head; lm_head quantized where asked for."""
+    job.allowance.require()
+    entries: list[Entry] = []
+    note: dict[str, Any] = {"linears": {}}
+    for name in job.names.get(None, []):
+        if name == "lm_head.weight" and Include.LM_HEAD in job.include:
+            matrix, error = solve_head(job.stream, job.options, job.originals)
+            entries += [tensor_entry(*pair) for pair in _packed(job, name, matrix).items()]
+            note["linears"][name] = error
+        else:
+            entries.append(_outer_entry(job, name))
+    _write_piece(job, "outer", entries, note)
+
+
+def _outer_entry(job: Job, name: str) -> Entry:
+    """A tensor that is read when it is written: R1's embeddings and lm_head are 1.85 GB each."""
+    source = job.stream.model.source
+    shape = source.shapes[name]
+    first = source.read_row(name, 0) if len(shape) == 2 else None
+    if first is None or first.dtype == torch.float8_e4m3fn:
+        return tensor_entry(name, _plain(job, name))
+    size = math.prod(shape) * first.dtype.itemsize
+    return Entry(
+        name=name,
+        dtype=DTYPE_NAMES[first.dtype],
+        shape=shape,
+        bytes=size,
+        data=lambda: iter((tensor_bytes(_read(job, name)),)),
+    )
+
+
+def _read(job: Job, name: str) -> Tensor:
+    source = job.stream.model.source
+    with phase("read", size=stored_bytes(source, name)):
+        return source.read(name)
+
+
+def _read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
+    """A matrix of a finished piece, whose header is `stored`."""
+    module = name.removesuffix(".weight")
+    names = [module + suffix for suffix in compressed_tensors.SUFFIXES]
+    with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
+        tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
+    codes, scales = compressed_tensors.read_layer(module, tensors, job.options.scheme_of(layer_of(name)))
+    return Coded(codes=codes, scales=scales)
+
+
+def _read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Coded]:
+    stored = read_header(job.run.path(piece))
+    return {name: _read_coded(job, stored, name) for group in groups for name in group.names}
+
+
+def _read_expert(job: Job, stored: Mapping[str, Stored], layer: int, expert: int) -> CodedExpert:
+    gate, up, down = (_read_coded(job, stored, n) for n in job.stream.model.family.expert_names(layer, expert))
+    return CodedExpert(gate=gate, up=up, down=down, tokens=0, error=(0.0, 0.0), rounded=False)
+
+
+def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Index, config, tokenizer, moepress.json; then the folder takes its final name."""
+    run, source, options = job.run, job.stream.model.source, job.options
+    weight_map: dict[str, str] = {}
+    total = 0
+    for piece, name in job.piece_names.items():
+        done = run.done(piece)
+        assert done is not None, piece
+        entries = read_header(run.path(done))
+        weight_map |= dict.fromkeys(entries, name)
+        total += sum(entry.bytes for entry in entries.values())
+    write_index(run.folder, weight_map, total)
+    ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include)
+    groups = config_groups(source, options.scheme, options.layer_bits, job.include)
+    config = dict(source.config) | {
+        "quantization_config": compressed_tensors.quantization_config(options.scheme, ignored, groups)
+    }
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0
+    write_json(run.folder / "config.json", config)
+    copied = copy_companions(companions, run.folder)
+    dropped = sum(len(names) for n, names in job.names.items() if (n or 0) >= job.stream.model.shape.layers)
+    notes = mtp_note(dropped, {}, job.stream.model.shape.experts) + mixed_note(groups)
+    result = {"bytes_after": total, "copied": copied, "notes": notes, **layer_report(run.pieces.values())}
+    if options.layer_bits:
+        result["layer_bits"] = {str(layer): bits for layer, bits in sorted(options.layer_bits.items())}
+    note = {"moepress": __version__, "stage": "quantize", "include": sorted(job.include), **result}
+    note["scheme"] = {"bits": options.scheme.bits, "group_size": options.scheme.group_size}
+    write_json(run.folder / "moepress.json", note | dict(summary))
+    for name in [p for p in run.pieces if p.startswith("hidden-")]:
+        run.drop(name)
+    run.finish()
+    return result

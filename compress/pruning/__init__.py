@@ -1,0 +1,1 @@
+"""Which experts stay, and a checkpoint without the others."""

@@ -1,0 +1,282 @@
+"""A plan: which experts stay, and how they are quantized. A file that a person can read, diff and edit."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moepress.calibration.profile import Profile
+from moepress.compress.budget.search import Alternative, Budget
+from moepress.compress.budget.sizes import Linear, part_sizes
+from moepress.compress.gptq.include import Include
+from moepress.compress.pruning.scoring import (
+    Criterion,
+    Groups,
+    Selection,
+    default_criterion,
+    domain_weights,
+    keep_sets,
+    removed_share,
+    stability,
+    super_experts,
+    unsupported,
+)
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.errors import InvalidInputError, UsageError
+from moepress.models.families.family import Shape, require_legal
+from moepress.models.storage.checkpoint import read_json
+
+SCHEMA_VERSION: Literal["1.0"] = "1.0"
+COLLAPSE_NOTE = (
+    "frequency counts how often an expert is chosen and not what it contributes: rarely used experts that matter are "
+    "lost first, and quality collapses at high ratios; prefer reap or easy-ep."
+)
+
+
+class Quantization(BaseModel):
+    """Bits and group size of the quantized matrices."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int = 4
+    group_size: int = 128
+
+    def scheme(self) -> Scheme:
+        """The scheme that solver and packers use.
+
+        Raises:
+            UsageError: bits or group size are not supported.
+        """
+        return Scheme(bits=self.bits, group_size=self.group_size)
+
+
+class DomainLoss(BaseModel):
+    """What a domain loses: the share of its mass that the removed experts carry (0..1, mean over layers)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gate_mass: float
+    reap_sum_mass: float
+
+
+class Sizes(BaseModel):
+    """Estimated bytes of the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    before_bytes: int
+    after_bytes: int
+
+
+class Plan(BaseModel):
+    """Everything that `prune` and `quantize` need besides the model. See docs/formats.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal["1.0"] = SCHEMA_VERSION
+    model: str
+    model_name: str
+    family: str
+    criterion: Criterion
+    domain_weights: dict[str, float]
+    groups: Groups
+    experts_before: int = Field(gt=0)
+    experts: int = Field(gt=0)
+    keep: dict[int, list[int]]
+    quantization: Quantization | None
+    layer_bits: dict[int, int] = {}
+    include: tuple[Include, ...] = ()
+    budget: Budget | None = None
+    alternatives: list[Alternative] = []
+    loss: dict[str, DomainLoss]
+    stability: float
+    protected: dict[int, list[int]]
+    unsupported: dict[int, list[int]]
+    sizes: Sizes
+    calibration: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def degroup(self) -> bool:
+        """Whether the router's groups are dropped."""
+        return self.groups is Groups.DEGROUP
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any expert goes."""
+        return self.experts < self.experts_before
+
+
+def count_from_keep(shape: Shape, keep: float | None, experts: int | None, *, degroup: bool) -> int:
+    """The number of experts kept, from `--keep` (a share) or `--experts` (a count).
+
+    Raises:
+        UsageError: both or neither are given, the share is not in (0, 1], or the count is not legal.
+    """
+    if (keep is None) == (experts is None):
+        given = "both --keep and --experts were given" if keep is not None else "neither --keep nor --experts was given"
+        raise UsageError(f"Say how much stays, --keep 0.75 (a share) or --experts 48 (a count): {given}.")
+    if keep is not None and not 0 < keep <= 1:
+        raise UsageError(f"--keep {keep} is not a share; give a number above 0 and up to 1.")
+    if experts is not None and experts < 1:
+        raise UsageError(f"--experts {experts} is not a count of experts.")
+    count = experts if experts is not None else max(1, round(shape.experts * (keep or 1.0)))
+    require_legal(shape, count, degroup=degroup)
+    return count
+
+
+def make_plan(
+    profile: Profile,
+    *,
+    count: int,
+    criterion: Criterion | None = None,
+    weights: Mapping[str, float] | None = None,
+    groups: Groups = Groups.BALANCED,
+    scheme: Scheme | None = None,
+    layer_bits: Mapping[int, int] | None = None,
+    include: Iterable[Include] = (),
+    linears: Sequence[Linear] = (),
+) -> Plan:
+    """Decide what stays. Pure: the same profile and options give the same plan.
+
+    Args:
+        profile: how the model uses its experts.
+        count: experts that stay in every layer.
+        criterion: what they are ranked by; None for the default.
+        weights: per domain; 1 where none is given.
+        groups: what becomes of the router's groups.
+        scheme: bits and group size; None for pruning alone.
+        layer_bits: bits of the routed experts where they differ by layer, for all MoE layers.
+        include: parts that are quantized besides the routed experts.
+        linears: their matrices, `sizes.linears_of_config`.
+
+    Raises:
+        UsageError: the count is not legal, a domain is unknown, or the group size does not divide the matrices.
+    """
+    shape, every = profile.shape, domain_weights(profile.domains, weights or {})
+    require_legal(shape, count, degroup=groups is Groups.DEGROUP)
+    if scheme is not None:
+        for columns in (shape.hidden, shape.expert_width, *(linear.columns for linear in linears)):
+            scheme.groups(columns)
+    chosen = criterion or default_criterion(every)
+    selection = Selection(criterion=chosen, count=count, weights=every, groups=groups)
+    kept = keep_sets(profile, selection)
+    gate, reap = (removed_share(profile, kept, name) for name in ("gate", "weighted_norm"))
+    few = unsupported(profile, every)
+    prunes = count < shape.experts
+    return Plan(
+        model=profile.model,
+        model_name=profile.model_name,
+        family=profile.family,
+        criterion=chosen,
+        domain_weights=every,
+        groups=groups,
+        experts_before=shape.experts,
+        experts=count,
+        keep=kept,
+        quantization=Quantization(bits=scheme.bits, group_size=scheme.group_size) if scheme else None,
+        layer_bits=dict(layer_bits or {}),
+        include=tuple(sorted(include)),
+        loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d]) for d in profile.domains},
+        stability=stability(profile, selection) if prunes else 1.0,
+        protected={layer: found for layer, found in super_experts(profile).items() if found},
+        unsupported=few,
+        sizes=estimate_sizes(profile.inventory, shape, count, scheme, layer_bits, linears),
+        calibration=dict(profile.calibration),
+        notes=_notes(profile, chosen, few, prunes=prunes),
+    )
+
+
+def _notes(profile: Profile, criterion: Criterion, few: Mapping[int, Sequence[int]], *, prunes: bool) -> list[str]:
+    notes = []
+    if criterion is Criterion.FREQUENCY and prunes:
+        notes.append(COLLAPSE_NOTE)
+    if few:
+        total = sum(map(len, few.values()))
+        notes.append(f"{total} experts in {len(few)} layers saw fewer than 32 tokens; their scores are unsupported.")
+    return notes
+
+
+def estimate_sizes(
+    inventory: Mapping[str, Any],
+    shape: Shape,
+    count: int,
+    scheme: Scheme | None,
+    layer_bits: Mapping[int, int] | None = None,
+    linears: Sequence[Linear] = (),
+) -> Sizes:
+    """Bytes of all weights before and after; the routed experts and `linears` quantized, the MTP layer dropped."""
+    before = sum(int(row["bytes"]) for row in inventory.values())
+    after = sum(part_sizes(inventory, shape, count, scheme, layer_bits, linears).values())
+    return Sizes(before_bytes=before, after_bytes=round(after))
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as it is written to disk; `keep` has one layer a line so that diffs are readable."""
+    data = plan.model_dump(mode="json")
+    keep, data["keep"] = data["keep"], "@keep@"
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    rows = ",\n".join(f'    "{layer}": {json.dumps(experts)}' for layer, experts in keep.items())
+    return text.replace('"@keep@"', "{\n" + rows + "\n  }") + "\n"
+
+
+def load_plan(file: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        InvalidInputError: it is not a plan, or its keep lists contradict each other.
+    """
+    try:
+        plan = Plan.model_validate(read_json(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidInputError(
+            f"{file} is not a valid plan: {where}: {first['msg']}; mend it or plan again."
+        ) from error
+    for layer, kept in plan.keep.items():
+        if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= plan.experts_before:
+            raise InvalidInputError(
+                f"{file}: the keep list of layer {layer} must hold expert numbers, ascending, once each."
+            )
+        if len(kept) != plan.experts:
+            raise InvalidInputError(
+                f"{file}: layer {layer} keeps {len(kept)} experts and the plan says {plan.experts}; no runtime takes "
+                "counts that differ by layer."
+            )
+    _check_layer_bits(file, plan)
+    return plan
+
+
+def _check_layer_bits(file: Path, plan: Plan) -> None:
+    if not plan.layer_bits:
+        return
+    if plan.quantization is None or set(plan.layer_bits) != set(plan.keep):
+        raise InvalidInputError(f"{file}: layer_bits must name each layer of keep once, beside a quantization.")
+    wrong = sorted(set(plan.layer_bits.values()) - set(SUPPORTED_BITS))
+    if wrong:
+        raise InvalidInputError(f"{file}: layer_bits holds {wrong[0]}; supported are 2, 3, 4 and 8 bits.")
+
+
+def check_plan(plan: Plan, shape: Shape, layers: Sequence[int], model: str | None) -> None:
+    """Hold a plan against the model it is to be used on.
+
+    Raises:
+        UsageError: it is for another model, or not legal for this one.
+    """
+    if model is not None and plan.model != model:
+        raise UsageError(f"The plan was made for another model ({plan.model_name}); profile and plan this one.")
+    if plan.experts_before != shape.experts or tuple(sorted(plan.keep)) != tuple(layers):
+        raise UsageError("The plan's layers or experts are not those of this model; profile and plan this one.")
+    require_legal(shape, plan.experts, degroup=plan.degroup)
+    if plan.degroup or shape.groups == 1:
+        return
+    size = shape.experts // shape.groups
+    for layer, kept in plan.keep.items():
+        held = [sum(e // size == g for e in kept) for g in range(shape.groups)]
+        if len(set(held)) > 1:
+            raise UsageError(
+                f"The plan keeps {held} experts in the groups of layer {layer}; every group must keep the same."
+            )

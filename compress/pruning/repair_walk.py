@@ -1,0 +1,324 @@
+"""Repair after pruning: the original and the pruned model walk side by side, and layer by layer the second is mended.
+
+Both see the same calibration tokens. In an MoE layer the pruned model gives the outputs of its experts for the tokens
+as they come to it, behind layers that are pruned and mended already. The target is what they would have to add to its
+stream for the layer's output to be the original's. Bias and gains are found from these, and the mended output goes on.
+Every expert is read once a layer, for both.
+
+Shapes: T tokens, K experts a token, J slots of a token (K, or 2K where two routings are compared), E kept experts.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepress.calibration.corpus import Corpus
+from moepress.compress.pruning.repair import Repair, balanced_bias, loads, no_equations, solve_gains
+from moepress.compress.pruning.repaired import LayerRepair
+from moepress.models.families.routing import route, router_of, scores
+from moepress.models.forward.costs import expert_flops
+from moepress.models.forward.scratch import Rows
+from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
+from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, open_stream, read_ahead
+from moepress.models.storage.experts import Expert
+from moepress.models.storage.safetensors_file import read_header, read_row
+from moepress.models.storage.writer import tensor_entry, write_shard
+from moepress.runs.journal import Run
+from moepress.runs.memory import release_memory
+from moepress.runs.phases import in_layer, phase
+from moepress.runs.progress import track
+
+ROWS_AT_ONCE = 2048
+CHUNK_BYTES = 16 << 20
+_PIECES = ("hidden-", "repair-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walk:
+    """Both streams, and the buffers of a layer.
+
+    Attributes:
+        original: the model that was pruned.
+        pruned: the same seen through the keep list.
+        keep: layer -> experts kept, ascending, by their old numbers.
+        parts: what is repaired.
+        routed: the original's routed output, fp32 [T, D].
+        table: the kept experts' outputs, T * J rows.
+    """
+
+    original: Stream
+    pruned: Stream
+    keep: Mapping[int, Sequence[int]]
+    parts: frozenset[Repair]
+    routed: Tensor
+    table: Rows
+
+    @property
+    def slots(self) -> int:
+        """J."""
+        return self.table.count // self.original.tokens
+
+    def target(self, rows: slice) -> Tensor:
+        """What some tokens lack, before the routed experts, for the original's layer output: fp32 [T, D]."""
+        return self.original.flat()[rows].float() + self.routed[rows] - self.pruned.flat()[rows].float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which kept experts' outputs are known of every token, and how a routing weighs them.
+
+    Attributes:
+        slots: expert numbers, int64 [T, J]; E where a slot is empty.
+        weights: of the pruned router as it is, fp32 [T, J], 0 in slots that it does not choose.
+        other: of the router with another bias, likewise; None where the bias stays.
+        bias: that other bias.
+        load_before, load_after: distance of the loads from those wanted.
+    """
+
+    slots: Tensor
+    weights: Tensor
+    other: Tensor | None = None
+    bias: Tensor | None = None
+    load_before: float | None = None
+    load_after: float | None = None
+
+
+def collect_repairs(
+    original: StreamedModel,
+    pruned: StreamedModel,
+    keep: Mapping[int, Sequence[int]],
+    parts: frozenset[Repair],
+    corpus: Corpus,
+    run: Run,
+    limits: Limits,
+) -> dict[int, LayerRepair]:
+    """Find the repairs of all MoE layers; each, and the hidden states behind it, is a piece of the run.
+
+    Raises:
+        InvalidInputError: activations are NaN or Inf.
+        MoepressError: the disk has no room for the experts' outputs.
+    """
+    layers, half = (
+        original.shape.layers,
+        Limits(memory_bytes=limits.memory_bytes // 2, batch_windows=limits.batch_windows),
+    )
+    scratch = [Scratch(run.folder, half.memory_bytes, name) for name in ("scratch", "pruned")]
+    try:
+        with torch.inference_mode(), track("repair", layers) as advance:
+            with phase("embed"):
+                walk = _open(original, pruned, keep, parts, corpus, scratch, half)
+            first = _resume(run, walk)
+            advance(first)
+            for layer in range(first, layers):
+                with in_layer(layer), phase("other"):
+                    _repair_layer(walk, layer, run)
+                    _save(run, walk, layer)
+                advance(1)
+    finally:
+        for buffers in scratch:
+            buffers.close()
+    return {layer: _read(run, layer) for layer in sorted(original.moe_layers)}
+
+
+def drop_walk(run: Run) -> None:
+    """Remove what only a resume needed. Hidden states first: without them a resume begins anew, as it then must."""
+    for prefix in _PIECES:
+        for piece in sorted(name for name in run.pieces if name.startswith(prefix)):
+            run.drop(piece)
+
+
+def _open(
+    original: StreamedModel,
+    pruned: StreamedModel,
+    keep: Mapping[int, Sequence[int]],
+    parts: frozenset[Repair],
+    corpus: Corpus,
+    scratch: Sequence[Scratch],
+    limits: Limits,
+) -> Walk:
+    first, second = (
+        open_stream(model, corpus.windows, buffers, limits, observe=model is pruned)
+        for model, buffers in zip((original, pruned), scratch, strict=True)
+    )
+    slots = pruned.shape.top_k * (2 if Repair.BIAS in parts else 1)
+    return Walk(
+        original=first,
+        pruned=second,
+        keep=keep,
+        parts=parts,
+        routed=scratch[0].tensor("routed", (first.tokens, original.shape.hidden), torch.float32),
+        table=scratch[1].rows("outputs", first.tokens * slots, original.shape.hidden, pruned.dtype),
+    )
+
+
+def _repair_layer(walk: Walk, layer: int, run: Run) -> None:
+    streams = (walk.original, walk.pruned)
+    routed = False
+    for stream in streams:
+        stream.model.load_layer(layer)
+        routed = first_step(stream, layer)
+    if routed:
+        routing = _routing(walk, layer)
+        _run_experts(walk, layer, routing)
+        with phase("repair"):
+            repair, gains, weights = _solve(walk, routing)
+            _advance(walk, routing, gains, weights)
+        run.write(f"repair-{layer}", f"repair-{layer:05d}.json", lambda path: _write(path, repair))
+    for stream in streams:
+        stream.model.unload_layer(layer)
+        with phase("check"):
+            require_finite_hidden(stream.hidden, layer)
+        stream.forget()
+    release_memory()
+
+
+def _routing(walk: Walk, layer: int) -> Routing:
+    """The pruned router's choice, and beside it the choice under a balanced bias where that is asked for."""
+    stream, model = walk.pruned, walk.pruned.model
+    if Repair.BIAS not in walk.parts:
+        return Routing(slots=stream.chosen, weights=stream.weights)
+    before = model.router_bias(layer)
+    assert before is not None, "the stage refuses models without a bias"
+    assert stream.logits is not None
+    with phase("balance"):
+        router, experts = router_of(model.family, model.source.config), model.shape.experts
+        wanted = wanted_loads(walk.original.chosen, walk.keep[layer], walk.original.model.shape.experts)
+        bias = balanced_bias(router, scores(router, stream.logits), before, wanted)
+        chosen, weights = route(router, stream.logits, bias)
+        found = [0.5 * float((loads(c, experts) - wanted).abs().sum()) for c in (stream.chosen, chosen)]
+        same_TKK = stream.chosen[:, :, None] == chosen[:, None, :]
+        extra = ~same_TKK.any(dim=1)  # chosen now and not before
+        shared = (same_TKK * weights[:, None, :]).sum(dim=2)
+        return Routing(
+            slots=torch.cat((stream.chosen, chosen.masked_fill(~extra, experts)), dim=1),
+            weights=torch.cat((stream.weights, torch.zeros_like(weights)), dim=1),
+            other=torch.cat((shared, weights * extra), dim=1),
+            bias=bias,
+            load_before=found[0],
+            load_after=found[1],
+        )
+
+
+def wanted_loads(chosen_TK: Tensor, kept: Sequence[int], experts: int) -> Tensor:
+    """The kept experts' loads in the original, as shares of their sum, fp64 [E]; each gets one choice more."""
+    counts = torch.bincount(chosen_TK.reshape(-1), minlength=experts)[torch.tensor(list(kept))].double() + 1
+    return counts / counts.sum()
+
+
+def _run_experts(walk: Walk, layer: int, routing: Routing) -> None:
+    """Read every expert once: its part of the original's output, and if it stays its outputs for the other stream."""
+    original, pruned = walk.original, walk.pruned
+    number = {old: new for new, old in enumerate(walk.keep[layer])}
+    before = tokens_of(original.chosen, original.model.shape.experts)
+    after = tokens_of(routing.slots, pruned.model.shape.experts + 1)
+    nobody = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    places = {old: after[number[old]] if old in number else nobody for old in range(len(before))}
+    wanted = [old for old in range(len(before)) if len(before[old][0]) or len(places[old][0])]
+    walk.routed.zero_()
+    for old, matrices in read_ahead(original.model, layer, wanted):
+        for tokens, slots, output in _outputs(original, matrices, layer, before[old]):
+            weights = original.weights[tokens, slots, None]
+            walk.routed.index_add_(0, tokens, output.float() * weights)
+        for tokens, slots, output in _outputs(pruned, matrices, layer, places[old]):
+            walk.table.put(tokens * walk.slots + slots, output)
+
+
+def _outputs(
+    stream: Stream, matrices: Expert, layer: int, places: tuple[Tensor, Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An expert's outputs for a stream's tokens, a part at a time: tokens, slots, outputs on the CPU."""
+    activation = stream.model.activation(layer)
+    for tokens, slots in zip(*(part.split(ROWS_AT_ONCE) for part in places), strict=True):
+        if not len(tokens):
+            continue
+        with phase("forward", flops=expert_flops(matrices, len(tokens))):
+            output = apply_expert(matrices, stream.inputs[tokens].to(stream.model.device), activation).to("cpu")
+        stream.touch(len(tokens))
+        yield tokens, slots, output
+
+
+def _chunks(walk: Walk, routing: Routing) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """All tokens in chunks: rows, slots int64 [T, J] and outputs fp32 [T, J, D], with zeros in empty slots."""
+    width, slots = walk.table.width, walk.slots
+    size, experts = max(1, CHUNK_BYTES // (4 * width * slots)), walk.pruned.model.shape.experts
+    for start in range(0, walk.pruned.tokens, size):
+        rows = slice(start, min(start + size, walk.pruned.tokens))
+        chosen = routing.slots[rows]
+        empty = chosen == experts
+        outputs = walk.table.get(rows.start * slots, rows.stop * slots).float().view(-1, slots, width)
+        yield rows, chosen.masked_fill(empty, 0), outputs.masked_fill(empty[:, :, None], 0.0)
+
+
+def _solve(walk: Walk, routing: Routing) -> tuple[LayerRepair, Tensor, Tensor]:
+    """The layer's repair, the gains fp32 [E], and the weights of the routing that is taken."""
+    experts = walk.pruned.model.shape.experts
+    plain, other = no_equations(experts), no_equations(experts)
+    for rows, chosen, outputs in _chunks(walk, routing):
+        target = walk.target(rows)
+        plain.add(chosen, routing.weights[rows], outputs, target)
+        if routing.other is not None:
+            other.add(chosen, routing.other[rows], outputs, target)
+    ones = torch.ones(experts)
+    taken, weights = (plain, routing.weights) if routing.other is None else (other, routing.other)
+    gains = solve_gains(taken) if Repair.GAIN in walk.parts else ones
+    repair = LayerRepair(
+        gains=gains.tolist() if Repair.GAIN in walk.parts else None,
+        bias=None if routing.bias is None else routing.bias.tolist(),
+        error_before=plain.error(ones),
+        error_after=taken.error(gains),
+        load_before=routing.load_before,
+        load_after=routing.load_after,
+    )
+    return repair, gains, weights
+
+
+def _advance(walk: Walk, routing: Routing, gains_E: Tensor, weights_TJ: Tensor) -> None:
+    """Add the original's routed output to its stream, and the mended one to the pruned model's."""
+    original, pruned = walk.original.flat(), walk.pruned.flat()
+    for rows, chosen, outputs in _chunks(walk, routing):
+        factors = weights_TJ[rows] * gains_E[chosen]
+        mended = torch.bmm(factors[:, None], outputs).squeeze(1)
+        original[rows] = (original[rows].float() + walk.routed[rows]).to(original.dtype)
+        pruned[rows] = (pruned[rows].float() + mended).to(pruned.dtype)
+        walk.original.touch(len(chosen))
+        walk.pruned.touch(len(chosen))
+
+
+def _write(path: Path, repair: LayerRepair) -> None:
+    path.write_text(repair.model_dump_json() + "\n", encoding="utf-8")
+
+
+def _read(run: Run, layer: int) -> LayerRepair:
+    piece = run.done(f"repair-{layer}")
+    assert piece is not None
+    return LayerRepair.model_validate(json.loads(run.path(piece).read_text(encoding="utf-8")))
+
+
+def _save(run: Run, walk: Walk, layer: int) -> None:
+    """Keep both hidden states after a layer as a piece (behind the last an empty one), and drop those before it."""
+    last = layer == walk.original.model.shape.layers - 1
+    kept = [] if last else [("original", walk.original.hidden), ("pruned", walk.pruned.hidden)]
+    with phase("hidden states", size=sum(hidden.nbytes for _, hidden in kept)):
+        entries = [tensor_entry(name, hidden) for name, hidden in kept]
+        run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, entries))
+        run.drop(f"hidden-{layer - 1}")
+
+
+def _resume(run: Run, walk: Walk) -> int:
+    """Load the last hidden states that were kept; returns the layer to go on with."""
+    layers = walk.original.model.shape.layers
+    for layer in reversed(range(layers)):
+        piece = run.done(f"hidden-{layer}")
+        if piece is None:
+            continue
+        stored = read_header(run.path(piece))
+        for name, stream in (("original", walk.original), ("pruned", walk.pruned)) if layer < layers - 1 else ():
+            with phase("hidden states", size=stored[name].bytes):
+                for window in range(stream.hidden.shape[0]):
+                    stream.hidden[window] = read_row(stored[name], window)
+        return layer + 1
+    return 0

@@ -1,0 +1,150 @@
+"""What a repair changes in a pruned model: down projections that are scaled, router biases that are replaced.
+
+`Repairs` is the record of one (in `moepress.json`, and as `repair.json` in a run's folder). A `RepairedSource` shows a
+pruned source with it applied; `Edits` name the same changes for a folder that is being written.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from moepress.compress.pruning.repair import Repair
+from moepress.errors import InvalidInputError
+from moepress.models.storage.checkpoint import Source, SourceView
+from moepress.models.storage.experts import is_fused, router_disk_names
+
+
+class LayerRepair(BaseModel):
+    """One layer's repair; experts by their new numbers.
+
+    Errors are sum_t |o_t - o'_t|^2, o the original layer's output and o' the pruned one's behind layers that are
+    mended, as a share of the squared norm of what the routed experts would have to add, on the calibration tokens.
+    Loads are half the sum of |load - load wanted|, shares of all choices, 0 to 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    gains: list[float] | None
+    bias: list[float] | None
+    error_before: float
+    error_after: float
+    load_before: float | None = None
+    load_after: float | None = None
+
+
+class Repairs(BaseModel):
+    """Repairs of all MoE layers of a model that was pruned by one plan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal["1.0"] = "1.0"
+    model: str
+    experts: int = Field(gt=0)
+    parts: list[Repair]
+    layers: dict[int, LayerRepair]
+    calibration: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it, in hex."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def parse_repairs(text: str, where: object) -> Repairs:
+    """Read the JSON of a `Repairs`.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    try:
+        return Repairs.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InvalidInputError(f"{where} holds no valid repair: {place}: {first['msg']}; repair again.") from error
+
+
+def scaled(values: Tensor, factor: float) -> Tensor:
+    """`values * factor`, computed in fp32 (fp64 stays) and rounded to the dtype that values have."""
+    return (values.to(torch.promote_types(values.dtype, torch.float32)) * factor).to(values.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edits:
+    """Changes by the names that tensors have in the pruned folder.
+
+    Attributes:
+        factors: down projection -> factor; of a fused tensor one for every expert, of others one.
+        tensors: what takes the place of a tensor.
+    """
+
+    factors: Mapping[str, tuple[float, ...]]
+    tensors: Mapping[str, Tensor]
+
+
+def edits_of(pruned: Source, repairs: Repairs) -> Edits:
+    """The changes that repairs mean for a pruned source, or for a folder of that layout.
+
+    Raises:
+        InvalidInputError: the repairs are for other layers or for another number of experts.
+    """
+    factors, tensors = dict[str, tuple[float, ...]](), dict[str, Tensor]()
+    for layer, repair in repairs.layers.items():
+        routers = router_disk_names(pruned, layer)
+        experts = pruned.shapes[routers[0]][0] if routers[0] in pruned.shapes else 0
+        if any(values is not None and len(values) != experts for values in (repair.gains, repair.bias)):
+            raise InvalidInputError(f"The repair of layer {layer} is not for {experts} experts; repair again.")
+        if repair.gains is not None and is_fused(pruned, layer):
+            factors[pruned.family.fused_down.format(layer=layer)] = tuple(repair.gains)
+        elif repair.gains is not None:
+            for expert, gain in enumerate(repair.gains):
+                factors[pruned.family.expert_names(layer, expert)[2]] = (gain,)
+        if repair.bias is not None:
+            bias = next(name for name in routers if name.endswith("bias"))
+            tensors[bias] = torch.tensor(repair.bias, dtype=torch.float32)
+    return Edits(factors=factors, tensors=tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairedSource(SourceView):
+    """A pruned source with its repairs, as if the repaired folder had been written.
+
+    Attributes:
+        edits: what is changed.
+    """
+
+    edits: Edits
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, repaired."""
+        if name in self.edits.tensors:
+            return self.edits.tensors[name].clone()
+        tensor, factors = self.base.read(name), self.edits.factors.get(name)
+        if factors is None:
+            return tensor
+        if tensor.ndim == 2:
+            return scaled(tensor, factors[0])
+        return torch.stack([scaled(row, factor) for row, factor in zip(tensor, factors, strict=True)])
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """`read(name)[row]`, reading nothing else."""
+        if name in self.edits.tensors:
+            return self.edits.tensors[name][row].clone()
+        tensor, factors = self.base.read_row(name, row), self.edits.factors.get(name)
+        if factors is None:
+            return tensor
+        return scaled(tensor, factors[row if tensor.ndim == 2 else 0])
+
+
+def repaired_source(pruned: Source, repairs: Repairs) -> RepairedSource:
+    """See a pruned source with its repairs.
+
+    Raises:
+        InvalidInputError: the repairs are for another model.
+    """
+    return RepairedSource(base=pruned, edits=edits_of(pruned, repairs))

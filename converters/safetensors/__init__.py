@@ -1,0 +1,1 @@
+"""Quantized weights in safetensors: schemes, packing, layouts."""

@@ -1,0 +1,204 @@
+"""Quantized folders, read as if they were dense: a `Source` over codes and scales."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from moepress.converters.safetensors import compressed_tensors, gptq
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.models.families.family import Family
+from moepress.models.families.table import family_of
+from moepress.models.storage.checkpoint import (
+    Checkpoint,
+    Source,
+    load_config,
+    open_checkpoint,
+    open_shards,
+    require_finite,
+)
+from moepress.models.storage.safetensors_file import Stored, read_row, read_tensor
+
+
+class Layout(Protocol):
+    """The two functions that a quantized layout module offers for reading."""
+
+    def read_layer(self, module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Codes int8 [O, I] and scales [O, G]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A folder that moepress (or a compatible tool) quantized; also a `Source` of dequantized weights.
+
+    Attributes:
+        folder: where it lies.
+        config: config.json, parsed.
+        family: the row of the family table.
+        stored: every tensor in every shard.
+        shards: shard file names.
+        shapes: the dense tensors that `read` gives.
+        schemes: bits and group size, with the modules they are for; one for all Linears unless bits are mixed.
+        layout: `compressed-tensors` or `gptq`.
+        suffixes: the quantized tensors that stand for one weight.
+        exact: `read` multiplies in fp32 instead of the scales' dtype, as runtimes do that keep the codes.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    stored: dict[str, Stored]
+    shards: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    schemes: compressed_tensors.Groups
+    layout: str
+    suffixes: tuple[str, ...]
+    exact: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(entry.bytes for entry in self.stored.values())
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight is stored as codes."""
+        return name not in self.stored
+
+    @property
+    def scheme(self) -> Scheme:
+        """Bits and group size; where they are mixed, those of the first group."""
+        return self.schemes[0][1]
+
+    def scheme_of(self, name: str) -> Scheme:
+        """Bits and group size of a quantized weight."""
+        if len(self.schemes) == 1:
+            return self.scheme
+        return compressed_tensors.scheme_for(name.removesuffix(".weight"), self.schemes)
+
+    def scales(self, name: str) -> Tensor:
+        """Scales [O, G] of a quantized weight, without reading its codes."""
+        suffix, by_groups = _SCALES[self.layout]
+        entry = self.stored[f"{name.removesuffix('.weight')}.{suffix}"]
+        scales = read_tensor(entry)
+        require_finite(entry, scales)
+        return scales.mT.contiguous() if by_groups else scales
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes int8 [O, I] and scales [O, G] of a quantized weight.
+
+        Raises:
+            InvalidInputError: a part of it is missing or does not fit.
+        """
+        module = name.removesuffix(".weight")
+        parts = {f"{module}.{s}" for s in self.suffixes}
+        missing = sorted(parts - self.stored.keys())
+        if missing:
+            raise InvalidInputError(f"{self.folder} lacks {missing[0]}; download or make the folder again.")
+        tensors = {part: read_tensor(self.stored[part]) for part in parts}
+        for part in parts:
+            require_finite(self.stored[part], tensors[part])
+        reader: Layout = _READERS[self.layout]
+        return reader.read_layer(module, tensors, self.scheme_of(name))
+
+    def read(self, name: str) -> Tensor:
+        """One dense tensor: in its scales' dtype (fp32 if `exact`) where it was quantized, else as stored."""
+        if not self.is_quantized(name):
+            tensor = read_tensor(self.stored[name])
+            require_finite(self.stored[name], tensor)
+            return tensor
+        codes, scales = self.codes(name)
+        return dense(codes, scales.float() if self.exact else scales)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """`read(name)[row]`; only unquantized tensors have rows that can be read alone."""
+        return read_row(self.stored[name], row)
+
+
+_READERS = {"compressed-tensors": compressed_tensors, "gptq": gptq}
+_SCALES = {"compressed-tensors": ("weight_scale", False), "gptq": ("scales", True)}  # suffix, stored as [G, O]
+
+
+def dense(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
+    """The weights that codes stand for: q * scale, [O, I], multiplied in the scales' dtype.
+
+    transformers and the Marlin kernels multiply in that dtype, so a bf16 product is rounded to bf16 here too.
+    """
+    grouped = codes_OI.to(scales_OG.dtype).unflatten(1, (scales_OG.shape[1], -1))
+    weight: Tensor = (grouped * scales_OG[:, :, None]).flatten(1)
+    return weight
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Open a folder in compressed-tensors or GPTQ layout.
+
+    Raises:
+        UnsupportedError: another quantization method, or a variant that moepress does not read.
+        InvalidInputError: the folder is not sound.
+    """
+    config = load_config(folder)
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if not isinstance(quantization, dict) or method not in _SUFFIXES:
+        raise UnsupportedError(
+            f"{folder} is not in a quantized layout that moepress reads (compressed-tensors or gptq, not {method!r}); "
+            "make one with `moepress quantize`."
+        )
+    if method == "gptq":
+        scheme, _plain = gptq.parse_config(quantization)
+        schemes: compressed_tensors.Groups = ((("Linear",), scheme),)
+    else:
+        schemes, _ignored = compressed_tensors.parse_groups(quantization)
+    stored, shards = open_shards(folder)
+    suffixes = _SUFFIXES[method]
+    first = f".{suffixes[0]}"
+    shapes = {n: e.shape for n, e in stored.items() if not n.endswith(tuple(f".{s}" for s in suffixes))}
+    for name, entry in stored.items():
+        if name.endswith(first):
+            shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, schemes[0][1], method)
+    return Artifact(
+        folder=folder,
+        config=config,
+        family=family_of(config),
+        stored=stored,
+        shards=shards,
+        shapes=shapes,
+        schemes=schemes,
+        layout=method,
+        suffixes=suffixes,
+    )
+
+
+_SUFFIXES = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+}
+
+
+def _dense_shape(
+    name: str, entry: Stored, stored: Mapping[str, Stored], scheme: Scheme, method: str
+) -> tuple[int, ...]:
+    module = name.rsplit(".", 1)[0]
+    if method == "gptq":
+        return entry.shape[1], entry.shape[0] * 32 // scheme.bits
+    key = f"{module}.weight_shape"
+    if key not in stored:
+        raise InvalidInputError(f"{entry.file} lacks {key}; download or make the folder again.")
+    shape = tuple(int(n) for n in read_tensor(stored[key]).tolist())
+    if len(shape) != 2 or min(shape) < 1 or max(shape) >= 1 << 31:
+        raise InvalidInputError(f"{entry.file}: {key} holds {shape}, which is no matrix; make the folder again.")
+    return shape
+
+
+def open_source(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint | Artifact:
+    """Open any folder that moepress can run: plain, fp8, compressed-tensors or GPTQ."""
+    quantization = load_config(folder).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in _SUFFIXES:
+        return open_artifact(folder)
+    return open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+
+
+__all__ = ["Artifact", "Source", "dense", "open_artifact", "open_source"]

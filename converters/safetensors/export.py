@@ -1,0 +1,151 @@
+"""export: lay the codes of a quantized folder out in another format. Codes do not change."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from moepress import __version__
+from moepress.converters.safetensors import compressed_tensors, gptq
+from moepress.converters.safetensors.artifact import Artifact
+from moepress.errors import UnsupportedError
+from moepress.models.families.family import layer_of
+from moepress.models.storage.safetensors_file import DTYPES, read_tensor
+from moepress.models.storage.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.runs.journal import Run
+from moepress.runs.progress import track
+
+Target = Literal["gptq", "compressed-tensors"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What an export did.
+
+    Attributes:
+        bytes_after: size of all tensors.
+        modules: number of quantized matrices.
+        scale_error: largest relative change of a scale; 0 when all are exact in the target's dtype.
+        notes: what a user should know.
+    """
+
+    bytes_after: int
+    modules: int
+    scale_error: float
+    notes: list[str] = field(default_factory=list)
+
+
+def check_target(artifact: Artifact, target: Target) -> None:
+    """Refuse what a layout cannot hold, before any work.
+
+    Raises:
+        UnsupportedError: bits are mixed, or lm_head is quantized.
+    """
+    if len(artifact.schemes) > 1:
+        raise UnsupportedError(
+            f"{artifact.folder} has mixed bits, which moepress lays out for ONNX only (--to onnx); loaders of other "
+            "layouts take one scheme for the whole model."
+        )
+    if target == "gptq" and "lm_head.weight" in artifact.shapes and artifact.is_quantized("lm_head.weight"):
+        raise UnsupportedError("The GPTQ layout of a quantized lm_head is read by no MoE loader; quantize without it.")
+
+
+def export(artifact: Artifact, target: Target, run: Run) -> Exported:
+    """Write the artifact in another layout into the run's folder and finish the run; shard by shard.
+
+    Raises:
+        UnsupportedError: a scale lies outside what the target's dtype can hold, or lm_head is quantized.
+        InvalidInputError: the artifact is not whole.
+    """
+    check_target(artifact, target)
+    by_shard: dict[str, list[str]] = {shard: [] for shard in artifact.shards}
+    for name in artifact.shapes:
+        stored = artifact.stored.get(name) or artifact.stored[f"{name.removesuffix('.weight')}.{artifact.suffixes[0]}"]
+        by_shard[stored.file.name].append(name)
+    errors: list[float] = [0.0]
+    with track(f"export to {target}", len(by_shard)) as advance:
+        for shard, names in by_shard.items():
+            if run.done(shard) is None:
+                run.write(shard, shard, functools.partial(_write_shard, artifact, target, names))
+            done = run.done(shard)
+            errors.append(float(done.note["scale_error"]) if done else 0.0)
+            advance(1)
+    return _finish(artifact, target, run, max(errors))
+
+
+def _write_shard(artifact: Artifact, target: Target, names: list[str], path: Path) -> Mapping[str, Any]:
+    entries: list[Entry] = []
+    error = 0.0
+    for name in names:
+        if artifact.is_quantized(name):
+            codes, scales = artifact.codes(name)
+            tensors = _LAYOUTS[target](artifact, name.removesuffix(".weight"), codes, scales)
+            error = max(error, gptq.half_scale_error(scales) if target == "gptq" else 0.0)
+            entries += [tensor_entry(part, tensor) for part, tensor in tensors.items()]
+        else:
+            entries.append(tensor_entry(name, read_tensor(artifact.stored[name])))
+    write_shard(path, entries)
+    return {"scale_error": error}
+
+
+def _gptq(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    return gptq.layer_tensors(module, codes, scales, artifact.scheme)
+
+
+def _compressed(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Scales get the model's dtype where it holds them exactly (ours always do), else they stay fp16."""
+    dtype = DTYPES[artifact.stored["model.embed_tokens.weight"].dtype]
+    exact = bool((scales.to(dtype).to(scales.dtype) == scales).all())
+    return compressed_tensors.layer_tensors(module, codes, scales, artifact.scheme, dtype if exact else scales.dtype)
+
+
+_LAYOUTS: dict[Target, Callable[[Artifact, str, Tensor, Tensor], dict[str, Tensor]]] = {
+    "gptq": _gptq,
+    "compressed-tensors": _compressed,
+}
+
+
+def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) -> Exported:
+    from moepress.models.storage.safetensors_file import read_header
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in artifact.shards:
+        entries = read_header(run.folder / shard)
+        weight_map |= dict.fromkeys(entries, shard)
+        total += sum(entry.bytes for entry in entries.values())
+    write_index(run.folder, weight_map, total)
+    quantized = {n.removesuffix(".weight") for n in artifact.shapes if artifact.is_quantized(n)}
+    plain = sorted(
+        (n.removesuffix(".weight") for n, s in artifact.shapes.items() if _is_plain_linear(artifact, n, s)),
+        key=lambda n: (layer_of(n) if layer_of(n) is not None else 1 << 30, n),
+    )
+    config = dict(artifact.config)
+    if target == "gptq":
+        config["quantization_config"] = gptq.quantize_config(
+            artifact.scheme, [gptq.module_pattern(name) for name in plain]
+        )
+        write_json(run.folder / "quantize_config.json", config["quantization_config"])
+    else:
+        tied = [] if "lm_head.weight" in artifact.shapes else ["lm_head"]
+        config["quantization_config"] = compressed_tensors.quantization_config(artifact.scheme, plain + tied)
+    write_json(run.folder / "config.json", config)
+    copy_companions(artifact.folder, run.folder)
+    if target != "gptq":
+        (run.folder / "quantize_config.json").unlink(missing_ok=True)  # of the GPTQ folder that this one was made of
+    notes = []
+    if scale_error > 0:
+        notes.append(f"Some scales are not exact in fp16; the largest changes by {scale_error:.2g} of its value.")
+    result = Exported(bytes_after=total, modules=len(quantized), scale_error=scale_error, notes=notes)
+    note = {"moepress": __version__, "stage": "export", "target": target, "modules": len(quantized), "notes": notes}
+    write_json(run.folder / "moepress.json", note)
+    run.finish()
+    return result
+
+
+def _is_plain_linear(artifact: Artifact, name: str, shape: tuple[int, ...]) -> bool:
+    linear = len(shape) == 2 and name.endswith(".weight") and "embed_tokens" not in name
+    return linear and not artifact.is_quantized(name)

@@ -1,0 +1,238 @@
+"""The GPTQ v1 layout (AutoGPTQ, GPTQModel): the tensors of one matrix, and the `quantize_config.json` of a model.
+
+| tensor | dtype | shape | content |
+|---|---|---|---|
+| `.qweight` | int32 | (in * bits / 32, out) | q + zero along in, least significant bits first |
+| `.qzeros` | int32 | (groups, out * bits / 32) | zero - 1 along out, zero = 2**(bits-1) |
+| `.scales` | float16 | (groups, out) | |
+| `.g_idx` | int32 | (in,) | column // group size |
+
+A reader computes W[o, i] = (stored[i, o] - zero[g_idx[i], o]) * scales[g_idx[i], o]. Groups are static and in the order
+of the columns (`desc_act` false), whatever order the codes were solved in.
+
+Letters: O out, I in, G groups. Sources: AutoGPTQ 0.7.1 `qlinear_cuda_old.py`, GPTQModel 7.7.0 `QuantizeConfig`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepress import __version__
+from moepress.converters.safetensors.compressed_tensors import check_layer
+from moepress.converters.safetensors.packing import (
+    pack_gptq_rows,
+    pack_gptq_zeros,
+    to_signed,
+    to_unsigned,
+    unpack_gptq_rows,
+    unpack_gptq_zeros,
+)
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.errors import InvalidInputError, UnsupportedError
+
+SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+NOT_QUANTIZED_PREFIX = "-:"
+
+# Setting, what is read, what AutoGPTQ and GPTQModel assume when it is absent.
+_RULES: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
+    ("quant_method", ("gptq",), "gptq"),
+    ("checkpoint_format", ("gptq",), "gptq"),
+    ("bits", SUPPORTED_BITS, None),
+    ("sym", (True,), True),
+    ("desc_act", (False,), True),
+    ("pack_dtype", ("int32",), "int32"),
+    ("lm_head", (False,), False),
+)
+
+
+def layer_tensors(module_name: str, codes: Tensor, scales: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors that stand for one quantized Linear.
+
+    Args:
+        module_name: the Linear's name in the checkpoint, without `.weight`.
+        codes: int8 [O, I], O and I multiples of 32.
+        scales: floating [O, G]; see `half_scales` for what happens to them.
+        scheme: bits and group size.
+
+    Returns:
+        `.qweight`, `.qzeros`, `.scales` and `.g_idx` under the module's name.
+
+    Raises:
+        ValueError: shapes disagree with the scheme, or a code is out of range.
+        UnsupportedError: O or I is not a multiple of 32, or a scale is lost in float16.
+    """
+    check_layer(module_name, codes, scales, scheme)
+    out_features, in_features = codes.shape
+    zero = -scheme.code_min
+    try:
+        qweight = pack_gptq_rows(to_unsigned(codes, scheme.bits), scheme.bits)
+        qzeros = pack_gptq_zeros(zero, scheme.groups(in_features), out_features, scheme.bits)
+        half = half_scales(scales)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{module_name}: {error}") from error
+    return {
+        f"{module_name}.qweight": qweight,
+        f"{module_name}.qzeros": qzeros.to(codes.device),
+        f"{module_name}.scales": half.mT.contiguous(),
+        f"{module_name}.g_idx": trivial_g_idx(scheme, in_features).to(codes.device),
+    }
+
+
+def read_layer(module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one quantized Linear; the inverse of `layer_tensors`.
+
+    Args:
+        module_name: the Linear's name in the checkpoint, without `.weight`.
+        tensors: at least the four tensors of that module, under their full names.
+        scheme: bits and group size, from `parse_config`.
+
+    Returns:
+        codes int8 [O, I] and scales float16 [O, G].
+
+    Raises:
+        InvalidInputError: a tensor is missing, or the shapes disagree.
+        UnsupportedError: a zero is not the symmetric one, or the columns are not grouped in order.
+    """
+    missing = [module_name + suffix for suffix in SUFFIXES if module_name + suffix not in tensors]
+    if missing:
+        raise InvalidInputError(f"{', '.join(missing)} missing from the checkpoint; download or write it again.")
+    qweight, qzeros, scales, g_idx = (tensors[module_name + suffix] for suffix in SUFFIXES)
+    stored = unpack_gptq_rows(qweight, scheme.bits)
+    out_features, in_features = stored.shape
+    want = (scheme.groups(in_features), out_features)
+    zeros = unpack_gptq_zeros(qzeros, scheme.bits)
+    if tuple(scales.shape) != want or tuple(zeros.shape) != want or g_idx.shape != (in_features,):
+        raise InvalidInputError(
+            f"{module_name}: qweight is {out_features} x {in_features}, but scales are {tuple(scales.shape)}, zeros "
+            f"{tuple(zeros.shape)}, want {want}, and g_idx {tuple(g_idx.shape)}; the files are not of one model."
+        )
+    if not bool((zeros == -scheme.code_min).all()):
+        raise UnsupportedError(
+            f"{module_name}.qzeros are not all {-scheme.code_min} (stored less 1): asymmetric, or the v2 layout, "
+            "which moepress does not read."
+        )
+    if not torch.equal(g_idx.to(torch.int32).cpu(), trivial_g_idx(scheme, in_features)):
+        raise UnsupportedError(f"{module_name}.g_idx puts columns in groups out of order (desc_act); not read here.")
+    return to_signed(stored, scheme.bits), scales.mT.contiguous()
+
+
+def trivial_g_idx(scheme: Scheme, in_features: int) -> Tensor:
+    """The group of every column when groups are in order.
+
+    Returns:
+        int32 [I], column // columns per group.
+    """
+    return torch.arange(in_features, dtype=torch.int32) // scheme.columns_per_group(in_features)
+
+
+def half_scales(scales: Tensor) -> Tensor:
+    """Scales as float16, the only dtype that this layout stores.
+
+    A bfloat16 scale between 2**-14 and 65504 is exact in float16 (8 bits of mantissa in 11); below, it is rounded to
+    a multiple of 2**-24: `half_scale_error` tells by how much.
+
+    Args:
+        scales: floating, any shape.
+
+    Returns:
+        float16, same shape.
+
+    Raises:
+        UnsupportedError: a scale overflows to infinity, or a nonzero scale becomes zero.
+    """
+    half = scales.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        largest = float(scales.abs().max())
+        raise UnsupportedError(
+            f"a scale of {largest:.3g} does not fit float16, the dtype of scales in the GPTQ layout."
+        )
+    vanished = (half == 0) & (scales != 0)
+    if bool(vanished.any()):
+        smallest = float(scales[vanished].abs().min())
+        raise UnsupportedError(
+            f"a scale of {smallest:.3g} becomes 0 in float16, the dtype of scales in the GPTQ layout."
+        )
+    return half
+
+
+def half_scale_error(scales: Tensor) -> float:
+    """The largest relative change of a scale when it is stored as float16; 0.0 when the conversion is exact.
+
+    Args:
+        scales: floating, any shape.
+
+    Returns:
+        max |half - scale| / |scale|, zero scales left out.
+
+    Raises:
+        UnsupportedError: as `half_scales`.
+    """
+    half, exact = half_scales(scales).to(torch.float64), scales.to(torch.float64)
+    change = torch.where(exact == 0, 0.0, (half - exact).abs() / exact.abs())
+    return float(change.max()) if change.numel() else 0.0
+
+
+def quantize_config(scheme: Scheme, not_quantized: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON of `quantize_config.json`, which is also the `quantization_config` of config.json.
+
+    Args:
+        scheme: bits and group size.
+        not_quantized: regular expressions of module names that hold plain weights, matched from the name's start;
+            `module_pattern` makes one of a name.
+
+    Returns:
+        A JSON object.
+    """
+    config: dict[str, Any] = {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"moepress:{__version__}"]},
+    }
+    if not_quantized:
+        config["dynamic"] = {NOT_QUANTIZED_PREFIX + pattern: {} for pattern in not_quantized}
+    return config
+
+
+def module_pattern(module_name: str) -> str:
+    """The regular expression that matches this module's name and no other."""
+    return f"^{re.escape(module_name)}$"
+
+
+def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
+    """The scheme of a folder whose `quantize_config.json` this is, and its unquantized modules.
+
+    Args:
+        config: the JSON object.
+
+    Returns:
+        The scheme, and the regular expressions of modules that hold plain weights.
+
+    Raises:
+        InvalidInputError: the group size is missing.
+        UnsupportedError: any setting under which the bytes mean something else (asymmetric, desc_act, the v2 format,
+            other bits for some modules).
+    """
+    for key, accepted, default in _RULES:
+        value = config.get(key, default)
+        if value not in accepted:
+            reads = " or ".join(map(repr, accepted))
+            raise UnsupportedError(f"quantize_config.{key} is {value!r}; moepress reads {reads}.")
+    group_size = config.get("group_size")
+    if not isinstance(group_size, int):
+        raise InvalidInputError(f"quantize_config.group_size is {group_size!r}; it must be a number.")
+    dynamic = config.get("dynamic") or {}
+    overrides = [pattern for pattern in dynamic if not pattern.startswith(NOT_QUANTIZED_PREFIX)]
+    if overrides:
+        raise UnsupportedError(f"quantize_config.dynamic gives {overrides[0]!r} settings of its own; not read here.")
+    return Scheme(bits=config["bits"], group_size=group_size), tuple(
+        pattern.removeprefix(NOT_QUANTIZED_PREFIX) for pattern in dynamic
+    )

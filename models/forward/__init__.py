@@ -1,0 +1,1 @@
+"""The forward pass out of core, through transformers' own modules."""

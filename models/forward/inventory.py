@@ -1,0 +1,132 @@
+"""What a model weighs, part by part."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moepress.hub.snapshot import origin_of
+from moepress.models.families.family import Part, legal_counts, part_of, shape_of
+from moepress.models.forward.skeleton import hf_config
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.experts import moe_layers
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """Parameters (block scales not counted) and stored bytes (with them) of one part of a model."""
+
+    parameters: int
+    bytes: int
+
+
+def weigh(checkpoint: Checkpoint) -> dict[Part, Weight]:
+    """Parameters and bytes of every part that a checkpoint has, in the order of `Part`."""
+    layers = checkpoint.shape.layers
+    parameters = dict.fromkeys(Part, 0)
+    sizes = dict.fromkeys(Part, 0)
+    for name, entry in checkpoint.stored.items():
+        part = part_of(checkpoint.family, name, layers)
+        sizes[part] += entry.bytes
+        if not name.endswith(".weight_scale_inv"):
+            parameters[part] += math.prod(entry.shape)
+    return {part: Weight(parameters=parameters[part], bytes=sizes[part]) for part in Part if sizes[part]}
+
+
+def inventory(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`weigh`, as plain JSON."""
+    return {part.value: asdict(weight) for part, weight in weigh(checkpoint).items()}
+
+
+def active_parameters(parts: Mapping[Part, Weight], experts: int, top_k: int) -> int:
+    """Parameters that one token uses: everything but embeddings, and top-k of the routed experts."""
+    rest = sum(w.parameters for p, w in parts.items() if p not in {Part.ROUTED, Part.EMBEDDINGS, Part.MTP})
+    routed = parts[Part.ROUTED].parameters if Part.ROUTED in parts else 0
+    return rest + routed * top_k // experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Widths of a model's attention.
+
+    Attributes:
+        heads: query heads.
+        key_width, value_width: of one head's query and key, and of its value.
+        cached_values: numbers that a KV cache keeps per token and layer: keys and values of all key-value heads, or the
+            latent vector and the rotated key where the attention is latent (MLA), as vLLM and SGLang keep it.
+    """
+
+    heads: int
+    key_width: int
+    value_width: int
+    cached_values: int
+
+
+def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
+    """Read the widths; what a config leaves out is what transformers takes.
+
+    Raises:
+        InvalidInputError: transformers refuses the config.
+    """
+    return attention_of(hf_config(config))
+
+
+def attention_of(parsed: Any) -> AttentionShape:
+    """`attention_shape` of a config that transformers has parsed."""
+    heads, latent = int(parsed.num_attention_heads), getattr(parsed, "kv_lora_rank", None)
+    if latent:
+        rotated = int(parsed.qk_rope_head_dim)
+        return AttentionShape(
+            heads=heads,
+            key_width=int(parsed.qk_nope_head_dim) + rotated,
+            value_width=int(parsed.v_head_dim),
+            cached_values=int(latent) + rotated,
+        )
+    width = int(getattr(parsed, "head_dim", None) or parsed.hidden_size // heads)
+    cached = 2 * int(parsed.num_key_value_heads) * width
+    return AttentionShape(heads=heads, key_width=width, value_width=width, cached_values=cached)
+
+
+def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Size of the KV cache of one sequence of that many tokens, in 16 bit; sliding windows are not taken off."""
+    return 2 * attention_shape(config).cached_values * int(config["num_hidden_layers"]) * tokens
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that `inspect` tells, as plain JSON."""
+    shape, parts = checkpoint.shape, weigh(checkpoint)
+    dtypes: dict[str, int] = {}
+    for entry in checkpoint.stored.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.bytes
+    routed_layers = moe_layers(checkpoint)
+    return {
+        "model": str(origin_of(checkpoint.folder) or checkpoint.folder),
+        "family": checkpoint.family.name,
+        "architecture": checkpoint.family.architecture,
+        "layers": shape.layers,
+        "moe_layers": list(routed_layers),
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "groups": shape.groups,
+        "top_groups": shape.top_groups,
+        "hidden": shape.hidden,
+        "expert_width": shape.expert_width,
+        "vocabulary": shape.vocabulary,
+        "context": shape.context,
+        "shards": len(checkpoint.shards),
+        "dtype_bytes": dict(sorted(dtypes.items())),
+        "parts": {part.value: asdict(weight) for part, weight in parts.items()},
+        "parameters": sum(w.parameters for w in parts.values()),
+        "active_parameters": active_parameters(parts, shape.experts, shape.top_k),
+        "bytes": checkpoint.total_bytes,
+        "legal_expert_counts": list(legal_counts(shape)),
+        "legal_expert_counts_degrouped": list(legal_counts(shape, degroup=True)) if shape.groups > 1 else None,
+        "never_quantized": ["router", "embeddings", "norms", *checkpoint.family.never_quantize],
+        "mtp_layers": int(checkpoint.config.get("num_nextn_predict_layers") or 0) if Part.MTP in parts else 0,
+        "layer_kinds": {
+            "moe": len(routed_layers),
+            "dense": shape_of(checkpoint.family, checkpoint.config).layers - len(routed_layers),
+        },
+    }

@@ -1,0 +1,279 @@
+"""Walk a streamed model layer by layer over many windows, within a memory limit."""
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from moepress.errors import UsageError
+from moepress.models.families.family import Shape
+from moepress.models.forward.costs import expert_flops, layer_flops, stored_expert_bytes
+from moepress.models.forward.scratch import Rows
+from moepress.models.forward.scratch import Scratch as Scratch  # a walk cannot be opened without one
+from moepress.models.forward.streamed import Routed, StreamedModel, apply_expert, require_finite_hidden, tokens_of
+from moepress.models.storage.experts import Expert
+from moepress.runs.memory import release_memory, settle
+from moepress.runs.phases import beside, phase
+from moepress.runs.progress import track
+
+_BATCH_WINDOWS_LIMIT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much is held at a time. The result depends on it in the last bits, so a resume keeps it.
+
+    Attributes:
+        memory_bytes: what `--max-memory` allows.
+        batch_windows: windows that go through a layer together.
+    """
+
+    memory_bytes: int
+    batch_windows: int
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name.split(":")[0], False):
+        there = ", ".join(kind for kind, ok in available.items() if ok)
+        raise UsageError(f"--device {name} is not available on this machine; available: {there}.")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` computes in fp32 on the CPU (where it is as fast and more exact) and in bf16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def default_memory() -> int:
+    """What may be used without --max-memory: half of what is free now, in bytes."""
+    return int(psutil.virtual_memory().available // 2)
+
+
+def choose_limits(
+    shape: Shape,
+    window: int,
+    memory_bytes: int | None,
+    batch_windows: int | None = None,
+    device: torch.device | None = None,
+) -> Limits:
+    """Pick the batch size for the memory that may be used: half of what is free now, and of what a GPU has free."""
+    memory = memory_bytes or default_memory()
+    if device is not None and device.type == "cuda":
+        memory = min(memory, torch.cuda.mem_get_info(device)[0] // 2)
+    per_window = window * 4 * 48 * shape.hidden  # some fifty activations of the hidden size live at once
+    fitting = max(1, min(_BATCH_WINDOWS_LIMIT, memory // 8 // per_window))
+    return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)
+
+
+@dataclass(slots=True, kw_only=True)
+class Stream:
+    """The state of a walk: hidden states of all windows, and buffers for one layer's routed tokens.
+
+    Attributes:
+        hidden: [N, T, D] in the compute dtype, on the CPU; before a layer its input, after it its output.
+        inputs: experts' inputs [N * T, D].
+        chosen: [N * T, K] int64.
+        weights: [N * T, K] fp32.
+        residual: [N * T, D] stream before the MoE block, when asked for.
+        logits: [N * T, E] router logits, when asked for; -inf for experts that a layer lacks.
+        outputs: the experts' outputs of a part of the tokens, made and reused by `calibration.observe`.
+        routed: their weighted sums, likewise.
+    """
+
+    model: StreamedModel
+    limits: Limits
+    scratch: Scratch
+    hidden: Tensor
+    inputs: Tensor
+    chosen: Tensor
+    weights: Tensor
+    residual: Tensor | None = None
+    logits: Tensor | None = None
+    outputs: Rows | None = None
+    routed: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
+    def flat(self) -> Tensor:
+        """The hidden states as [N * T, D], the same memory."""
+        return self.hidden.view(-1, self.hidden.shape[2])
+
+    def touch(self, tokens: int) -> None:
+        """Say that the buffers of so many tokens were gone over, so that mapped pages are given back in time."""
+        rows = (self.inputs, self.residual, self.logits)
+        width = sum(t.shape[1] * t.itemsize for t in (self.flat(), *rows) if t is not None)
+        self.scratch.touch(tokens * width)
+
+    def forget(self) -> None:
+        """Give mapped pages back now."""
+        self.scratch.forget()
+
+
+def open_stream(
+    model: StreamedModel,
+    windows_NT: Tensor,
+    scratch: Scratch,
+    limits: Limits,
+    *,
+    observe: bool,
+    logits: bool = False,
+) -> Stream:
+    """Allocate buffers and embed the windows.
+
+    `observe` also keeps the residual stream and the router's logits, `logits` only these.
+    """
+    settle()
+    windows, length = windows_NT.shape
+    tokens, shape = windows * length, model.shape
+    routed = bool(model.moe_layers)
+    rows = tokens if routed else 0
+    stream = Stream(
+        model=model,
+        limits=limits,
+        scratch=scratch,
+        hidden=scratch.tensor("hidden", (windows, length, shape.hidden), model.dtype),
+        inputs=scratch.tensor("inputs", (rows, shape.hidden), model.dtype),
+        chosen=scratch.tensor("chosen", (rows, shape.top_k), torch.int64),
+        weights=scratch.tensor("weights", (rows, shape.top_k), torch.float32),
+        residual=scratch.tensor("residual", (rows, shape.hidden), model.dtype) if observe else None,
+        logits=scratch.tensor("logits", (rows, shape.experts), torch.float32) if observe or logits else None,
+    )
+    batches = torch.split(windows_NT, limits.batch_windows)
+    start = 0
+    for embedded in model.embed_all(iter(batches)):
+        stream.hidden[start : start + embedded.shape[0]] = embedded.to("cpu")
+        start += embedded.shape[0]
+        stream.touch(embedded.shape[0] * length)
+    stream.forget()
+    return stream
+
+
+def first_step(stream: Stream, layer: int) -> bool:
+    """Run a loaded layer without its routed experts over all windows, in place; True when it has routed experts."""
+    model, length = stream.model, stream.hidden.shape[1]
+    start, routed = 0, None
+    flops = layer_flops(model.skeleton.model.layers[layer], model.config, stream.tokens, length)
+    with phase("forward", flops=flops):
+        for batch in torch.split(stream.hidden, stream.limits.batch_windows):
+            output, routed = model.run_layer(layer, batch.to(model.device))
+            store(stream, batch, output, routed, start)
+            start += batch.shape[0]
+    stream.forget()
+    return routed is not None
+
+
+def store(stream: Stream, batch: Tensor, output: Tensor, routed: Routed | None, start: int) -> None:
+    """Put a layer's output for a batch of windows, and what reached its experts, into the stream's buffers.
+
+    Args:
+        stream: whose buffers.
+        batch: the windows' rows of `stream.hidden`, [B, T, D].
+        output: what becomes of them.
+        routed: of a layer with experts.
+        start: the first window.
+    """
+    batch.copy_(output)
+    if routed is not None:
+        first = start * stream.hidden.shape[1]
+        rows = slice(first, first + routed.inputs.shape[0])
+        stream.inputs[rows] = routed.inputs.to("cpu")
+        stream.chosen[rows] = routed.chosen.to("cpu")
+        stream.weights[rows] = routed.weights.to("cpu", torch.float32)
+        if stream.residual is not None:
+            stream.residual[rows] = routed.residual.to("cpu")
+        if stream.logits is not None:
+            experts = routed.logits.shape[1]  # another layer may have more
+            stream.logits[rows, :experts] = routed.logits.to("cpu", torch.float32)
+            stream.logits[rows, experts:] = float("-inf")
+    stream.touch(batch.shape[0] * batch.shape[1])
+
+
+def read_ahead(
+    model: StreamedModel, layer: int, experts: Sequence[int], dtype: torch.dtype | None = None
+) -> Generator[tuple[int, Expert], None, None]:
+    """Experts in order, the next one being read from disk while the present one is used. Close it, if not exhausted."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = [(e, pool.submit(_read_beside, model, layer, e, dtype)) for e in experts[:1]]
+        for following in [*experts[1:], None] if experts else []:
+            expert, future = pending.pop(0)
+            if following is not None:
+                pending.append((following, pool.submit(_read_beside, model, layer, following, dtype)))
+            with phase("read"):
+                matrices = future.result()
+            yield expert, matrices
+
+
+def _read_beside(model: StreamedModel, layer: int, expert: int, dtype: torch.dtype | None) -> Expert:
+    with beside("read beside", size=stored_expert_bytes(model.source, layer, expert)):
+        return model.read_expert(layer, expert, dtype)
+
+
+def add_experts(stream: Stream, layer: int) -> None:
+    """Second step of a plain forward: add every expert's weighted output for its own tokens, in expert order."""
+    model, flat = stream.model, stream.flat()
+    positions = tokens_of(stream.chosen, model.shape.experts)
+    wanted = [e for e in range(model.shape.experts) if len(positions[e][0])]
+    for expert, weights in read_ahead(model, layer, wanted):
+        tokens, slots = positions[expert]
+        add_output(stream, flat, weights, tokens, slots, layer)
+
+
+def add_output(
+    stream: Stream,
+    flat: Tensor,
+    expert: Expert,
+    tokens: Tensor,
+    slots: Tensor,
+    layer: int,
+    middle: Tensor | None = None,
+) -> None:
+    """Add one expert's weighted output to the rows of `flat` that chose it.
+
+    `middle`, where known, is what its gate and up give these tokens, [T, F].
+    """
+    model = stream.model
+    flops = expert_flops(expert, len(tokens)) if middle is None else 2.0 * len(tokens) * expert.down.numel()
+    with phase("forward", flops=flops):
+        for part in range(0, len(tokens), 8192):
+            rows, columns = tokens[part : part + 8192], slots[part : part + 8192]
+            if middle is None:
+                output = apply_expert(expert, stream.inputs[rows].to(model.device), model.activation(layer))
+            else:
+                output = torch.nn.functional.linear(middle[part : part + 8192], expert.down)
+            weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
+            flat.index_add_(0, rows, weighted.to("cpu", flat.dtype))
+            stream.touch(len(rows))
+
+
+def forward(
+    model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limits: Limits, *, title: str = "forward"
+) -> Tensor:
+    """Hidden states before the final norm, [N, T, D], of a whole streamed forward pass."""
+    stream = open_stream(model, windows_NT, scratch, limits, observe=False)
+    with track(title, model.shape.layers) as advance, torch.inference_mode():
+        for layer in range(model.shape.layers):
+            model.load_layer(layer)
+            if first_step(stream, layer):
+                add_experts(stream, layer)
+            model.unload_layer(layer)
+            require_finite_hidden(stream.hidden, layer)
+            stream.forget()
+            release_memory()
+            advance(1)
+    return stream.hidden

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: read piece by piece, written as streams."""

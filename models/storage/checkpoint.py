@@ -1,0 +1,388 @@
+"""A model folder on disk: config, index, shards. Opened and checked as a whole, read tensor by tensor."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.models.families.family import Family, Shape, illegal_count, layer_of, shape_of
+from moepress.models.families.table import family_of
+from moepress.models.storage.fp8 import dequantize_blocks, is_finite
+from moepress.models.storage.safetensors_file import Stored, read_header, read_row, read_tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SCALE = ".weight_scale_inv"
+_CHECKED_AT_ONCE = 1 << 22  # elements
+_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class Source(Protocol):
+    """Where weights come from: a folder, a folder seen through a keep list, or a quantized artifact."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+
+    @property
+    def family(self) -> Family:
+        """The row of the family table."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the dense tensors that can be read."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, dequantized where it is stored quantized."""
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """`read(name)[row]`, reading nothing else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceView:
+    """A source as another one shows it: a base for those that change some tensors and keep names and shapes.
+
+    What overrides `read` overrides `read_row` too: neither calls the other.
+
+    Attributes:
+        base: the source that is looked at.
+    """
+
+    base: Source
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The base's config."""
+        return self.base.config
+
+    @property
+    def family(self) -> Family:
+        """The row of the family table."""
+        return self.base.family
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The base's tensors."""
+        return self.base.shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as the base has it."""
+        return self.base.read(name)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """`read(name)[row]`, reading nothing else."""
+        return self.base.read_row(name, row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A folder of safetensors shards as published on the Hugging Face hub; also a `Source`.
+
+    Attributes:
+        folder: where it lies.
+        config: config.json, parsed.
+        family: its row in the table.
+        stored: every tensor in every shard, by name.
+        shards: shard file names in order of their names.
+        shapes: the dense tensors that `read` gives (block scales of fp8 weights are not among them).
+        block: rows and columns of an fp8 block, or None.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    stored: dict[str, Stored]
+    shards: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    block: tuple[int, int] | None = None
+    allow_nonfinite: bool = field(default=False)
+
+    @property
+    def shape(self) -> Shape:
+        """The model's numbers."""
+        return shape_of(self.family, self.config)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(entry.bytes for entry in self.stored.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; fp8 weights come as fp32, others in their stored dtype.
+
+        Raises:
+            InvalidInputError: the tensor holds NaN or Inf, or is not there.
+        """
+        tensor = read_tensor(self._entry(name))
+        if tensor.dtype == torch.float8_e4m3fn and self.block is not None:
+            scales = read_tensor(self._entry(f"{name}_scale_inv"))
+            if not self.allow_nonfinite and not is_finite(tensor, scales):
+                raise nonfinite(self.stored[name])
+            return dequantize_blocks(tensor, scales, self.block)
+        return self._checked(name, tensor)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """`read(name)[row]` as it is stored, reading nothing else: an expert of a fused tensor, a row of a matrix."""
+        entry = self._entry(name)
+        return self._checked(name, read_row(entry, row), row if len(entry.shape) == 3 else None)
+
+    def _entry(self, name: str) -> Stored:
+        try:
+            return self.stored[name]
+        except KeyError:
+            raise InvalidInputError(f"{self.folder} has no tensor {name}; download or copy the folder again.") from None
+
+    def _checked(self, name: str, tensor: Tensor, expert: int | None = None) -> Tensor:
+        if not self.allow_nonfinite:
+            require_finite(self.stored[name], tensor, expert)
+        return tensor
+
+
+def require_finite(entry: Stored, tensor: Tensor, expert: int | None = None) -> None:
+    """Refuse NaN and Inf; `expert` is the row of a fused tensor, whose name does not hold it.
+
+    Raises:
+        InvalidInputError: naming the tensor (its name holds the layer and the expert) and its file.
+    """
+    if not tensor.is_floating_point():
+        return
+    for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE):  # a test of all at once takes copies of all
+        values = part.float() if part.dtype.itemsize == 1 else part
+        if not bool(torch.isfinite(values).all()):
+            raise nonfinite(entry, expert)
+
+
+def nonfinite(entry: Stored, expert: int | None = None) -> InvalidInputError:
+    """The refusal of a tensor that holds NaN or Inf."""
+    where = "" if expert is None else f" (expert {expert})"
+    return InvalidInputError(
+        f"{entry.name}{where} in {entry.file} holds NaN or Inf; download the file again "
+        "(profile and prune can go on with --allow-nonfinite)."
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        InvalidInputError: the file is missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{file} is not valid JSON ({error}); restore it.") from error
+    if not isinstance(value, dict):
+        raise InvalidInputError(f"{file} does not hold a JSON object; restore it.")
+    return value
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a model folder.
+
+    Raises:
+        InvalidInputError: there is no such folder, or no sound config.json in it.
+    """
+    if not folder.is_dir():
+        raise InvalidInputError(f"{folder} is not a folder; give the folder of a Hugging Face model.")
+    if not (folder / "config.json").is_file():
+        raise InvalidInputError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
+    return read_json(folder / "config.json")
+
+
+def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint:
+    """Open a plain (bf16, fp16, fp32) or fp8 block-scaled model folder; reads headers, no weights.
+
+    Raises:
+        InvalidInputError: something in the folder is missing, surplus, corrupt or leads out of it.
+        UnsupportedError: the family or the way of quantization is not handled.
+    """
+    config = load_config(folder)
+    family = family_of(config)
+    block = fp8_block(config)
+    shape = shape_of(family, config)
+    stored, shards = open_shards(folder)
+    shapes = {name: entry.shape for name, entry in stored.items() if not name.endswith(_SCALE)}
+    for name, entry in stored.items():
+        if name.endswith(_SCALE):
+            _check_scale(entry, stored)
+        else:
+            _check_storage(entry, stored, block)
+    require_bounded(family, shape, shapes, folder)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        family=family,
+        stored=stored,
+        shards=shards,
+        shapes=shapes,
+        block=block,
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def _check_scale(scale: Stored, stored: Mapping[str, Stored]) -> None:
+    weight = stored.get(scale.name.removesuffix("_scale_inv"))
+    if weight is None or weight.dtype != "F8_E4M3":
+        raise InvalidInputError(f"{scale.file}: {scale.name} belongs to no fp8 weight; restore the original folder.")
+
+
+def _check_storage(entry: Stored, stored: Mapping[str, Stored], block: tuple[int, int] | None) -> None:
+    """Refuse what is neither a plain floating-point tensor nor an fp8 matrix with its block scales."""
+    if entry.dtype in _PLAIN_DTYPES:
+        return
+    if entry.dtype != "F8_E4M3":
+        raise InvalidInputError(
+            f"{entry.file}: {entry.name} has dtype {entry.dtype}, but weights are {', '.join(_PLAIN_DTYPES)} or "
+            "block-scaled F8_E4M3; restore the original folder."
+        )
+    scale = stored.get(f"{entry.name}_scale_inv")
+    if block is None or scale is None:
+        raise InvalidInputError(
+            f"{entry.file}: {entry.name} is fp8 but its {entry.name}_scale_inv or the block size in config.json is "
+            "missing; restore the original folder."
+        )
+    wanted = tuple(-(-n // b) for n, b in zip(entry.shape, block, strict=True)) if len(entry.shape) == 2 else None
+    if scale.shape != wanted or scale.dtype not in _PLAIN_DTYPES:
+        raise InvalidInputError(
+            f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}, which does not fit {entry.name} "
+            f"{list(entry.shape)} in blocks of {block[0]} x {block[1]}; restore the original folder."
+        )
+
+
+def require_bounded(family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Hold the numbers of a config against the tensors that are there, before anything is built by those numbers.
+
+    Raises:
+        InvalidInputError: there are fewer layers than the config states, or the routers have other sizes.
+    """
+    names = {family.module_name(name): name for name in shapes}
+    there = {layer_of(name) for name in names} - {None}
+    if shape.layers > len(there):
+        raise InvalidInputError(
+            f"{folder}: config.json states {shape.layers} layers and the shards hold {len(there)}; restore the folder."
+        )
+    illegal = illegal_count(shape, shape.experts)
+    if illegal is not None:
+        raise InvalidInputError(f"{folder}: config.json states {shape.experts} experts, but {illegal}; restore it.")
+    router, found = family.module_name(family.router[0]), False
+    for layer in range(shape.layers):
+        name = names.get(router.format(layer=layer))
+        if name is None:
+            continue
+        found = True
+        if shapes[name] != (shape.experts, shape.hidden):
+            raise InvalidInputError(
+                f"{folder}: {name} has shape {list(shapes[name])}, but config.json states {shape.experts} experts and "
+                f"hidden size {shape.hidden}; restore the folder."
+            )
+    if not found:
+        raise InvalidInputError(f"{folder} has no router ({family.router[0]}); give a mixture-of-experts model.")
+
+
+def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The fp8 block size that a config states, or None for an unquantized model.
+
+    Raises:
+        UnsupportedError: another quantization method.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    block = quantization.get("weight_block_size") if method == "fp8" else None
+    if isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
+        return block[0], block[1]
+    raise UnsupportedError(
+        f"The model is already quantized ({method or 'unknown method'}); start from its original bf16, fp16, fp32 or "
+        "fp8 block-scaled folder."
+    )
+
+
+def open_shards(folder: Path) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """Read all headers of a folder and hold them against its index.
+
+    Raises:
+        InvalidInputError: no safetensors; index and shards disagree; a name leads out of the folder.
+    """
+    weight_map: dict[str, Any] | None = None
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise InvalidInputError(f"{folder / INDEX} has no sound weight_map; restore it.")
+        names = sorted(set(weight_map.values()))
+    elif (folder / SINGLE).is_file():
+        names = [SINGLE]
+    else:
+        raise _no_weights(folder)
+    stored: dict[str, Stored] = {}
+    for name in names:
+        for tensor, entry in read_header(_inside(folder, name)).items():
+            if tensor in stored:
+                raise InvalidInputError(
+                    f"{tensor} lies in both {stored[tensor].file.name} and {name}; delete one of them."
+                )
+            stored[tensor] = entry
+    if weight_map is not None:
+        _same_as_index(folder, weight_map, stored)
+    return stored, tuple(names)
+
+
+def _no_weights(folder: Path) -> InvalidInputError:
+    if (folder / "model.onnx").is_file():
+        return InvalidInputError(f"{folder} holds an ONNX model; give the folder that it was exported from.")
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        return InvalidInputError(
+            f"{folder} holds pickle weights ({pickles[0]}), which can run code when read and are refused; convert them "
+            "with transformers (from_pretrained, then save_pretrained) on a machine where you trust them."
+        )
+    return InvalidInputError(f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face model.")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a shard, refused when it could lead out of the folder."""
+    plain = PurePosixPath(name).name == name == PureWindowsPath(name).name and name not in {"", ".", ".."}
+    if not plain:
+        raise InvalidInputError(f"{folder / INDEX} names {name!r}, which leads out of the folder; refused.")
+    path = folder / name
+    try:
+        there = path.exists()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
+        raise InvalidInputError(f"{folder / INDEX} names {name}, which is missing; download it.")
+    target = path.resolve()
+    if target.parent != folder.resolve() and not in_hub_cache(path):
+        raise InvalidInputError(f"{path} is a link that leads out of the folder ({target}); copy the file there.")
+    return path
+
+
+def in_hub_cache(file: Path) -> bool:
+    """Whether a link is one of the hub's cache, which may lead out of the folder.
+
+    The hub keeps snapshots/<revision>/<file> as links to ../../blobs/<hash>, which may itself be a link to the blobs
+    that all its models share, blobs/<two digits>/<hash> at the cache's root.
+    """
+    snapshots, target = file.parent.resolve().parent, file.resolve()
+    own, shared = snapshots.parent / "blobs", snapshots.parent.parent / "blobs"
+    return snapshots.name == "snapshots" and (target.parent == own or target.parent.parent == shared)
+
+
+def _same_as_index(folder: Path, weight_map: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
+    wrong = sorted(
+        {name for name in weight_map if name not in stored or stored[name].file.name != weight_map[name]}
+        | {name for name in stored if name not in weight_map}
+    )
+    if wrong:
+        raise InvalidInputError(
+            f"{folder / INDEX} and the shards disagree about {len(wrong)} tensors, first {', '.join(wrong[:10])}; "
+            "download or copy the folder again."
+        )

@@ -1,0 +1,96 @@
+"""Write safetensors shards as streams, and the files around them."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moepress.models.storage.checkpoint import INDEX, SINGLE
+from moepress.models.storage.safetensors_file import DTYPE_NAMES, tensor_bytes
+
+# What belongs to a model besides its weights; everything else in the folder stays behind. Code that the config names
+# in auto_map goes along as bytes and is never run here.
+_CARRIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".md", ".py"}
+_NOT_CARRIED = {"config.json", "__init__.py", INDEX, "README.md", "moepress.json", "metrics.json", "training.json"}
+
+Chunk = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor to be written; `data` gives its bytes in order, in chunks, when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    data: Callable[[], Iterator[Chunk]]
+
+
+def tensor_entry(name: str, tensor: Tensor) -> Entry:
+    """An entry for a tensor that is in memory."""
+    data = tensor_bytes(tensor)
+    return Entry(
+        name=name,
+        dtype=DTYPE_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        bytes=data.nbytes,
+        data=lambda: iter((data,)),
+    )
+
+
+def write_shard(file: Path, entries: Iterable[Entry]) -> None:
+    """Write a safetensors file in the order given; needs the memory of one entry.
+
+    The header is padded with spaces to a multiple of 8 bytes, as the format's own library does.
+    """
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.bytes],
+        }
+        position += entry.bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little"))
+        stream.write(raw)
+        for entry in entries:
+            before = stream.tell()
+            for chunk in entry.data():
+                stream.write(chunk)
+            assert stream.tell() - before == entry.bytes, f"{entry.name}: size differs from its header"
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of a sharded model; a model in one `model.safetensors` needs none."""
+    if set(weight_map.values()) == {SINGLE}:
+        return
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face does: two spaces, sorted keys."""
+    file.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat template, generation config and licence as bytes; returns the names copied."""
+    copied = []
+    for file in sorted(source.iterdir()):
+        licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        if not file.is_file() or file.name in _NOT_CARRIED or file.name.endswith(".index.json"):
+            continue
+        if licence or file.suffix in _CARRIED_SUFFIXES:
+            shutil.copyfile(file, target / file.name)
+            copied.append(file.name)
+    return copied

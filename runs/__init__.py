@@ -1,0 +1,1 @@
+"""What any long work needs, knowing nothing of models: a journal, progress, phases, a terminal."""

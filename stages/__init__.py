@@ -1,0 +1,1 @@
+"""One module per stage, from files to files."""

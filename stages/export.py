@@ -1,0 +1,155 @@
+"""export as functions: what was quantized or pruned, in the form that another runtime reads."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moepress import __version__
+from moepress.calibration.profile import fingerprint
+from moepress.compress.gptq.include import Include, linear_groups
+from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
+from moepress.converters.safetensors.artifact import open_artifact, open_source
+from moepress.converters.safetensors.export import Exported, Target, check_target, export
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import MoepressError, UsageError
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.experts import moe_layers
+from moepress.runs.journal import check_output, open_run
+from moepress.stages.groundwork import Output, model_folder, require_room
+
+
+def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:
+    """Refuse what could not be exported to ONNX after it was quantized, as far as the original and the scheme tell.
+
+    Raises:
+        UnsupportedError: a package is missing, or a part of the model or the scheme has no kernel.
+    """
+    require_onnx()  # before the modules below, which import it
+    require_onnxruntime()
+    import torch
+
+    from moepress.converters.onnx.export import OnnxRequest, plan_onnx
+    from moepress.converters.onnx.weights import Weights, block_size
+
+    weights = Weights(source=checkpoint, dtype=torch.float32)
+    for layer in moe_layers(checkpoint):
+        block_size(scheme, *weights.expert_shape(layer))
+    layers = checkpoint.shape.layers
+    groups = [group for layer in range(layers) for group in linear_groups(checkpoint, layer, layers, include)]
+    names = {name for group in groups for name in group.names}
+    for name in names | ({"lm_head.weight"} if Include.LM_HEAD in include else set()):
+        block_size(scheme, checkpoint.shapes[name][1])
+    plan_onnx(checkpoint, OnnxRequest())
+
+
+def onnx_bits() -> tuple[int, ...]:
+    """Widths of codes that ONNX has kernels for.
+
+    Raises:
+        UnsupportedError: a package is missing.
+    """
+    require_onnx()
+    from moepress.converters.onnx.weights import ONNX_BITS
+
+    return ONNX_BITS
+
+
+def export_stage(artifact_name: str, output: Output, target: Target) -> Exported:
+    """Lay a quantized folder out in another format."""
+    folder = model_folder(artifact_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    artifact = open_artifact(folder)
+    if artifact.layout == target:
+        raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
+    check_target(artifact, target)
+    settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
+    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+        return export(artifact, target, run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxResult:
+    """What an export to ONNX gave.
+
+    Attributes:
+        bytes_after: size of the graph and its weights.
+        nodes: number of the graph's nodes.
+        checked: findings of the self-check; None when there was none.
+        notes: what a user should know.
+    """
+
+    bytes_after: int
+    nodes: int
+    checked: Any
+    notes: tuple[str, ...]
+
+
+def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = True) -> OnnxResult:
+    """Export any folder that moepress reads to ONNX, and hold the result against it before it appears.
+
+    Args:
+        model_name: an artifact in either layout, a pruned or plain folder, or `demo`.
+        output: where to.
+        request: a `converters.onnx.export.OnnxRequest`.
+        check: run the self-check.
+
+    Raises:
+        UnsupportedError: a part of the model has no kernel, or onnx is not installed.
+        InvalidInputError: the folder is not sound.
+        MoepressError: the disk is too small, or the check failed.
+    """
+    from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
+
+    require_onnx()  # before the modules below, which import it
+    if check:
+        require_onnxruntime()
+    from moepress.converters.onnx.export import onnx_bytes, plan_onnx, write_onnx
+
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    source = open_source(folder)
+    decoder = plan_onnx(source, request)
+    require_room(output, onnx_bytes(decoder))
+    settings = {
+        "command": "export",
+        "moepress": __version__,
+        "target": "onnx",
+        "artifact": fingerprint(source),
+        "for": request.preset,
+        "kernel": request.kernel,
+        "accuracy_level": request.accuracy_level,
+    }
+    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+        made = write_onnx(source, decoder, request, run)
+        found: Any = None
+        if check:
+            from moepress.validation.quality.onnx_check import check_export
+
+            try:
+                found = check_export(source, run.folder)
+            except MoepressError:
+                shutil.rmtree(run.folder)  # it is wrong, so there is nothing to go on with
+                raise
+        run.finish()
+    notes = [*made.notes, *([f"Not checked in full: {found}."] if isinstance(found, str) else [])]
+    checked = None if isinstance(found, str) else found
+    return OnnxResult(bytes_after=made.bytes_after, nodes=made.nodes, checked=checked, notes=tuple(notes))
+
+
+def onnx_estimate(model_name: str, output: Output, request: Any) -> dict[str, Any]:
+    """What an export would write, exactly, from the headers alone."""
+    check_output(output.folder, [model_folder(model_name)], resume=output.resume, force=output.force)
+    from moepress.converters.onnx.runtime import require_onnx
+
+    require_onnx()
+    from moepress.converters.onnx.export import onnx_bytes, plan_onnx
+    from moepress.converters.onnx.graph import file_bytes
+
+    decoder = plan_onnx(open_source(model_folder(model_name)), request)
+    return {
+        "disk_bytes": onnx_bytes(decoder),
+        "nodes": len(decoder.model.graph.node),
+        "experts": decoder.experts,
+        "files": {name: file_bytes(entries) for name, entries in decoder.files.items()},
+    }

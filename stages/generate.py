@@ -1,0 +1,250 @@
+"""`generate`: text from any folder that moepress reads or makes, so that a person can look at it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moepress.converters.onnx.folder import is_onnx, open_onnx
+from moepress.converters.onnx.runtime import installed_version
+from moepress.converters.safetensors.artifact import open_source
+from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.models.forward.dense import free_memory_bytes, load_dense
+from moepress.models.forward.skeleton import hf_config
+from moepress.models.forward.walk import choose_device, choose_dtype
+from moepress.models.storage.checkpoint import read_json
+from moepress.stages.groundwork import Machine, load_tokenizer, model_folder
+from moepress.validation.quality.generate import (
+    Decoder,
+    Sampling,
+    TextStream,
+    TorchDecoder,
+    check_prompt,
+    generate,
+    why_stopped,
+)
+from moepress.validation.quality.onnx_session import OnnxDecoder, cuda_number, open_session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked of a model.
+
+    Attributes:
+        prompt: text to go on from, or with `chat` what the user says.
+        chat: write the prompt with the tokenizer's chat template.
+        max_new_tokens: at most so many.
+        sampling: how tokens are chosen.
+    """
+
+    prompt: str
+    chat: bool = False
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runnable:
+    """A model that can be loaded, and what is known of it before.
+
+    Attributes:
+        context: tokens that a sequence may have.
+        vocabulary: number of token ids.
+        runtime: what runs it, with its version.
+        device: where it is to run; of ONNX models the session decides.
+        dtype: of its computation.
+        load: reads the weights; gives a decoder with nothing in its cache.
+    """
+
+    context: int
+    vocabulary: int
+    runtime: str
+    device: str
+    dtype: str
+    load: Callable[[], Decoder]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What came out.
+
+    Attributes:
+        prompt: as it was given, without the chat template.
+        prompt_tokens: how many tokens it has, with the chat template.
+        text: the new text, without special tokens.
+        token_ids: the new tokens; the last one is the end-of-text token where it stopped there.
+        tokens: how many they are.
+        seconds: for the prompt and all new tokens, without loading.
+        stopped: `end` (of text), `length` (the limit) or `context` (it is full).
+        sampling: how tokens were chosen.
+        runtime, device, dtype: what ran the model.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: int
+    seconds: float
+    stopped: str
+    sampling: Sampling
+    runtime: str
+    device: str
+    dtype: str
+
+
+def open_model(folder: Path, machine: Machine) -> Runnable:
+    """The runtime for a folder: ONNX Runtime for ONNX, transformers for safetensors in any layout that moepress reads.
+
+    Raises:
+        InvalidInputError, UnsupportedError: the folder is not sound, or not one that moepress runs.
+    """
+    if is_onnx(folder):
+        return _open_onnx(folder, machine)
+    import transformers
+
+    device = choose_device(machine.device)
+    dtype = choose_dtype(machine.dtype, device)
+    source = open_source(folder)
+    config = hf_config(source.config)
+    return Runnable(
+        context=int(config.max_position_embeddings),
+        vocabulary=int(config.vocab_size),
+        runtime=f"transformers {transformers.__version__}",
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        load=lambda: TorchDecoder(load_dense(source, device=device, dtype=dtype)),
+    )
+
+
+def _open_onnx(folder: Path, machine: Machine) -> Runnable:
+    if machine.dtype != "auto":
+        raise UsageError("An ONNX model has its dtype in its graph; leave out --dtype.")
+    cuda_number(machine.device)  # refuses other devices
+    opened = open_onnx(folder)
+
+    def load() -> OnnxDecoder:
+        free = free_memory_bytes(torch.device("cpu"))
+        if opened.total_bytes > free:
+            raise MoepressError(
+                f"{folder} has {opened.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+                "close other programs or take a smaller model."
+            )
+        return OnnxDecoder(open_session(opened, machine.device, exact=False))
+
+    return Runnable(
+        context=opened.context,
+        vocabulary=opened.vocabulary,
+        runtime=f"ONNX Runtime {installed_version('onnxruntime') or installed_version('onnxruntime-gpu')}",
+        device=machine.device,
+        dtype=opened.dtype,
+        load=load,
+    )
+
+
+def generate_stage(
+    model_name: str, request: Request, machine: Machine, *, write: Callable[[str], None] = lambda _piece: None
+) -> Generated:
+    """Generate text; nothing is written to disk.
+
+    Args:
+        model_name: a folder, or `demo`.
+        request: prompt and how to go on from it.
+        machine: device and dtype; its memory limit is not used, for the model is loaded as a whole.
+        write: gets the text piece by piece as it comes, whole characters only.
+
+    Raises:
+        UsageError: the prompt is empty or too long, or there is no chat template.
+        InvalidInputError: the folder, its tokenizer or its weights are not sound.
+        MoepressError: the model does not fit into memory.
+    """
+    folder = model_folder(model_name)
+    if not request.prompt:
+        raise UsageError("The prompt is empty; give some text to go on from.")
+    model = open_model(folder, machine)
+    tokenizer = load_tokenizer(folder)
+    stop = stop_tokens(folder, tokenizer)
+    prompt_ids = encode(tokenizer, request.prompt, chat=request.chat)
+    check_prompt(prompt_ids, context=model.context, vocabulary=model.vocabulary)
+    try:
+        decoder = model.load()
+        started = time.perf_counter()
+        pieces, ids = TextStream(tokenizer, before=prompt_ids), list[int]()
+        text = ""
+        limit = request.max_new_tokens
+        for token in generate(decoder, prompt_ids, max_new_tokens=limit, stop=stop, sampling=request.sampling):
+            ids.append(token)
+            text += (piece := pieces.push(token))
+            write(piece)
+        seconds = time.perf_counter() - started
+    except torch.OutOfMemoryError as error:
+        raise MoepressError(
+            f"The device ({model.device}) ran out of memory; give a shorter prompt, or use --device cpu."
+        ) from error
+    text += (piece := pieces.flush())
+    write(piece)
+    return Generated(
+        prompt=request.prompt,
+        prompt_tokens=len(prompt_ids),
+        text=text,
+        token_ids=tuple(ids),
+        tokens=len(ids),
+        seconds=seconds,
+        stopped=why_stopped(ids, max_new_tokens=limit, stop=stop),
+        sampling=request.sampling,
+        runtime=model.runtime,
+        device=decoder.provider if isinstance(decoder, OnnxDecoder) else model.device,
+        dtype=model.dtype,
+    )
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """The tokens of a prompt, with the special tokens that the tokenizer, or its chat template, puts around it.
+
+    Raises:
+        UsageError: the prompt is not text, or a chat is asked for and there is no template.
+        InvalidInputError: the chat template can not be used.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt is not valid UTF-8 text; give it in UTF-8.") from error
+    if not chat:
+        return list(tokenizer(prompt)["input_ids"])
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise UsageError("The model's tokenizer has no chat template; leave --chat out and write the prompt as text.")
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"The tokenizer's chat template can not be used ({error}); mend it, or leave --chat out."
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
+
+
+def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """End-of-text tokens: of generation_config.json, else of config.json, else of the tokenizer, as in transformers.
+
+    Raises:
+        InvalidInputError: a file states something else than token numbers.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        stated = read_json(file).get("eos_token_id") if file.is_file() else None
+        if stated is not None:
+            return _numbers(stated, file)
+    found = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if found is None else frozenset({int(found)})
+
+
+def _numbers(stated: Any, file: Path) -> frozenset[int]:
+    numbers = stated if isinstance(stated, list) else [stated]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise InvalidInputError(f"{file}: eos_token_id is {stated!r}, which is no token number; mend or restore it.")
+    return frozenset(numbers)

@@ -1,0 +1,266 @@
+"""`inspect`: what a model is, which expert counts make sense, what pressing it takes, and which GPU then holds it."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from moepress.compress.budget.sizes import group_size_for, part_sizes
+from moepress.compress.estimates.estimate import estimate_profile, estimate_prune, estimate_quantize
+from moepress.compress.estimates.figures import Figures, figures_of, included_matrices, pressed_sizes
+from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.rates import Rates, measure_rates
+from moepress.compress.gptq.include import Include
+from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
+from moepress.models.families.family import Part, Shape, legal_counts
+from moepress.models.forward.inventory import Weight, cache_bytes, describe
+from moepress.models.forward.skeleton import check_tensors
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.stages.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder, workload
+from moepress.validation.speed.projection import FORMULAS, Load, load_of
+from moepress.validation.speed.targets import (
+    DEFAULT_CONTEXT,
+    RESERVE,
+    TIGHT_RESERVE,
+    Target,
+    Verdict,
+    all_targets,
+    fit,
+    gaming,
+)
+
+SHARES = (1.0, 0.75, 0.5, 0.25)
+# vLLM 0.33's router kernel for DeepSeek's newest models; its general one takes any count.
+ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576})
+_ON_CARD = (Include.ATTENTION, Include.SHARED, Include.DENSE)
+QUALITY_NOTE = (
+    "Perplexity alone misses damage: by llm-compressor's REAP example, Moonlight-16B (DeepSeek-V3 architecture) keeps "
+    "80 % of its GSM8K score with a quarter of the experts pruned and 17 % with half of them, Qwen3-30B-A3B 99 % with "
+    "both. Measure your own task."
+)
+
+
+def inspect_model(
+    model_name: str, *, tokens: int | None = None, context: int | None = None, targets_file: Path | None = None
+) -> dict[str, Any]:
+    """All that `inspect` tells, as plain JSON. Reads headers, and up to 256 MiB of weights to time the disk.
+
+    Args:
+        model_name: a folder, or `demo`.
+        tokens: calibration tokens that are planned; None for the default.
+        context: tokens in the KV cache; None for 8192, or the model's context where it is shorter.
+        targets_file: the user's own GPUs, beside those of the table.
+
+    Raises:
+        UsageError, InvalidInputError: the model or the user's table of GPUs can not be used.
+    """
+    targets = all_targets(targets_file)
+    checkpoint = open_checkpoint(model_folder(model_name))
+    check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
+    figures, shape = figures_of(checkpoint), checkpoint.shape
+    scheme = scheme_for(shape)
+    work = workload(Machine(), tokens=tokens or DEFAULT_TOKENS, window=min(shape.context, DEFAULT_WINDOW))
+    rates = measure_rates(checkpoint, work.device, work.dtype)
+    advice = count_advice(shape)
+    count = advice[0]["experts"] if advice else shape.experts
+    return describe(checkpoint) | {
+        "recommended_expert_counts": advice,
+        "calibration": calibration_advice(shape, work.tokens),
+        "scheme": asdict(scheme),
+        "machine": machine_facts(rates),
+        "estimates": {
+            "experts": count,
+            "profile": asdict(estimate_profile(figures, work, rates)),
+            "prune": asdict(estimate_prune(_pruned_bytes(figures, count), rates)),
+            "quantize": asdict(estimate_quantize(checkpoint, figures, count, scheme, work, rates)),
+        },
+        "targets": target_fits(checkpoint, figures, scheme, context or min(DEFAULT_CONTEXT, shape.context), targets),
+    }
+
+
+def scheme_for(shape: Shape) -> Scheme:
+    """4 bits with the largest usual group size that divides both widths of an expert."""
+    return Scheme(bits=4, group_size=group_size_for(shape) or PER_CHANNEL)
+
+
+def count_advice(shape: Shape) -> list[dict[str, Any]]:
+    """Expert counts worth trying first, from a quarter of the experts up, the largest first, each with its reasons."""
+    found = []
+    for count in reversed(legal_counts(shape)):
+        if count == shape.experts or 4 * count < shape.experts:
+            continue
+        reasons = []
+        if count in ROUTER_COUNTS:
+            reasons.append("vLLM's specialised router takes it")
+        if count & (count - 1) == 0:
+            reasons.append("SGLang's fast router wants a power of two")
+        if not reasons and 4 * count == 3 * shape.experts:
+            reasons.append("three quarters; every runtime takes it, the fastest routers do not")
+        if reasons:
+            found.append({"experts": count, "share": count / shape.experts, "reasons": reasons + _splits(shape, count)})
+    return found
+
+
+def _splits(shape: Shape, count: int) -> list[str]:
+    gpus = [str(n) for n in (2, 4, 8) if count % n == 0]
+    split = [f"splits evenly over {', '.join(gpus)} GPUs"] if gpus else []
+    return split + ([f"{count // shape.groups} in each of {shape.groups} groups"] if shape.groups > 1 else [])
+
+
+def calibration_advice(shape: Shape, tokens: int) -> dict[str, Any]:
+    """How many calibration tokens reach an expert, and whether that is enough for its Hessian."""
+    each = tokens * shape.top_k / shape.experts
+    needed = -(-shape.hidden * shape.experts // shape.top_k)
+    note = None
+    if each < shape.hidden:
+        note = (
+            f"Fewer than the {shape.hidden:,} columns of an expert's Hessian, which is then filled up from the layer's "
+            f"pooled one; --tokens {needed} would give one token per column."
+        )
+    return {"tokens": tokens, "tokens_per_expert": each, "tokens_for_one_per_column": needed, "note": note}
+
+
+def machine_facts(rates: Rates) -> dict[str, Any]:
+    """This machine, as far as times and sizes depend on it."""
+    return {
+        "cores": os.cpu_count() or 1,
+        "free_memory_bytes": int(psutil.virtual_memory().available),
+        "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
+        **asdict(rates),
+    }
+
+
+def _pruned_bytes(figures: Figures, count: int) -> int:
+    return round(sum(part_sizes(figures.inventory, figures.shape, count, None).values()))
+
+
+def target_fits(
+    checkpoint: Checkpoint, figures: Figures, scheme: Scheme, context: int, targets: Sequence[Target]
+) -> dict[str, Any]:
+    """The model at a few expert counts on every GPU of the table, and what a card can do that does not hold it."""
+    shape, cache = figures.shape, cache_bytes(checkpoint.config, context)
+    counts = dict.fromkeys(min(legal_counts(shape), key=lambda n: (abs(n - s * shape.experts), n)) for s in SHARES)
+    sizes = {count: pressed_sizes(checkpoint, figures, count, scheme) for count in counts}
+    each = cache_bytes(checkpoint.config, 1)
+    loads = {count: pressed_load(figures, parts, count, each) for count, parts in sizes.items()}
+    rows = [
+        {
+            "experts": count,
+            "share": count / shape.experts,
+            "weight_bytes": sum(parts.values()),
+            "experts_bytes": parts[Part.ROUTED],
+            "needed_bytes": sum(parts.values()) + cache,
+            "load": asdict(loads[count]),
+            "fits": [asdict(fit(target, sum(parts.values()) + cache, loads[count])) for target in targets],
+        }
+        for count, parts in sizes.items()
+    ]
+    found = {
+        "context": context,
+        "cache_bytes": cache,
+        "reserve": RESERVE,
+        "tight_reserve": TIGHT_RESERVE,
+        "projection": FORMULAS,
+        "table": [target.model_dump() for target in targets],
+        "counts": rows,
+        "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache),
+    }
+    return found | {"answer": answer(found, targets, _making_bytes(checkpoint, figures, scheme))}
+
+
+def pressed_load(figures: Figures, sizes: Mapping[Part, int], count: int, cache_bytes_per_token: int) -> Load:
+    """What the model asks of a GPU after pressing, from the bytes of its parts and the experts that stay."""
+    shape, parts = dataclasses.replace(figures.shape, experts=count), dict[Part, Weight]()
+    for part, size in sizes.items():
+        parameters = figures.parts[part].parameters if part in figures.parts else 0
+        kept = parameters * count // figures.shape.experts if part is Part.ROUTED else parameters
+        parts[part] = Weight(parameters=kept, bytes=size)
+    return load_of(parts, shape, cache_bytes_per_token)
+
+
+def _beside_experts(
+    checkpoint: Checkpoint, figures: Figures, scheme: Scheme, targets: Sequence[Target], cache: int
+) -> list[dict[str, Any]]:
+    """What lies on the card when the experts do not: everything else, as it is and with --include."""
+    rows = []
+    for include in ((), _can_include(checkpoint, scheme)):
+        sizes = pressed_sizes(checkpoint, figures, figures.shape.experts, scheme, include)
+        size = sum(sizes.values()) - sizes[Part.ROUTED]
+        fits = [asdict(fit(target, size + cache)) for target in targets]
+        rows.append({"include": list(include), "weight_bytes": size, "needed_bytes": size + cache, "fits": fits})
+        read = sizes[Part.ROUTED] * figures.shape.top_k // figures.shape.experts
+        rows[-1]["experts_bytes_per_token"] = read
+    return rows
+
+
+def _can_include(checkpoint: Checkpoint, scheme: Scheme) -> tuple[Include, ...]:
+    """The parts whose input columns the group size divides."""
+    size = scheme.group_size
+    columns = {part: [m.columns for m in included_matrices(checkpoint, (part,))] for part in _ON_CARD}
+    return tuple(p for p in _ON_CARD if columns[p] and (size == PER_CHANNEL or all(n % size == 0 for n in columns[p])))
+
+
+def _making_bytes(checkpoint: Checkpoint, figures: Figures, scheme: Scheme) -> int:
+    """What `quantize` holds on a GPU of 12 GiB; no such GPU has to be there."""
+    device = torch.device("meta")
+    work = Workload(
+        tokens=DEFAULT_TOKENS, window=DEFAULT_WINDOW, device=device, dtype=torch.bfloat16, memory_bytes=12 << 30
+    )
+    found = estimate_quantize(checkpoint, figures, figures.shape.experts, scheme, work).device_memory_bytes
+    assert found is not None
+    return found
+
+
+def answer(found: Mapping[str, Any], targets: Sequence[Target], making_bytes: int) -> list[str]:
+    """In plain sentences: what a gaming GPU can do with this model."""
+    cards = gaming(targets)
+    held = {row["experts"]: _smallest(cards, row["fits"]) for row in found["counts"]}
+    most, least = found["counts"][0], found["counts"][-1]
+    if any(held.values()):
+        rows, before = list[str](), None
+        for count, card in held.items():  # from the largest down: only where a smaller card will do
+            if card is not None and card != before:
+                rows.append(f"{count} experts fit into {card.memory_gib:g} GiB ({card.name})")
+                before = card
+        return [f"At 4 bits {'; '.join(rows)}.", QUALITY_NOTE]
+    largest = cards[-1]
+    cannot = (
+        f"No gaming GPU holds this model. At 4 bits it needs {_gib(most['needed_bytes'])} with all {most['experts']} "
+        f"experts and still {_gib(least['needed_bytes'])} with {least['experts']}; the largest gaming GPU has "
+        f"{largest.memory_gib:g} GiB."
+    )
+    making = (
+        "One gaming GPU can make the compressed model: layers and experts pass through it one by one, in about "
+        f"{_gib(making_bytes)} of its memory (projected)."
+    )
+    plain, packed = found["beside_experts"]
+    places = [_place(row, _smallest(cards, row["fits"])) for row in (plain, packed)]
+    options = " ".join(f"--include {name}" for name in packed["include"])
+    packed_place = f"; quantized too, by {options}, {places[1]}" if options else ""
+    experts = ", ".join(f"{_gib(row['experts_bytes'])} with {row['experts']}" for row in found["counts"])
+    running = (
+        "One can run it with the experts in system RAM or on NVMe, in a runtime that puts them there. On the card lie "
+        f"attention, shared experts, dense layers, embeddings and KV cache: {places[0]}{packed_place}. Beside it lie "
+        f"the experts: {experts}. Every token reads {_gib(packed['experts_bytes_per_token'])} of them."
+    )
+    return [cannot, making, running, QUALITY_NOTE]
+
+
+def _place(row: Mapping[str, Any], card: Target | None) -> str:
+    where = f"from {card.memory_gib:g} GiB up ({card.name})" if card else "more than any gaming GPU has to spare"
+    return f"{_gib(row['needed_bytes'])}, {where}"
+
+
+def _smallest(cards: Sequence[Target], fits: Sequence[Mapping[str, Any]]) -> Target | None:
+    held = {row["target"] for row in fits if row["verdict"] == Verdict.FITS}
+    return next((card for card in cards if card.id in held), None)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"

@@ -1,0 +1,205 @@
+"""From a budget in bytes, or a GPU of the table, to a plan: what `plan` and `run` share."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepress.calibration.profile import Profile
+from moepress.compress.budget.bit_losses import probe_scheme
+from moepress.compress.budget.damage import bare_space, space_of
+from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, verdict
+from moepress.compress.budget.sizes import Linear, group_size_within, linears_of_config
+from moepress.compress.gptq.include import Include
+from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
+from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.errors import UsageError
+from moepress.models.families.family import Shape, legal_counts
+from moepress.models.forward.inventory import cache_bytes
+from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, target_of
+
+FEW_BITS_NOTE = (
+    "2- and 3-bit experts load in transformers, and in vLLM by an optional backend only; --bits 4 or --bits 8 keeps to "
+    "what every runtime takes."
+)
+INCLUDE_NOTE = (
+    "The estimated loss is that of the routed experts; what --include adds has their bits, and its loss is not in it."
+)
+MIXED_NOTE = (
+    "Bits differ by layer: vLLM and SGLang take that; transformers loads such a folder wrong without saying so, and "
+    "llama.cpp's converter refuses it."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetRequest:
+    """What --budget, --target and --context say; one of the first two.
+
+    Attributes:
+        limit_bytes: for weights and, where a context is named, the KV cache.
+        target: id of a GPU of the table.
+        context: tokens in the KV cache; None for no cache under a plain budget, and for 8192 on a GPU.
+        targets_file: the user's own GPUs, beside those of the table.
+    """
+
+    limit_bytes: int | None = None
+    target: str | None = None
+    context: int | None = None
+    targets_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What of a plan is decided already; None leaves it to the budget.
+
+    Attributes:
+        keep, experts: share or number of experts that stay.
+        widths: bits to choose from; (None,) for pruning alone.
+        group_size: None for the one that the profile's losses were measured with.
+        mixed: bits may differ by layer.
+        criterion, weights, groups: as in `make_plan`.
+        include: parts that are quantized besides the routed experts.
+    """
+
+    keep: float | None = None
+    experts: int | None = None
+    widths: tuple[Width, ...] = SUPPORTED_BITS
+    group_size: int | None = None
+    mixed: bool = False
+    criterion: Criterion | None = None
+    weights: Mapping[str, float]
+    groups: Groups = Groups.BALANCED
+    include: frozenset[Include] = frozenset()
+
+    def counts(self, shape: Shape) -> tuple[int, ...]:
+        """The expert counts to choose from.
+
+        Raises:
+            UsageError: the one asked for is not legal.
+        """
+        degroup = self.groups is Groups.DEGROUP
+        if self.keep is None and self.experts is None:
+            return legal_counts(shape, degroup=degroup)
+        return (count_from_keep(shape, self.keep, self.experts, degroup=degroup),)
+
+    def group(self, shape: Shape, linears: Sequence[Linear] = ()) -> int:
+        """The group size, held against the experts' matrices and those that are included.
+
+        Raises:
+            UsageError: it does not divide them.
+        """
+        size = self.group_size or group_size_within(shape, linears)
+        if self.widths != (None,):
+            scheme = Scheme(bits=SUPPORTED_BITS[0], group_size=size)
+            for columns in (shape.hidden, shape.expert_width, *(linear.columns for linear in linears)):
+                scheme.groups(columns)
+        return size
+
+
+def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -> Budget:
+    """The budget in bytes.
+
+    Raises:
+        UsageError: both or neither of size and GPU are given, or there is no such GPU.
+        InvalidInputError: the user's own table of GPUs can not be used.
+    """
+    if (request.limit_bytes is None) == (request.target is None):
+        raise UsageError("Give either --budget, such as 12GiB, or --target, the id of a GPU.")
+    if request.target is None:
+        assert request.limit_bytes is not None
+        cache = cache_bytes(config, request.context) if request.context else 0
+        return Budget(limit_bytes=request.limit_bytes, cache_bytes=cache, context=request.context)
+    memory = target_of(request.target, request.targets_file).memory_bytes
+    context = request.context or min(DEFAULT_CONTEXT, shape.context)
+    return Budget(
+        limit_bytes=memory,
+        reserve_bytes=math.ceil(memory * RESERVE),
+        cache_bytes=cache_bytes(config, context),
+        context=context,
+        target=request.target,
+    )
+
+
+def plan_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
+    """The plan of the smallest estimated loss that fits, with its alternatives.
+
+    Raises:
+        UsageError: nothing fits, or an option is wrong.
+        InvalidInputError: the profile lacks what the estimate needs.
+    """
+    shape, every = profile.shape, domain_weights(profile.domains, wish.weights)
+    linears = linears_of_config(profile.config, wish.include)
+    budget, counts = budget_of(request, profile.config, shape), wish.counts(shape)
+    group_size = wish.group(shape, linears)
+    criterion = wish.criterion or default_criterion(every)
+    selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)
+    require_possible(profile.inventory, shape, len(profile.layers), budget, wish, linears)
+    space = space_of(profile, selection, counts=counts, widths=wish.widths, group_size=group_size, linears=linears)
+    chosen, rows = choose(space, budget, mixed=wish.mixed)
+    plan = make_plan(
+        profile,
+        count=chosen.count,
+        criterion=criterion,
+        weights=wish.weights,
+        groups=wish.groups,
+        scheme=_scheme(chosen, group_size),
+        layer_bits={n: w for n, w in chosen.widths.items() if w is not None} if chosen.mixed else None,
+        include=wish.include,
+        linears=linears,
+    )
+    notes = [*plan.notes, *verdict(space, budget.weight_bytes, chosen), *_notes(profile, chosen, group_size, budget)]
+    notes += [INCLUDE_NOTE] if wish.include else []
+    return plan.model_copy(update={"budget": budget, "alternatives": rows, "notes": notes})
+
+
+def require_possible(
+    inventory: Mapping[str, Any],
+    shape: Shape,
+    layers: int,
+    budget: Budget,
+    wish: Wish,
+    linears: Sequence[Linear] = (),
+    *,
+    mixed: bool = False,
+) -> Candidate:
+    """Refuse a budget that nothing fits into; known from sizes alone, before any profile.
+
+    Returns:
+        The most experts that fit, in the most bits that then fit, by layer where `mixed`: what takes longest to make.
+        Layers are counted from 0.
+
+    Raises:
+        UsageError: with the smallest size there is.
+    """
+    space = bare_space(
+        inventory,
+        shape,
+        layers,
+        counts=wish.counts(shape),
+        widths=wish.widths,
+        group_size=wish.group(shape, linears),
+        linears=linears,
+    )
+    return choose(space, budget, mixed=mixed)[0]
+
+
+def _scheme(chosen: Candidate, group_size: int) -> Scheme | None:
+    """Of most layers where bits differ."""
+    bits = most_common(chosen.widths)
+    return None if bits is None else Scheme(bits=bits, group_size=group_size)
+
+
+def _notes(profile: Profile, chosen: Candidate, group_size: int, budget: Budget) -> list[str]:
+    notes, widths = [], {width for width in chosen.widths.values() if width is not None}
+    if chosen.mixed:
+        notes.append(MIXED_NOTE)
+    if widths & {2, 3}:
+        notes.append(FEW_BITS_NOTE)
+    measured = probe_scheme(profile.shape, SUPPORTED_BITS[0]).group_size
+    if widths and group_size != measured:
+        notes.append(f"The losses by bits were measured with groups of {measured}, not of {group_size}.")
+    if sum(int(row["bytes"]) for row in profile.inventory.values()) <= budget.weight_bytes:
+        notes.append("The original fits into this budget as it is.")
+    return notes

@@ -1,0 +1,177 @@
+"""Pruning with repair: what `prune --repair` and `run --repair` do besides copying.
+
+The repair needs calibration text and a forward pass of the original and of the pruned model side by side; pruning alone
+needs neither and stays in `stages.py`.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moepress.calibration.corpus import Corpus
+from moepress.calibration.profile import describe_corpus
+from moepress.compress.estimates.estimate import estimate_prune
+from moepress.compress.estimates.figures import figures_of
+from moepress.compress.estimates.rates import measure_rates
+from moepress.compress.estimates.repair import estimate_repair
+from moepress.compress.pruning.plan import Plan
+from moepress.compress.pruning.repair import Repair
+from moepress.compress.pruning.repair_walk import collect_repairs, drop_walk
+from moepress.compress.pruning.repaired import Repairs, parse_repairs
+from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries, prune
+from moepress.errors import InvalidInputError, UsageError
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.experts import prune_source
+from moepress.models.storage.mtp import Mtp
+from moepress.runs.journal import Run, check_output
+from moepress.stages.groundwork import (
+    Calibration,
+    Machine,
+    Output,
+    load_corpus,
+    model_folder,
+    model_run,
+    require_room,
+    streamed,
+    workload,
+)
+from moepress.stages.making import checked_plan
+
+REPAIR_FILE = "repair.json"
+
+
+def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair]) -> None:
+    """Refuse a repair that has nothing to mend.
+
+    Raises:
+        UsageError: every expert stays, or the routers have no correction bias.
+    """
+    if experts >= checkpoint.shape.experts:
+        raise UsageError("--repair mends what pruning changes, and here every expert stays; leave --repair out.")
+    if Repair.BIAS in parts and not checkpoint.family.rule.bias:
+        raise UsageError(
+            f"--repair bias: the routers of {checkpoint.family.name} models have no correction bias; use --repair gain."
+        )
+
+
+def prune_repaired_stage(
+    model_name: str,
+    output: Output,
+    plan: Plan,
+    parts: frozenset[Repair],
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    mtp: Mtp = Mtp.DROP,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Rewrite the checkpoint without the experts that the plan leaves out, and mend what stays.
+
+    Returns:
+        As `stages.prune_stage`, and `repair`; of a dry run the estimates of both.
+    """
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    check_repair(checkpoint, plan.experts, parts)
+    checked_plan(checkpoint, plan)
+    keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
+    size = planned_bytes(planned_entries(checkpoint, keep))  # a repair changes no size
+    corpus = _corpus(checkpoint, calibration)
+    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
+    rates = measure_rates(checkpoint, work.device, work.dtype) if dry_run else None
+    estimate = estimate_repair(figures_of(checkpoint), work, rates)
+    if dry_run:
+        return {"repair": asdict(estimate), "prune": asdict(estimate_prune(size, rates))}
+    require_room(output, size + estimate.disk_bytes)
+    streams = _streams(checkpoint, plan, machine)
+    settings = _settings("prune", plan, parts, calibration) | {
+        "mtp": mtp.value,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    with model_run(output, streams[0], corpus, machine, settings) as (run, limits):
+        repairs = _find(streams, plan, parts, corpus, calibration, run, limits)
+        return prune(checkpoint, plan, run, mtp=mtp, repairs=repairs)
+
+
+def repair_stage(
+    model_name: str,
+    output: Output,
+    plan: Plan,
+    parts: frozenset[Repair],
+    calibration: Calibration,
+    machine: Machine,
+) -> Repairs:
+    """Find the repairs without writing a pruned model: a folder with `repair.json`, for `quantize_stage` to use."""
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    checkpoint = open_checkpoint(folder)
+    check_repair(checkpoint, plan.experts, parts)
+    checked_plan(checkpoint, plan)
+    corpus = _corpus(checkpoint, calibration)
+    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
+    require_room(output, estimate_repair(figures_of(checkpoint), work).disk_bytes)
+    streams = _streams(checkpoint, plan, machine)
+    settings = _settings("repair", plan, parts, calibration)
+    with model_run(output, streams[0], corpus, machine, settings) as (run, limits):
+        repairs = _find(streams, plan, parts, corpus, calibration, run, limits)
+        (run.folder / REPAIR_FILE).write_text(repairs.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        drop_walk(run)
+        run.finish()
+    return repairs
+
+
+def load_repairs(folder: Path) -> Repairs:
+    """Read `repair.json` of a folder that `repair_stage` has made.
+
+    Raises:
+        InvalidInputError: there is none, or it is not valid.
+    """
+    file = folder / REPAIR_FILE
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"Cannot read {file} ({error}); repair again.") from error
+    return parse_repairs(text, file)
+
+
+def _corpus(checkpoint: Checkpoint, calibration: Calibration) -> Corpus:
+    shape = checkpoint.shape
+    return load_corpus(checkpoint.folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+
+
+def _streams(checkpoint: Checkpoint, plan: Plan, machine: Machine) -> tuple[StreamedModel, StreamedModel]:
+    pruned = prune_source(checkpoint, plan.keep, degroup=plan.degroup)
+    return streamed(checkpoint, machine), streamed(pruned, machine)
+
+
+def _settings(command: str, plan: Plan, parts: frozenset[Repair], calibration: Calibration) -> dict[str, Any]:
+    return {
+        "command": command,
+        "model": plan.model,
+        "keep": {str(layer): kept for layer, kept in plan.keep.items()},
+        "groups": plan.groups.value,
+        "repair": sorted(parts),
+        "seed": calibration.seed,
+    }
+
+
+def _find(
+    streams: tuple[StreamedModel, StreamedModel],
+    plan: Plan,
+    parts: frozenset[Repair],
+    corpus: Corpus,
+    calibration: Calibration,
+    run: Run,
+    limits: Limits,
+) -> Repairs:
+    return Repairs(
+        model=plan.model,
+        experts=plan.experts,
+        parts=sorted(parts),
+        layers=collect_repairs(*streams, plan.keep, parts, corpus, run, limits),
+        calibration=describe_corpus(corpus, calibration.seed),
+    )

@@ -1,0 +1,1 @@
+"""`run`: the stages in order, from one recipe."""

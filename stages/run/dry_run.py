@@ -1,0 +1,164 @@
+"""`run --dry-run`: time, memory and disk of every stage that a recipe names, and of all together, after all checks."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moepress.calibration.hessian import matches_original
+from moepress.compress.budget.sizes import included_linears
+from moepress.compress.estimates.estimate import PROJECTED, Estimate, estimate_profile, estimate_quantize
+from moepress.compress.estimates.export import Pressed, estimate_gptq, estimate_onnx, onnx_bytes_after
+from moepress.compress.estimates.figures import Figures, figures_of
+from moepress.compress.estimates.rates import Rates, measure_rates
+from moepress.compress.estimates.repair import estimate_repair
+from moepress.compress.pruning.plan import estimate_sizes, load_plan
+from moepress.models.forward.inventory import inventory
+from moepress.models.forward.walk import default_memory
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.stages.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, workload
+from moepress.stages.run.recipe import Recipe, Settled, budget_request, check_recipe, resolve, settled
+from moepress.stages.run.run import no_room
+
+ALL = "all"
+BUDGET_NOTE = (
+    "The budget decides after the profile. Taken here: the most experts that fit, and bits that fill what they leave."
+)
+REPORT_NOTE = "What the report takes, which runs all models over the evaluation text, is not in it."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEstimate:
+    """What a run would take.
+
+    Attributes:
+        recipe: in full.
+        settled: experts and bits, known or assumed.
+        sizes: bytes of all weights before and after.
+        stages: stage -> its estimate as plain data, in order, and `all`.
+    """
+
+    recipe: Recipe
+    settled: Settled
+    sizes: Mapping[str, int]
+    stages: Mapping[str, Mapping[str, Any]]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON: the stages lie beside the rest, by their names."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "experts": self.settled.count,
+            "bits": self.settled.scheme.bits,
+            "group_size": self.settled.scheme.group_size,
+            "layer_bits": {str(layer): bits for layer, bits in self.settled.layer_bits.items()},
+            "sizes": dict(self.sizes),
+            **self.stages,
+        }
+
+
+def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEstimate:
+    """What a run into that folder would take; nothing is written.
+
+    A plan that a run which is resumed has made already says how many experts and bits there are.
+
+    Raises:
+        UsageError, InvalidInputError, UnsupportedError: as the run would.
+    """
+    checkpoint, _, criterion = check_recipe(recipe)
+    full = resolve(recipe, checkpoint, criterion, recipe.max_memory or default_memory())
+    machine = Machine(device=full.device, dtype=full.dtype, memory_bytes=full.max_memory)
+    work = workload(machine, tokens=full.tokens or DEFAULT_TOKENS, window=full.window or DEFAULT_WINDOW)
+    planned = _planned(out) if resume else None
+    known, figures = planned or settled(full, checkpoint), figures_of(checkpoint)
+    rates = measure_rates(checkpoint, work.device, work.dtype)
+    stages = {"profile": estimate_profile(figures, work, rates, bit_losses=budget_request(full) is not None)}
+    if full.repair:
+        stages["repair"] = estimate_repair(figures, work, rates)
+    stages["quantize"] = estimate_quantize(
+        checkpoint,
+        figures,
+        known.count,
+        known.scheme,
+        work,
+        rates,
+        include=full.include,
+        layer_bits=known.layer_bits,
+        original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
+    )
+    linears = included_linears(checkpoint, full.include)
+    sizes = estimate_sizes(
+        inventory(checkpoint), checkpoint.shape, known.count, known.scheme, known.layer_bits, linears=linears
+    )
+    pressed = Pressed(
+        size=sizes.after_bytes,
+        count=known.count,
+        scheme=known.scheme,
+        layer_bits=known.layer_bits,
+        linears=linears,
+    )
+    exports, notes = _exports(full, out, checkpoint, figures, pressed, rates)
+    stages |= exports
+    notes += [REPORT_NOTE, *([BUDGET_NOTE] if planned is None and budget_request(full) is not None else [])]
+    return RunEstimate(
+        recipe=full,
+        settled=known,
+        sizes=sizes.model_dump(),
+        stages={name: asdict(row) for name, row in {**stages, ALL: together(stages, notes)}.items()},
+    )
+
+
+def together(stages: Mapping[str, Estimate], notes: list[str]) -> Estimate:
+    """One after the other: times and outputs add up; of memory, and of what lies beside outputs, the most counts."""
+    before, peak = 0, 0
+    for stage in stages.values():
+        peak = max(peak, before + stage.disk_bytes)
+        before += stage.output_bytes
+    time = {name: stage.seconds for name, stage in stages.items() if stage.seconds is not None}
+    on_device = [stage.device_memory_bytes for stage in stages.values() if stage.device_memory_bytes is not None]
+    return Estimate(
+        disk_bytes=peak,
+        output_bytes=before,
+        peak_memory_bytes=max(stage.peak_memory_bytes for stage in stages.values()),
+        device_memory_bytes=max(on_device, default=None),
+        seconds=sum(time.values()),
+        tokens_per_expert=None,
+        time=time,
+        memory={name: stage.peak_memory_bytes for name, stage in stages.items()},
+        disk={name: stage.output_bytes for name, stage in stages.items()},
+        notes=(PROJECTED, *notes),
+    )
+
+
+def _planned(out: Path) -> Settled | None:
+    """By the plan of an earlier start, where it came so far."""
+    file = out / "plan.json"
+    if not file.exists():
+        return None
+    plan = load_plan(file)
+    if plan.quantization is None:
+        return None
+    return Settled(count=plan.experts, scheme=plan.quantization.scheme(), layer_bits=plan.layer_bits)
+
+
+def _exports(
+    recipe: Recipe, out: Path, checkpoint: Checkpoint, figures: Figures, pressed: Pressed, rates: Rates
+) -> tuple[dict[str, Estimate], list[str]]:
+    """A row for every export, named as in the run's journal, and what is left out."""
+    rows: dict[str, Estimate] = {}
+    if "gptq" in recipe.to:
+        rows["export-gptq"] = estimate_gptq(figures, pressed, rates)
+    if "onnx" not in recipe.to:
+        return rows, []
+    from moepress.converters.onnx.export import OnnxRequest, onnx_bytes, plan_onnx
+
+    before = onnx_bytes(plan_onnx(checkpoint, OnnxRequest()))
+    after = onnx_bytes_after(before, figures, pressed, bias=checkpoint.family.rule.bias)
+    rows["export-onnx"] = estimate_onnx(figures, pressed.size, after, pressed.count, rates)
+    if not recipe.throughput:
+        return rows, []
+    lack = no_room(recipe.model, next(p for p in (out, *out.resolve().parents) if p.exists()))
+    if lack is None:
+        rows["export-onnx-before"] = estimate_onnx(
+            figures, checkpoint.total_bytes, before, checkpoint.shape.experts, rates
+        )
+    return rows, [] if lack is None else [lack]

@@ -1,0 +1,300 @@
+"""The recipe of a run: its fields and defaults, and all that can be wrong with it, found before any work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from moepress.compress.budget.search import most_common
+from moepress.compress.budget.sizes import included_linears
+from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.schemes import check_scheme
+from moepress.compress.pruning.plan import count_from_keep
+from moepress.compress.pruning.repair import Repair
+from moepress.compress.pruning.scoring import Criterion, Groups, default_criterion, domain_weights
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.errors import InvalidInputError, UsageError
+from moepress.hub.snapshot import hub_model, origin_of
+from moepress.models.forward.inventory import inventory
+from moepress.models.forward.walk import choose_device, choose_dtype
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.experts import moe_layers
+from moepress.runs.byte_sizes import parse_bytes
+from moepress.stages.export import check_onnx, onnx_bits
+from moepress.stages.groundwork import (
+    DEFAULT_TOKENS,
+    DEFAULT_WINDOW,
+    EMBEDDED_TOKENS,
+    Calibration,
+    load_corpus,
+    model_folder,
+)
+from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
+from moepress.stages.repair import check_repair
+from moepress.stages.validate import (
+    Evaluation,
+    evaluation_corpus,
+)
+from moepress.validation.quality.thresholds import Thresholds
+from moepress.validation.rules.check import notes_before
+from moepress.validation.speed.targets import all_targets
+
+# What may change on resume: it touches exports and the report alone, which are then made (again).
+LATE_FIELDS = ("to", "data", "data_domain", "max_windows", "throughput", "max_ppl_increase", "max_kl")
+
+
+def _bytes(value: Any) -> Any:
+    """A size as --budget and --max-memory take it; numbers stay what they are."""
+    try:
+        return parse_bytes(value) if isinstance(value, str) else value
+    except UsageError:
+        raise ValueError(f"{value!r} is not a size; write for example 8GiB") from None
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+
+
+class Recipe(BaseModel):
+    """Everything that a run depends on; written to OUT/recipe.yaml with all defaults filled in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal["1.0"] = "1.0"
+    model: str
+    calibration: tuple[str, ...] = ()
+    domain: tuple[str, ...] = ()
+    tokens: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=2)
+    seed: int = 0
+    keep: float | None = None
+    experts: int | None = None
+    criterion: Criterion | None = None
+    domain_weight: dict[str, float] = {}
+    groups: Groups = Groups.BALANCED
+    bits: int | None = None
+    group_size: int | None = None
+    budget: Bytes | None = Field(default=None, ge=1)
+    target: str | None = None
+    targets_file: str | None = None
+    context: int | None = Field(default=None, ge=1)
+    mixed_bits: bool = False
+    include: tuple[Include, ...] = ()
+    match: Literal["auto", "own", "original"] = "auto"
+    repair: tuple[Repair, ...] = ()
+    to: tuple[Literal["gptq", "onnx"], ...] = ()
+    data: tuple[str, ...] = ()
+    data_domain: tuple[str, ...] = ()
+    max_windows: int | None = Field(default=None, ge=1)
+    throughput: bool = True
+    max_ppl_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    device: str = "auto"
+    dtype: str = "auto"
+    max_memory: Bytes | None = None
+
+
+def load_recipe(file: Path) -> dict[str, Any]:
+    """The values of a YAML recipe, not yet checked together with the command line's.
+
+    Raises:
+        InvalidInputError: it cannot be read or is not a mapping.
+    """
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error
+    if not isinstance(found, dict):
+        raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")
+    return found
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Check values and fill in the defaults: three quarters of the experts stay, in 4 bits, unless a budget decides.
+
+    Raises:
+        InvalidInputError: naming the first field that is wrong.
+    """
+    try:
+        recipe = Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        why = first["msg"].removeprefix("Value error, ")
+        raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
+    if budget_request(recipe) is not None:
+        return recipe
+    defaults: dict[str, Any] = {"bits": recipe.bits or 4, "group_size": recipe.group_size or 128}
+    if recipe.keep is None and recipe.experts is None:
+        defaults["keep"] = 0.75
+    return recipe.model_copy(update=defaults)
+
+
+def budget_request(recipe: Recipe) -> BudgetRequest | None:
+    """The budget that a recipe names, or None."""
+    if recipe.budget is None and recipe.target is None:
+        return None
+    return BudgetRequest(
+        limit_bytes=recipe.budget,
+        target=recipe.target,
+        context=recipe.context,
+        targets_file=_targets_file(recipe),
+    )
+
+
+def _targets_file(recipe: Recipe) -> Path | None:
+    return None if recipe.targets_file is None else Path(recipe.targets_file)
+
+
+def wish_of(recipe: Recipe) -> Wish:
+    """What the recipe leaves to its budget; codes that ONNX has no kernel for are no choice where it is asked for."""
+    widths = onnx_bits() if "onnx" in recipe.to else SUPPORTED_BITS
+    return Wish(
+        keep=recipe.keep,
+        experts=recipe.experts,
+        widths=widths if recipe.bits is None else (recipe.bits,),
+        group_size=recipe.group_size,
+        mixed=recipe.mixed_bits,
+        criterion=recipe.criterion,
+        weights=recipe.domain_weight,
+        groups=recipe.groups,
+        include=frozenset(recipe.include),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What is known of the result before there is a plan; `layer_bits` are those of layers with experts, if mixed."""
+
+    count: int
+    scheme: Scheme
+    layer_bits: Mapping[int, int] = field(default_factory=dict)
+
+
+def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
+    """Count and bits; under a budget, which decides after the profile, the most experts that fit, and bits that fill
+    what they leave.
+
+    Raises:
+        UsageError: options exclude each other, or nothing fits.
+    """
+    shape, request = checkpoint.shape, budget_request(recipe)
+    if request is None:
+        if recipe.context is not None or recipe.mixed_bits:
+            raise UsageError("--context and --mixed-bits go with --budget or --target only.")
+        degroup = recipe.groups is Groups.DEGROUP
+        count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
+        return Settled(count=count, scheme=Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128))
+    if recipe.mixed_bits and recipe.bits is not None:
+        raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits.")
+    if recipe.mixed_bits and "gptq" in recipe.to:
+        raise UsageError("--mixed-bits and --to gptq exclude each other: the GPTQ layout has one width for all layers.")
+    wish, budget = wish_of(recipe), budget_of(request, checkpoint.config, shape)
+    linears = included_linears(checkpoint, wish.include)
+    layers = moe_layers(checkpoint)
+    found = require_possible(inventory(checkpoint), shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits)
+    scheme = Scheme(bits=most_common(found.widths) or 4, group_size=wish.group(shape, linears))
+    bits = {layers[n]: width for n, width in found.widths.items() if width is not None}
+    return Settled(count=found.count, scheme=scheme, layer_bits=bits if found.mixed else {})
+
+
+def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
+    """Everything that can be wrong with a recipe, found before the first hour of work instead of after it.
+
+    Returns:
+        The opened model, the number of experts that stay, and the criterion that chooses them.
+
+    Raises:
+        UsageError, InvalidInputError, UnsupportedError: as the stage concerned would.
+    """
+    folder = model_folder(recipe.model)
+    all_targets(_targets_file(recipe))
+    checkpoint = open_checkpoint(folder)
+    shape = checkpoint.shape
+    known = settled(recipe, checkpoint)
+    if recipe.repair:
+        check_repair(checkpoint, known.count, frozenset(recipe.repair))
+    check_scheme(checkpoint, known.scheme, recipe.include)
+    if "gptq" in recipe.to and Include.LM_HEAD in recipe.include:
+        raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
+    if "onnx" in recipe.to:
+        check_onnx(checkpoint, known.scheme, recipe.include)
+    corpus = load_corpus(folder, calibration_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
+    criterion = recipe.criterion or default_criterion(domain_weights(corpus.domains, recipe.domain_weight))
+    evaluation_corpus(folder, evaluation_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
+    return checkpoint, known.count, criterion
+
+
+def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory_bytes: int) -> Recipe:
+    """The recipe with every default filled in, so that it says all that was used."""
+    embedded = not (recipe.calibration or recipe.domain)
+    device = choose_device(recipe.device)
+    if Path(recipe.model).is_dir():
+        model = str(Path(recipe.model).resolve())
+    else:  # of the hub with its commit, so that a resume has the same weights
+        model = str(origin_of(checkpoint.folder) or recipe.model)
+    values = {
+        "model": model,
+        "tokens": recipe.tokens or (EMBEDDED_TOKENS if embedded else DEFAULT_TOKENS),
+        "window": recipe.window or min(checkpoint.shape.context, DEFAULT_WINDOW),
+        "criterion": criterion,
+        "device": str(device),
+        "dtype": str(choose_dtype(recipe.dtype, device)).removeprefix("torch."),
+        "max_memory": memory_bytes,
+    }
+    return recipe.model_copy(update=values)
+
+
+def as_before(recipe: Recipe, model: Any) -> Recipe:
+    """The recipe with the commit of the hub that an interrupted run began with, where it names none itself.
+
+    Args:
+        recipe: of the resume.
+        model: what the interrupted run has noted; None where there is none.
+    """
+    named, began = hub_model(recipe.model), hub_model(model) if isinstance(model, str) else None
+    if named is None or began is None or named.revision is not None or named.repo != began.repo:
+        return recipe
+    return recipe if Path(recipe.model).exists() else recipe.model_copy(update={"model": model})
+
+
+def calibration_of(recipe: Recipe) -> Calibration:
+    """The text that experts are judged by and quantized on."""
+    return Calibration(
+        sources=recipe.calibration,
+        domains=recipe.domain,
+        tokens=recipe.tokens,
+        window=recipe.window,
+        seed=recipe.seed,
+    )
+
+
+def evaluation_of(recipe: Recipe) -> Evaluation:
+    """The text that the models are compared on, and the thresholds."""
+    return Evaluation(
+        data=recipe.data,
+        domains=recipe.data_domain,
+        window=recipe.window,
+        max_windows=recipe.max_windows,
+        throughput=recipe.throughput,
+        context=recipe.context,
+        targets_file=_targets_file(recipe),
+        thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
+    )
+
+
+def runtime_notes(recipe: Recipe) -> list[str]:
+    """What would not work of the result in the runtimes that its layouts are made for, known before any work; nothing
+    under a budget, which decides about experts and bits after the profile (`run_recipe` tells it then).
+
+    Raises:
+        UsageError, InvalidInputError, UnsupportedError: as `check_recipe`.
+    """
+    if budget_request(recipe) is not None:
+        return []
+    checkpoint = open_checkpoint(model_folder(recipe.model))
+    known, degroup = settled(recipe, checkpoint), recipe.groups is Groups.DEGROUP
+    return notes_before(checkpoint.config, known.count, known.scheme, degroup=degroup, gptq="gptq" in recipe.to)

@@ -1,0 +1,322 @@
+"""run: the stages in order, from one recipe, into one folder; a run that was interrupted goes on where it was.
+
+OUT/recipe.yaml      everything that was used, complete
+OUT/journal.jsonl    settings and finished stages
+OUT/profile/         how the model uses its experts
+OUT/plan.json        what stays
+OUT/repair/          what is mended of it, where that is asked for
+OUT/model/           the canonical artifact, compressed-tensors
+OUT/exports/<fmt>/   the same codes in other layouts; onnx-before: the original, to be timed beside exports/onnx
+OUT/report.{html,md,json}, junit.xml, provenance.json
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from moepress import __version__
+from moepress.calibration.hessian import hessian_for
+from moepress.calibration.profile import Profile, fingerprint, load_profile
+from moepress.compress.budget.sizes import linears_of_config
+from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
+from moepress.compress.pruning.repaired import Repairs
+from moepress.converters.onnx.folder import open_onnx
+from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.forward.walk import default_memory
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.runs.journal import Run, check_output, open_run, previous_settings, write_atomically
+from moepress.runs.progress import note
+from moepress.stages.export import export_stage, onnx_stage
+from moepress.stages.groundwork import Machine, Output, load_corpus, model_folder
+from moepress.stages.making import QuantizeRequest, profile_stage, quantize_stage
+from moepress.stages.plan import plan_within
+from moepress.stages.repair import load_repairs, repair_stage
+from moepress.stages.run.recipe import (
+    LATE_FIELDS,
+    Recipe,
+    as_before,
+    budget_request,
+    calibration_of,
+    check_recipe,
+    evaluation_of,
+    resolve,
+    settled,
+    wish_of,
+)
+from moepress.stages.validate import (
+    evaluation_corpus,
+    onnx_subject,
+    pruned_subject,
+    subject_of,
+    validate_stage,
+)
+from moepress.validation.report.files import write_report
+from moepress.validation.report.model_card import CARD_NAME, Format, model_card
+from moepress.validation.report.provenance import files_below, provenance, write_provenance
+from moepress.validation.report.schema import Report
+from moepress.validation.report.sections import (
+    calibration_section,
+    choice_section,
+    pruning_section,
+    quantization_section,
+    usage_section,
+)
+from moepress.validation.rules.check import planned_notes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    recipe: Recipe
+    out: Path
+    count: int
+    scheme: Scheme
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Onnx:
+    """Exports to ONNX: of the result, and of the original where there is one, with what the report says of them."""
+
+    after: Path | None = None
+    before: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False) -> Report:
+    """Run all stages.
+
+    Raises:
+        UsageError: an option or the expert count is not legal, or the output is taken.
+        InvalidInputError: model or text are not sound.
+    """
+    before = previous_settings(out) if resume else {}
+    recipe = as_before(recipe, before.get("recipe.model"))
+    check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
+    checkpoint, count, criterion = check_recipe(recipe)
+    # Batch sizes depend on the memory, and the last bits of the result on them.
+    recipe = resolve(
+        recipe, checkpoint, criterion, recipe.max_memory or before.get("recipe.max_memory") or default_memory()
+    )
+    settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
+    settings |= {f"recipe.{k}": v for k, v in recipe.model_dump(mode="json", exclude=set(LATE_FIELDS)).items()}
+    shape, text = checkpoint.shape, calibration_of(recipe)
+    corpus = load_corpus(checkpoint.folder, text, context=shape.context, vocabulary=shape.vocabulary)
+    settings["corpus"] = corpus.digest  # a text may change under its name; the stages that read it may be finished
+    machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
+    setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
+    with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
+        write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        profile = _profile(setup, run)
+        plan = _plan(setup, run, profile)
+        repairs = _repair(setup, run, plan)
+        quantized = _quantize(setup, run, plan, repairs)
+        exported = _exports(setup, run)
+        return _report(setup, run, (profile, plan), repairs, quantized, exported)
+
+
+def _stage_output(setup: _Setup, name: str) -> Output:
+    return Output(folder=setup.out / name, resume=True)
+
+
+def _profile(setup: _Setup, run: Run) -> Profile:
+    folder = setup.out / "profile"
+    if run.done("profile") is None and not folder.exists():
+        recipe = setup.recipe
+        budgeted, place = budget_request(recipe) is not None, _stage_output(setup, "profile")
+        profile_stage(recipe.model, place, calibration_of(recipe), setup.machine, bit_losses=budgeted)
+    if run.done("profile") is None:
+        run.mark("profile")
+    return load_profile(folder)
+
+
+def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
+    recipe = setup.recipe
+    if run.done("plan") is None:
+        request = budget_request(recipe)
+        if request is not None:
+            plan = plan_within(profile, request, wish_of(recipe))
+        else:
+            plan = make_plan(
+                profile,
+                count=setup.count,
+                criterion=recipe.criterion,
+                weights=recipe.domain_weight,
+                groups=recipe.groups,
+                scheme=setup.scheme,
+                include=recipe.include,
+                linears=linears_of_config(profile.config, recipe.include),
+            )
+        text = plan_text(plan)
+        run.write("plan", "plan.json", lambda path: _text(path, text))
+    plan = load_plan(setup.out / "plan.json")
+    if budget_request(recipe) is not None:  # without a budget they were told before the profile
+        note(*planned_notes(plan, profile.config, gptq="gptq" in recipe.to))
+    return plan
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _repair(setup: _Setup, run: Run, plan: Plan) -> Repairs | None:
+    recipe, folder = setup.recipe, setup.out / "repair"
+    if not recipe.repair:
+        return None
+    if run.done("repair") is None and not folder.exists():
+        parts = frozenset(recipe.repair)
+        repair_stage(recipe.model, _stage_output(setup, "repair"), plan, parts, calibration_of(recipe), setup.machine)
+    if run.done("repair") is None:
+        run.mark("repair")
+    return load_repairs(folder)
+
+
+def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> Mapping[str, Any]:
+    recipe = setup.recipe
+    done = run.done("model")
+    if done is not None:
+        return done.note
+    folder = setup.out / "model"
+    if folder.exists():  # killed between the stage's end and its line in the journal
+        from moepress.models.storage.checkpoint import read_json
+
+        result: Mapping[str, Any] = read_json(folder / "moepress.json")
+    else:
+        scheme = plan.quantization.scheme() if plan.quantization else setup.scheme
+        result = quantize_stage(
+            recipe.model,
+            _stage_output(setup, "model"),
+            plan,
+            QuantizeRequest(
+                scheme=scheme,
+                layer_bits=plan.layer_bits,
+                include=frozenset(recipe.include),
+                hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
+            ),
+            calibration_of(recipe),
+            setup.machine,
+            repairs=repairs,
+        )
+    run.mark(
+        "model", {k: result[k] for k in ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")}
+    )
+    return run.pieces["model"].note
+
+
+def _exports(setup: _Setup, run: Run) -> _Onnx:
+    recipe, exports = setup.recipe, setup.out / "exports"
+    for target in recipe.to:
+        if target != "onnx" and run.done(f"export-{target}") is None:
+            if not (exports / target).exists():
+                export_stage(str(setup.out / "model"), Output(folder=exports / target, resume=True), target)
+            run.mark(f"export-{target}")
+    if "onnx" not in recipe.to:
+        return _Onnx()
+    notes = _export_onnx(setup, run, "onnx", str(setup.out / "model"))
+    if not recipe.throughput:
+        return _Onnx(after=exports / "onnx", notes=notes)
+    lack = None if (exports / "onnx-before").exists() else no_room(recipe.model, setup.out)
+    if lack is not None:
+        return _Onnx(after=exports / "onnx", notes=(*notes, lack))
+    notes += _export_onnx(setup, run, "onnx-before", recipe.model)
+    return _Onnx(after=exports / "onnx", before=exports / "onnx-before", notes=notes)
+
+
+def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, ...]:
+    from moepress.converters.onnx.export import OnnxRequest
+
+    folder, done = setup.out / "exports" / name, run.done(f"export-{name}")
+    if done is None:
+        made = None if folder.exists() else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
+        run.mark(f"export-{name}", {"notes": [f"exports/{name}: {note}" for note in made.notes] if made else []})
+    return tuple(run.pieces[f"export-{name}"].note["notes"])
+
+
+def no_room(model: str, folder: Path) -> str | None:
+    """Why the original is not exported to ONNX, or None: it would be large, and is only needed to be timed."""
+    from moepress.converters.onnx.export import OnnxRequest, onnx_bytes, plan_onnx
+
+    size = onnx_bytes(plan_onnx(open_source(model_folder(model)), OnnxRequest()))
+    memory, disk = _free_memory(), shutil.disk_usage(folder).free
+    lack = f"The original has no throughput in ONNX Runtime: in fp32 it has {size / 2**30:.1f} GiB, and"
+    if 2 * size > memory:
+        return f"{lack} {memory / 2**30:.1f} GiB of memory are free, of which it may take half."
+    if size > disk:
+        return f"{lack} {disk / 2**30:.1f} GiB of the disk are free."
+    return None
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
+
+
+def _report(
+    setup: _Setup,
+    run: Run,
+    decided: tuple[Profile, Plan],
+    repairs: Repairs | None,
+    quantized: Mapping[str, Any],
+    onnx: _Onnx,
+) -> Report:
+    recipe, folder, (profile, plan) = setup.recipe, model_folder(setup.recipe.model), decided
+    late = recipe.model_dump(mode="json", include=set(LATE_FIELDS) - {"to"})
+    if onnx.after is not None:
+        late["onnx"] = "before and after" if onnx.before is not None else "after"
+    original = open_checkpoint(folder)
+    shape, text = original.shape, evaluation_of(recipe)
+    late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
+    done = run.done("report")
+    if done is not None and done.note == late:
+        return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
+    artifact = open_artifact(setup.out / "model")
+    subjects = [subject_of("original", original)]
+    if plan.prunes:
+        subjects.append(pruned_subject("pruned", original, plan, repairs))
+    bits = "mixed bits" if plan.layer_bits else f"{artifact.scheme.bits} bit"
+    name = f"pruned + {bits}" if plan.prunes else bits
+    subjects.append(subject_of(name, artifact))
+    if onnx.after is not None:
+        subjects.append(onnx_subject(f"{bits}, ONNX", open_onnx(onnx.after)))
+    report = validate_stage(
+        subjects,
+        folder,
+        evaluation_of(recipe),
+        setup.machine,
+        setup.out,
+        onnx_device="auto",  # the export is for the CPU; its throughput is taken on CUDA as well where there is one
+        also_timed=[onnx_subject("original, ONNX", open_onnx(onnx.before))] if onnx.before is not None else [],
+        title=plan.model_name,
+        pruning=pruning_section(plan) if plan.prunes else None,
+        usage=usage_section(profile, plan),
+        choice=choice_section(plan),
+        quantization=quantization_section(quantized, artifact.scheme, plan),
+        calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
+        notes=(*plan.notes, *onnx.notes),
+        commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
+        recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
+    )
+    write_report(report, setup.out)
+    _describe(setup, report, original, artifact)
+    run.mark("report", late)
+    return report
+
+
+def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Artifact) -> None:
+    """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
+    layouts: tuple[tuple[str, Format], ...] = (
+        ("model", "compressed-tensors"),
+        ("exports/gptq", "gptq"),
+        ("exports/onnx", "onnx"),
+    )
+    for name, layout in layouts:
+        if (setup.out / name).is_dir():
+            card = model_card(report, original, layout, mixed=len(artifact.schemes) > 1)
+            write_atomically(setup.out / name / CARD_NAME, card)
+    made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
+    settings = setup.recipe.model_dump(mode="json")
+    write_provenance(setup.out, provenance(report, {"original": original.folder}, made, settings))

@@ -1,0 +1,354 @@
+"""validate as a function: several models, one text, one report."""
+
+import dataclasses
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from moepress import __version__
+from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
+from moepress.calibration.sources import embedded_sources, parse_sources
+from moepress.compress.budget.sizes import part_sizes
+from moepress.compress.pruning.plan import Plan, estimate_sizes
+from moepress.compress.pruning.repaired import Repairs, repaired_source
+from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
+from moepress.converters.onnx.runtime import installed_version, require_onnxruntime, session_providers
+from moepress.converters.safetensors.artifact import Artifact, open_source
+from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.hub.snapshot import origin_of
+from moepress.models.families.family import Part, Shape, part_of, shape_of
+from moepress.models.forward.inventory import inventory
+from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
+from moepress.models.storage.checkpoint import Checkpoint, Source
+from moepress.models.storage.experts import prune_source
+from moepress.stages.groundwork import DEFAULT_WINDOW, Machine, load_tokenizer
+from moepress.validation.quality.measure import Subject, measure, vocabulary_of
+from moepress.validation.quality.thresholds import Thresholds, judge
+from moepress.validation.report.schema import Environment, Report, SubjectInfo
+from moepress.validation.speed.fits import fits_section
+from moepress.validation.speed.target_here import target_here
+from moepress.validation.speed.targets import Target, all_targets
+from moepress.validation.speed.throughput import device_name, measure_throughput
+from moepress.validation.speed.timing import Bench
+
+EMBEDDED_TOKENS = 8192  # per domain; the embedded Python is longer than the prose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What models are compared on.
+
+    Attributes:
+        data: files, folders or data sets; none at all means the embedded evaluation text.
+        domains: NAME=PATH.
+        window: tokens per window; None for the reference's context, at most 2048.
+        max_windows: windows per domain; None for all (of the embedded text, for 8192 tokens).
+        throughput: also time prefill and decode.
+        context: tokens in the KV cache of the table of GPUs; None for 8192, or the context where it is shorter.
+        targets_file: the user's own GPUs, beside those of the table.
+        thresholds: limits that are judged.
+    """
+
+    data: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    window: int | None = None
+    max_windows: int | None = None
+    throughput: bool = True
+    context: int | None = None
+    targets_file: Path | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+
+def load_evaluation(
+    folder: Path, data: Sequence[str], domains: Sequence[str], *, window: int, max_windows: int | None, vocabulary: int
+) -> EvaluationCorpus:
+    """Tokenized evaluation windows; without data the embedded evaluation text, as much of every domain."""
+    sources = parse_sources(data, domains)
+    if not sources:
+        sources, max_windows = embedded_sources("evaluation"), max_windows or max(1, EMBEDDED_TOKENS // window)
+    return evaluation_windows(
+        sources, load_tokenizer(folder), window=window, max_windows=max_windows, vocab_size=vocabulary
+    )
+
+
+def evaluation_corpus(folder: Path, evaluation: Evaluation, *, context: int, vocabulary: int) -> EvaluationCorpus:
+    """The windows that an evaluation describes, for a model of that context and vocabulary, tokenizer in `folder`."""
+    return load_evaluation(
+        folder,
+        evaluation.data,
+        evaluation.domains,
+        window=evaluation.window or min(context, DEFAULT_WINDOW),
+        max_windows=evaluation.max_windows,
+        vocabulary=vocabulary,
+    )
+
+
+def open_subject(label: str, folder: Path) -> Subject:
+    """Any model folder as one side of a comparison: original, pruned, quantized in either layout, or ONNX.
+
+    Raises:
+        InvalidInputError: the folder is not sound.
+        UnsupportedError: it is an ONNX folder, and onnx or ONNX Runtime is not installed.
+    """
+    if not is_onnx(folder):
+        return subject_of(label, open_source(folder))
+    require_onnxruntime()
+    return onnx_subject(label, open_onnx(folder))
+
+
+def onnx_subject(label: str, source: OnnxFolder) -> Subject:
+    """An ONNX folder as one side of a comparison."""
+    return Subject(
+        label=label,
+        source=source,
+        folder=source.folder,
+        stored_bytes=source.total_bytes,
+        parameters=source.parameters,
+    )
+
+
+def subject_of(label: str, source: Checkpoint | Artifact) -> Subject:
+    """A folder of safetensors as one side of a comparison."""
+    parameters = sum(math.prod(shape) for shape in source.shapes.values())
+    return Subject(
+        label=label,
+        source=source,
+        folder=source.folder,
+        stored_bytes=source.total_bytes,
+        parameters=parameters,
+        parts=_stored_parts(source),
+    )
+
+
+def tokenizer_folder(folders: Sequence[Path]) -> Path:
+    """The first folder with a tokenizer that can be read.
+
+    Raises:
+        InvalidInputError: none has one; of the first folder.
+    """
+    first: InvalidInputError | None = None
+    for folder in folders:
+        try:
+            load_tokenizer(folder)
+        except InvalidInputError as error:
+            first = first or error
+        else:
+            return folder
+    assert first is not None, "there is a folder"
+    raise first
+
+
+def _stored_parts(source: Checkpoint | Artifact) -> dict[str, int]:
+    layers, sizes = int(source.config["num_hidden_layers"]), Counter[Part]()
+    for name, entry in source.stored.items():
+        sizes[part_of(source.family, name, layers)] += entry.bytes
+    return {part.value: sizes[part] for part in Part if sizes[part]}
+
+
+def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan, repairs: Repairs | None = None) -> Subject:
+    """The model pruned by a plan and not quantized, without writing it: the original seen through the keep list."""
+    source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup)
+    source = source if repairs is None else repaired_source(source, repairs)
+    parts = part_sizes(inventory(checkpoint), checkpoint.shape, plan.experts, None)
+    return Subject(
+        label=label,
+        source=source,
+        folder=None,
+        stored_bytes=estimate_sizes(inventory(checkpoint), checkpoint.shape, plan.experts, None).after_bytes,
+        parameters=sum(math.prod(shape) for shape in source.shapes.values()),
+        parts={part.value: round(size) for part, size in parts.items() if size},
+    )
+
+
+def check_report_folder(folder: Path, models: Sequence[Path]) -> None:
+    """Refuse a place for a report that is a file, a model, or a folder with other things in it.
+
+    Raises:
+        UsageError: with what to do instead.
+    """
+    target = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"The output {folder} is a file; give the name of a folder for the report.")
+    if any(target == m.resolve() or m.resolve() in target.parents for m in models):
+        raise UsageError(f"The output {folder} lies inside a model's folder; choose another one.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
+        raise UsageError(f"The output {folder} holds other files; choose another folder for the report.")
+
+
+def validate_stage(
+    subjects: Sequence[Subject],
+    tokenizer: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    work: Path,
+    *,
+    onnx_device: str | None = None,
+    also_timed: Sequence[Subject] = (),
+    **sections: Any,
+) -> Report:
+    """Measure all subjects on the same text and make a report; the first one is the reference.
+
+    Args:
+        subjects: models to compare.
+        tokenizer: folder of the tokenizer, that of the reference.
+        evaluation: text, windows, thresholds.
+        machine: device, dtype, memory.
+        work: folder for scratch files.
+        onnx_device: `cpu`, `cuda` or `auto` for ONNX folders; None: as the machine says.
+        also_timed: models that have rows of throughput and no others; they come after the reference.
+        sections: further fields of the report (title, pruning, quantization, calibration, notes, commands, recipe).
+
+    Raises:
+        UsageError: CUDA is wanted for an ONNX folder and no session gets it, or the window exceeds a context.
+        InvalidInputError: the subjects have different vocabularies, or the text is too short.
+        MoepressError: an ONNX folder does not fit into memory.
+    """
+    provider, targets = onnx_device or machine.device, all_targets(evaluation.targets_file)
+    streamed = [s.source for s in subjects if not isinstance(s.source, OnnxFolder)]
+    device = choose_device(machine.device if streamed else "cpu")
+    dtype = choose_dtype(machine.dtype if streamed else "float32", device)
+    folders = [s.source for s in subjects if isinstance(s.source, OnnxFolder)]
+    if folders:
+        _check_onnx(folders, provider)
+        subjects = [_exact(subject) for subject in subjects]
+    corpus = evaluation_corpus(
+        tokenizer,
+        evaluation,
+        context=min([_context(subjects[0]), *(folder.context for folder in folders)]),
+        vocabulary=vocabulary_of(subjects[0].source),
+    )
+    window = int(corpus.windows.shape[1])
+    _check_contexts(folders, window)
+    quality = measure(
+        subjects,
+        corpus,
+        device=device,
+        dtype=dtype,
+        limits=_limits(streamed, window, machine, device),
+        scratch_folder=work,
+        onnx_device=provider,
+    )
+    timed = None
+    if evaluation.throughput:
+        with_folder = [s for s in (subjects[0], *also_timed, *subjects[1:]) if s.folder is not None]
+        bench = Bench(device=device, dtype=choose_dtype("auto", device), onnx_device=provider)
+        timed = measure_throughput(with_folder, bench)
+    return Report(
+        tool_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        subjects=tuple(_subject_info(s) for s in subjects),
+        quality=quality,
+        throughput=timed,
+        thresholds=judge(evaluation.thresholds, quality.rows),
+        targets=fits_section(
+            [(s.label, s.source) for s in subjects if s.folder is not None],
+            targets,
+            evaluation.context,
+            here=_gpu_here(device, targets),
+            throughput=timed,
+        ),
+        environment=_environment(device, onnx=bool(folders)),
+        **sections,
+    )
+
+
+def _gpu_here(device: torch.device, targets: Sequence[Target]) -> Target | None:
+    if device.type != "cuda":
+        return None
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    return target_here(str(torch.cuda.get_device_name(device)), memory, targets)
+
+
+def _exact(subject: Subject) -> Subject:
+    """The subject with codes multiplied out in fp32, as ONNX Runtime does, so that like is compared with like."""
+    if not isinstance(subject.source, Artifact):
+        return subject
+    return dataclasses.replace(subject, source=dataclasses.replace(subject.source, exact=True))
+
+
+def _context(subject: Subject) -> int:
+    source = subject.source
+    return source.context if isinstance(source, OnnxFolder) else _shape(source).context
+
+
+def _limits(streamed: Sequence[Source], window: int, machine: Machine, device: torch.device) -> Limits:
+    if not streamed:  # sessions do not ask for it
+        return Limits(memory_bytes=machine.memory_bytes or default_memory(), batch_windows=1)
+    return choose_limits(_shape(streamed[0]), window, machine.memory_bytes, device=device)
+
+
+def _check_onnx(folders: Sequence[OnnxFolder], device: str) -> None:
+    """Refuse what a session would refuse, before the other models are measured."""
+    if device.startswith("cuda"):
+        got = session_providers("CUDAExecutionProvider")
+        if "CUDAExecutionProvider" not in got:
+            raise UsageError(
+                f"--device {device}: ONNX Runtime's session gets {', '.join(got)} instead of CUDA; `moepress doctor` "
+                "says why."
+            )
+    free = psutil.virtual_memory().available
+    for folder in folders:
+        if folder.total_bytes > free:
+            raise MoepressError(
+                f"{folder.folder} has {folder.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
+                "free; a session holds the whole model. Free some memory, or use a larger machine."
+            )
+
+
+def _check_contexts(folders: Sequence[OnnxFolder], window: int) -> None:
+    for folder in folders:
+        if window > folder.context:
+            raise UsageError(
+                f"--window {window} exceeds the {folder.context} tokens that {folder.folder} has room for."
+            )
+
+
+def _subject_info(subject: Subject) -> SubjectInfo:
+    source = subject.source
+    return SubjectInfo(
+        label=subject.label,
+        folder=str(origin_of(subject.folder) or subject.folder.name) if subject.folder else None,
+        stored_bytes=subject.stored_bytes,
+        parameters=subject.parameters,
+        experts_per_layer=_onnx_experts(source) if isinstance(source, OnnxFolder) else _shape(source).experts,
+        bits=8 * subject.stored_bytes / subject.parameters if subject.parameters else None,
+        onnx=isinstance(source, OnnxFolder),
+        parts=dict(subject.parts),
+    )
+
+
+def _shape(source: Source) -> Shape:
+    return shape_of(source.family, source.config)
+
+
+def _onnx_experts(folder: OnnxFolder) -> int | tuple[int, int] | None:
+    counts = folder.summary.get("experts")
+    if not isinstance(counts, dict) or not counts:
+        return None
+    fewest, most = min(map(int, counts.values())), max(map(int, counts.values()))
+    return fewest if fewest == most else (fewest, most)
+
+
+def _environment(device: torch.device, *, onnx: bool) -> Environment:
+    import transformers
+
+    versions = {"moepress": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    if onnx:
+        versions["onnxruntime"] = require_onnxruntime().__version__
+        genai = next(filter(None, map(installed_version, ("onnxruntime-genai", "onnxruntime-genai-cuda"))), None)
+        versions |= {"onnxruntime-genai": genai} if genai else {}
+    return Environment(
+        versions=versions | {"python": platform.python_version()},
+        device=device_name(device),
+        cpus=os.cpu_count(),
+        platform=platform.platform(),
+    )

@@ -1,0 +1,141 @@
+"""--repair in `prune` and `run`: what is refused, what is left behind, and that quantizing sees the same model."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+from stage_runs import add_tokenizer, command, content, plan_of
+
+from moepress.compress.pruning.plan import plan_text
+from moepress.compress.pruning.repair import Repair
+from moepress.compress.pruning.repaired import Repairs
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import InvalidInputError
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.groundwork import Calibration, Machine, Output
+from moepress.stages.making import QuantizeRequest, quantize_stage
+from moepress.stages.repair import load_repairs, prune_repaired_stage, repair_stage
+from moepress.stages.run.recipe import make_recipe
+from moepress.stages.run.run import run_recipe
+from moepress.validation.report.schema import Report
+
+KEEP = {1: [0, 1, 4, 6, 8, 9, 12, 15], 2: [2, 3, 5, 6, 9, 11, 12, 13]}
+
+
+@pytest.fixture
+def model(tiny_copy: Callable[..., Path]) -> Path:
+    folder = tiny_copy("deepseek_v3")
+    add_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("".join(random.Random(0).choices("abcdefgh ABCDEFGH.,;", k=4000)))
+    return file
+
+
+def test_the_command_leaves_a_folder_that_says_what_was_mended(model: Path, text: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(plan_text(plan_of(open_checkpoint(model), KEEP)))
+    given = ["prune", model, "--plan", plan, "--repair", "gain,bias", "--domain", f"one={text}"]
+    given += ["--tokens", "512", "--window", "16"]
+    code, printed, errors = command(*given, "-o", tmp_path / "out")
+    assert code == 0, errors
+    assert "8 of 16 experts stay" in printed
+    assert "unrepaired" in printed
+    report = json.loads((tmp_path / "out" / "moepress.json").read_text())
+    repairs = Repairs.model_validate(report["repair"])
+    assert sorted(repairs.layers) == [1, 2]
+    assert set(repairs.parts) == set(Repair)
+    assert repairs.calibration["tokens"] == 512
+    tiny_models.reference(tmp_path / "out")
+    code, printed, errors = command(*given, "-o", tmp_path / "dry", "--dry-run", "--json")
+    assert code == 0, errors
+    projected = json.loads(printed)
+    assert projected["prune"]["output_bytes"] == report["bytes_after"]
+    assert projected["repair"]["seconds"] > 0
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "keep", "more", "message"),
+    [
+        ("mixtral", [0, 1, 2, 5], ["--repair", "bias"], "no correction bias; use --repair gain"),
+        ("mixtral", list(range(8)), ["--repair", "gain"], "here every expert stays"),
+        ("mixtral", [0, 1, 2, 5], ["--repair", "gain,shine"], "--repair shine is not there; give gain, bias"),
+        ("mixtral", [0, 1, 2, 5], ["--repair", ","], "--repair names no part"),
+        ("mixtral", [0, 1, 2, 5], ["--tokens", "64"], "go with --repair only"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",
+)
+def test_a_repair_of_nothing_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path, key: str, keep: list[int], more: list[str], message: str
+) -> None:
+    folder, plan = tiny_model(key), tmp_path / "plan.json"
+    plan.write_text(plan_text(plan_of(open_checkpoint(folder), dict.fromkeys(range(3), keep))))
+    code, _, errors = command("prune", folder, "--plan", plan, *more, "-o", tmp_path / "out")
+    assert code == 2
+    assert message in errors
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_quantizing_with_a_repair_is_quantizing_the_repaired_folder(model: Path, text: Path, tmp_path: Path) -> None:
+    plan = plan_of(open_checkpoint(model), KEEP)
+    calibration = Calibration(domains=(f"one={text}",), tokens=512, window=16)
+    parts, machine = frozenset(Repair), Machine(memory_bytes=1 << 30)
+    repairs = repair_stage(str(model), Output(folder=tmp_path / "repair"), plan, parts, calibration, machine)
+    assert load_repairs(tmp_path / "repair") == repairs
+    assert [p.name for p in (tmp_path / "repair").iterdir()] == ["repair.json"]
+    made = prune_repaired_stage(str(model), Output(folder=tmp_path / "pruned"), plan, parts, calibration, machine)
+    assert Repairs.model_validate(made["repair"]) == repairs
+    request = QuantizeRequest(scheme=Scheme(bits=4, group_size=32))
+    for name, folder, chosen, mended in (("a", model, plan, repairs), ("b", tmp_path / "pruned", None, None)):
+        quantize_stage(
+            str(folder), Output(folder=tmp_path / name), chosen, request, calibration, machine, repairs=mended
+        )
+    ours, theirs = content(tmp_path / "a"), content(tmp_path / "b")
+    assert {n: d for n, d in ours.items() if n != "moepress.json"} == {
+        n: d for n, d in theirs.items() if n != "moepress.json"
+    }
+    told = json.loads(ours["moepress.json"])["repair"]
+    assert told["layers"]["1"]["gains"] == repairs.layers[1].gains
+    assert json.loads(theirs["moepress.json"])["repair"] is None
+
+
+def test_a_run_mends_before_it_quantizes(tmp_path: Path) -> None:
+    small = {
+        "model": "demo",
+        "tokens": 1024,
+        "window": 64,
+        "keep": 0.5,
+        "group_size": 64,
+        "max_windows": 1,
+        "throughput": False,
+        "max_memory": 1 << 30,
+        "repair": ["gain"],
+    }
+    run_recipe(make_recipe(small), tmp_path / "out")
+    repairs = load_repairs(tmp_path / "out" / "repair")
+    told = json.loads((tmp_path / "out" / "model" / "moepress.json").read_text())["repair"]
+    assert told["parts"] == ["gain"]
+    assert {int(layer): row["gains"] for layer, row in told["layers"].items()} == {
+        layer: row.gains for layer, row in repairs.layers.items()
+    }
+    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
+    assert [s.label for s in report.subjects] == ["original", "pruned", "pruned + 4 bit"]
+    before = content(tmp_path / "out" / "model")
+    run_recipe(make_recipe(small), tmp_path / "out", resume=True)
+    assert content(tmp_path / "out" / "model") == before
+
+
+def test_a_damaged_repair_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"Cannot read .*repair.json"):
+        load_repairs(tmp_path)
+    (tmp_path / "repair.json").write_text('{"schema_version": "1.0"}')
+    with pytest.raises(InvalidInputError, match="holds no valid repair: model"):
+        load_repairs(tmp_path)

@@ -1,0 +1,259 @@
+"""Real processes, killed while they work and resumed: the result has the bytes of an uninterrupted run."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_models
+from stage_runs import add_tokenizer, command, content
+
+from moepress.calibration.profile import load_profile
+from moepress.compress.pruning.plan import make_plan, plan_text
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.runs.journal import JOURNAL, partial_folder
+
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: see conftest.py
+LAYERS = 5
+HEARS_SIGINT = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); import moepress.cli as c; c.main()"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """A model, text, and for every command its arguments and what it gives when nobody interrupts it."""
+
+    model: Path
+    arguments: dict[str, list[str]]
+    whole: dict[str, dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def work(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Work:
+    folder = tmp_path_factory.mktemp("resume")
+    model = folder / "model"
+    shutil.copytree(tiny_model("deepseek_v3", num_hidden_layers=LAYERS, shards=8), model)
+    add_tokenizer(model)
+    (model / "LICENSE").write_text("licence")
+    draw = random.Random(0)
+    for name in ("one", "two"):
+        (folder / f"{name}.txt").write_text("".join(draw.choices("abcdefgh ABCDEFGH.,;", k=4000)))
+    text = ["--domain", f"one={folder / 'one.txt'}", "--domain", f"two={folder / 'two.txt'}"]
+    text += ["--tokens", "512", "--window", "16"]
+    arguments = {"profile": ["profile", str(model), *text]}
+    finish([*arguments["profile"], "-o", str(folder / "profile")])
+    # 12: as keys of a journal, experts 10 and 11 come before 2
+    plan = make_plan(load_profile(folder / "profile"), count=12, scheme=Scheme(bits=4, group_size=32))
+    (folder / "plan.json").write_text(plan_text(plan))
+    arguments["prune"] = ["prune", str(model), "--plan", str(folder / "plan.json")]
+    arguments["quantize"] = ["quantize", str(model), "--plan", str(folder / "plan.json"), "--include", "shared", *text]
+    finish([*arguments["quantize"], "-o", str(folder / "quantize")])
+    finish([*arguments["prune"], "-o", str(folder / "prune")])
+    arguments["repair"] = [*arguments["prune"], "--repair", "gain,bias", *text]
+    finish([*arguments["repair"], "-o", str(folder / "repair")])
+    arguments["export"] = ["export", str(folder / "quantize"), "--to", "gptq"]
+    finish([*arguments["export"], "-o", str(folder / "export")])
+    return Work(model=model, arguments=arguments, whole={name: content(folder / name) for name in arguments})
+
+
+def finish(arguments: Sequence[str]) -> None:
+    code, _, errors = command(*arguments)
+    assert code == 0, errors
+
+
+def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Under `nice`: on a busy machine what is watched must not outrun the one that watches. Where the tests run in the
+    background of a shell, SIGINT is ignored, and a child would inherit that."""
+    return subprocess.Popen(
+        ["nice", "-n", "10", sys.executable, "-c", HEARS_SIGINT, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ALONE,
+    )
+
+
+def lines(out: Path) -> int:
+    """Whole lines in the journal of an unfinished run: its settings, and its finished or dropped pieces."""
+    try:
+        return (partial_folder(out) / JOURNAL).read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def interrupt(arguments: Sequence[str], out: Path, at_line: int, how: signal.Signals) -> tuple[int, str]:
+    """Send a signal as soon as the journal has so many lines; exit code and stderr of the process."""
+    process = start([*arguments, "-o", str(out)])
+    while process.poll() is None and lines(out) < at_line:
+        time.sleep(0.0005)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def resume(arguments: Sequence[str], out: Path) -> None:
+    finish([*arguments, "-o", str(out), "--resume"])
+    assert not partial_folder(out).exists()
+
+
+KILLED_AT = {"profile": 4, "prune": 3, "repair": 5, "quantize": 3, "export": 2}
+
+
+@pytest.fixture(scope="module")
+def killed(work: Work, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Path]:
+    """`killed(name, folder)`: an output in that folder whose run was killed (each command once, then copied)."""
+    made: dict[str, Path] = {}
+
+    def get(name: str, folder: Path) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("killed") / "out"
+            code, _ = interrupt(work.arguments[name], made[name], KILLED_AT[name], signal.SIGKILL)
+            assert code == -signal.SIGKILL
+            assert not made[name].exists()
+            assert lines(made[name]) >= KILLED_AT[name]
+        shutil.copytree(partial_folder(made[name]), partial_folder(folder / "out"))
+        return folder / "out"
+
+    return get
+
+
+Killed = Callable[[str, Path], Path]
+
+
+@pytest.mark.parametrize("name", list(KILLED_AT))
+def test_a_killed_run_ends_with_the_same_bytes(work: Work, killed: Killed, tmp_path: Path, name: str) -> None:
+    out = killed(name, tmp_path)
+    resume(work.arguments[name], out)
+    assert content(out) == work.whole[name]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("how", "name"), [(signal.SIGINT, "quantize"), (signal.SIGTERM, "profile")])
+def test_a_resumed_run_that_is_interrupted_exits_130_and_can_be_resumed(
+    work: Work, killed: Killed, tmp_path: Path, how: signal.Signals, name: str
+) -> None:
+    for attempt in range(5):  # what is left of a tiny run may be over before the signal is sent
+        (tmp_path / str(attempt)).mkdir()
+        out = killed(name, tmp_path / str(attempt))
+        code, errors = interrupt([*work.arguments[name], "--resume"], out, lines(out) + 1, how)
+        if code != 0:
+            break
+    assert code == 130
+    assert errors.strip() == "Interrupted. What is finished is kept; repeat the command with --resume to go on."
+    assert not out.exists()
+    assert not (partial_folder(out) / "lock.json").exists()
+    resume(work.arguments[name], out)
+    assert content(out) == work.whole[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--seed", "7"], "seed was 0, now 7"),
+        (["--bits", "8", "--group-size", "32"], r'scheme was {"bits": 4'),
+        (["--include", "dense"], "include was"),
+        (["--tokens", "256"], "corpus was"),
+        (["--dtype", "bfloat16"], 'dtype was "float32", now "bfloat16"'),
+        (["--max-memory", "100MiB"], "memory_bytes was"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_resume_with_other_settings_is_refused_by_name(
+    work: Work, killed: Killed, tmp_path: Path, changes: list[str], message: str
+) -> None:
+    out = killed("quantize", tmp_path)
+    before = content(partial_folder(out))
+    code, printed, errors = command(*work.arguments["quantize"], *changes, "-o", out, "--resume")
+    assert (code, printed, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("Error: Cannot resume")
+    assert message in errors
+    after = content(partial_folder(out))
+    assert after == {name: data for name, data in before.items() if name in after}
+    assert before.keys() - after.keys() <= {"lock.json"}  # of the killed process
+    assert not out.exists()
+
+
+def test_an_unfinished_run_is_neither_gone_on_with_nor_thrown_away_unasked(
+    work: Work, killed: Killed, tmp_path: Path
+) -> None:
+    out = killed("prune", tmp_path)
+    code, _, errors = command(*work.arguments["prune"], "-o", out)
+    assert code == 2
+    assert "pass --resume to go on, or --force to start anew" in errors
+    code, _, errors = command(*work.arguments["prune"], "-o", out, "--force")
+    assert code == 0, errors
+    assert content(out) == work.whole["prune"]
+    assert not partial_folder(out).exists()
+
+
+def test_a_resume_with_another_model_is_refused(work: Work, killed: Killed, tmp_path: Path) -> None:
+    out, model = killed("profile", tmp_path), tmp_path / "model"
+    shutil.copytree(work.model, model)
+    tiny_models.rewrite(model, lambda tensors: tensors["model.norm.weight"].mul_(2).sum())
+    arguments = [str(model) if a == str(work.model) else a for a in work.arguments["profile"]]
+    code, _, errors = command(*arguments, "-o", out, "--resume")
+    assert code == 2
+    assert "model was" in errors
+
+
+def test_a_resume_of_an_export_of_another_artifact_is_refused(work: Work, killed: Killed, tmp_path: Path) -> None:
+    """The same tensors in the same places, but other bytes: half of the result would be of another model."""
+    out, artifact = killed("export", tmp_path), tmp_path / "artifact"
+    shutil.copytree(work.arguments["export"][1], artifact)
+    shard = sorted(artifact.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    code, _, errors = command("export", artifact, "--to", "gptq", "-o", out, "--resume")
+    assert code == 2
+    assert "artifact was" in errors
+
+
+def test_a_finished_piece_that_was_changed_is_refused(work: Work, killed: Killed, tmp_path: Path) -> None:
+    out = killed("prune", tmp_path)
+    shard = sorted(partial_folder(out).glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    code, _, errors = command(*work.arguments["prune"], "-o", out, "--resume")
+    assert code == 4
+    assert f"{shard} was changed since it was written" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["profile", "prune", "repair", "quantize", "export"])
+def test_twenty_random_kills_change_nothing(work: Work, tmp_path: Path, name: str) -> None:
+    """Runs that are killed again and again, a random moment after some piece, until each gets through."""
+    draw, out, arguments = random.Random(f"kills:{name}"), tmp_path / "out", work.arguments[name]
+    killed = 0
+    while killed < 20:
+        process = start([*arguments, "-o", str(out), "--resume"])
+        at_line = lines(out) + draw.randint(0 if lines(out) else 1, 2)
+        while process.poll() is None and lines(out) < at_line:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.03))  # about as long as a piece of these takes
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        if out.exists():  # it got through; the next one starts anew
+            assert content(out) == work.whole[name]
+            shutil.rmtree(out)
+    resume(arguments, out)
+    assert content(out) == work.whole[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["profile", "prune", "repair", "quantize", "export"])
+def test_a_kill_after_each_piece_changes_nothing(work: Work, tmp_path: Path, name: str) -> None:
+    landed = 0
+    for at_line in range(1, 40):
+        out = tmp_path / str(at_line)
+        code, _ = interrupt(work.arguments[name], out, at_line, signal.SIGKILL)
+        if code == 0:  # the run has fewer lines
+            break
+        landed += 1
+        resume(work.arguments[name], out)
+        assert content(out) == work.whole[name]
+    assert landed >= 4

@@ -1,0 +1,1 @@
+"""What a pressed model lost: perplexity, divergence, thresholds."""

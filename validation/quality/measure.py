@@ -1,0 +1,361 @@
+"""Quality of several models on the same windows, a few positions of the logits at a time.
+
+A model folder has one streamed forward, then its head chunk by chunk; an ONNX folder goes through its session window by
+window. Shapes: N windows, T tokens in a window, H hidden size, V vocabulary, R rows (positions) in a chunk.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moepress.calibration.corpus import EvaluationCorpus
+from moepress.converters.onnx.folder import OnnxFolder
+from moepress.converters.safetensors.artifact import Artifact
+from moepress.errors import InvalidInputError, UsageError
+from moepress.models.families.family import shape_of
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits, Scratch, forward
+from moepress.models.storage.checkpoint import Source
+from moepress.runs.progress import track
+from moepress.validation.quality.divergence import paired, same_top1, token_kl
+from moepress.validation.quality.perplexity import (
+    bits_per_byte,
+    equal_weights,
+    exponential,
+    one_domain,
+    pooled_weights,
+    stratified_mean,
+    token_nll,
+    window_means,
+)
+from moepress.validation.quality.results import ALL_WINDOWS, DOMAIN_MEAN, Quality, QualityRow, Scope
+
+CONVENTION = (
+    'GPTQ papers: each domain\'s documents joined with "\\n\\n", one tokenizer call, windows that do not overlap, '
+    "tail dropped; perplexity = exp(mean of window means)"
+)
+LOGITS_BYTES = 256 << 20  # all [R, V] arrays of a chunk together
+_ARRAYS = 8  # fp32 [R, V] arrays alive at once: four of logits, two of log-probabilities, two inside the KL
+
+Reader = Callable[[int], Tensor]
+"""Gives the logits [R, V] of the next R positions, counted through all windows without their last tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to be measured.
+
+    Attributes:
+        label: its name in the report, unique.
+        source: its weights, or an ONNX folder.
+        folder: where it lies as a folder that its runtime can load; None: only in memory, so no throughput.
+        stored_bytes: size of its weights on disk.
+        parameters: how many weights it has when dense.
+        parts: stored bytes by part of the model; empty where they are not known.
+    """
+
+    label: str
+    source: Source | OnnxFolder
+    folder: Path | None
+    stored_bytes: int
+    parameters: int
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """A model that is ready to give its logits.
+
+    Attributes:
+        reader: begins at the first position, each time it is called.
+        runtime: what computes them, in words.
+    """
+
+    reader: Callable[[], Reader]
+    runtime: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What is kept of each predicted token.
+
+    Attributes:
+        nll: fp32 [N, T - 1], nats.
+        kl: fp32 [N, T - 1], nats, against the reference; None for the reference.
+        same: bool [N, T - 1], same most likely token as the reference.
+    """
+
+    nll: Tensor
+    kl: Tensor | None
+    same: Tensor | None
+
+
+def measure(
+    subjects: Sequence[Subject],
+    corpus: EvaluationCorpus,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: Limits,
+    scratch_folder: Path,
+    onnx_device: str = "auto",
+) -> Quality:
+    """Measure all subjects on all windows; the first subject is the reference that the others are paired with.
+
+    At any time the hidden states and the heads, or the sessions, of at most two subjects are held, and no more than
+    `LOGITS_BYTES` of logits. An ONNX folder as reference is computed anew for each other subject.
+
+    Args:
+        subjects: at least one, with different labels and vocabularies of the same size.
+        corpus: from `evaluation_windows`.
+        device: where the models run that are no ONNX folders.
+        dtype: their compute dtype; log-probabilities are fp32, means fp64.
+        limits: from `choose_limits`.
+        scratch_folder: where buffers go that do not fit into memory; made if it is not there, left as it was.
+        onnx_device: `cpu`, `cuda` or `auto`, for ONNX folders.
+
+    Raises:
+        UsageError: no subject, or two of the same label.
+        InvalidInputError: vocabularies differ, tokens lie outside of them, or a model gives NaN.
+    """
+    vocabulary = _common_vocabulary(subjects)
+    corpus.require_vocabulary(vocabulary)
+    scratch_folder.mkdir(parents=True, exist_ok=True)
+    half = Limits(memory_bytes=limits.memory_bytes // 2, batch_windows=limits.batch_windows)
+    place = _Place(device=device, dtype=dtype, limits=half, onnx_device=onnx_device)
+    rows: list[QualityRow] = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory(dir=scratch_folder, prefix="validate-") as name:
+        folder = Path(name)
+        with _passed(subjects[0], corpus, place, folder) as before:
+            reference = _scores(subjects[0].label, before, None, corpus.windows)
+            rows += quality_rows(subjects[0].label, corpus, reference, None)
+            runtimes = {subjects[0].label: before.runtime}
+            for subject in subjects[1:]:
+                with _passed(subject, corpus, place, folder) as after:
+                    scores = _scores(subject.label, after, before, corpus.windows)
+                rows += quality_rows(subject.label, corpus, scores, reference)
+                runtimes[subject.label] = after.runtime
+    quality = _quality(corpus, rows, vocabulary, device, dtype)
+    notes = [note for subject in subjects for note in _onnx_notes(subject)]
+    return dataclasses.replace(quality, runtimes=runtimes, notes=(*quality.notes, *notes))
+
+
+def _quality(
+    corpus: EvaluationCorpus, rows: Sequence[QualityRow], vocabulary: int, device: torch.device, dtype: torch.dtype
+) -> Quality:
+    windows, length = corpus.windows.shape
+    return Quality(
+        convention=CONVENTION,
+        window=length,
+        windows=windows,
+        tokens=windows * (length - 1),
+        bos_policy=corpus.bos_policy,
+        digest=corpus.digest,
+        embedded=corpus.embedded,
+        bytes_exact=corpus.bytes_exact,
+        vocabulary=vocabulary,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        domains=corpus.domains,
+        rows=tuple(rows),
+        notes=corpus.notes,
+    )
+
+
+def _common_vocabulary(subjects: Sequence[Subject]) -> int:
+    labels = [subject.label for subject in subjects]
+    if not labels or len(set(labels)) != len(labels):
+        raise UsageError(f"Subjects need different names; these were given: {', '.join(labels) or 'none'}.")
+    sizes = [vocabulary_of(subject.source) for subject in subjects]
+    for label, size in zip(labels, sizes, strict=True):
+        if size != sizes[0]:
+            raise InvalidInputError(
+                f"{labels[0]} has a vocabulary of {sizes[0]} and {label} one of {size}, so they can not be "
+                "compared; give models with the same tokenizer."
+            )
+    return sizes[0]
+
+
+def vocabulary_of(source: Source | OnnxFolder) -> int:
+    """Number of tokens that a model knows."""
+    if isinstance(source, OnnxFolder):
+        return source.vocabulary
+    return shape_of(source.family, source.config).vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    device: torch.device
+    dtype: torch.dtype
+    limits: Limits
+    onnx_device: str
+
+
+@contextmanager
+def _passed(subject: Subject, corpus: EvaluationCorpus, place: _Place, folder: Path) -> Iterator[Pass]:
+    """A subject after its forward pass, or in its session; its buffers are freed at the end."""
+    if isinstance(subject.source, OnnxFolder):
+        yield _onnx_pass(subject.source, corpus.windows, place.onnx_device)
+        return
+    own = Path(tempfile.mkdtemp(dir=folder))
+    scratch = Scratch(own, place.limits.memory_bytes)
+    try:
+        model = StreamedModel(subject.source, device=place.device, dtype=place.dtype)
+        hidden = forward(model, corpus.windows, scratch, place.limits, title=f"{subject.label}: forward")
+        head, dtype = model.head(), str(place.dtype).removeprefix("torch.")
+        runtime = f"torch {torch.__version__} layer by layer, {dtype} on {place.device}"
+        if isinstance(subject.source, Artifact):
+            runtime += f", codes multiplied out in {'float32' if subject.source.exact else 'the dtype of their scales'}"
+        yield hidden_pass(hidden, lambda rows: head(rows.to(place.device)), runtime)
+    finally:
+        scratch.close()
+
+
+def hidden_pass(hidden: Tensor, head: Callable[[Tensor], Tensor], runtime: str) -> Pass:
+    """A pass from hidden states before the final norm, [N, T, H] on the CPU, and the head that makes logits of them."""
+    per_window = hidden.shape[1] - 1
+
+    def reader() -> Reader:
+        start = 0
+
+        def read(count: int) -> Tensor:
+            nonlocal start
+            rows = torch.arange(start, start + count)
+            start += count
+            return head(hidden[rows // per_window, rows % per_window])
+
+        return read
+
+    return Pass(reader=reader, runtime=runtime)
+
+
+def _onnx_pass(folder: OnnxFolder, windows_NT: Tensor, device: str) -> Pass:
+    from moepress.converters.onnx.runtime import require_onnxruntime
+    from moepress.validation.quality.onnx_session import open_session, read_logits
+
+    # An export with int8 activations is measured as such; elsewhere our numbers are those of the weights.
+    model = open_session(folder, device, exact=not folder.int8_activations)
+    activations = "int8 activations" if folder.int8_activations else f"{folder.dtype} activations"
+    runtime = f"ONNX Runtime {require_onnxruntime().__version__}, {activations}, provider {model.provider}"
+    return Pass(reader=lambda: read_logits(model, windows_NT), runtime=runtime)
+
+
+def _onnx_notes(subject: Subject) -> list[str]:
+    """What the reader must know of an ONNX folder whose speed and quality are not those of the same arithmetic."""
+    folder = subject.source
+    if not isinstance(folder, OnnxFolder):
+        return []
+    if folder.int8_activations:
+        return [f"{subject.label}: measured with int8 activations, as it was exported (accuracy level 4)."]
+    bits = folder.summary.get("bits") if folder.summary.get("kernel") == "qmoe" else None
+    if bits == 8:
+        own = "quality is measured with fp32 activations (ORT_QMOE_CPU_QNBIT_GEMM=0)"
+        usual = "without that, and in the throughput, ONNX Runtime's CPU kernel rounds those of 8-bit experts to int8"
+        return [f"{subject.label}: {own}; {usual}."]
+    if bits == 2:
+        return [f"{subject.label}: ONNX Runtime's CPU kernel rounds the activations of 2-bit experts to int8."]
+    return []
+
+
+def _scores(label: str, subject: Pass, reference: Pass | None, windows_NT: Tensor) -> TokenScores:
+    scores = score_tokens(subject, reference, windows_NT, title=f"{label}: scores")
+    if not bool(torch.isfinite(scores.nll).all()):
+        raise InvalidInputError(f"{label} gives NaN or Inf logits; use --dtype float32, or check the model.")
+    return scores
+
+
+def score_tokens(
+    subject: Pass,
+    reference: Pass | None,
+    windows_NT: Tensor,
+    *,
+    logits_bytes: int = LOGITS_BYTES,
+    title: str = "scores",
+) -> TokenScores:
+    """Read the logits of a few positions at a time and keep three numbers for each.
+
+    Args:
+        subject: the model.
+        reference: the model to compare with, or None.
+        windows_NT: int64 [N, T], the tokens; position t predicts token t + 1.
+        logits_bytes: bound for all arrays with the vocabulary's length.
+        title: of the progress bar.
+    """
+    windows, length = windows_NT.shape
+    shape, total = (windows, length - 1), windows * (length - 1)
+    nll = torch.empty(total)
+    kl, same = torch.empty(total), torch.empty(total, dtype=torch.bool)
+    targets, start = windows_NT[:, 1:].reshape(-1), 0
+    read, read_reference = subject.reader(), reference.reader() if reference is not None else None
+    step = 1  # the first row tells the size of the vocabulary
+    with track(title, total) as advance:
+        while start < total:
+            count = min(step, total - start)
+            chunk = slice(start, start + count)
+            log_probabilities = torch.log_softmax(read(count), dim=-1)
+            nll[chunk] = token_nll(log_probabilities, targets[chunk].to(log_probabilities.device)).cpu()
+            if read_reference is not None:
+                before = torch.log_softmax(read_reference(count), dim=-1).to(log_probabilities.device)
+                kl[chunk] = token_kl(before, log_probabilities).cpu()
+                same[chunk] = same_top1(before, log_probabilities).cpu()
+            start += count
+            advance(count)
+            step = max(1, logits_bytes // (4 * _ARRAYS * log_probabilities.shape[1]))
+    if reference is None:
+        return TokenScores(nll=nll.view(shape), kl=None, same=None)
+    return TokenScores(nll=nll.view(shape), kl=kl.view(shape), same=same.view(shape))
+
+
+def quality_rows(
+    label: str, corpus: EvaluationCorpus, scores: TokenScores, reference: TokenScores | None
+) -> list[QualityRow]:
+    """One row for each domain, one for all windows, one for the mean over domains where there are several.
+
+    Args:
+        label: of the subject.
+        corpus: the windows that the scores belong to.
+        scores: the subject's.
+        reference: the reference's; None: the subject is the reference.
+    """
+    names, count = corpus.domains, len(corpus.domains)
+    cuts: list[tuple[str, Scope, list[float]]] = [(n, "domain", one_domain(d, count)) for d, n in enumerate(names)]
+    cuts.append((ALL_WINDOWS, "all", pooled_weights(corpus.domain_index, count)))
+    if count > 1:
+        cuts.append((DOMAIN_MEAN, "domain-mean", equal_weights(count)))
+    return [_row(label, corpus, scores, reference, *cut) for cut in cuts]
+
+
+def _row(
+    label: str,
+    corpus: EvaluationCorpus,
+    scores: TokenScores,
+    reference: TokenScores | None,
+    domain: str,
+    scope: Scope,
+    weights: list[float],
+) -> QualityRow:
+    index, means = corpus.domain_index, window_means(scores.nll)
+    against = None
+    if reference is not None and scores.kl is not None and scores.same is not None:
+        delta = means - window_means(reference.nll)
+        against = paired(delta, window_means(scores.kl), scores.same, index, weights)
+    nll, per_window = stratified_mean(means, index, weights), scores.nll.shape[1]
+    windows = sum(int((index == d).sum()) for d, weight in enumerate(weights) if weight)
+    byte_weights = None if scope == "all" else weights
+    return QualityRow(
+        subject=label,
+        domain=domain,
+        scope=scope,
+        windows=windows,
+        tokens=windows * per_window,
+        nll=nll,
+        perplexity=exponential(nll),
+        bits_per_byte=bits_per_byte(means, per_window, corpus.window_bytes, index, byte_weights),
+        paired=against,
+    )

@@ -1,0 +1,1 @@
+"""The report, and what else tells of a result."""

@@ -1,0 +1,116 @@
+"""How the text used the experts: a map of layers by experts for each domain, with the removed ones struck out.
+
+Shape letters: L layers with experts, E experts, P pixels of a cell's side. Cells are pixels of one small image, since
+DeepSeek-R1 has 58 x 256 of them; their strength is opacity, so that the map lies on light and dark paper alike.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepress.validation.report.drawing import Picture, new_figure, styled, svg
+from moepress.validation.report.schema import DomainUsage, Usage
+
+_KEPT, _REMOVED = (0x2F, 0x86, 0xE0), (0xD9, 0x66, 0x1F)
+_STEPS = 31  # shades; few, so that the image packs well
+FULL_SHARE = 4.0
+"""Times an even share that has the full colour."""
+_WIDE_EXPERTS = 48
+
+
+def usage_maps(usage: Usage) -> tuple[Picture, ...]:
+    """A map for each domain."""
+    return tuple(_map(usage, domain, number) for number, domain in enumerate(usage.domains, 1))
+
+
+def strengths(counts_LE: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """How strongly cells are coloured, fp64 [L, E] in 0..1: the root of the share; 1 from `FULL_SHARE` on."""
+    counts = np.asarray(counts_LE, dtype=np.float64)
+    even = np.maximum(counts.sum(axis=1, keepdims=True), 1.0) / counts.shape[1]
+    roots: NDArray[np.float64] = np.sqrt(np.minimum(counts / even / FULL_SHARE, 1.0))
+    return roots
+
+
+def cells(strength_LE: NDArray[np.float64], kept_LE: NDArray[np.bool_], side: int) -> NDArray[np.uint8]:
+    """The map's image, uint8 [L * P, E * P, 4]; `side` is P. Removed cells have another colour and a stroke."""
+    layers, experts = strength_LE.shape
+    image = np.zeros((layers, side, experts, side, 4), np.uint8)
+    colours = np.where(kept_LE[..., None], np.array(_KEPT, np.uint8), np.array(_REMOVED, np.uint8))
+    image[..., :3] = colours[:, None, :, None, :]
+    opacity = np.round(np.round(strength_LE * _STEPS) * (255 / _STEPS)).astype(np.uint8)
+    image[..., 3] = opacity[:, None, :, None]
+    for pixel in range(side):
+        stroke = image[:, side - 1 - pixel, :, pixel, 3]
+        stroke[~kept_LE] = 255
+    return image.reshape(layers * side, experts * side, 4)
+
+
+def _map(usage: Usage, domain: DomainUsage, number: int) -> Picture:
+    experts, layers = len(domain.counts[0]), len(usage.layers)
+    wide = experts > _WIDE_EXPERTS
+    kept = kept_cells(usage, experts)
+    image = cells(strengths(domain.counts), kept, 5 if experts > 128 else 8 if wide else 12)
+    tall = layers * min(16.0, max(4.5, 300 / layers)) / 72
+    with styled():
+        figure = new_figure(tall + 1.4, rows=2, wide=wide, ratios=(tall, 0.28))
+        axes, legend = figure.axes
+        axes.imshow(image, interpolation="none", aspect="auto", extent=(-0.5, experts - 0.5, layers - 0.5, -0.5))
+        step = -(-layers // 12)
+        axes.set_yticks(range(0, layers, step), [str(layer) for layer in usage.layers[::step]])
+        _whole_numbers(axes)
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer")
+        _legend(legend, removed=not kept.all())
+        return Picture(
+            svg=svg(figure, f"usage-{number}", _spoken(usage, domain, kept), wide=wide),
+            caption=domain.domain,
+            wide=wide,
+        )
+
+
+def kept_cells(usage: Usage, experts: int) -> NDArray[np.bool_]:
+    """Which experts stay, bool [L, E]; all of them where none is removed."""
+    kept = np.ones((len(usage.layers), experts), np.bool_)
+    for row, numbers in enumerate(usage.kept or ()):
+        kept[row] = np.isin(np.arange(experts), numbers)
+    return kept
+
+
+def _whole_numbers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+
+
+def _legend(axes: Any, *, removed: bool) -> None:
+    """Colours from never chosen to the full colour: at the left of kept experts, at the right of removed ones."""
+    shares, side = [0.0, 0.25, 0.5, 1.0, 2.0, FULL_SHARE], 12
+    half = [share / FULL_SHARE for share in shares]
+    gap = [0.0] if removed else []
+    strength = np.sqrt(np.array([half + gap + (half if removed else [])]))
+    kept = np.array([[True] * (len(half) + len(gap)) + ([False] * len(half) if removed else [])])
+    columns = strength.shape[1]
+    axes.imshow(
+        cells(strength, kept, side), interpolation="none", aspect="auto", extent=(-0.5, columns - 0.5, 0.5, -0.5)
+    )
+    names = [f"{share:g}" for share in shares]
+    names[-1] += "+"
+    axes.set_yticks([])
+    axes.set_xticks([c for c in range(columns) if c != len(half)], names + (names if removed else []))
+    axes.tick_params(axis="x", length=0)
+    kinds = "stays (left), removed (right); " if removed else ""
+    axes.set_xlabel(f"{kinds}times an even share")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _spoken(usage: Usage, domain: DomainUsage, kept_LE: NDArray[np.bool_]) -> str:
+    counts = np.asarray(domain.counts, dtype=np.float64)
+    total = max(float(counts.sum()), 1.0)
+    text = f"Heat map of the choices of {counts.shape[1]} experts in {len(usage.layers)} layers on {domain.domain}"
+    if not kept_LE.all():
+        removed = int((~kept_LE).sum())
+        text += f"; {removed} removed experts had {float(counts[~kept_LE].sum()) / total:.1%} of the choices"
+    return f"{text}; {int((counts == 0).sum())} were never chosen"

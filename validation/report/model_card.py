@@ -1,0 +1,227 @@
+"""README.md of a folder that was made: a model card as the Hugging Face hub reads it.
+
+Front matter as in https://huggingface.co/docs/hub/model-cards; the hub knows four relations to a base model, and of
+these `quantized` is a pressed model's; one that was only pruned is a `finetune` there, for want of a nearer word.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from moepress import __version__
+from moepress.converters.onnx.folder import is_onnx
+from moepress.hub.snapshot import origin_of
+from moepress.models.storage.checkpoint import Checkpoint, read_json
+from moepress.validation.quality.results import QualityRow
+from moepress.validation.report.files import plain_text
+from moepress.validation.report.schema import Report
+from moepress.validation.report.tables import number_text, percent_text, size_text
+
+CARD_NAME = "README.md"
+Format = Literal["compressed-tensors", "gptq", "onnx"]
+
+_CARRIED = ("license", "license_name", "license_link", "language")
+_LARGEST_CARD = 1 << 20
+
+_LOADING: dict[Format | Literal["plain"], str] = {
+    "plain": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```""",
+    "compressed-tensors": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+This needs `transformers`, `accelerate` and `compressed-tensors`. vLLM takes the folder as well:
+`vllm serve path/to/this/folder`.""",
+    "gptq": """```python
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("path/to/this/folder")
+```
+
+transformers alone does not load this layout of a Mixture-of-Experts model: it makes the experts up,
+without an error.""",
+    "onnx": """```python
+import onnxruntime_genai as og
+
+model = og.Model("path/to/this/folder")
+tokenizer = og.Tokenizer(model)
+```
+
+ONNX Runtime runs `model.onnx` without onnxruntime-genai too.""",
+}
+_MIXED = (
+    "Its bits differ by layer: vLLM and SGLang take that. **transformers loads such a folder wrong, without an "
+    "error.**\n\n"
+    "```sh\nvllm serve path/to/this/folder\n```"
+)
+
+
+def model_card(report: Report, source: Checkpoint, layout: Format, *, mixed: bool = False) -> str:
+    """The card of a pressed model; the same report gives the same text, and nothing in it depends on the clock.
+
+    Args:
+        report: of the run; its subjects but ONNX exports are the table.
+        source: the original, whose licence is carried over.
+        layout: of the folder.
+        mixed: bits differ by layer.
+    """
+    front = _front_matter(report, source, layout)
+    name = source_link(source.folder)
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {plain_text(report.title or source.folder.resolve().name)}, pressed with moepress",
+        f"{name}, made smaller with moepress {report.tool_version}. " + _made(report),
+        "## Before and after",
+        _table(report),
+        f"Perplexity: lower is better; ± is one standard error over windows. {_measured(report)}",
+        "Perplexity alone misses damage: test it on your own task.",
+        "## How to load it",
+        _MIXED if mixed and layout == "compressed-tensors" else _LOADING[layout],
+        "## Licence",
+        _licence(front, source.folder),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plain_card(folder: Path, base: Path) -> str:
+    """The card of a folder that was made without a report: what it is and of what, and that nothing was measured.
+
+    Args:
+        folder: pruned, quantized or exported.
+        base: the folder that it was made of, whose licence is carried over.
+    """
+    config, layout = read_json(folder / "config.json"), _layout(folder)
+    named = card_metadata(base)
+    origin = origin_of(base)
+    original = named.get("base_model") if origin is None else origin.repo
+    front: dict[str, Any] = {"base_model": original} if isinstance(original, str) else {}
+    front["base_model_relation"] = "finetune" if layout is None else "quantized"
+    front |= _carried({"license": config.get("license")} | named)
+    front |= {"library_name": "onnx" if layout == "onnx" else "transformers", "pipeline_tag": "text-generation"}
+    front["tags"] = ["moepress", "moe", layout or "pruned"]
+    how = "Pruned" if layout is None else f"In {layout} layout"
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
+        f"# {plain_text(folder.resolve().name)}",
+        f"{how}, made of {source_link(base)} with moepress {__version__}; `moepress.json` says how.",
+        "What it lost was not measured here: test it on your own task.",
+        "## How to load it",
+        _LOADING[layout or "plain"],
+        "## Licence",
+        _licence(front, base),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _layout(folder: Path) -> Format | None:
+    """Of the codes in a folder; None for a folder without."""
+    if is_onnx(folder):
+        return "onnx"
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if method in ("compressed-tensors", "gptq") else None  # a pruned fp8 model stays one
+
+
+def source_link(folder: Path) -> str:
+    """The original in a sentence: a link to the hub, with the commit, where its folder lies in the hub's cache."""
+    origin = origin_of(folder)
+    if origin is None:
+        return f"`{folder.resolve().name}`"
+    link = f"[{origin.repo}](https://huggingface.co/{origin.repo})"
+    return link if origin.revision is None else f"{link} (revision `{origin.revision}`)"
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """The front matter of a folder's README.md; empty where there is none that can be read."""
+    file = folder / CARD_NAME
+    if not file.is_file() or file.stat().st_size > _LARGEST_CARD:
+        return {}
+    found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        front = yaml.safe_load(found[1]) if found else {}
+    except (yaml.YAMLError, ValueError, RecursionError):  # somebody else's file; the card says that it is unknown
+        return {}
+    return front if isinstance(front, dict) else {}
+
+
+def _front_matter(report: Report, source: Checkpoint, layout: Format) -> dict[str, Any]:
+    origin = origin_of(source.folder)
+    front: dict[str, Any] = {} if origin is None else {"base_model": origin.repo}
+    front["base_model_relation"] = "quantized" if report.quantization is not None else "finetune"
+    front |= _carried({"license": source.config.get("license")} | card_metadata(source.folder))
+    front["library_name"] = "onnx" if layout == "onnx" else "transformers"
+    front["pipeline_tag"] = "text-generation"
+    tags = ["moepress", "moe", layout]
+    front["tags"] = tags + (["pruned"] if report.pruning is not None else [])
+    return front
+
+
+def _carried(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Licence and language, where they are text or a list of text; other values are somebody's mistake."""
+    kept = {}
+    for key in _CARRIED:
+        value = found.get(key)
+        if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+            kept[key] = value if isinstance(value, str) else list(value)
+    return kept
+
+
+def _made(report: Report) -> str:
+    steps = []
+    pruning, quantized, text = report.pruning, report.quantization, report.calibration
+    if pruning is not None:
+        share = f"{pruning.kept} of {pruning.total} routed experts stay in each layer"
+        steps.append(f"{share}, chosen by `{pruning.criterion}`.")
+    if quantized is not None:
+        steps.append(f"The weights were quantized with GPTQ: {plain_text(quantized.scheme)}.")
+    if text is not None:
+        kind = "the small default text of moepress" if text.embedded else "text given by its maker"
+        seed = "" if text.seed is None else f", seed {text.seed}"
+        steps.append(f"Calibration: {kind}, {text.tokens:,} tokens{seed}, SHA-256 of the windows `{text.digest}`.")
+    return " ".join(steps)
+
+
+def _table(report: Report) -> str:
+    rows = ["| Model | Size | Change | Perplexity | KL divergence | Same top-1 |", "|---|---:|---:|---:|---:|---:|"]
+    first = report.subjects[0]
+    for subject in report.subjects:
+        if subject.onnx:
+            continue
+        row = report.overall(subject.label)
+        change = "–" if subject is first else percent_text(subject.stored_bytes / first.stored_bytes - 1, digits=0)
+        cells = [plain_text(subject.label), size_text(subject.stored_bytes), change, *_quality(row)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _quality(row: QualityRow) -> list[str]:
+    perplexity = number_text(row.perplexity, 2)
+    if row.paired is None:
+        return [perplexity, "–", "–"]
+    change = percent_text(row.paired.perplexity_ratio.value - 1)
+    return [f"{perplexity} ({change})", number_text(row.paired.kl, 4), f"{row.paired.same_top1.value:.1%}"]
+
+
+def _measured(report: Report) -> str:
+    quality = report.quality
+    text = "the small default text of moepress" if quality.embedded else "text of its maker"
+    digest = f"SHA-256 of the windows `{quality.digest}`"
+    return f"Measured on {text}: {quality.windows} windows of {quality.window} tokens, {digest}."
+
+
+def _licence(front: Mapping[str, Any], folder: Path) -> str:
+    if "license" in front:
+        return "That of the original model, carried over from its card."
+    files = [f.name for f in folder.iterdir() if f.name.upper().startswith(("LICENSE", "LICENCE"))]
+    beside = f"; see {', '.join(f'`{name}`' for name in sorted(files))} beside this file" if files else ""
+    return f"That of the original model, whose folder has no card that names it{beside}."

@@ -1,0 +1,1 @@
+"""`check`: the rules of the runtimes that load what was made."""

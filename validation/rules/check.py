@@ -1,0 +1,184 @@
+"""The table of rules by which runtimes read an output, and what they find in it.
+
+No runtime is needed for it. The rules were read in the sources of vLLM 0.33, SGLang 0.5.23 and llama.cpp's converter
+in November 2026, and tried with transformers 5.23, compressed-tensors 0.20, GPTQModel 7.7, ONNX Runtime 1.31 and 1.32;
+`source` says of each rule which.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepress.compress.pruning.plan import Plan
+from moepress.validation.rules import codes, complete, graphs, model
+from moepress.validation.rules.facts import Facts, Kind, facts_to_be, planned_facts, read_facts
+from moepress.validation.rules.findings import Finding, Problem, Runtime
+
+__all__ = ["MADE_FOR", "RULES", "Checked", "Rule", "check_folder", "findings", "notes_before", "planned_notes"]
+
+_SERVERS = "vLLM 0.33, SGLang 0.5.23 (read)"
+_VLLM, _SGLANG, _TRANSFORMERS = "vLLM 0.33 (read)", "SGLang 0.5.23 (read)", "transformers 5.23 (tried)"
+_ALL = "vLLM 0.33, SGLang 0.5.23, llama.cpp (read), transformers 5.23 (tried)"
+_ORT, _ORT_CUDA = "ONNX Runtime 1.31 and 1.32 on the CPU (tried)", "ONNX Runtime's documents of July 2026 for CUDA"
+
+MADE_FOR: Mapping[Kind, tuple[Runtime, ...]] = {
+    Kind.PLAIN: (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.LLAMA_CPP),
+    Kind.COMPRESSED: (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.LLAMA_CPP),
+    Kind.GPTQ: (Runtime.VLLM, Runtime.SGLANG, Runtime.GPTQMODEL),
+    Kind.ONNX: (Runtime.ONNXRUNTIME,),
+    Kind.OTHER: tuple(Runtime),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A rule: its name, the function that looks, and what it was checked against."""
+
+    name: str
+    look: Callable[[Facts], Iterator[Problem]]
+    source: str
+
+
+def _rule(name: str, look: Callable[[Facts], Iterator[Problem]], source: str) -> Rule:
+    return Rule(name=name, look=look, source=source)
+
+
+RULES: tuple[Rule, ...] = (
+    _rule("layout", codes.layout, "what each runtime's loader is for"),
+    _rule("index", complete.index, "loaders of vLLM, SGLang and llama.cpp (read), transformers 5.23 (tried)"),
+    _rule("experts-complete", complete.experts_complete, _ALL),
+    _rule("expert-names", model.expert_names, _TRANSFORMERS),
+    _rule("tensors-complete", complete.all_tensors, _TRANSFORMERS),
+    _rule("expert-count-in-config", model.count_in_config, _TRANSFORMERS),
+    _rule("expert-count-by-layer", model.equal_counts, _ALL),
+    _rule("router-groups", model.whole_groups, _ALL),
+    _rule("expert-count-legal", model.legal_count, _TRANSFORMERS),
+    _rule("expert-limit", model.llama_cpp_limit, "llama.cpp (read)"),
+    _rule("expert-power-of-two", model.fast_router, _SGLANG),
+    _rule("shared-expert-fusion", model.fused_shared_expert, _SGLANG),
+    _rule("parallel-experts", model.spread, _SERVERS),
+    _rule("mtp", model.mtp, _SERVERS),
+    _rule("correction-bias-fp32", model.float32_bias, "GPTQModel 7.7's bf16 copy (tried)"),
+    _rule("gptq-in-transformers", codes.gptq_in_transformers, _TRANSFORMERS),
+    _rule("gptqmodel-names", codes.gptqmodel_names, "GPTQModel 7.7 (tried)"),
+    _rule("bits", codes.kernel_bits, _SERVERS),
+    _rule("group-size", codes.group_size, _VLLM),
+    _rule("group-size-in-width", codes.whole_shards, _VLLM),
+    _rule("marlin-shapes", codes.marlin, _VLLM),
+    _rule("symmetric", codes.symmetric, _ALL),
+    _rule("desc-act", codes.activation_order, _VLLM),
+    _rule("mixed-bits-by-layer", codes.mixed_by_layer, _ALL),
+    _rule("mixed-bits-in-layer", codes.mixed_in_layer, _ALL),
+    _rule("router-unquantized", codes.plain_router, _ALL),
+    _rule("router-excluded", codes.excluded_router, _VLLM),
+    _rule("linears-excluded", codes.excluded_linears, f"{_TRANSFORMERS}; vLLM goes by the same list"),
+    _rule("kv-b-proj-unquantized", codes.kv_b_proj, _SGLANG),
+    _rule("embeddings-unquantized", codes.plain_embeddings, _TRANSFORMERS),
+    _rule("fused-linears", codes.fused_alike, _VLLM),
+    _rule("fp8-beside-gptq", codes.fp8_beside_gptq, _VLLM),
+    _rule("config-keys", codes.config_keys, "transformers 5.23, GPTQModel 7.7 (tried)"),
+    _rule("gptq-configs", codes.same_configs, "GPTQModel 7.7 (tried)"),
+    _rule("codes-complete", complete.complete_codes, "transformers 5.23, compressed-tensors 0.20 (tried)"),
+    _rule("onnx-places", graphs.places, _ORT),
+    _rule("onnx-bits", graphs.expert_bits, _ORT),
+    _rule("onnx-interleaved-rows", graphs.interleaved_rows, _ORT),
+    _rule("onnx-raw-codes", graphs.raw_weights, _ORT),
+    _rule("onnx-routing", graphs.own_routing, _ORT_CUDA),
+    _rule("onnx-no-g-idx", graphs.no_order, _ORT),
+    _rule("onnx-codes-shape", graphs.packed_shape, _ORT),
+    _rule("onnx-cache", graphs.caches, "onnxruntime-genai 0.18 (tried)"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What `check` found in a folder.
+
+    Attributes:
+        folder: where it lies.
+        kind: how its weights are laid out.
+        runtimes: those whose rules were held against it.
+        rules: how many rules there are.
+        findings: those that fail first.
+    """
+
+    folder: str
+    kind: Kind
+    runtimes: tuple[Runtime, ...]
+    rules: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def failing(self) -> tuple[Finding, ...]:
+        """Findings for which the folder cannot be used in a runtime."""
+        return tuple(finding for finding in self.findings if finding.fails)
+
+
+def findings(facts: Facts, runtimes: Iterable[Runtime]) -> tuple[Finding, ...]:
+    """What the rules find for these runtimes; what fails comes before what is slower, else in the table's order."""
+    asked = tuple(runtimes)
+    found = [
+        Finding(
+            rule=rule.name,
+            runtime=runtime,
+            effect=problem.happens[runtime][0],
+            what=problem.what,
+            happens=problem.happens[runtime][1],
+            mend=problem.mend,
+            source=rule.source,
+        )
+        for rule in RULES
+        for problem in _looked(rule, facts)
+        for runtime in asked
+        if runtime in problem.happens
+    ]
+    return tuple(sorted(found, key=lambda finding: not finding.fails))
+
+
+def _looked(rule: Rule, facts: Facts) -> Iterator[Problem]:
+    """An ONNX folder's config.json is the original's: only its graph counts."""
+    if facts.kind is Kind.ONNX and not rule.name.startswith("onnx") and rule.name != "layout":
+        return iter(())
+    return rule.look(facts)
+
+
+def check_folder(
+    folder: Path, runtimes: Iterable[Runtime] = (), *, tensor_parallel: int = 1, expert_parallel: int = 1
+) -> Checked:
+    """Hold a folder against the rules of these runtimes; of none: of those that its layout is made for.
+
+    Raises:
+        InvalidInputError: it is no model folder, or a file in it is not what it says it is.
+        UnsupportedError: the model type is not in the table; an ONNX folder, and onnx is not installed.
+    """
+    facts = read_facts(folder, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
+    asked = tuple(dict.fromkeys(runtimes)) or MADE_FOR[facts.kind]
+    return Checked(
+        folder=str(folder), kind=facts.kind, runtimes=asked, rules=len(RULES), findings=findings(facts, asked)
+    )
+
+
+def planned_notes(plan: Plan, config: Mapping[str, Any], *, gptq: bool = False) -> list[str]:
+    """What would not work of a plan's result, before anything is made; of its GPTQ export too, if asked for."""
+    kinds = (Kind.COMPRESSED if plan.quantization else Kind.PLAIN, *((Kind.GPTQ,) if gptq else ()))
+    return list(dict.fromkeys(note for kind in kinds for note in _notes(planned_facts(plan, config, kind))))
+
+
+def notes_before(config: Mapping[str, Any], experts: int, scheme: Any, *, degroup: bool, gptq: bool) -> list[str]:
+    """The same of a run, before its profile: of the compressed-tensors folder, and of the GPTQ export if asked for."""
+    kinds = (Kind.COMPRESSED, Kind.GPTQ) if gptq else (Kind.COMPRESSED,)
+    notes = [note for kind in kinds for note in _notes(facts_to_be(config, experts, scheme, kind, degroup=degroup))]
+    return list(dict.fromkeys(notes))
+
+
+def _notes(facts: Facts) -> list[str]:
+    """One sentence for each problem that fails, with the runtimes it fails in."""
+    by_problem: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings(facts, MADE_FOR[facts.kind]):
+        if finding.fails:
+            by_problem.setdefault((finding.what, finding.mend), []).append(finding)
+    return [
+        f"{what}: " + "; ".join(f"{f.runtime} {f.effect} ({f.happens})" for f in found) + f". To mend it, {mend}."
+        for (what, mend), found in by_problem.items()
+    ]

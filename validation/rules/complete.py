@@ -1,0 +1,178 @@
+"""Rules about what has to be there: index, experts, tensors, parts of codes. Each function yields what it found."""
+
+from collections.abc import Iterator
+
+from moepress.converters.safetensors.scheme import PER_CHANNEL
+from moepress.errors import InvalidInputError
+from moepress.models.forward.skeleton import check_tensors
+from moepress.validation.rules.facts import SUFFIXES, Facts, Kind, Width
+from moepress.validation.rules.findings import Effect, Happens, Problem, Runtime, first
+from moepress.validation.rules.model import count_in_config, equal_counts, expert_names, legal_count, whole_groups
+
+_FOLDERS = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
+_UNLOADED = "may not notice it, and computes with weights that were never loaded"
+_COPY = "copy the folder again, or export or quantize again"
+_BY_INDEX = (Runtime.TRANSFORMERS, Runtime.GPTQMODEL)
+# vLLM and SGLang read every tensor of the shards that the index names, and nothing else.
+_UNREAD: Happens = {
+    **dict.fromkeys((Runtime.VLLM, Runtime.SGLANG, Runtime.GPTQMODEL), (Effect.WRONG, _UNLOADED)),
+    Runtime.TRANSFORMERS: (Effect.WRONG, "starts what is missing at random, with a line in its log"),
+    Runtime.LLAMA_CPP: (Effect.REFUSES, "its converter holds the index against the shards and stops"),
+}
+
+
+def index(facts: Facts) -> Iterator[Problem]:
+    """The index names the tensors of the shards that are there, no more and no fewer."""
+    found = facts.index
+    if found is None:
+        return
+    if not found.there:
+        if len(found.shards) > 1:
+            alone = dict.fromkeys(_BY_INDEX, (Effect.REFUSES, "finds the shards by the index, and stops without it"))
+            what = f"{len(found.shards)} shards and no model.safetensors.index.json"
+            yield Problem(what=what, happens=alone, mend=_COPY)
+        return
+    named = set(found.weight_map.values())
+    gone = sorted(named - set(found.shards))
+    if gone:
+        stops = dict.fromkeys((Runtime.VLLM, *_BY_INDEX), (Effect.REFUSES, "stops at a shard that is not there"))
+        yield Problem(what=f"the index names {first(gone)}, which is missing", happens={**_UNREAD, **stops}, mend=_COPY)
+        return
+    lacking = sorted(set(found.weight_map) - set(facts.tensors))
+    if lacking:
+        what = f"the index names {first(lacking)}, and no shard has it"
+        yield Problem(what=what, happens=_UNREAD, mend=_COPY)
+    surplus = sorted(set(facts.tensors) - set(found.weight_map))
+    if surplus:
+        unread = [name for name in surplus if facts.tensors[name].file.name not in named]
+        what = f"the index does not name {first(unread or surplus)}, which a shard has"
+        happens = _UNREAD if unread else {Runtime.LLAMA_CPP: _UNREAD[Runtime.LLAMA_CPP]}
+        yield Problem(what=what, happens=happens, mend=_COPY)
+
+
+def experts_complete(facts: Facts) -> Iterator[Problem]:
+    """Every expert of every layer has its three matrices, with all their parts."""
+    modules, whole = facts.modules(), frozenset(SUFFIXES.get(facts.kind, ()))
+    layers = facts.shape.layers
+    if facts.kind is Kind.OTHER or any(expert_names(facts)):
+        return  # nobody knows here which names its codes have
+    for layer, rows in facts.router_rows().items():
+        if facts.family.fused_gate_up.format(layer=layer) in facts.tensors:
+            continue
+        lacking: dict[int, list[str]] = {0: [], 1: [], 2: []}
+        for expert in range(rows):
+            for place, name in enumerate(facts.family.expert_names(layer, expert)):
+                there = modules.get(name.removesuffix(".weight"), frozenset()) >= whole if whole else False
+                if name not in facts.tensors and not there:
+                    lacking[place].append(name.removesuffix(".weight"))
+        missing = [name for names in lacking.values() for name in names]
+        if not missing or layer >= layers:  # of multi-token-prediction layers `mtp` speaks
+            continue
+        at_random = any(len(names) == rows for names in lacking.values())
+        yield Problem(
+            what=f"layer {layer} lacks {first(missing)}",
+            happens={
+                Runtime.VLLM: (Effect.WRONG, _UNLOADED),
+                Runtime.SGLANG: (Effect.WRONG, _UNLOADED),
+                Runtime.GPTQMODEL: (Effect.WRONG, _UNLOADED),
+                Runtime.TRANSFORMERS: (Effect.WRONG, "starts the layer's experts at random, with a line in its log")
+                if at_random
+                else (Effect.REFUSES, "stops at a layer with fewer experts than the config states"),
+                Runtime.LLAMA_CPP: (Effect.REFUSES, "its converter stops at experts that do not come to a full layer"),
+            },
+            mend=_COPY,
+        )
+
+
+def all_tensors(facts: Facts) -> Iterator[Problem]:
+    """Everything besides the experts is there too, in the shape that the config states."""
+    if facts.kind is Kind.OTHER or facts.stored is None:
+        return
+    own, counts = (index, experts_complete, complete_codes), (count_in_config, equal_counts, legal_count, whole_groups)
+    if any(problem for rule in (*own, expert_names, *counts) for problem in rule(facts)):
+        return  # what they say would be said again
+    modules = facts.modules()
+    parts = {module + part for module, own in modules.items() for part in own}
+    shapes = {n: e.shape for n, e in facts.tensors.items() if n not in parts and not n.endswith("_scale_inv")}
+    whole = frozenset(SUFFIXES.get(facts.kind, ()))
+    try:
+        dense = _dense_shapes(facts)
+        shapes |= {f"{module}.weight": dense[module] for module, own in modules.items() if own >= whole}
+        check_tensors(facts.family, facts.config, shapes, folder=facts.place)
+    except InvalidInputError as error:
+        text = str(error)
+        found = text.partition("config.json: ")[2].rpartition("; restore")[0] or text
+        yield Problem(
+            what=found,
+            happens=dict.fromkeys(_FOLDERS, (Effect.WRONG, _UNLOADED))
+            | {Runtime.TRANSFORMERS: (Effect.WRONG, "starts what is missing at random, with a line in its log")},
+            mend=_COPY,
+        )
+
+
+def _dense_shapes(facts: Facts) -> dict[str, tuple[int, ...]]:
+    """Quantized module -> shape [out, in] of the weight that it stands for; by the scales, for codes may be padded."""
+    found: dict[str, tuple[int, ...]] = {}
+    for module in facts.modules():
+        width = facts.width_of(module)
+        packed, scales = facts.tensors.get(f"{module}.weight_packed"), facts.tensors.get(f"{module}.weight_scale")
+        order = facts.tensors.get(f"{module}.g_idx")
+        words = facts.tensors.get(f"{module}.qweight")
+        if words is not None and order is not None:
+            found[module] = (words.shape[1], order.shape[0])
+        elif packed is not None and scales is not None and width is not None:
+            columns = packed.shape[1] * 32 // (width.bits or 4)
+            if width.group_size > 0:
+                columns = scales.shape[1] * width.group_size
+            found[module] = (packed.shape[0], columns)
+    return found
+
+
+def complete_codes(facts: Facts) -> Iterator[Problem]:
+    """Every quantized matrix has all its parts, in the shapes and dtypes that bits and groups give."""
+    suffixes = SUFFIXES.get(facts.kind, ())
+    wrong = []
+    for module, there in facts.modules().items():
+        width = facts.width_of(module)
+        if not there >= set(suffixes):
+            if not facts.family.expert_of(f"{module}.weight"):  # of experts `experts-complete` speaks
+                wrong.append(f"{module} lacks {', '.join(s for s in suffixes if s not in there)}")
+        elif width is not None and width.bits is not None:
+            misfit = _misfit(facts, module, width)
+            wrong += [f"{module}{misfit}"] if misfit else []
+    if wrong:
+        yield Problem(
+            what=first(wrong, 1),
+            happens=dict.fromkeys(_FOLDERS, (Effect.REFUSES, "has no place for a tensor of that shape"))
+            | {Runtime.TRANSFORMERS: (Effect.WRONG, "spreads scales that are too few, or ends with an error")},
+            mend=_COPY,
+        )
+
+
+def _misfit(facts: Facts, module: str, width: Width) -> str | None:
+    """The first part of a matrix that does not fit the others, and what is wrong with it."""
+    bits, size = width.bits or 0, width.group_size
+    parts = {suffix: facts.tensors[module + suffix] for suffix in SUFFIXES[facts.kind]}
+    if facts.kind is Kind.GPTQ:
+        columns, rows = parts[".g_idx"].shape[0] if parts[".g_idx"].shape else 0, parts[".qweight"].shape[-1]
+        groups = 1 if size == PER_CHANNEL else -(-columns // size)
+        want = {
+            ".qweight": ("I32", (columns * bits // 32, rows)),
+            ".qzeros": ("I32", (groups, rows * bits // 32)),
+            ".scales": ("F16", (groups, rows)),
+            ".g_idx": ("I32", (columns,)),
+        }
+    else:
+        rows, words = (*parts[".weight_packed"].shape, 0, 0)[:2]
+        groups = parts[".weight_scale"].shape[-1] if parts[".weight_scale"].shape else 0
+        columns = words * 32 // bits if size == PER_CHANNEL else groups * size
+        want = {
+            ".weight_packed": ("I32", (rows, -(-columns * bits // 32))),
+            ".weight_scale": (parts[".weight_scale"].dtype, (rows, 1 if size == PER_CHANNEL else groups)),
+            ".weight_shape": ("I64", (2,)),
+        }
+    for suffix, (dtype, shape) in want.items():
+        if (parts[suffix].dtype, parts[suffix].shape) != (dtype, shape):
+            found = f"{parts[suffix].dtype} {list(parts[suffix].shape)}"
+            return f"{suffix} is {found}, and {bits} bits in groups of {size} want {dtype} {list(shape)}"
+    return None

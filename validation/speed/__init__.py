@@ -1,0 +1,1 @@
+"""Tokens per second, measured and projected; GPUs and what fits into them."""

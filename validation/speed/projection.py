@@ -1,0 +1,109 @@
+"""Tokens per second on a GPU that is not there: intervals from what a token reads and computes. Nothing is measured.
+
+The bounds are chosen so that published measurements of llama.cpp lie inside;
+`tests/validation/speed/test_projection.py` has them with their sources.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moepress.models.families.family import Part, Shape
+from moepress.models.forward.inventory import Weight
+
+PROMPT, DECODE = 512, 128
+BANDWIDTH_SHARES = (0.7, 0.9)
+"""Of the memory's bandwidth, slow and fast."""
+COMPUTE_SHARES = (0.25, 0.7)
+"""Of the tensor cores' fp16 FLOP/s, slow and fast; experts see few tokens each."""
+LAYER_SECONDS = (150e-6, 50e-6)
+"""What starting a layer's kernels takes, slow and fast."""
+FORMULAS = {
+    "tg128": (
+        "tokens/s = 1 / ((decode_bytes + 64 * cache_bytes_per_token) / (bandwidth * b) + layers * t); "
+        "low: b = 0.7, t = 150 us; high: b = 0.9, t = 50 us"
+    ),
+    "pp512": (
+        "tokens/s = 512 / (512 * flops_per_token / (fp16 * c) + prefill_bytes / (bandwidth * b) + layers * t); "
+        "low: c = 0.25, b = 0.7, t = 150 us; high: c = 0.7, b = 0.9, t = 50 us"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a model asks of a GPU that holds all of it.
+
+    Attributes:
+        layers: decoder layers.
+        decode_bytes: weights that one token reads: everything but embeddings, and top-k of the routed experts.
+        prefill_bytes: weights that a prompt of 512 tokens reads: every expert is some token's.
+        flops_per_token: two for each weight that a token passes.
+        cache_bytes_per_token: KV cache of one token, all layers.
+    """
+
+    layers: int
+    decode_bytes: int
+    prefill_bytes: int
+    flops_per_token: int
+    cache_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Tokens per second, projected: slowest and fastest, batch 1."""
+
+    low: float
+    high: float
+    kind: Literal["projected"] = "projected"
+
+
+def interval_text(low: float, high: float) -> str:
+    """Both ends in three figures, without a decimal above ten: 9.25-21, 98-210, 1,310-3,500."""
+    ends = (float(f"{end:.3g}") for end in (low, high))
+    return "-".join(f"{end:,.0f}" if end >= 10 else f"{end:g}" for end in ends)
+
+
+def load_of(parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: int) -> Load:
+    """What a model of these parts asks; its MTP layer is not run.
+
+    Args:
+        parts: parameters and stored bytes of what it has.
+        shape: its config's.
+        cache_bytes_per_token: of its KV cache.
+    """
+    # Tied embeddings are read as the head.
+    unread = {Part.MTP} | ({Part.EMBEDDINGS} if Part.LM_HEAD in parts else set())
+    used = {part: weight for part, weight in parts.items() if part not in unread}
+    top_k, experts = shape.top_k, shape.experts
+    routed = used.get(Part.ROUTED, Weight(parameters=0, bytes=0))
+    whole = sum(weight.bytes for weight in used.values())
+    parameters = sum(weight.parameters for weight in used.values())
+    return Load(
+        layers=shape.layers,
+        decode_bytes=whole - routed.bytes + routed.bytes * top_k // experts,
+        prefill_bytes=whole,
+        flops_per_token=2 * (parameters - routed.parameters + routed.parameters * top_k // experts),
+        cache_bytes_per_token=cache_bytes_per_token,
+    )
+
+
+def project(load: Load, *, bandwidth: float, flops: float) -> tuple[Interval, Interval]:
+    """Prefill of 512 tokens and decoding of 128 from an empty cache, as llama-bench's `pp512` and `tg128`.
+
+    Args:
+        load: of a model that lies in this memory as a whole.
+        bandwidth: of the memory, bytes per second.
+        flops: FLOP/s in fp16, dense.
+
+    Returns:
+        Tokens per second of `pp512` and of `tg128`.
+    """
+    prefill, decode = [], []
+    for share, compute, layer in zip(BANDWIDTH_SHARES, COMPUTE_SHARES, LAYER_SECONDS, strict=True):
+        started = load.layers * layer
+        read = load.decode_bytes + DECODE // 2 * load.cache_bytes_per_token
+        decode.append(1 / (read / (bandwidth * share) + started))
+        work = PROMPT * load.flops_per_token / (flops * compute)
+        prefill.append(PROMPT / (work + load.prefill_bytes / (bandwidth * share) + started))
+    return Interval(low=prefill[0], high=prefill[1]), Interval(low=decode[0], high=decode[1])

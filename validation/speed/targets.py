@@ -1,0 +1,153 @@
+"""GPUs that people own, and whether a model fits into one."""
+
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moepress.errors import InvalidInputError, UsageError
+from moepress.validation.speed.projection import Interval, Load, project
+
+TABLE = Path(__file__).with_name("targets.toml")
+RESERVE = 0.15
+"""Share of a card's memory that stays free beside weights and KV cache: activations, the runtime, the screen."""
+TIGHT_RESERVE = 0.05
+DEFAULT_CONTEXT = 8192
+"""Tokens in the KV cache where none are named; fewer where the model's context is shorter."""
+GIB = 1 << 30
+
+
+class Target(BaseModel):
+    """One card, or one machine whose GPU shares the CPU's memory.
+
+    Attributes:
+        id: short name, such as rtx-4060-ti-16gb.
+        name: as it is sold.
+        kind: `gaming`; `unified` memory, the largest there is; or `reference`, a data-centre card.
+        memory_gib: memory of the GPU.
+        bandwidth_gb_per_second: of that memory, 10^9 bytes.
+        fp16_tflops: tensor cores, dense, accumulating in fp32.
+        pcie: generation and lanes, None where there is no bus in between.
+        uncertain: `fp16_tflops` is less certain than the other figures.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    name: str = Field(min_length=1)
+    kind: Literal["gaming", "unified", "reference"]
+    memory_gib: float = Field(gt=0)
+    bandwidth_gb_per_second: float = Field(gt=0)
+    fp16_tflops: float = Field(gt=0)
+    pcie: str | None = Field(default=None, pattern=r"^\d\.\d x\d+$")
+    uncertain: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """The GPU's memory."""
+        return round(self.memory_gib * GIB)
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: tuple[Target, ...] = Field(min_length=1)
+
+
+def load_targets(file: Path = TABLE) -> tuple[Target, ...]:
+    """Read a table of GPUs, in its own order.
+
+    Raises:
+        InvalidInputError: it cannot be read, is not TOML, a field is wrong, or two cards have the same id.
+    """
+    try:
+        table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        remedy = "restore it" if file == TABLE else "give a TOML file with a [[target]] table for each GPU"
+        raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; {remedy}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidInputError(f"{file}: {where}: {' '.join(first['msg'].split())}; mend it.") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{file} is not valid TOML ({' '.join(str(error).split())}); mend it.") from error
+    ids = [target.id for target in table.target]
+    twice = next((name for name in ids if ids.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidInputError(f"{file} has two targets with the id {twice!r}; mend it.")
+    return table.target
+
+
+def all_targets(own: Path | None = None) -> tuple[Target, ...]:
+    """The shipped table with a user's own rows: one with an id of the table takes that place, others come last.
+
+    Raises:
+        InvalidInputError: the file can not be used; see `load_targets`.
+    """
+    rows = {target.id: target for target in load_targets()}
+    if own is not None:
+        rows |= {target.id: target for target in load_targets(own)}
+    return tuple(rows.values())
+
+
+def target_of(name: str, own: Path | None = None) -> Target:
+    """The GPU of that id.
+
+    Raises:
+        UsageError: there is none; the message names those that there are.
+        InvalidInputError: the user's own file can not be used.
+    """
+    targets = {target.id: target for target in all_targets(own)}
+    if name not in targets:
+        raise UsageError(f"--target {name} is not in the table; it has {', '.join(targets)}.")
+    return targets[name]
+
+
+class Verdict(StrEnum):
+    """Whether a model runs on a card alone."""
+
+    FITS = "fits"
+    TIGHT = "tight"
+    NO = "no"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """One model of one size on one card.
+
+    Attributes:
+        target: the card's id.
+        verdict: `fits` leaves `RESERVE` of the memory free, `tight` only `TIGHT_RESERVE`.
+        left_bytes: memory beside weights and KV cache; negative where they alone are too much.
+        lacking_bytes: how much memory more would make it `tight`; 0 where it is that already.
+        pp512, tg128: projected tokens per second; None where it does not fit, or nobody asked.
+    """
+
+    target: str
+    verdict: Verdict
+    left_bytes: int
+    lacking_bytes: int
+    pp512: Interval | None = None
+    tg128: Interval | None = None
+
+
+def fit(target: Target, needed_bytes: int, load: Load | None = None) -> Fit:
+    """Hold weights and KV cache against a card's memory; with a load, project the speed where they fit."""
+    left = target.memory_bytes - needed_bytes
+    share = left / target.memory_bytes
+    verdict = Verdict.FITS if share >= RESERVE else Verdict.TIGHT if share >= TIGHT_RESERVE else Verdict.NO
+    lacking = 0 if verdict is not Verdict.NO else math.ceil(needed_bytes / (1 - TIGHT_RESERVE)) - target.memory_bytes
+    pp512, tg128 = None, None
+    if load is not None and verdict is not Verdict.NO:
+        pp512, tg128 = project(load, bandwidth=1e9 * target.bandwidth_gb_per_second, flops=1e12 * target.fp16_tflops)
+    return Fit(target=target.id, verdict=verdict, left_bytes=left, lacking_bytes=lacking, pp512=pp512, tg128=tg128)
+
+
+def gaming(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """The cards that a person has at home, the largest memory last."""
+    return tuple(sorted((t for t in targets if t.kind == "gaming"), key=lambda t: t.memory_gib))
