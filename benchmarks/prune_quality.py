@@ -47,7 +47,6 @@ from moepress.calibration.profile import Profile, collect
 from moepress.compress.pruning.plan import Plan, make_plan
 from moepress.compress.pruning.repaired import repaired_source
 from moepress.compress.pruning.scoring import Criterion, Selection, domain_weights, keep_sets, random_keep_sets
-from moepress.models.families.family import shape_of
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.stages.making import Machine, Output, load_corpus, model_run, streamed
@@ -68,7 +67,7 @@ def profile_again(base: Checkpoint, profile: Profile, keep: Keep, seed: int, set
         statistics = collect(model, corpus, run, limits, leave_one_out=True)
         run.finish()
     shutil.rmtree(folder)
-    shape = shape_of(source.family, source.config)
+    shape = source.outline.shape
     return Profile(
         model=profile.model,
         model_name=profile.model_name,

@@ -147,7 +147,7 @@ class _Part:
 def _observe_pass(
     stream: Stream, layer: int, rows: slice, cells: Cells, out: dict[str, Tensor], *, leave_one_out: bool
 ) -> None:
-    model, router = stream.model, router_of(stream.model.family, stream.model.source.config)
+    model, router = stream.model, router_of(stream.model.family, stream.model.source.config, stream.model.shape)
     bias = model.router_bias(layer) if leave_one_out else None
     wanted, valid = stream.chosen[rows], torch.ones(rows.stop - rows.start, dtype=torch.bool)
     if leave_one_out:

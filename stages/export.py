@@ -14,7 +14,6 @@ from moepress.converters.safetensors.export import Exported, Target, check_targe
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.models.storage.experts import moe_layers
 from moepress.runs.journal import check_output, open_run
 from moepress.stages.groundwork import Output, model_folder, require_room
 
@@ -33,7 +32,7 @@ def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include
     from moepress.converters.onnx.weights import Weights, block_size
 
     weights = Weights(source=checkpoint, dtype=torch.float32)
-    for layer in moe_layers(checkpoint):
+    for layer in checkpoint.outline.moe_layers:
         block_size(scheme, *weights.expert_shape(layer))
     layers = checkpoint.shape.layers
     groups = [group for layer in range(layers) for group in linear_groups(checkpoint, layer, layers, include)]

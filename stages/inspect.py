@@ -62,7 +62,9 @@ def inspect_model(
     """
     targets = all_targets(targets_file)
     checkpoint = open_checkpoint(model_folder(model_name))
-    check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
+    check_tensors(
+        checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=checkpoint.folder
+    )
     figures, shape = figures_of(checkpoint), checkpoint.shape
     scheme = scheme_for(shape)
     work = workload(Machine(), tokens=tokens or DEFAULT_TOKENS, window=min(shape.context, DEFAULT_WINDOW))

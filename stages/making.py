@@ -40,7 +40,7 @@ from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_e
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
-from moepress.models.storage.experts import moe_layers, prune_source
+from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
 from moepress.runs.journal import check_output, open_run
 from moepress.stages.groundwork import (
@@ -106,7 +106,7 @@ def profile_stage(
             config=checkpoint.config,
             shape=shape,
             domains=corpus.domains,
-            layers=moe_layers(checkpoint),
+            layers=checkpoint.outline.moe_layers,
             calibration=describe_corpus(corpus, calibration.seed),
             inventory=inventory(checkpoint),
             statistics=statistics,
@@ -152,8 +152,8 @@ def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:
     Raises:
         UsageError: it is for another model or not legal.
     """
-    check_plan(plan, checkpoint.shape, moe_layers(checkpoint), None)  # first what needs no weight to be read
-    check_plan(plan, checkpoint.shape, moe_layers(checkpoint), fingerprint(checkpoint))
+    check_plan(plan, checkpoint.shape, checkpoint.outline.moe_layers, None)  # first what needs no weight to be read
+    check_plan(plan, checkpoint.shape, checkpoint.outline.moe_layers, fingerprint(checkpoint))
     return plan
 
 

@@ -25,7 +25,7 @@ from moepress.converters.onnx.runtime import installed_version, require_onnxrunt
 from moepress.converters.safetensors.artifact import Artifact, open_source
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.hub.snapshot import origin_of
-from moepress.models.families.family import Part, Shape, part_of, shape_of
+from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
 from moepress.models.storage.checkpoint import Checkpoint, Source
@@ -327,7 +327,7 @@ def _subject_info(subject: Subject) -> SubjectInfo:
 
 
 def _shape(source: Source) -> Shape:
-    return shape_of(source.family, source.config)
+    return source.outline.shape
 
 
 def _onnx_experts(folder: OnnxFolder) -> int | tuple[int, int] | None:

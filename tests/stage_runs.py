@@ -23,12 +23,11 @@ from moepress.compress.pruning.plan import Plan, Quantization, Sizes
 from moepress.compress.pruning.rewrite import prune
 from moepress.compress.pruning.scoring import Criterion, Groups
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.models.families.family import shape_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
-from moepress.models.storage.experts import moe_layers, prune_source
+from moepress.models.storage.experts import prune_source
 from moepress.runs.journal import open_run
 
 CPU = torch.device("cpu")
@@ -69,7 +68,7 @@ def profile_of(
         config=checkpoint.config,
         shape=checkpoint.shape,
         domains=corpus.domains,
-        layers=moe_layers(checkpoint),
+        layers=checkpoint.outline.moe_layers,
         calibration=describe_corpus(corpus, 0),
         inventory=inventory(checkpoint),
         statistics=statistics,
@@ -78,7 +77,7 @@ def profile_of(
 
 def keep_of(source: Source, count: int, seed: int = 3) -> dict[int, list[int]]:
     """`count` random experts, as many in each router group, others in every layer."""
-    shape, generator = shape_of(source.family, source.config), torch.Generator().manual_seed(seed)
+    shape, generator = source.outline.shape, torch.Generator().manual_seed(seed)
     size = shape.experts // shape.groups
     return {
         layer: [
@@ -86,7 +85,7 @@ def keep_of(source: Source, count: int, seed: int = 3) -> dict[int, list[int]]:
             for group in range(shape.groups)
             for expert in sorted(torch.randperm(size, generator=generator)[: count // shape.groups].tolist())
         ]
-        for layer in moe_layers(source)
+        for layer in source.outline.moe_layers
     }
 
 

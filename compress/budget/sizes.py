@@ -13,7 +13,7 @@ from moepress.models.families.family import Family, Part, Shape, layer_of, part_
 from moepress.models.families.table import family_of
 from moepress.models.forward.skeleton import build_skeleton
 from moepress.models.storage.checkpoint import Source
-from moepress.models.storage.experts import moe_layers
+from moepress.models.storage.outline import Outline, outline_of
 
 _SHAPE_BYTES = 16  # `weight_shape`, two int64 beside every quantized matrix
 USUAL_GROUPS = (128, 64, 32)
@@ -43,6 +43,7 @@ class _Names:
 
     config: Mapping[str, Any]
     family: Family
+    outline: Outline
     shapes: Mapping[str, tuple[int, ...]]
 
     def read(self, name: str) -> Tensor:
@@ -64,7 +65,9 @@ def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> 
     shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
     if config.get("tie_word_embeddings"):
         shapes.pop("lm_head.weight", None)
-    return included_linears(_Names(config=config, family=family_of(dict(config)), shapes=shapes), wanted)
+    family = family_of(config)
+    outline = outline_of(family, config, shapes)
+    return included_linears(_Names(config=config, family=family, outline=outline, shapes=shapes), wanted)
 
 
 def included_linears(source: Source, include: Iterable[Include]) -> tuple[Linear, ...]:
@@ -79,7 +82,7 @@ def included_linears(source: Source, include: Iterable[Include]) -> tuple[Linear
         if "lm_head.weight" not in source.shapes:
             raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
         names.append("lm_head.weight")
-    routed = frozenset(moe_layers(source))
+    routed = frozenset(source.outline.moe_layers)
     return tuple(
         Linear(
             part=part_of(source.family, name, layers),

@@ -11,7 +11,6 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, Shape, layer_of, part_of
 from moepress.models.forward.inventory import AttentionShape, Weight, attention_shape, weigh
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.models.storage.experts import moe_layers, names_by_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +86,7 @@ def figures_of(checkpoint: Checkpoint) -> Figures:
         shape=checkpoint.shape,
         attention=attention_shape(checkpoint.config),
         parts=weigh(checkpoint),
-        moe_layers=len(moe_layers(checkpoint)),
+        moe_layers=len(checkpoint.outline.moe_layers),
         layer_parameters=max(by_layer.values()),
         largest_matrix=largest,
         mlp_width=max(widths),
@@ -106,7 +105,7 @@ def pressed_sizes(
 
     `layer_bits` are those of layers that do not have the scheme's.
     """
-    routed, own = moe_layers(checkpoint), layer_bits or {}
+    routed, own = checkpoint.outline.moe_layers, layer_bits or {}
     sizes = part_sizes(figures.inventory, figures.shape, count, scheme, {n: b for n, b in own.items() if n in routed})
     if scheme is not None:
         layers = {
@@ -129,7 +128,7 @@ def included_matrices(checkpoint: Checkpoint, include: Iterable[Include]) -> lis
     wanted, layers, found = set(include), checkpoint.shape.layers, dict[tuple[int, int, Part], int]()
     if not wanted:
         return []
-    by_layer = names_by_layer(checkpoint)
+    by_layer = checkpoint.outline.names_by_layer
     for layer in range(layers):
         for group in linear_groups(checkpoint, layer, layers, wanted, by_layer.get(layer, [])):
             rows = sum(checkpoint.shapes[name][0] for name in group.names)

@@ -6,7 +6,6 @@ from enum import StrEnum
 
 from moepress.models.families.family import Part, layer_of, part_of
 from moepress.models.storage.checkpoint import Source
-from moepress.models.storage.experts import names_by_layer
 
 
 class Include(StrEnum):
@@ -45,7 +44,7 @@ def linear_groups(
     """
     wanted, groups = set(include), list[LinearGroup]()
     by_part: dict[Part, list[str]] = {}
-    for name in names_by_layer(source).get(layer, []) if names is None else names:
+    for name in source.outline.names_by_layer.get(layer, []) if names is None else names:
         if len(source.shapes[name]) != 2 or not name.endswith(".weight"):
             continue
         by_part.setdefault(part_of(source.family, name, layers), []).append(name)
@@ -63,7 +62,7 @@ def linear_groups(
 
 def quantized_linears(source: Source, layers: int, include: Iterable[Include]) -> set[str]:
     """Names of all Linears of decoder layers that are quantized besides the routed experts."""
-    wanted, by_layer = set(include), names_by_layer(source)
+    wanted, by_layer = set(include), source.outline.names_by_layer
     groups = [
         g for layer in range(layers) for g in linear_groups(source, layer, layers, wanted, by_layer.get(layer, []))
     ]

@@ -60,7 +60,6 @@ from moepress.models.forward.walk import (
     open_stream,
     read_ahead,
 )
-from moepress.models.storage.experts import names_by_layer
 from moepress.models.storage.mtp import mtp_note
 from moepress.models.storage.safetensors_file import DTYPE_NAMES, Stored, read_header, read_tensor, tensor_bytes
 from moepress.models.storage.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
@@ -140,7 +139,7 @@ def quantize(
                 include=include,
                 chunks=chunks,
                 piece_names=piece_names(chunks),
-                names=names_by_layer(model.source),
+                names=model.source.outline.names_by_layer,
                 at_once=experts_at_once(model, limits.memory_bytes),
                 allowance=Allowance(left=max_pieces),
             )

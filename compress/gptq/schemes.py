@@ -11,7 +11,6 @@ from moepress.converters.safetensors.compressed_tensors import IGNORE_REGEX_PREF
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Part, layer_of, part_of
-from moepress.models.storage.experts import moe_layers
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -70,7 +69,7 @@ def settle_bits(
     if strange:
         raise UsageError(f"Bits are given for layer {strange[0]}, and the model has layers 0 to {layers - 1}.")
     included = {layer_of(name) for name in quantized_linears(source, layers, include)}
-    quantized = sorted({*moe_layers(source), *(layer for layer in included if layer is not None)})
+    quantized = sorted({*source.outline.moe_layers, *(layer for layer in included if layer is not None)})
     bits = {layer: layer_bits.get(layer, scheme.bits) for layer in quantized}
     for each in bits.values():
         Scheme(bits=each, group_size=scheme.group_size)

@@ -185,7 +185,7 @@ def _routing(walk: Walk, layer: int) -> Routing:
     assert before is not None, "the stage refuses models without a bias"
     assert stream.logits is not None
     with phase("balance"):
-        router, experts = router_of(model.family, model.source.config), model.shape.experts
+        router, experts = router_of(model.family, model.source.config, model.shape), model.shape.experts
         wanted = wanted_loads(walk.original.chosen, walk.keep[layer], walk.original.model.shape.experts)
         bias = balanced_bias(router, scores(router, stream.logits), before, wanted)
         chosen, weights = route(router, stream.logits, bias)

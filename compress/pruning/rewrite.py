@@ -56,7 +56,9 @@ def prune(
         InvalidInputError: tensors are missing or surplus, or hold NaN or Inf.
     """
     with phase("check"):
-        check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=checkpoint.folder)
+        check_tensors(
+            checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=checkpoint.folder
+        )
     predicting = mtp_keep(checkpoint, plan, mtp)
     edits = edits_of(prune_source(checkpoint, plan.keep, degroup=plan.degroup), repairs) if repairs else _NOTHING
     planned = planned_entries(checkpoint, {**plan.keep, **predicting}, edits)

@@ -29,7 +29,6 @@ from moepress.converters.onnx.parts import Build, Kernel, gated_mlp, linear, rms
 from moepress.converters.onnx.weights import Weights, require_whole
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import UnsupportedError
-from moepress.models.families.family import shape_of
 from moepress.models.forward.skeleton import build_skeleton
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import experts_by_layer
@@ -89,7 +88,7 @@ def build_decoder(
         kernel=kernel,
         accuracy_level=accuracy_level,
     )
-    shape = shape_of(source.family, source.config)
+    shape = source.outline.shape
     _require_tensors(build, shape.layers)
     inputs = shared_inputs(build, EMBEDDING_FILE)
     hidden = _embed(build)

@@ -19,7 +19,6 @@ from moepress.converters.onnx.graph import CONTRIB
 from moepress.converters.onnx.parts import Build, gated_mlp, linear, reshape, silu
 from moepress.converters.onnx.weights import block_size, require_whole
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.families.family import shape_of
 from moepress.models.families.routing import Router, router_of
 from moepress.models.storage.experts import is_fused, router_disk_names
 
@@ -41,7 +40,8 @@ def moe_block(build: Build, file: str, layer: int, value: str) -> str:
     """Routed and shared experts of one layer: normed [T, D] to [T, D]."""
     graph, scope = build.graph, f"/model/layers.{layer}/mlp"
     experts = count_experts(build, layer)
-    router = router_of(build.weights.source.family, build.weights.source.config)
+    source = build.weights.source
+    router = router_of(source.family, source.config, source.outline.shape)
     routing = _route(build, file, layer, experts, router, value)
     experts_of = _fused if build.kernel == "qmoe" else _loop
     out = experts_of(build, file, layer, experts, value, routing)
@@ -141,7 +141,7 @@ def _fused(build: Build, file: str, layer: int, experts: int, value: str, routin
     source = build.weights.source
     quantized = _are_codes(build, layer, experts)
     rows = _router_rows(build, layer, routing)
-    top_k = shape_of(source.family, source.config).top_k
+    top_k = source.outline.shape.top_k
     common: dict[str, Any] = {
         "domain": CONTRIB,
         "k": min(top_k, experts),

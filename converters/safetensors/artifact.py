@@ -20,6 +20,7 @@ from moepress.models.storage.checkpoint import (
     open_shards,
     require_finite,
 )
+from moepress.models.storage.outline import Outline, outline_of
 from moepress.models.storage.safetensors_file import Stored, read_row, read_tensor
 
 
@@ -38,6 +39,7 @@ class Artifact:
         folder: where it lies.
         config: config.json, parsed.
         family: the row of the family table.
+        outline: what config and names say.
         stored: every tensor in every shard.
         shards: shard file names.
         shapes: the dense tensors that `read` gives.
@@ -50,6 +52,7 @@ class Artifact:
     folder: Path
     config: dict[str, Any]
     family: Family
+    outline: Outline
     stored: dict[str, Stored]
     shards: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
@@ -158,10 +161,12 @@ def open_artifact(folder: Path) -> Artifact:
     for name, entry in stored.items():
         if name.endswith(first):
             shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, schemes[0][1], method)
+    family = family_of(config)
     return Artifact(
         folder=folder,
         config=config,
-        family=family_of(config),
+        family=family,
+        outline=outline_of(family, config, shapes),
         stored=stored,
         shards=shards,
         shapes=shapes,

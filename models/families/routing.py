@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.models.families.family import Family, shape_of
+from moepress.models.families.family import Family, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +36,9 @@ class Router:
     scale: float
 
 
-def router_of(family: Family, config: Mapping[str, Any]) -> Router:
-    """Read a model's routing rule from its family and config."""
-    rule, shape = family.rule, shape_of(family, config)
+def router_of(family: Family, config: Mapping[str, Any], shape: Shape) -> Router:
+    """Read a model's routing rule from its family and config; `shape` holds the numbers of that config."""
+    rule = family.rule
     # DeepSeek-V2 chooses by groups only where its config says so; V3 has no other way.
     greedy = rule.group_score == "max" and config.get("topk_method", "greedy") == "greedy"
     renormalise = rule.renormalise if rule.renormalise_key is None else bool(config.get(rule.renormalise_key, False))

@@ -12,7 +12,7 @@ from torch import Tensor
 from moepress.errors import MoepressError
 from moepress.models.forward.skeleton import build_skeleton, check_tensors
 from moepress.models.storage.checkpoint import Source
-from moepress.models.storage.experts import Expert, moe_layers, read_expert
+from moepress.models.storage.experts import Expert, read_expert
 from moepress.runs.progress import track
 
 
@@ -33,7 +33,7 @@ def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> A
     """
     model = build_skeleton(source.config, attention="sdpa")  # as transformers runs it: its speed is measured
     folder = getattr(source, "folder", "the model folder")
-    check_tensors(source.family, source.config, source.shapes, folder=folder, model=model)
+    check_tensors(source.family, source.config, source.outline.shape, source.shapes, folder=folder, model=model)
     _require_memory(model, device, dtype)
     model.requires_grad_(False)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -43,7 +43,7 @@ def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> A
         # A multi-token-prediction layer is in the folder and not in transformers' model.
         if name in shapes and ".experts." not in name:
             weights[name] = _read(source, disk_name, device, dtype)
-    layers = moe_layers(source)
+    layers = source.outline.moe_layers
     with track("load", len(layers)) as advance:
         for layer in layers:
             block = f"model.layers.{layer}.{source.family.moe_module}.experts"

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moepress.hub.snapshot import origin_of
-from moepress.models.families.family import Part, legal_counts, part_of, shape_of
+from moepress.models.families.family import Part, legal_counts, part_of
 from moepress.models.forward.skeleton import hf_config
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.models.storage.experts import moe_layers
 
 GIB = 1 << 30
 
@@ -100,7 +99,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for entry in checkpoint.stored.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.bytes
-    routed_layers = moe_layers(checkpoint)
+    routed_layers = checkpoint.outline.moe_layers
     return {
         "model": str(origin_of(checkpoint.folder) or checkpoint.folder),
         "family": checkpoint.family.name,
@@ -127,6 +126,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "mtp_layers": int(checkpoint.config.get("num_nextn_predict_layers") or 0) if Part.MTP in parts else 0,
         "layer_kinds": {
             "moe": len(routed_layers),
-            "dense": shape_of(checkpoint.family, checkpoint.config).layers - len(routed_layers),
+            "dense": checkpoint.outline.shape.layers - len(routed_layers),
         },
     }

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Family, layer_of, shape_of
+from moepress.models.families.family import Family, Shape, layer_of
 from moepress.models.families.routing import router_of
 from moepress.models.forward.attention import register
 from moepress.models.storage.checkpoint import Source
-from moepress.models.storage.experts import moe_layers
 
 # A classifier's labels: transformers makes a dictionary of `num_labels` entries, whatever that number is.
 _DROPPED_KEYS = {"quantization_config", "auto_map", "num_labels", "id2label", "label2id"}
@@ -58,6 +57,7 @@ def build_skeleton(config: Mapping[str, Any], *, attention: str | None = None) -
 def check_tensors(
     family: Family,
     config: Mapping[str, Any],
+    shape: Shape,
     shapes: Mapping[str, tuple[int, ...]],
     *,
     folder: object,
@@ -75,21 +75,20 @@ def check_tensors(
     disk = {family.module_name(name): name for name in shapes}
     found = {name: shapes[disk_name] for name, disk_name in disk.items()}
     expected = _split_experts(family, expected, found)
-    layers = shape_of(family, config).layers
     for name in list(found):
         tied = name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
-        if name.endswith(_IGNORED_SUFFIXES) or tied or _is_mtp(family, layers, name, disk):
+        if name.endswith(_IGNORED_SUFFIXES) or tied or _is_mtp(family, shape.layers, name, disk):
             del found[name]
     renames = _renames_on_disk(family, disk)
     problems = [f"{_disk_name(renames, name)} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{disk[name]} belongs to no part of the model" for name in sorted(found.keys() - expected.keys())]
     problems += [f"{name} is there twice" for name in sorted(shapes.keys() - disk.values())]
     problems += [
-        f"{disk[name]} has shape {list(found[name])} and the config wants {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in found and found[name] != shape
+        f"{disk[name]} has shape {list(found[name])} and the config wants {list(wanted)}"
+        for name, wanted in sorted(expected.items())
+        if name in found and found[name] != wanted
     ]
-    problems += _unstated(family, config, model.config)
+    problems += _unstated(family, config, shape, model.config)
     _refuse(problems, folder)
 
 
@@ -118,8 +117,8 @@ def check_mtp(source: Source, layer: int, *, folder: object) -> None:
     Raises:
         InvalidInputError: tensors are missing, surplus or of another shape, such as another number of experts.
     """
-    own, pattern = f"model.layers.{layer}.", f"model.layers.{max(moe_layers(source))}."
-    hidden = shape_of(source.family, source.config).hidden
+    own, pattern = f"model.layers.{layer}.", f"model.layers.{max(source.outline.moe_layers)}."
+    hidden = source.outline.shape.hidden
     expected = {own + n.removeprefix(pattern): s for n, s in source.shapes.items() if n.startswith(pattern)}
     expected |= dict(zip((own + n for n in _MTP_OWN), ((hidden,), (hidden,), (hidden, 2 * hidden)), strict=True))
     optional = {own + name for name in _MTP_COPIES}
@@ -154,9 +153,9 @@ def _disk_name(renames: Sequence[tuple[str, str]], name: str) -> str:
     return name
 
 
-def _unstated(family: Family, config: Mapping[str, Any], parsed: Any) -> list[str]:
+def _unstated(family: Family, config: Mapping[str, Any], shape: Shape, parsed: Any) -> list[str]:
     """Routing numbers that the config leaves out and that transformers would take differently from us."""
-    router, rule = router_of(family, config), family.rule
+    router, rule = router_of(family, config, shape), family.rule
     ours = {
         family.groups_key: router.groups,
         family.top_groups_key: router.top_groups,

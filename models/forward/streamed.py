@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Family, layer_of, shape_of
+from moepress.models.families.family import Family
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.skeleton import build_skeleton, check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import (
     Expert,
     experts_by_layer,
-    moe_layers,
     pruned_config,
     read_expert,
     router_disk_names,
@@ -96,18 +95,19 @@ class StreamedModel:
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         counts = experts_by_layer(source)
-        shape = shape_of(source.family, source.config)
+        shape = source.outline.shape
         self.family, self.shape = source.family, replace(shape, experts=max([shape.experts, *counts.values()]))
         self.skeleton = _skeleton(source, counts)
         check_tensors(
             source.family,
             source.config,
+            shape,
             source.shapes,
             folder=getattr(source, "folder", "the model folder"),
             model=self.skeleton,
         )
         self.config = self.skeleton.config
-        self.moe_layers = frozenset(moe_layers(source))
+        self.moe_layers = frozenset(source.outline.moe_layers)
         self._disk_names = _names_by_layer(source)
         self._layers = list(self.skeleton.model.layers)
         self._passages = [_Passage(layer) for layer in self._layers]
@@ -247,7 +247,7 @@ class StreamedModel:
 def _skeleton(source: Source, counts: Mapping[int, int]) -> Any:
     """The model on the meta device; layers with a number of experts of their own come from a model of that number."""
     model = build_skeleton(source.config)
-    stated = shape_of(source.family, source.config).experts
+    stated = source.outline.shape.experts
     for count in sorted(set(counts.values()) - {stated}):
         other = build_skeleton(pruned_config(source.family, source.config, count))
         for layer in (layer for layer, own in counts.items() if own == count):
@@ -286,16 +286,16 @@ def inner_name(family: Family, disk_name: str, layer: int) -> str:
 
 def _names_by_layer(source: Source) -> dict[int, dict[str, str]]:
     """Per layer: name inside transformers' decoder layer -> name on disk, without the routed experts."""
-    shape = shape_of(source.family, source.config)
-    names: dict[int, dict[str, str]] = {layer: {} for layer in range(shape.layers)}
-    for disk_name in source.shapes:
-        layer = layer_of(disk_name)
-        if layer is None or layer >= shape.layers or disk_name.endswith("rotary_emb.inv_freq"):
-            continue
-        inner = inner_name(source.family, disk_name, layer)
-        if ".experts." not in inner:
-            names[layer][inner] = disk_name
-    return names
+    outline, family = source.outline, source.family
+    return {
+        layer: {
+            inner: name
+            for name in outline.names_by_layer.get(layer, ())
+            if ".experts." not in (inner := inner_name(family, name, layer))
+            and not name.endswith("rotary_emb.inv_freq")
+        }
+        for layer in range(outline.shape.layers)
+    }
 
 
 def apply_expert(expert: Expert, inputs_TD: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:

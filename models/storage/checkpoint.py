@@ -13,6 +13,7 @@ from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family, Shape, illegal_count, layer_of, shape_of
 from moepress.models.families.table import family_of
 from moepress.models.storage.fp8 import dequantize_blocks, is_finite
+from moepress.models.storage.outline import Outline, outline_of
 from moepress.models.storage.safetensors_file import Stored, read_header, read_row, read_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -32,6 +33,10 @@ class Source(Protocol):
     @property
     def family(self) -> Family:
         """The row of the family table."""
+
+    @property
+    def outline(self) -> Outline:
+        """Its numbers, MoE layers and names by layer, read once."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -67,6 +72,11 @@ class SourceView:
         return self.base.family
 
     @property
+    def outline(self) -> Outline:
+        """The base's outline, for names and shapes stay."""
+        return self.base.outline
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The base's tensors."""
         return self.base.shapes
@@ -88,6 +98,7 @@ class Checkpoint:
         folder: where it lies.
         config: config.json, parsed.
         family: its row in the table.
+        outline: what config and names say.
         stored: every tensor in every shard, by name.
         shards: shard file names in order of their names.
         shapes: the dense tensors that `read` gives (block scales of fp8 weights are not among them).
@@ -97,6 +108,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     family: Family
+    outline: Outline
     stored: dict[str, Stored]
     shards: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
@@ -106,7 +118,7 @@ class Checkpoint:
     @property
     def shape(self) -> Shape:
         """The model's numbers."""
-        return shape_of(self.family, self.config)
+        return self.outline.shape
 
     @property
     def total_bytes(self) -> int:
@@ -207,7 +219,7 @@ def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoin
     config = load_config(folder)
     family = family_of(config)
     block = fp8_block(config)
-    shape = shape_of(family, config)
+    shape_of(family, config)  # refuses what no header need be read for
     stored, shards = open_shards(folder)
     shapes = {name: entry.shape for name, entry in stored.items() if not name.endswith(_SCALE)}
     for name, entry in stored.items():
@@ -215,11 +227,13 @@ def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoin
             _check_scale(entry, stored)
         else:
             _check_storage(entry, stored, block)
-    require_bounded(family, shape, shapes, folder)
+    outline = outline_of(family, config, shapes)
+    require_bounded(family, outline.shape, shapes, folder)
     return Checkpoint(
         folder=folder,
         config=config,
         family=family,
+        outline=outline,
         stored=stored,
         shards=shards,
         shapes=shapes,

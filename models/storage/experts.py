@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.models.families.family import Family, experts_key, layer_of, shape_of
+from moepress.models.families.family import Family, experts_key, layer_of
 from moepress.models.storage.checkpoint import Source
+from moepress.models.storage.outline import Outline, outline_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,26 +36,18 @@ def is_fused(source: Source, layer: int) -> bool:
     return source.family.fused_gate_up.format(layer=layer) in source.shapes
 
 
-def moe_layers(source: Source) -> tuple[int, ...]:
-    """The decoder layers that have a router, ascending; multi-token-prediction layers are not among them."""
-    shape = shape_of(source.family, source.config)
-    names = {source.family.module_name(name) for name in source.shapes}
-    router = source.family.module_name(source.family.router[0])
-    return tuple(layer for layer in range(min(shape.layers, len(names))) if router.format(layer=layer) in names)
-
-
 def mtp_layers(source: Source) -> tuple[int, ...]:
     """The multi-token-prediction layers behind the last decoder layer, ascending; mostly there is none or one."""
     if not source.family.mtp:
         return ()
-    layers, marker = shape_of(source.family, source.config).layers, ".eh_proj.weight"
+    layers, marker = source.outline.shape.layers, ".eh_proj.weight"
     found = {layer_of(name) for name in source.shapes if name.endswith(marker)} - {None}
     return tuple(sorted(layer for layer in found if layer is not None and layer >= layers))
 
 
 def experts_by_layer(source: Source) -> dict[int, int]:
     """Routed experts of every MoE layer, by the rows of its router; only what ONNX runs may differ between layers."""
-    routers = {layer: source.shapes[router_disk_names(source, layer)[0]] for layer in moe_layers(source)}
+    routers = {layer: source.shapes[router_disk_names(source, layer)[0]] for layer in source.outline.moe_layers}
     return {layer: shape[0] if shape else 0 for layer, shape in routers.items()}
 
 
@@ -66,14 +59,6 @@ def read_expert(source: Source, layer: int, expert: int) -> Expert:
         return Expert(gate=gate, up=up, down=source.read_row(family.fused_down.format(layer=layer), expert))
     gate, up, down = (source.read(name) for name in family.expert_names(layer, expert))
     return Expert(gate=gate, up=up, down=down)
-
-
-def names_by_layer(source: Source) -> dict[int | None, list[str]]:
-    """All names by decoder layer (None: outside of them), in the source's order: one scan for all layers."""
-    names: dict[int | None, list[str]] = {}
-    for name in source.shapes:
-        names.setdefault(layer_of(name), []).append(name)
-    return names
 
 
 def router_disk_names(source: Source, layer: int) -> tuple[str, ...]:
@@ -95,6 +80,7 @@ class PrunedSource:
         base: the source with all experts.
         keep: per MoE layer, the experts kept, ascending, by their old numbers.
         config: the pruned model's config.
+        outline: of that config and of the pruned model's names.
         shapes: the pruned model's tensors.
         renamed: new name on disk -> old name, for experts' tensors.
         routers: names of tensors whose rows are selected -> layer.
@@ -103,6 +89,7 @@ class PrunedSource:
     base: Source
     keep: Mapping[int, Sequence[int]]
     config: dict[str, Any]
+    outline: Outline
     shapes: dict[str, tuple[int, ...]]
     renamed: dict[str, str]
     routers: dict[str, int]
@@ -162,14 +149,21 @@ def prune_source(base: Source, keep: Mapping[int, Sequence[int]], *, degroup: bo
             continue
         _renumber(base, layer, kept, shapes, renamed)
     config = pruned_config(family, base.config, counts.pop(), degroup=degroup)
-    return PrunedSource(base=base, keep=keep, config=config, shapes=shapes, renamed=renamed, routers=routers)
+    return PrunedSource(
+        base=base,
+        keep=keep,
+        config=config,
+        outline=outline_of(family, config, shapes),
+        shapes=shapes,
+        renamed=renamed,
+        routers=routers,
+    )
 
 
 def _renumber(
     base: Source, layer: int, kept: Sequence[int], shapes: dict[str, tuple[int, ...]], renamed: dict[str, str]
 ) -> None:
-    experts = shape_of(base.family, base.config).experts
-    for old in range(experts):
+    for old in range(base.outline.shape.experts):
         for name in base.family.expert_names(layer, old):
             shapes.pop(name, None)
     for new, old in enumerate(kept):

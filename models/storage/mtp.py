@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 from moepress.errors import UnsupportedError
-from moepress.models.families.family import shape_of
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import mtp_layers, router_disk_names
 
@@ -41,7 +40,7 @@ def mtp_keep_sets(source: Source, count: int, *, degroup: bool = False) -> dict[
     Raises:
         UnsupportedError: the layer's router has no correction bias.
     """
-    shape = shape_of(source.family, source.config)
+    shape = source.outline.shape
     groups = 1 if degroup else shape.groups
     size = shape.experts // groups
     keep: dict[int, list[int]] = {}

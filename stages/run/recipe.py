@@ -21,7 +21,6 @@ from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.storage.experts import moe_layers
 from moepress.runs.byte_sizes import parse_bytes
 from moepress.stages.export import check_onnx, onnx_bits
 from moepress.stages.groundwork import (
@@ -194,7 +193,7 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
         raise UsageError("--mixed-bits and --to gptq exclude each other: the GPTQ layout has one width for all layers.")
     wish, budget = wish_of(recipe), budget_of(request, checkpoint.config, shape)
     linears = included_linears(checkpoint, wish.include)
-    layers = moe_layers(checkpoint)
+    layers = checkpoint.outline.moe_layers
     found = require_possible(inventory(checkpoint), shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits)
     scheme = Scheme(bits=most_common(found.widths) or 4, group_size=wish.group(shape, linears))
     bits = {layers[n]: width for n, width in found.widths.items() if width is not None}

@@ -41,7 +41,7 @@ def test_with_all_layers_it_has_the_published_tensors_and_parameters() -> None:
 def test_what_is_written_is_a_sound_sharded_checkpoint(tmp_path: Path) -> None:
     folder = small_r1(tmp_path / "r1", mtp=True)
     found = open_checkpoint(folder)
-    check_tensors(found.family, found.config, found.shapes, folder=folder)
+    check_tensors(found.family, found.config, found.outline.shape, found.shapes, folder=folder)
     check_mtp(found, 3, folder=folder)
     assert found.config.keys() == make_r1.CONFIG.keys()
     assert len(found.shards) > 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Part, part_of, shape_of
+from moepress.models.families.family import Part, part_of
 from moepress.models.families.routing import route, router_of
 from moepress.models.families.table import FAMILIES
 from moepress.models.forward.attention import register
@@ -19,7 +19,7 @@ from moepress.models.forward.skeleton import build_skeleton, check_tensors
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
-from moepress.models.storage.experts import PrunedSource, moe_layers, prune_source, read_expert
+from moepress.models.storage.experts import PrunedSource, prune_source, read_expert
 
 CPU = torch.device("cpu")
 AMPLE, TIGHT = 1 << 30, 1000  # bytes; with the second one every buffer lies in a file
@@ -73,13 +73,13 @@ def assert_close(ours: Tensor, theirs: Tensor, relative: float = 1e-4) -> None:
 
 def check(folder: Path) -> Checkpoint:
     checkpoint = open_checkpoint(folder)
-    check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=folder)
+    check_tensors(checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=folder)
     return checkpoint
 
 
 def balanced_keep(source: Source, per_group: int, seed: int = 3) -> dict[int, list[int]]:
     """The same number of random experts in each router group, different ones in every layer."""
-    shape, generator = shape_of(source.family, source.config), torch.Generator().manual_seed(seed)
+    shape, generator = source.outline.shape, torch.Generator().manual_seed(seed)
     size = shape.experts // shape.groups
     return {
         layer: [
@@ -87,7 +87,7 @@ def balanced_keep(source: Source, per_group: int, seed: int = 3) -> dict[int, li
             for group in range(shape.groups)
             for expert in sorted(torch.randperm(size, generator=generator)[:per_group].tolist())
         ]
-        for layer in moe_layers(source)
+        for layer in source.outline.moe_layers
     }
 
 
@@ -102,14 +102,14 @@ def test_the_patterns_cover_the_state_dict_exactly(tiny_model: Callable[..., Pat
     assert checkpoint.family.name == tiny_models.TINY[key].family
     assert checkpoint.config["architectures"] == [checkpoint.family.architecture]
     assert len(checkpoint.shards) > 1
-    for layer in moe_layers(checkpoint):
+    for layer in checkpoint.outline.moe_layers:
         for name in checkpoint.family.router_names(layer):
             module_name = checkpoint.family.module_name(name)
             assert {name, module_name} & checkpoint.shapes.keys()
     if not fused:
         routed = {
             name
-            for layer in moe_layers(checkpoint)
+            for layer in checkpoint.outline.moe_layers
             for expert in range(checkpoint.shape.experts)
             for name in checkpoint.family.expert_names(layer, expert)
         }
@@ -125,7 +125,14 @@ def test_no_tensor_may_be_missing_and_none_may_be_added(tiny_model: Callable[...
 
     def refusal(shapes: dict[str, tuple[int, ...]]) -> str:
         with pytest.raises(InvalidInputError) as caught:
-            check_tensors(checkpoint.family, checkpoint.config, shapes, folder="here", model=model)
+            check_tensors(
+                checkpoint.family,
+                checkpoint.config,
+                checkpoint.outline.shape,
+                shapes,
+                folder="here",
+                model=model,
+            )
         return str(caught.value)
 
     for name in checkpoint.shapes:
@@ -141,9 +148,9 @@ def test_our_view_of_the_router_equals_the_models_own(
     tiny_model: Callable[..., Path], truth: Callable[[str], Any], key: str
 ) -> None:
     checkpoint = open_checkpoint(tiny_model(key))
-    router = router_of(checkpoint.family, checkpoint.config)
+    router = router_of(checkpoint.family, checkpoint.config, checkpoint.outline.shape)
     inputs = torch.randn(500, checkpoint.shape.hidden, generator=torch.Generator().manual_seed(5))
-    for layer in moe_layers(checkpoint):
+    for layer in checkpoint.outline.moe_layers:
         gate = truth(key).model.layers[layer].mlp.gate
         with torch.inference_mode():
             logits, weights, chosen = gate(inputs)
@@ -185,7 +192,7 @@ def test_an_expert_reads_as_the_rows_of_the_fused_weights(
     tiny_model: Callable[..., Path], truth: Callable[[str], Any], key: str, fused: bool
 ) -> None:
     source = open_checkpoint(tiny_model(key, fused=fused))
-    layer = moe_layers(source)[-1]
+    layer = source.outline.moe_layers[-1]
     experts = truth(key).model.layers[layer].mlp.experts
     last = read_expert(source, layer, source.shape.experts - 1)
     assert torch.equal(torch.cat([last.gate, last.up]), experts.gate_up_proj[-1])
@@ -238,7 +245,7 @@ def test_a_pruned_model_equals_the_original_with_masked_experts(
     shape, tokens = source.shape, tokens_for(truth(key))
     keep = balanced_keep(source, 3 if shape.groups > 1 else shape.experts * 3 // 4)
     pruned = prune_source(source, keep)
-    assert shape_of(pruned.family, pruned.config).experts == len(next(iter(keep.values()))) < shape.experts
+    assert pruned.outline.shape.experts == len(next(iter(keep.values()))) < shape.experts
     with masked(model, keep):
         expected = true_logits(model, tokens)
     assert_close(streamed_logits(pruned, tokens, tmp_path), expected)
@@ -248,7 +255,7 @@ def test_a_pruned_model_equals_the_original_with_masked_experts(
 @every_key
 def test_keeping_every_expert_changes_nothing(tiny_model: Callable[..., Path], tmp_path: Path, key: str) -> None:
     source = open_checkpoint(tiny_model(key))
-    pruned = prune_source(source, {layer: list(range(source.shape.experts)) for layer in moe_layers(source)})
+    pruned = prune_source(source, {layer: list(range(source.shape.experts)) for layer in source.outline.moe_layers})
     assert pruned.config == source.config
     assert pruned.shapes == source.shapes
     assert all(torch.equal(pruned.read(name), source.read(name)) for name in source.shapes)
@@ -259,7 +266,7 @@ def test_keeping_every_expert_changes_nothing(tiny_model: Callable[..., Path], t
 @pytest.mark.parametrize("key", ["deepseek_v3", "deepseek_v2"])
 def test_a_degrouped_source_keeps_an_uneven_choice(tiny_model: Callable[..., Path], tmp_path: Path, key: str) -> None:
     source = open_checkpoint(tiny_model(key))
-    pruned = prune_source(source, {layer: [0, 1, 2, 5, 15] for layer in moe_layers(source)}, degroup=True)
+    pruned = prune_source(source, {layer: [0, 1, 2, 5, 15] for layer in source.outline.moe_layers}, degroup=True)
     assert (pruned.config["n_group"], pruned.config["topk_group"], pruned.config["n_routed_experts"]) == (1, 1, 5)
     assert isinstance(pruned, PrunedSource)
     tokens = tiny_models.windows(source.shape.vocabulary, count=2)
@@ -341,7 +348,7 @@ def test_a_qwen3_config_of_the_hub_states_num_experts(tiny_copy: Callable[..., P
     assert "num_experts" not in open_checkpoint(folder).config  # transformers 5 writes num_local_experts
     tiny_models.edit_config(folder, num_local_experts=..., num_experts=16)
     source = check(folder)
-    pruned = prune_source(source, {layer: [0, 3, 4, 9] for layer in moe_layers(source)})
+    pruned = prune_source(source, {layer: [0, 3, 4, 9] for layer in source.outline.moe_layers})
     assert pruned.config["num_experts"] == 4
     assert "num_local_experts" not in pruned.config
 
@@ -352,7 +359,7 @@ def test_multi_token_prediction_layers_are_left_aside(
     folder = tiny_copy("deepseek_v3")
     tiny_models.add_mtp(folder)
     source = check(folder)
-    assert moe_layers(source) == (1, 2)
+    assert source.outline.moe_layers == (1, 2)
     assert part_of(source.family, "model.layers.3.eh_proj.weight", 3) is Part.MTP
     tokens = tokens_for(truth("deepseek_v3"))
     assert_close(streamed_logits(source, tokens, tmp_path), true_logits(truth("deepseek_v3"), tokens))

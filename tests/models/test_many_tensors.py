@@ -25,7 +25,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.inventory import describe, inventory
 from moepress.models.forward.skeleton import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.storage.experts import moe_layers, prune_source
+from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp
 
 TOTALS = ("tokens", "routed_squared", "residual_squared")
@@ -37,7 +37,7 @@ STEPS = ("open", "check", "describe", "fingerprint", "plan", "prune", "quantize"
 
 def profile(source: Checkpoint) -> Profile:
     """Random statistics of all layers."""
-    draw, layers = torch.Generator().manual_seed(0), moe_layers(source)
+    draw, layers = torch.Generator().manual_seed(0), source.outline.moe_layers
 
     def drawn(*size: int) -> torch.Tensor:
         return torch.rand(1, SHARDS, *size, generator=draw, dtype=torch.float64) * 1000
@@ -58,7 +58,7 @@ def profile(source: Checkpoint) -> Profile:
 
 def plan_pruning(source: Checkpoint) -> None:
     plan = plan_of(source, keep_of(source, 128))
-    check_plan(plan, source.shape, moe_layers(source), None)
+    check_plan(plan, source.shape, source.outline.moe_layers, None)
     planned = planned_entries(source, {**plan.keep, **mtp_keep(source, plan, Mtp.KEEP)})
     assert 0.4 < planned_bytes(planned) / source.total_bytes < 0.6
     left = sum(map(len, planned.values())) / len(source.stored)
@@ -70,7 +70,7 @@ def plan_quantizing(source: Checkpoint) -> None:
     include = frozenset({Include.SHARED, Include.DENSE})
     check_scheme(seen, SCHEME, include)
     options = QuantizeOptions(scheme=SCHEME, scale_dtype=torch.bfloat16, stored_dtype=torch.bfloat16)
-    chunks = plan_chunks(seen, layers, dict.fromkeys(moe_layers(seen), 128), options)
+    chunks = plan_chunks(seen, layers, dict.fromkeys(seen.outline.moe_layers, 128), options)
     assert len(piece_names(chunks)) == layers + 1
     # Attention (5 Linears) and router of a layer, and lm_head; the router of the MTP layer is not among them.
     assert len(unquantized_modules(seen, layers, include)) == 5 * layers + (layers - 3) + 1
@@ -91,7 +91,9 @@ def steps_of(source: Checkpoint) -> Steps:
     observed = profile(source)
     return {
         "open": lambda: open_checkpoint(source.folder),
-        "check": lambda: check_tensors(source.family, source.config, source.shapes, folder=source.folder),
+        "check": lambda: check_tensors(
+            source.family, source.config, source.outline.shape, source.shapes, folder=source.folder
+        ),
         "describe": lambda: describe(source),
         "fingerprint": lambda: fingerprint(source),
         "plan": lambda: make_plan(observed, count=128, scheme=SCHEME),

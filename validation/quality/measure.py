@@ -18,7 +18,6 @@ from moepress.calibration.corpus import EvaluationCorpus
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import InvalidInputError, UsageError
-from moepress.models.families.family import shape_of
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Source
@@ -186,7 +185,7 @@ def vocabulary_of(source: Source | OnnxFolder) -> int:
     """Number of tokens that a model knows."""
     if isinstance(source, OnnxFolder):
         return source.vocabulary
-    return shape_of(source.family, source.config).vocabulary
+    return source.outline.shape.vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,7 @@ def all_tensors(facts: Facts) -> Iterator[Problem]:
     try:
         dense = _dense_shapes(facts)
         shapes |= {f"{module}.weight": dense[module] for module, own in modules.items() if own >= whole}
-        check_tensors(facts.family, facts.config, shapes, folder=facts.place)
+        check_tensors(facts.family, facts.config, facts.shape, shapes, folder=facts.place)
     except InvalidInputError as error:
         text = str(error)
         found = text.partition("config.json: ")[2].rpartition("; restore")[0] or text

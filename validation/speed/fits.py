@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.safetensors.artifact import Artifact
-from moepress.models.families.family import Part, part_of, shape_of
+from moepress.models.families.family import Part, part_of
 from moepress.models.forward.inventory import Weight, cache_bytes
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.validation.quality.results import Throughput
@@ -42,7 +42,7 @@ def fits_section(
     folders = [(label, source) for label, source in subjects if isinstance(source, Checkpoint | Artifact)]
     if not folders:
         return None
-    longest = min(shape_of(source.family, source.config).context for _, source in folders)
+    longest = min(source.outline.shape.context for _, source in folders)
     tokens = context or min(DEFAULT_CONTEXT, longest)
     loads = tuple(_load(label, source, tokens) for label, source in folders)
     rows = tuple(_row(target, subject) for subject in loads for target in targets)
@@ -60,7 +60,7 @@ def fits_section(
 
 def weights_of(source: Checkpoint | Artifact) -> dict[Part, Weight]:
     """Parameters, dense, and stored bytes of every part; codes and scales belong to the part of their matrix."""
-    layers = shape_of(source.family, source.config).layers
+    layers = source.outline.shape.layers
     parameters, sizes = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
     for name, entry in source.stored.items():
         sizes[part_of(source.family, name, layers)] += entry.bytes
@@ -70,7 +70,7 @@ def weights_of(source: Checkpoint | Artifact) -> dict[Part, Weight]:
 
 
 def _load(label: str, source: Checkpoint | Artifact, tokens: int) -> SubjectLoad:
-    shape = shape_of(source.family, source.config)
+    shape = source.outline.shape
     return SubjectLoad(
         subject=label,
         weight_bytes=source.total_bytes,

@@ -17,7 +17,6 @@ from moepress.converters.onnx.export import OnnxRequest, plan_onnx
 from moepress.converters.safetensors.artifact import Artifact, open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.storage.experts import moe_layers
 from moepress.stages.export import export_stage
 from moepress.stages.groundwork import Output
 
@@ -34,8 +33,8 @@ def quantized(folder: Path, out: Path, bits: dict[int, int], include: tuple[Incl
     """Pruned to half of the experts; groups of 16."""
     source, scheme = open_checkpoint(folder), Scheme(bits=bits.get(-1, 4), group_size=16)
     count = source.shape.experts // 2
-    own = {layer: bits[layer] for layer in bits if layer in moe_layers(source)}
-    own = own | {n: scheme.bits for n in moe_layers(source) if own and n not in own}
+    own = {layer: bits[layer] for layer in bits if layer in source.outline.moe_layers}
+    own = own | {n: scheme.bits for n in source.outline.moe_layers if own and n not in own}
     settled = settle_bits(source, scheme, own, include)[1]
     windows = tiny_models.windows(source.shape.vocabulary, count=4, length=16)
     quantized_folder(

@@ -61,7 +61,7 @@ def test_own_tokens_come_first_and_then_those_that_the_router_ranks_next(
     assert 0 < sum(n < least for n in own) < count
     assert stream.logits is not None
     assert stream.residual is None
-    scored = scores(router_of(stream.model.family, source.config), stream.logits.clone())
+    scored = scores(router_of(stream.model.family, source.config, source.outline.shape), stream.logits.clone())
     for expert, (tokens, slots) in found.items():
         if own[expert] >= least:
             assert found[expert] is positions[expert]

@@ -16,7 +16,6 @@ from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.pieces import Allowance, SpentError, piece_names, plan_chunks
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.models.storage.experts import moe_layers
 from moepress.runs.journal import partial_folder
 from moepress.stages import making
 
@@ -118,7 +117,7 @@ def test_pieces_of_r1_are_a_few_experts(tmp_path: Path) -> None:
         source.shapes[name] = (7168, 2048) if "down_proj" in name else (2048, 7168)
     scheme = Scheme(bits=4, group_size=128)
     options = QuantizeOptions(scheme=scheme, scale_dtype=torch.bfloat16, stored_dtype=torch.bfloat16)
-    chunks = plan_chunks(source, 3, dict.fromkeys(moe_layers(source), 256), options)
+    chunks = plan_chunks(source, 3, dict.fromkeys(source.outline.moe_layers, 256), options)
     assert chunks[0] == [[]]
     assert [len(part) for part in chunks[1]] == [9] * 28 + [4]
     assert [expert for part in chunks[1] for expert in part] == list(range(256))

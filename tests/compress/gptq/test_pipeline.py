@@ -38,7 +38,7 @@ from moepress.models.forward import walk
 from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Scratch, Stream, add_experts, first_step, open_stream, read_ahead
 from moepress.models.storage.checkpoint import Source, open_checkpoint
-from moepress.models.storage.experts import moe_layers, prune_source
+from moepress.models.storage.experts import prune_source
 from moepress.runs.journal import Piece
 
 G16 = Scheme(bits=4, group_size=16)
@@ -222,7 +222,7 @@ def test_a_large_layer_is_written_in_parts(
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     experts = open_checkpoint(tiny_model(key)).shape.experts
-    routed = len(moe_layers(open_checkpoint(tiny_model(key))))
+    routed = len(open_checkpoint(tiny_model(key)).outline.moe_layers)
     files = list((tmp_path / "parts").glob("*.safetensors"))
     assert len(files) == routed * -(-experts // 3) + (3 - routed) + 1
 

@@ -26,7 +26,6 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.models.storage.experts import moe_layers
 from moepress.stages.groundwork import Calibration, Machine, Output
 from moepress.stages.making import QuantizeRequest, prune_stage, quantize_stage
 
@@ -151,7 +150,7 @@ def test_a_plan_for_another_model_is_refused(made: Profile, tiny_model: Callable
     check_plan(plan, made.shape, made.layers, made.model)
     other = open_checkpoint(tiny_model("qwen3_moe"))
     with pytest.raises(UsageError, match="another model"):
-        check_plan(plan, other.shape, moe_layers(other), "another")
+        check_plan(plan, other.shape, other.outline.moe_layers, "another")
     with pytest.raises(UsageError, match="layers or experts are not those"):
         check_plan(plan, made.shape, (1,), None)
     mixtral = open_checkpoint(tiny_model("mixtral"))
@@ -249,7 +248,7 @@ def test_the_size_in_a_plan_is_the_size_on_disk(
     folder = tiny_model(key, dtype=dtype)
     source = open_checkpoint(folder)
     count = source.shape.experts // 2
-    keep = {layer: [n * 2 for n in range(count)] for layer in moe_layers(source)}
+    keep = {layer: [n * 2 for n in range(count)] for layer in source.outline.moe_layers}
     sizes = estimate_sizes(inventory(source), source.shape, count, scheme)
     assert sizes.before_bytes == source.total_bytes == written_bytes(folder)
     if scheme is None:
@@ -268,7 +267,7 @@ def test_the_size_is_right_for_fp8_and_for_a_dropped_prediction_layer(
     tiny_models.to_fp8(folder, block=(32, 32))
     add_tokenizer(folder)
     source = open_checkpoint(folder)
-    keep = dict.fromkeys(moe_layers(source), EIGHT)
+    keep = dict.fromkeys(source.outline.moe_layers, EIGHT)
     sizes = estimate_sizes(inventory(source), source.shape, 8, scheme)
     if scheme is None:
         result = pruned_folder(folder, keep, tmp_path / "out")

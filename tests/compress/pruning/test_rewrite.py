@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from moepress.compress.pruning.scoring import Groups
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.storage.experts import is_fused, moe_layers, router_disk_names
+from moepress.models.storage.experts import is_fused, router_disk_names
 from moepress.models.storage.safetensors_file import read_bytes
 from moepress.stages.groundwork import Output
 from moepress.stages.making import prune_stage
@@ -315,7 +315,7 @@ def test_an_output_inside_the_input_or_in_use_is_refused(tiny_copy: Callable[...
     folder = tiny_copy("mixtral")
     before = content(folder)
     source = open_checkpoint(folder)
-    plan = plan_of(source, {layer: [0, 1, 2, 5] for layer in moe_layers(source)})
+    plan = plan_of(source, {layer: [0, 1, 2, 5] for layer in source.outline.moe_layers})
     for inside in (folder, folder / "out", folder / "deep" / "out"):
         for force in (False, True):
             with pytest.raises(UsageError, match="lies inside the input"):

@@ -39,7 +39,6 @@ from moepress.converters.safetensors.artifact import open_artifact, open_source
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Part
-from moepress.models.storage.experts import moe_layers
 from moepress.stages.export import export_stage
 from moepress.stages.groundwork import Output
 
@@ -79,7 +78,7 @@ def test_a_graph_is_valid_and_asks_for_what_every_runtime_reads_alike(models: Mo
     assert "g_idx" not in str(model)
     fused = {node.name: attributes_of(node) for node in model.graph.node if node.op_type == "QMoE"}
     source = open_artifact(models.quantized(key))
-    assert list(fused) == [f"/model/layers.{layer}/mlp/QMoE" for layer in moe_layers(source)]
+    assert list(fused) == [f"/model/layers.{layer}/mlp/QMoE" for layer in source.outline.moe_layers]
     for facts in fused.values():
         wanted = {"swiglu_fusion": 1, "weights_prepacked": 0, "normalize_routing_weights": 1, "accuracy_level": 0}
         assert {name: facts[name] for name in wanted} == wanted
@@ -229,7 +228,7 @@ def test_the_gptq_layout_gives_the_same_codes(models: Models, tmp_path: Path, ke
 
 def uneven(source: Any) -> dict[int, list[int]]:
     """Other experts in every layer, and another number of them, as many in each router group."""
-    layers = moe_layers(source)
+    layers = source.outline.moe_layers
     per_layer = [keep_of(source, source.shape.experts * part // 8, seed=part) for part in (8, 4, 6)]
     grouped = source.shape.groups > 1
     return {layer: per_layer[n % 2 if grouped else n % 3][layer] for n, layer in enumerate(layers)}

@@ -16,7 +16,6 @@ from moepress.converters.safetensors.artifact import Artifact, open_artifact, op
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Part
-from moepress.models.storage.experts import moe_layers
 
 WIDE: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 192, "num_hidden_layers": 1, "num_local_experts": 4}
 
@@ -95,7 +94,7 @@ def test_solved_codes_of_every_family_pass_unchanged(models: Models, key: str) -
     folder = models.quantized(key)
     artifact = open_artifact(folder)
     seen = check_codes(folder, models.onnx(folder))
-    assert seen["QMoE"] == len(moe_layers(artifact))
+    assert seen["QMoE"] == len(artifact.outline.moe_layers)
     beside = [n for n in artifact.shapes if artifact.is_quantized(n) and ".experts." not in n]
     assert seen["MatMulNBits"] == len(beside) > 0
 

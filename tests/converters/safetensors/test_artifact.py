@@ -18,7 +18,6 @@ from moepress.converters.safetensors.export import check_target
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.models.storage.experts import moe_layers
 
 every_key = pytest.mark.parametrize("key", tiny_models.KEYS)
 
@@ -79,7 +78,7 @@ def test_weights_of_a_bfloat16_model_are_bit_for_bit_those_of_transformers(
 ) -> None:
     folder = quantized(key, dtype=torch.bfloat16)
     artifact, model = open_artifact(folder), loaded(folder, "auto")
-    layer = max(moe_layers(artifact))
+    layer = max(artifact.outline.moe_layers)
     experts = model.model.layers[layer].mlp.experts
     for expert in range(int(experts.down_proj.shape[0])):
         gate, up, down = (artifact.read(name) for name in artifact.family.expert_names(layer, expert))

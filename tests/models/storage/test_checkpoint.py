@@ -39,7 +39,7 @@ def olmoe(tiny_copy: Factory) -> Path:
 
 def check(folder: Path) -> Checkpoint:
     checkpoint = open_checkpoint(folder)
-    check_tensors(checkpoint.family, checkpoint.config, checkpoint.shapes, folder=folder)
+    check_tensors(checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=folder)
     return checkpoint
 
 

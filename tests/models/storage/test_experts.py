@@ -10,7 +10,7 @@ from stage_runs import keep_of
 
 from moepress.models.families.family import layer_of
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.models.storage.experts import names_by_layer, prune_source
+from moepress.models.storage.experts import prune_source
 
 
 @pytest.mark.parametrize("key", ["deepseek_v3", "mixtral"])
@@ -32,7 +32,7 @@ def test_names_by_layer_hold_every_name_once_in_order(tiny_copy: Callable[..., P
     folder = tiny_copy("deepseek_v3")
     tiny_models.add_mtp(folder)
     source = open_checkpoint(folder)
-    found = names_by_layer(source)
+    found = source.outline.names_by_layer
     assert found.keys() == {None, 0, 1, 2, 3}
     assert sorted(found[None]) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     for layer, names in found.items():

@@ -94,7 +94,7 @@ def test_a_kept_layer_has_the_models_expert_count_and_its_own_choice(predicting:
     assert chosen != keep_of(source, 8)[2]
     assert found.config["num_nextn_predict_layers"] == 1
     assert found.config["n_routed_experts"] == 8
-    check_tensors(found.family, found.config, found.shapes, folder=found.folder)
+    check_tensors(found.family, found.config, found.outline.shape, found.shapes, folder=found.folder)
     check_mtp(found, 3, folder=found.folder)
     for new, old in enumerate(chosen):
         for target, origin in zip(found.family.expert_names(3, new), found.family.expert_names(3, old), strict=True):

@@ -12,7 +12,6 @@ from moepress.compress.pruning.plan import plan_text
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.models.storage.experts import moe_layers
 from moepress.stages import validate
 from moepress.stages.groundwork import Calibration, Machine, Output, model_folder
 from moepress.stages.making import profile_stage
@@ -96,7 +95,9 @@ def test_a_budget_is_filled_with_bits_by_layer(tmp_path: Path) -> None:
     limit = 19 << 18
     asked = ["--budget", str(limit), "--mixed-bits", "--experts", "16", "--include", "attention"]
     found = dry(tmp_path / "out", *asked)
-    assert list(found["layer_bits"]) == [str(layer) for layer in moe_layers(open_checkpoint(model_folder("demo")))]
+    assert list(found["layer_bits"]) == [
+        str(layer) for layer in open_checkpoint(model_folder("demo")).outline.moe_layers
+    ]
     assert len(set(found["layer_bits"].values())) > 1
     assert found["sizes"]["after_bytes"] <= limit
     assert found["quantize"]["output_bytes"] == pytest.approx(found["sizes"]["after_bytes"], rel=0.002)
