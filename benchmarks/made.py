@@ -16,16 +16,8 @@ from moepress.converters.safetensors.compressed_tensors import layer_tensors, qu
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.models.storage.safetensors_file import DTYPE_NAMES, read_tensor, tensor_bytes
-from moepress.models.storage.writer import (
-    Chunk,
-    Entry,
-    copy_companions,
-    tensor_entry,
-    write_index,
-    write_json,
-    write_shard,
-)
+from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
+from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
 from moepress.stages.groundwork import model_folder
 
 # With the routed experts: every Linear but routers, `lm_head` and what `quantize` never touches.

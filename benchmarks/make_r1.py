@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moepress.models.storage.safetensors_file import tensor_bytes
+from moepress.models.storage.tensors import tensor_bytes
 from moepress.models.storage.writer import Chunk, Entry, write_index, write_json, write_shard
 from moepress.stages.groundwork import model_folder
 

@@ -17,7 +17,7 @@ from moepress.converters.onnx.folder import MODEL
 from moepress.converters.onnx.graph import CONTRIB, Graph, write_weights
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime, session_options
 from moepress.converters.onnx.weights import interleaved, packed_rows
-from moepress.models.storage.writer import tensor_entry
+from moepress.models.storage.tensors import tensor_entry
 
 BITS = 4
 FILE = "weights.data"

@@ -23,9 +23,11 @@ from moepress.errors import InvalidInputError
 from moepress.models.families.family import Shape, shape_of
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
 from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, open_stream
-from moepress.models.storage.checkpoint import Checkpoint, read_json
-from moepress.models.storage.safetensors_file import read_header, read_row, read_tensor
-from moepress.models.storage.writer import tensor_entry, write_json, write_shard
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.folder import read_json
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import read_row, read_tensor, tensor_entry
+from moepress.models.storage.writer import write_json, write_shard
 from moepress.runs.journal import Run, sha256_of
 from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase

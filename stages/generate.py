@@ -15,7 +15,7 @@ from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.models.forward.skeleton import hf_config
 from moepress.models.forward.walk import choose_device, choose_dtype
-from moepress.models.storage.checkpoint import read_json
+from moepress.models.storage.folder import read_json
 from moepress.stages.groundwork import Machine, load_tokenizer, model_folder
 from moepress.validation.quality.generate import (
     Decoder,

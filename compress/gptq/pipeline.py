@@ -61,8 +61,9 @@ from moepress.models.forward.walk import (
     read_ahead,
 )
 from moepress.models.storage.mtp import mtp_note
-from moepress.models.storage.safetensors_file import DTYPE_NAMES, Stored, read_header, read_tensor, tensor_bytes
-from moepress.models.storage.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.models.storage.safetensors_file import Stored, read_header
+from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
+from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Piece, Run
 from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase

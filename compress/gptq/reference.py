@@ -14,8 +14,9 @@ from moepress.compress.gptq.include import Include
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import Stream, add_output, first_step
 from moepress.models.storage.experts import Expert
-from moepress.models.storage.safetensors_file import read_header, read_row
-from moepress.models.storage.writer import tensor_entry, write_shard
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import read_row, tensor_entry
+from moepress.models.storage.writer import write_shard
 from moepress.runs.journal import Run
 from moepress.runs.phases import phase
 

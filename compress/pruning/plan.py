@@ -26,7 +26,7 @@ from moepress.compress.pruning.scoring import (
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape, require_legal
-from moepress.models.storage.checkpoint import read_json
+from moepress.models.storage.folder import read_json
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 COLLAPSE_NOTE = (

@@ -25,8 +25,9 @@ from moepress.models.forward.scratch import Rows
 from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, open_stream, read_ahead
 from moepress.models.storage.experts import Expert
-from moepress.models.storage.safetensors_file import read_header, read_row
-from moepress.models.storage.writer import tensor_entry, write_shard
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import read_row, tensor_entry
+from moepress.models.storage.writer import write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase

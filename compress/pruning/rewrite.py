@@ -18,16 +18,9 @@ from moepress.models.forward.skeleton import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, nonfinite
 from moepress.models.storage.experts import is_fused, mtp_layers, prune_source, pruned_config, router_disk_names
 from moepress.models.storage.mtp import Mtp, mtp_keep_sets, mtp_note
-from moepress.models.storage.safetensors_file import DTYPES, Stored, read_bytes, tensor_bytes
-from moepress.models.storage.writer import (
-    Chunk,
-    Entry,
-    copy_companions,
-    tensor_entry,
-    write_index,
-    write_json,
-    write_shard,
-)
+from moepress.models.storage.safetensors_file import Stored, read_bytes
+from moepress.models.storage.tensors import DTYPES, tensor_bytes, tensor_entry
+from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.phases import phase
 from moepress.runs.progress import track

@@ -27,7 +27,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.storage.checkpoint import Checkpoint, require_finite
 from moepress.models.storage.experts import is_fused
-from moepress.models.storage.safetensors_file import DTYPE_NAMES, read_rows, tensor_bytes
+from moepress.models.storage.tensors import DTYPE_NAMES, read_rows, tensor_bytes
 from moepress.models.storage.writer import Entry
 
 ONNX_BITS = (2, 4, 8)

@@ -12,16 +12,11 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family
 from moepress.models.families.table import family_of
-from moepress.models.storage.checkpoint import (
-    Checkpoint,
-    Source,
-    load_config,
-    open_checkpoint,
-    open_shards,
-    require_finite,
-)
+from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint, require_finite
+from moepress.models.storage.folder import load_config, open_shards
 from moepress.models.storage.outline import Outline, outline_of
-from moepress.models.storage.safetensors_file import Stored, read_row, read_tensor
+from moepress.models.storage.safetensors_file import Stored
+from moepress.models.storage.tensors import read_row, read_tensor
 
 
 class Layout(Protocol):

@@ -13,8 +13,8 @@ from moepress.converters.safetensors import compressed_tensors, gptq
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import layer_of
-from moepress.models.storage.safetensors_file import DTYPES, read_tensor
-from moepress.models.storage.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.models.storage.tensors import DTYPES, read_tensor, tensor_entry
+from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.progress import track
 

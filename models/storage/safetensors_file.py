@@ -10,26 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moepress.errors import InvalidInputError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Sizes of the dtypes that are read, by their names in a header."""
 _HEADER_LIMIT_BYTES = 100_000_000  # the library's own limit
 
 
@@ -99,12 +96,12 @@ def _entry(file: Path, name: str, row: Any, start: int) -> Stored:
         dtype, shape, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(file, f"the entry of {name!r} lacks dtype, shape or data_offsets") from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _broken(file, f"{name} has the unknown dtype {dtype!r}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
         raise _broken(file, f"the entry of {name} holds something other than sizes")
-    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise _broken(file, f"{name} claims {end - begin} bytes, which is not the size of {dtype} {shape}")
     return Stored(name=name, file=file, dtype=dtype, shape=tuple(shape), begin=start + begin, end=start + end)
 
@@ -133,34 +130,3 @@ def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> byte
     except OSError as error:
         raise InvalidInputError(f"Cannot read {entry.file}: {error.strerror or error}; restore the file.") from error
     return buffer
-
-
-def read_tensor(entry: Stored) -> Tensor:
-    """Read a whole tensor, in its stored dtype and shape."""
-    return _tensor(read_bytes(entry), entry.dtype, entry.shape)
-
-
-def read_row(entry: Stored, row: int) -> Tensor:
-    """Read `tensor[row]`, reading no other bytes."""
-    length = entry.bytes // entry.shape[0]
-    return _tensor(read_bytes(entry, row * length, length), entry.dtype, entry.shape[1:])
-
-
-def read_rows(entry: Stored, begin: int, end: int) -> Tensor:
-    """Read `tensor[begin:end]`, reading no other bytes."""
-    length = entry.bytes // entry.shape[0]
-    return _tensor(
-        read_bytes(entry, begin * length, (end - begin) * length), entry.dtype, (end - begin, *entry.shape[1:])
-    )
-
-
-def _tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    if not data:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The data of a tensor as it lies in a file: contiguous, little-endian."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

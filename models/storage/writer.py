@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from moepress.models.storage.checkpoint import INDEX, SINGLE
-from moepress.models.storage.safetensors_file import DTYPE_NAMES, tensor_bytes
+from moepress.models.storage.folder import INDEX, SINGLE
 
 # What belongs to a model besides its weights; everything else in the folder stays behind. Code that the config names
 # in auto_map goes along as bytes and is never run here.
@@ -29,18 +26,6 @@ class Entry:
     shape: tuple[int, ...]
     bytes: int
     data: Callable[[], Iterator[Chunk]]
-
-
-def tensor_entry(name: str, tensor: Tensor) -> Entry:
-    """An entry for a tensor that is in memory."""
-    data = tensor_bytes(tensor)
-    return Entry(
-        name=name,
-        dtype=DTYPE_NAMES[tensor.dtype],
-        shape=tuple(tensor.shape),
-        bytes=data.nbytes,
-        data=lambda: iter((data,)),
-    )
 
 
 def write_shard(file: Path, entries: Iterable[Entry]) -> None:

@@ -183,7 +183,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
         return done.note
     folder = setup.out / "model"
     if folder.exists():  # killed between the stage's end and its line in the journal
-        from moepress.models.storage.checkpoint import read_json
+        from moepress.models.storage.folder import read_json
 
         result: Mapping[str, Any] = read_json(folder / "moepress.json")
     else:

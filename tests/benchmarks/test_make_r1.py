@@ -15,7 +15,7 @@ from tiny_models import windows
 
 from moepress.models.forward.skeleton import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.models.storage.safetensors_file import read_tensor
+from moepress.models.storage.tensors import read_tensor
 from moepress.stages.groundwork import load_tokenizer
 
 SCRIPT = Path(make_r1.__file__)

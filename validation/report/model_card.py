@@ -14,7 +14,8 @@ import yaml
 from moepress import __version__
 from moepress.converters.onnx.folder import is_onnx
 from moepress.hub.snapshot import origin_of
-from moepress.models.storage.checkpoint import Checkpoint, read_json
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.folder import read_json
 from moepress.validation.quality.results import QualityRow
 from moepress.validation.report.files import plain_text
 from moepress.validation.report.schema import Report

@@ -18,7 +18,7 @@ from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, experts_key, shape_of
 from moepress.models.families.table import family_of
-from moepress.models.storage.checkpoint import INDEX, load_config, read_json
+from moepress.models.storage.folder import INDEX, load_config, read_json
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.validation.rules.onnx_facts import Graph, read_graph
 

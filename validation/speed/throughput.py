@@ -21,7 +21,7 @@ from torch import Tensor
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import InvalidInputError
 from moepress.models.forward.dense import free_memory_bytes
-from moepress.models.storage.checkpoint import load_config
+from moepress.models.storage.folder import load_config
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.results import Throughput, ThroughputRow
 from moepress.validation.speed.onnx_throughput import onnx_candidates

@@ -21,8 +21,8 @@ from moepress.converters.safetensors.artifact import dense, open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import read_expert
-from moepress.models.storage.safetensors_file import read_tensor
-from moepress.models.storage.writer import tensor_entry, write_json, write_shard
+from moepress.models.storage.tensors import read_tensor, tensor_entry
+from moepress.models.storage.writer import write_json, write_shard
 
 HIDDEN, WIDTH = 7168, 2048
 G128 = Scheme(bits=4, group_size=128)

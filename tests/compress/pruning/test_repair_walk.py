@@ -34,7 +34,8 @@ from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
-from moepress.models.storage.safetensors_file import read_bytes, read_tensor
+from moepress.models.storage.safetensors_file import read_bytes
+from moepress.models.storage.tensors import read_tensor
 from moepress.runs.journal import open_run
 
 GAIN, BOTH = frozenset({Repair.GAIN}), frozenset(Repair)

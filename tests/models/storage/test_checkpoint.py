@@ -18,9 +18,11 @@ from torch import Tensor
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.models.families.table import FAMILIES
 from moepress.models.forward.skeleton import check_tensors
-from moepress.models.storage.checkpoint import INDEX, SINGLE, Checkpoint, load_config, open_checkpoint, read_json
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import read_expert
-from moepress.models.storage.safetensors_file import read_header, read_tensor
+from moepress.models.storage.folder import INDEX, SINGLE, load_config, read_json
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import read_tensor
 
 Factory = Callable[..., Path]
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moepress.models.storage.checkpoint import INDEX
-from moepress.models.storage.safetensors_file import DTYPES, read_header, read_row, read_tensor
-from moepress.models.storage.writer import Entry, copy_companions, tensor_entry, write_index, write_json, write_shard
+from moepress.models.storage.folder import INDEX
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import DTYPES, read_row, read_tensor, tensor_entry
+from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
 
 GOLDEN = (
     b"\xc8\x00\x00\x00\x00\x00\x00\x00"
