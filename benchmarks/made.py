@@ -12,7 +12,8 @@ import torch
 
 from moepress.compress.gptq.grid import absmax_scales, round_to_nearest
 from moepress.compress.gptq.include import Include, linear_groups, unquantized_modules
-from moepress.converters.safetensors.compressed_tensors import layer_tensors, quantization_config
+from moepress.converters.safetensors.compressed_tensors import layer_tensors
+from moepress.converters.safetensors.compressed_tensors_config import quantization_config
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.storage.checkpoint import open_checkpoint

@@ -25,7 +25,8 @@ from torch import Tensor
 from moepress.converters.onnx.export import OnnxRequest
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import Artifact, open_source
-from moepress.converters.safetensors.compressed_tensors import layer_tensors, quantization_config
+from moepress.converters.safetensors.compressed_tensors import layer_tensors
+from moepress.converters.safetensors.compressed_tensors_config import quantization_config
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint

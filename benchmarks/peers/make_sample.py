@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from moepress.converters.safetensors import compressed_tensors
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq_config
 from moepress.converters.safetensors.scheme import Scheme
 
 QUANTIZED = re.compile(r"\.(self_attn\.(q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa|mlp\..*(gate|up|down)_proj)\.weight$")
@@ -91,8 +91,10 @@ def write_layouts(root: Path, scheme: Scheme, dtype: torch.dtype) -> None:
         compressed |= compressed_tensors.layer_tensors(module, codes, scales, scheme, dtype)
         gptq |= gptq.layer_tensors(module, codes, scales, scheme)
     save_folder(root / "dequantized", plain, config, None)
-    save_folder(root / "compressed-tensors", compressed, config, compressed_tensors.quantization_config(scheme, kept))
-    gptq_json = gptq.quantize_config(scheme, [gptq.module_pattern(name) for name in kept])
+    save_folder(
+        root / "compressed-tensors", compressed, config, compressed_tensors_config.quantization_config(scheme, kept)
+    )
+    gptq_json = gptq_config.quantize_config(scheme, [gptq_config.module_pattern(name) for name in kept])
     save_folder(root / "gptq", gptq, config, gptq_json)
     (root / "gptq/quantize_config.json").write_text(json.dumps(gptq_json, indent=2) + "\n")
 

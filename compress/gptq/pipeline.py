@@ -47,7 +47,7 @@ from moepress.compress.gptq.reference import (
     step_original,
 )
 from moepress.compress.gptq.schemes import check_scheme, config_groups, mixed_note
-from moepress.converters.safetensors import compressed_tensors
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config
 from moepress.models.families.family import Part, layer_of, part_of
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
@@ -350,7 +350,7 @@ def _read(job: Job, name: str) -> Tensor:
 def _read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
     """A matrix of a finished piece, whose header is `stored`."""
     module = name.removesuffix(".weight")
-    names = [module + suffix for suffix in compressed_tensors.SUFFIXES]
+    names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
     codes, scales = compressed_tensors.read_layer(module, tensors, job.options.scheme_of(layer_of(name)))
@@ -382,7 +382,7 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
     ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include)
     groups = config_groups(source, options.scheme, options.layer_bits, job.include)
     config = dict(source.config) | {
-        "quantization_config": compressed_tensors.quantization_config(options.scheme, ignored, groups)
+        "quantization_config": compressed_tensors_config.quantization_config(options.scheme, ignored, groups)
     }
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0

@@ -7,7 +7,7 @@ import torch
 
 from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.converters.safetensors.artifact import Source
-from moepress.converters.safetensors.compressed_tensors import IGNORE_REGEX_PREFIX, Groups
+from moepress.converters.safetensors.compressed_tensors_config import IGNORE_REGEX_PREFIX, Groups
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Part, layer_of, part_of

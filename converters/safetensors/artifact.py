@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from moepress.converters.safetensors import compressed_tensors, gptq
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family
@@ -51,7 +51,7 @@ class Artifact:
     stored: dict[str, Stored]
     shards: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
-    schemes: compressed_tensors.Groups
+    schemes: compressed_tensors_config.Groups
     layout: str
     suffixes: tuple[str, ...]
     exact: bool = False
@@ -74,7 +74,7 @@ class Artifact:
         """Bits and group size of a quantized weight."""
         if len(self.schemes) == 1:
             return self.scheme
-        return compressed_tensors.scheme_for(name.removesuffix(".weight"), self.schemes)
+        return compressed_tensors_config.scheme_for(name.removesuffix(".weight"), self.schemes)
 
     def scales(self, name: str) -> Tensor:
         """Scales [O, G] of a quantized weight, without reading its codes."""
@@ -145,10 +145,10 @@ def open_artifact(folder: Path) -> Artifact:
             "make one with `moepress quantize`."
         )
     if method == "gptq":
-        scheme, _plain = gptq.parse_config(quantization)
-        schemes: compressed_tensors.Groups = ((("Linear",), scheme),)
+        scheme, _plain = gptq_config.parse_config(quantization)
+        schemes: compressed_tensors_config.Groups = ((("Linear",), scheme),)
     else:
-        schemes, _ignored = compressed_tensors.parse_groups(quantization)
+        schemes, _ignored = compressed_tensors_config.parse_groups(quantization)
     stored, shards = open_shards(folder)
     suffixes = _SUFFIXES[method]
     first = f".{suffixes[0]}"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from moepress import __version__
-from moepress.converters.safetensors import compressed_tensors, gptq
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import layer_of
@@ -125,13 +125,13 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
     )
     config = dict(artifact.config)
     if target == "gptq":
-        config["quantization_config"] = gptq.quantize_config(
-            artifact.scheme, [gptq.module_pattern(name) for name in plain]
+        config["quantization_config"] = gptq_config.quantize_config(
+            artifact.scheme, [gptq_config.module_pattern(name) for name in plain]
         )
         write_json(run.folder / "quantize_config.json", config["quantization_config"])
     else:
         tied = [] if "lm_head.weight" in artifact.shapes else ["lm_head"]
-        config["quantization_config"] = compressed_tensors.quantization_config(artifact.scheme, plain + tied)
+        config["quantization_config"] = compressed_tensors_config.quantization_config(artifact.scheme, plain + tied)
     write_json(run.folder / "config.json", config)
     copy_companions(artifact.folder, run.folder)
     if target != "gptq":

@@ -1,4 +1,4 @@
-"""The GPTQ v1 layout (AutoGPTQ, GPTQModel): the tensors of one matrix, and the `quantize_config.json` of a model.
+"""The GPTQ v1 layout (AutoGPTQ, GPTQModel): the tensors of one matrix.
 
 | tensor | dtype | shape | content |
 |---|---|---|---|
@@ -13,15 +13,13 @@ of the columns (`desc_act` false), whatever order the codes were solved in.
 Letters: O out, I in, G groups. Sources: AutoGPTQ 0.7.1 `qlinear_cuda_old.py`, GPTQModel 7.7.0 `QuantizeConfig`.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from moepress import __version__
 from moepress.converters.safetensors.compressed_tensors import check_layer
+from moepress.converters.safetensors.gptq_config import SUFFIXES
 from moepress.converters.safetensors.packing import (
     pack_gptq_rows,
     pack_gptq_zeros,
@@ -30,22 +28,8 @@ from moepress.converters.safetensors.packing import (
     unpack_gptq_rows,
     unpack_gptq_zeros,
 )
-from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
-
-SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
-NOT_QUANTIZED_PREFIX = "-:"
-
-# Setting, what is read, what AutoGPTQ and GPTQModel assume when it is absent.
-_RULES: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
-    ("quant_method", ("gptq",), "gptq"),
-    ("checkpoint_format", ("gptq",), "gptq"),
-    ("bits", SUPPORTED_BITS, None),
-    ("sym", (True,), True),
-    ("desc_act", (False,), True),
-    ("pack_dtype", ("int32",), "int32"),
-    ("lm_head", (False,), False),
-)
 
 
 def layer_tensors(module_name: str, codes: Tensor, scales: Tensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -173,66 +157,3 @@ def half_scale_error(scales: Tensor) -> float:
     half, exact = half_scales(scales).to(torch.float64), scales.to(torch.float64)
     change = torch.where(exact == 0, 0.0, (half - exact).abs() / exact.abs())
     return float(change.max()) if change.numel() else 0.0
-
-
-def quantize_config(scheme: Scheme, not_quantized: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON of `quantize_config.json`, which is also the `quantization_config` of config.json.
-
-    Args:
-        scheme: bits and group size.
-        not_quantized: regular expressions of module names that hold plain weights, matched from the name's start;
-            `module_pattern` makes one of a name.
-
-    Returns:
-        A JSON object.
-    """
-    config: dict[str, Any] = {
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"moepress:{__version__}"]},
-    }
-    if not_quantized:
-        config["dynamic"] = {NOT_QUANTIZED_PREFIX + pattern: {} for pattern in not_quantized}
-    return config
-
-
-def module_pattern(module_name: str) -> str:
-    """The regular expression that matches this module's name and no other."""
-    return f"^{re.escape(module_name)}$"
-
-
-def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
-    """The scheme of a folder whose `quantize_config.json` this is, and its unquantized modules.
-
-    Args:
-        config: the JSON object.
-
-    Returns:
-        The scheme, and the regular expressions of modules that hold plain weights.
-
-    Raises:
-        InvalidInputError: the group size is missing.
-        UnsupportedError: any setting under which the bytes mean something else (asymmetric, desc_act, the v2 format,
-            other bits for some modules).
-    """
-    for key, accepted, default in _RULES:
-        value = config.get(key, default)
-        if value not in accepted:
-            reads = " or ".join(map(repr, accepted))
-            raise UnsupportedError(f"quantize_config.{key} is {value!r}; moepress reads {reads}.")
-    group_size = config.get("group_size")
-    if not isinstance(group_size, int):
-        raise InvalidInputError(f"quantize_config.group_size is {group_size!r}; it must be a number.")
-    dynamic = config.get("dynamic") or {}
-    overrides = [pattern for pattern in dynamic if not pattern.startswith(NOT_QUANTIZED_PREFIX)]
-    if overrides:
-        raise UnsupportedError(f"quantize_config.dynamic gives {overrides[0]!r} settings of its own; not read here.")
-    return Scheme(bits=config["bits"], group_size=group_size), tuple(
-        pattern.removeprefix(NOT_QUANTIZED_PREFIX) for pattern in dynamic
-    )

@@ -12,7 +12,8 @@ from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
 from moepress.calibration.sources import embedded_sources
 from moepress.converters.onnx.export import OnnxRequest
 from moepress.converters.onnx.folder import OnnxFolder, open_onnx
-from moepress.converters.safetensors.compressed_tensors import layer_tensors, quantization_config
+from moepress.converters.safetensors.compressed_tensors import layer_tensors
+from moepress.converters.safetensors.compressed_tensors_config import quantization_config
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.onnx.folder import is_onnx
-from moepress.converters.safetensors import compressed_tensors, gptq
+from moepress.converters.safetensors import compressed_tensors_config, gptq_config
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, experts_key, shape_of
@@ -36,7 +36,7 @@ class Kind(StrEnum):
     OTHER = "another layout"
 
 
-SUFFIXES = {Kind.COMPRESSED: compressed_tensors.SUFFIXES, Kind.GPTQ: gptq.SUFFIXES}
+SUFFIXES = {Kind.COMPRESSED: compressed_tensors_config.SUFFIXES, Kind.GPTQ: gptq_config.SUFFIXES}
 EXTRAS = {Kind.COMPRESSED: (".weight_zero_point", ".weight_g_idx"), Kind.GPTQ: ()}
 
 
@@ -250,9 +250,9 @@ def facts_to_be(
         for bits, layers in sorted(by_bits.items())
     )
     if kind is Kind.GPTQ:
-        quantization = gptq.quantize_config(scheme)
+        quantization = gptq_config.quantize_config(scheme)
     else:
-        quantization = compressed_tensors.quantization_config(scheme, (), groups if len(groups) > 1 else ())
+        quantization = compressed_tensors_config.quantization_config(scheme, (), groups if len(groups) > 1 else ())
     return Facts(
         place=place,
         kind=kind,

@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from moepress.calibration.hessian import gram, shrink
 from moepress.compress.gptq.grid import dequantize
 from moepress.compress.gptq.solver import Solved, SolverOptions, solve
-from moepress.converters.safetensors import compressed_tensors, gptq
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.artifact import dense, open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
@@ -108,8 +108,8 @@ def written(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, An
 
 def by_compressed_tensors(tensors: Mapping[str, Tensor], module: str) -> Tensor:
     """The library's own reading of one matrix."""
-    config = compressed_tensors.quantization_config(G128, [])["config_groups"]["group_0"]
-    parts = {suffix.removeprefix("."): tensors[module + suffix] for suffix in compressed_tensors.SUFFIXES}
+    config = compressed_tensors_config.quantization_config(G128, [])["config_groups"]["group_0"]
+    parts = {suffix.removeprefix("."): tensors[module + suffix] for suffix in compressed_tensors_config.SUFFIXES}
     out = PackedQuantizationCompressor.decompress(parts, QuantizationScheme(**config))
     weight: Tensor = out["weight"]
     return weight
@@ -138,9 +138,11 @@ def test_packed_codes_are_what_the_solver_said(tmp_path: Path) -> None:
     plain = {key: value for key, value in source.config.items() if key != "quantization_config"}
     folders = (
         written(
-            tmp_path / "ct", packed, plain | {"quantization_config": compressed_tensors.quantization_config(G128, [])}
+            tmp_path / "ct",
+            packed,
+            plain | {"quantization_config": compressed_tensors_config.quantization_config(G128, [])},
         ),
-        written(tmp_path / "gptq", halves, plain | {"quantization_config": gptq.quantize_config(G128)}),
+        written(tmp_path / "gptq", halves, plain | {"quantization_config": gptq_config.quantize_config(G128)}),
     )
     for folder, layout, other_reader in zip(
         folders, ("compressed-tensors", "gptq"), (by_compressed_tensors, by_formula), strict=True

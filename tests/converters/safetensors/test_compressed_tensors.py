@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from moepress.converters.safetensors.compressed_tensors import (
-    layer_tensors,
+from moepress.converters.safetensors.compressed_tensors import layer_tensors, read_layer
+from moepress.converters.safetensors.compressed_tensors_config import (
     parse_config,
     parse_groups,
     quantization_config,
-    read_layer,
     scheme_for,
 )
 from moepress.converters.safetensors.scheme import Scheme

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moepress.converters.safetensors.gptq import (
-    half_scale_error,
-    half_scales,
-    layer_tensors,
-    module_pattern,
-    parse_config,
-    quantize_config,
-    read_layer,
-)
+from moepress.converters.safetensors.gptq import half_scale_error, half_scales, layer_tensors, read_layer
+from moepress.converters.safetensors.gptq_config import module_pattern, parse_config, quantize_config
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 

@@ -1,0 +1,184 @@
+"""The `quantization_config` of a model in compressed-tensors layout: written, and read with every setting checked.
+
+Source: compressed-tensors 0.20 `QuantizationConfig`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
+from moepress.errors import InvalidInputError, UnsupportedError
+
+QUANT_METHOD = "compressed-tensors"
+FORMAT = "pack-quantized"
+IGNORE_REGEX_PREFIX = "re:"
+SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
+# Setting, what is read, what is assumed when it is absent.
+_Rules = tuple[tuple[str, tuple[Any, ...], Any], ...]
+_MODEL_RULES: _Rules = (
+    ("quant_method", (QUANT_METHOD,), QUANT_METHOD),
+    ("format", (FORMAT,), "fakequant"),
+    ("quantization_status", ("compressed",), "initialized"),
+    ("kv_cache_scheme", (None,), None),
+    ("sparsity_config", (None, {}), None),
+    ("transform_config", (None, {}), None),
+)
+_GROUP_RULES: _Rules = (
+    ("targets", (["Linear"],), None),
+    ("format", (None, FORMAT), None),
+    ("input_activations", (None,), None),
+    ("output_activations", (None,), None),
+)
+_WEIGHT_RULES: _Rules = (
+    ("num_bits", SUPPORTED_BITS, 8),
+    ("type", ("int",), "int"),
+    ("symmetric", (True,), True),
+    ("dynamic", (False,), False),
+    ("strategy", ("group", "channel"), None),
+    ("actorder", (None, False, "static", "weight"), None),
+    ("block_structure", (None,), None),
+)
+Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
+"""Targets (module names, `re:` patterns, or `Linear` for all) and the scheme of the modules that they mean."""
+
+
+def quantization_config(scheme: Scheme, ignore: Sequence[str], mixed: Groups = ()) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    `actorder: static` tells readers that the columns may have been solved in another order, and that groups are in
+    the order of the columns; it goes with groups only.
+
+    Args:
+        scheme: bits and group size; group size -1 becomes the strategy `channel`.
+        ignore: names of the Linears (and routers) that are not quantized, as in the checkpoint, or `re:` patterns.
+        mixed: several widths, each with the modules that have it, in place of `scheme` for all Linears.
+
+    Returns:
+        A JSON object that `compressed_tensors.QuantizationConfig` accepts.
+    """
+    groups = mixed or ((("Linear",), scheme),)
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": list(ignore),
+        "config_groups": {f"group_{n}": _config_group(*group) for n, group in enumerate(groups)},
+    }
+
+
+def _config_group(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False}
+    if scheme.group_size == PER_CHANNEL:
+        weights |= {"strategy": "channel"}
+    else:
+        weights |= {"strategy": "group", "group_size": scheme.group_size, "actorder": "static"}
+    return {
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
+
+
+def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
+    """The scheme of a folder whose `quantization_config` this is, and the modules it leaves alone.
+
+    Args:
+        config: the JSON object.
+
+    Returns:
+        The scheme, and the ignore list (names and `re:` patterns).
+
+    Raises:
+        InvalidInputError: a part is missing or not an object.
+        UnsupportedError: asymmetric codes, several groups, another format, quantized activations, or any other
+            setting under which the bytes mean something else.
+    """
+    groups, ignore = parse_groups(config)
+    if len(groups) > 1:
+        raise UnsupportedError(f"quantization_config has {len(groups)} config groups: mixed bits, where one is wanted.")
+    return groups[0][1], ignore
+
+
+def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:
+    """All groups of a `quantization_config`: mixed bits have several, each with the modules it is for.
+
+    Returns:
+        Pairs of targets (module names, `re:` patterns, or `Linear` for all) and scheme, in order, and the ignore list.
+
+    Raises:
+        InvalidInputError, UnsupportedError: as `parse_config`; also two groups for the same target.
+    """
+    _check_rules("quantization_config", config, _MODEL_RULES)
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise InvalidInputError(
+            "quantization_config.config_groups is missing; config.json does not describe the codes."
+        )
+    found = tuple(
+        _group(f"quantization_config.config_groups.{n}", g, alone=len(groups) == 1) for n, g in groups.items()
+    )
+    targets = [target for own, _scheme in found for target in own]
+    if len(set(targets)) < len(targets):
+        raise UnsupportedError(
+            f"quantization_config has {len(groups)} config groups for the same modules; not read here."
+        )
+    return found, tuple(config.get("ignore") or ())
+
+
+def _group(where: str, group: Any, *, alone: bool) -> tuple[tuple[str, ...], Scheme]:
+    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+        raise UnsupportedError(f"{where} does not spell out its weights' settings (a preset?); moepress needs them.")
+    _check_rules(where, group, _GROUP_RULES[1:] if not alone else _GROUP_RULES)
+    targets = group.get("targets")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        raise InvalidInputError(f"{where}.targets is {targets!r}; it must be a list of names or patterns.")
+    weights = group["weights"]
+    _check_rules(f"{where}.weights", weights, _WEIGHT_RULES)
+    group_size = weights.get("group_size")
+    if weights["strategy"] == "channel":
+        group_size = PER_CHANNEL
+    elif not isinstance(group_size, int):
+        raise InvalidInputError(f"{where}.weights.group_size is {group_size!r}; the strategy `group` needs a number.")
+    return tuple(targets), Scheme(bits=weights.get("num_bits", 8), group_size=group_size)
+
+
+def scheme_for(module_name: str, groups: Groups) -> Scheme:
+    """The scheme of a module: the first group that names it or has a pattern for it, else the one for all Linears.
+
+    Raises:
+        InvalidInputError: no group is for it, or a pattern is no regular expression.
+    """
+    for targets, scheme in groups:
+        for target in targets:
+            if target == module_name or (
+                target.startswith(IGNORE_REGEX_PREFIX)
+                and _matches(target.removeprefix(IGNORE_REGEX_PREFIX), module_name)
+            ):
+                return scheme
+    for targets, scheme in groups:
+        if "Linear" in targets:
+            return scheme
+    raise InvalidInputError(f"config.json says nothing of how {module_name} is quantized; restore it.")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise InvalidInputError(
+            f"config.json holds the pattern {pattern!r}, which is none ({error}); mend it."
+        ) from error
+
+
+def _check_rules(where: str, settings: Mapping[str, Any], rules: _Rules) -> None:
+    """Refuse the first setting whose value is not one that we read."""
+    for key, accepted, default in rules:
+        value = settings.get(key, default)
+        if value not in accepted:
+            reads = " or ".join("nothing" if choice is None else repr(choice) for choice in accepted)
+            raise UnsupportedError(f"{where}.{key} is {value!r}; moepress reads {reads}.")
