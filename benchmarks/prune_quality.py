@@ -43,7 +43,8 @@ from prune_setting import (
 from prune_tables import markdown
 from setting import RESULTS, bench_model
 
-from moepress.calibration.profile import Profile, collect
+from moepress.calibration.collect import collect
+from moepress.calibration.profile import Profile
 from moepress.compress.pruning.plan import Plan, make_plan
 from moepress.compress.pruning.repaired import repaired_source
 from moepress.compress.pruning.scoring import Criterion, Selection, domain_weights, keep_sets, random_keep_sets

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
 from moepress.models.families.family import Shape
 from moepress.models.families.routing import Router, choice_scores, combine_weights, router_of, scores
 from moepress.models.forward.costs import expert_flops
@@ -23,18 +24,6 @@ from moepress.models.forward.streamed import apply_expert, tokens_of
 from moepress.models.forward.walk import Stream, read_ahead
 from moepress.runs.phases import phase
 
-# Name of an accumulator -> how two profiles are merged. All are fp64 [S, B, E]: domains, token shards, experts.
-ACCUMULATORS = {
-    "count": "sum",  # n_e
-    "gate": "sum",  # G_e
-    "norm": "sum",  # A1_e
-    "norm_squared": "sum",  # A2_e
-    "weighted_norm": "sum",  # R1_e
-    "weighted_norm_squared": "sum",  # R2_e
-    "turned_norm": "sum",  # Q_e
-    "leave_one_out": "sum",  # L_e
-    "peak": "max",  # M_e
-}
 BLOCK_TOKENS = 8192
 """Tokens that an expert sees together."""
 ROWS_AT_ONCE = 2048
@@ -42,8 +31,6 @@ ROWS_AT_ONCE = 2048
 CHUNK_BYTES = 16 << 20
 """Outputs that are summed up together."""
 _DISK_SHARE = 2  # of the free disk, the part that the table of outputs may take
-# Per layer, fp64 [S, B]: number of tokens, sum |y_t|^2, sum |h_t|^2.
-TOTALS = ("tokens", "routed_squared", "residual_squared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,46 +1,43 @@
-"""A profile: how a model used its experts on some text. Small, mergeable, and made in one resumable walk.
+"""A profile: how a model used its experts on some text. Small, mergeable, and read without torch.
 
 On disk a profile is a folder: `profile.json` (what was observed) and `statistics.safetensors` (fp64 accumulators named
-`layers.<L>.<accumulator>`, see `moepress.calibration.observe`).
+`layers.<L>.<accumulator>`, see `calibration.accumulators`). `calibration.collect` makes one.
 """
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from moepress.calibration.corpus import Corpus
-from moepress.calibration.observe import ACCUMULATORS, Cells, observe_layer, shard_of_windows
-from moepress.converters.safetensors.artifact import Artifact
+from moepress.calibration.accumulators import ACCUMULATORS
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Shape, shape_of
-from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
-from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, open_stream
-from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.families.table import family_of
 from moepress.models.storage.folder import read_json
-from moepress.models.storage.safetensors_file import read_header
-from moepress.models.storage.tensors import read_row, read_tensor, tensor_entry
-from moepress.models.storage.writer import write_json, write_shard
-from moepress.runs.journal import Run, sha256_of
-from moepress.runs.memory import release_memory
-from moepress.runs.phases import in_layer, phase
-from moepress.runs.progress import track
+from moepress.models.storage.safetensors_file import read_array, read_header
+from moepress.models.storage.writer import array_entry, write_json, write_shard
+from moepress.runs.journal import sha256_of
+from moepress.runs.phases import phase
 
+if TYPE_CHECKING:
+    from moepress.calibration.corpus import Corpus
+    from moepress.converters.safetensors.artifact import Artifact
+    from moepress.models.storage.checkpoint import Checkpoint
+
+Statistic = NDArray[np.float64]
 SCHEMA_VERSION = "1.0"
 SHARDS = 8
 _HASHED_WHOLE_BYTES = 1 << 30
 STATISTICS, DESCRIPTION = "statistics.safetensors", "profile.json"
 BIT_LOSSES, BIT_TOKENS = "bit_losses", "bit_tokens"
 """Beside the accumulators of a layer, where it was probed: fp64 [widths], [1]. They have no domains."""
-Probe = Callable[[Stream, int, Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Looks at a layer after it was observed (stream, its number, its accumulators); what it finds is kept with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +66,11 @@ class Profile:
     layers: tuple[int, ...]
     calibration: Mapping[str, Any]
     inventory: Mapping[str, Any]
-    statistics: Mapping[int, Mapping[str, Tensor]]
+    statistics: Mapping[int, Mapping[str, Statistic]]
 
 
 @phase("check")
-def fingerprint(checkpoint: Checkpoint | Artifact) -> str:
+def fingerprint(checkpoint: "Checkpoint | Artifact") -> str:
     """A digest of the config, of every tensor's name, dtype, shape and place, and of the bytes.
 
     Shards above 1 GiB are sampled (256 places of 4 KiB each): hashing all of a 671 B model would take longer than
@@ -102,7 +99,7 @@ def _whole_digest(path: Path, _size: int, _mtime_ns: int) -> str:
     return sha256_of(path)
 
 
-def describe_corpus(corpus: Corpus, seed: int) -> dict[str, Any]:
+def describe_corpus(corpus: "Corpus", seed: int) -> dict[str, Any]:
     """What a profile, a plan and a report say about the calibration text."""
     return {
         "digest": corpus.digest,
@@ -117,115 +114,10 @@ def describe_corpus(corpus: Corpus, seed: int) -> dict[str, Any]:
     }
 
 
-def cells_of(corpus: Corpus) -> Cells:
-    """Domain and token shard of every token of a corpus."""
-    shard = shard_of_windows(corpus.windows, SHARDS)
-    index = (corpus.domain_index * SHARDS + shard).repeat_interleave(corpus.windows.shape[1])
-    return Cells(index=index, domains=len(corpus.domains), shards=SHARDS)
-
-
-def collect(
-    model: StreamedModel,
-    corpus: Corpus,
-    run: Run,
-    limits: Limits,
-    *,
-    leave_one_out: bool = True,
-    probe: Probe | None = None,
-) -> dict[int, dict[str, Tensor]]:
-    """Walk the model over the corpus; every layer's statistics and the hidden states after it are pieces of the run.
-
-    Returns:
-        layer -> accumulators, for the MoE layers.
-    """
-    scratch = Scratch(run.folder, limits.memory_bytes)
-    cells = cells_of(corpus)
-    try:
-        with torch.inference_mode(), track("profile", model.shape.layers) as advance:
-            with phase("embed"):
-                stream = open_stream(model, corpus.windows, scratch, limits, observe=True)
-            first = resume_hidden(run, stream)
-            advance(first)
-            for layer in range(first, model.shape.layers):
-                with in_layer(layer), phase("other"):
-                    _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out, probe=probe)
-                    save_hidden(run, stream, layer)
-                    stream.forget()
-                advance(1)
-    finally:
-        scratch.close()
-    return {layer: _read_statistics(run, layer) for layer in sorted(model.moe_layers)}
-
-
-def _profile_layer(
-    stream: Stream, layer: int, run: Run, cells: Cells, *, leave_one_out: bool, probe: Probe | None
-) -> None:
-    stream.model.load_layer(layer)
-    if first_step(stream, layer):
-        with phase("observe"):
-            found = observe_layer(stream, layer, cells, leave_one_out=leave_one_out)
-        if probe is not None:
-            found |= probe(stream, layer, found)
-        entries = [tensor_entry(name, value) for name, value in sorted(found.items())]
-        with phase("write", size=sum(entry.bytes for entry in entries)):
-            file = f"statistics-{layer:05d}.safetensors"
-            run.write(f"statistics-{layer}", file, lambda path: write_shard(path, entries))
-    stream.model.unload_layer(layer)
-    release_memory()
-    with phase("check"):
-        require_finite_hidden(stream.hidden, layer)
-
-
-def _read_statistics(run: Run, layer: int) -> dict[str, Tensor]:
-    piece = run.done(f"statistics-{layer}")
-    assert piece is not None
-    return {name: read_tensor(entry) for name, entry in read_header(run.path(piece)).items()}
-
-
-def save_hidden(run: Run, stream: Stream, layer: int) -> None:
-    """Keep the hidden states after a layer as a piece, and drop those of the layer before."""
-    last = layer == stream.model.shape.layers - 1
-    size = 0 if last else stream.hidden.numel() * stream.hidden.element_size()
-    with phase("hidden states", size=size):
-        if last:
-            run.write("hidden-end", "hidden.end", _touch)
-        else:
-            entry = tensor_entry("hidden", stream.hidden)
-            run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, [entry]))
-        run.drop(f"hidden-{layer - 1}")
-
-
-def _touch(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def resume_hidden(run: Run, stream: Stream) -> int:
-    """Load the last hidden states that were kept; returns the layer to go on with."""
-    layers = stream.model.shape.layers
-    if run.done("hidden-end"):
-        return layers
-    for layer in reversed(range(layers - 1)):
-        piece = run.done(f"hidden-{layer}")
-        if piece is not None:
-            stored = read_header(run.path(piece))["hidden"]
-            with phase("hidden states", size=stored.bytes):
-                for window in range(stream.hidden.shape[0]):
-                    stream.hidden[window] = read_row(stored, window)
-            return layer + 1
-    return 0
-
-
-def drop_hidden(run: Run) -> None:
-    """Remove what only a resume needed."""
-    # Hidden states first: killed in between, a resume must not think that all statistics are there.
-    for piece in sorted(p for p in run.pieces if p.startswith(("hidden-", "statistics-"))):
-        run.drop(piece)
-
-
 def save_profile(profile: Profile, folder: Path) -> None:
     """Write a profile's two files into a folder that exists."""
     entries = [
-        tensor_entry(f"layers.{layer}.{name}", value)
+        array_entry(f"layers.{layer}.{name}", value)
         for layer in profile.layers
         for name, value in sorted(profile.statistics[layer].items())
     ]
@@ -251,8 +143,6 @@ def load_profile(folder: Path) -> Profile:
     Raises:
         InvalidInputError: the folder is not a profile, or statistics are missing from it.
     """
-    from moepress.models.families.table import family_of
-
     if not (folder / DESCRIPTION).is_file():
         raise InvalidInputError(f"{folder} has no {DESCRIPTION}; give a folder made by `moepress profile`.")
     found = read_json(folder / DESCRIPTION)
@@ -267,7 +157,7 @@ def load_profile(folder: Path) -> Profile:
         family = family_of(config)
         shape = shape_of(family, config)
         statistics = {
-            layer: {name: read_tensor(entries[f"layers.{layer}.{name}"]) for name in _names(entries, layer)}
+            layer: {name: read_array(entries[f"layers.{layer}.{name}"]) for name in _names(entries, layer)}
             for layer in layers
         }
         for layer in layers:
@@ -291,12 +181,12 @@ def load_profile(folder: Path) -> Profile:
         raise InvalidInputError(f"{folder} is not a whole profile ({error!r}); profile the model again.") from error
 
 
-def _check_bit_losses(folder: Path, layer: int, found: Mapping[str, Tensor]) -> None:
+def _check_bit_losses(folder: Path, layer: int, found: Mapping[str, Statistic]) -> None:
     if BIT_LOSSES not in found:
         return
     losses = found[BIT_LOSSES]
     sound = losses.shape == (len(SUPPORTED_BITS),) and found[BIT_TOKENS].shape == (1,)
-    if not sound or not bool(torch.isfinite(losses).all()):
+    if not sound or not bool(np.isfinite(losses).all()):
         raise InvalidInputError(f"{folder / STATISTICS}: layers.{layer}.{BIT_LOSSES} is not what a profile holds.")
 
 
@@ -305,13 +195,13 @@ def _names(entries: Mapping[str, object], layer: int) -> list[str]:
     return [name.removeprefix(prefix) for name in entries if name.startswith(prefix)]
 
 
-def _merged_bit_losses(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _merged_bit_losses(found: Sequence[Mapping[str, Statistic]]) -> dict[str, Statistic]:
     """Their mean over tokens; nothing where one profile has none, for a part of the text would mislead."""
     if not all(BIT_LOSSES in statistics for statistics in found):
         return {}
-    tokens = torch.stack([statistics[BIT_TOKENS] for statistics in found])
-    losses = torch.stack([statistics[BIT_LOSSES] for statistics in found])
-    return {BIT_LOSSES: (tokens * losses).sum(dim=0) / tokens.sum().clamp(min=1), BIT_TOKENS: tokens.sum(dim=0)}
+    tokens = np.stack([statistics[BIT_TOKENS] for statistics in found])
+    losses = np.stack([statistics[BIT_LOSSES] for statistics in found])
+    return {BIT_LOSSES: (tokens * losses).sum(axis=0) / max(tokens.sum(), 1), BIT_TOKENS: tokens.sum(axis=0)}
 
 
 def merge_profiles(profiles: Sequence[Profile]) -> Profile:
@@ -326,23 +216,23 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
     if any(p.model != first.model for p in profiles):
         raise InvalidInputError("The profiles are of different models; merge only profiles of one model.")
     domains = tuple(dict.fromkeys(d for p in profiles for d in p.domains))
-    statistics: dict[int, dict[str, Tensor]] = {}
+    statistics: dict[int, dict[str, Statistic]] = {}
     for layer in first.layers:
-        merged: dict[str, Tensor] = {}
+        merged: dict[str, Statistic] = {}
         for name, sample in first.statistics[layer].items():
             if name in (BIT_LOSSES, BIT_TOKENS):
                 continue
-            total = torch.zeros(len(domains), *sample.shape[1:], dtype=torch.float64)
+            total = np.zeros((len(domains), *sample.shape[1:]))
             for profile in profiles:
-                rows = torch.tensor([domains.index(d) for d in profile.domains])
+                rows = [domains.index(d) for d in profile.domains]
                 value = profile.statistics[layer][name]
                 if ACCUMULATORS.get(name) == "max":
-                    total[rows] = torch.maximum(total[rows], value)
+                    total[rows] = np.maximum(total[rows], value)
                 else:
-                    total.index_add_(0, rows, value)
+                    np.add.at(total, rows, value)
             merged[name] = total
         if not all(bool(p.statistics[layer]["leave_one_out"].any()) for p in profiles):
-            merged["leave_one_out"].zero_()  # one was made without: a sum over a part of the text would mislead
+            merged["leave_one_out"][:] = 0  # one was made without: a sum over a part of the text would mislead
         statistics[layer] = merged | _merged_bit_losses([p.statistics[layer] for p in profiles])
     calibration: dict[str, Any] = {
         "merged": [dict(p.calibration) for p in profiles],

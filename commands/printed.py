@@ -94,9 +94,8 @@ def print_profile(profile: Profile, folder: Path) -> None:
     for index, domain in enumerate(profile.domains):
         shares = []
         for layer in profile.layers:
-            counts = profile.statistics[layer]["count"][index].sum(dim=0)
-            top = counts.sort(descending=True).values[: max(1, len(counts) // 4)].sum()
-            shares.append(float(top / counts.sum().clamp(min=1)))
+            counts = sorted(profile.statistics[layer]["count"][index].sum(axis=0).tolist(), reverse=True)
+            shares.append(sum(counts[: max(1, len(counts) // 4)]) / max(sum(counts), 1))
         tokens = calibration["tokens_per_domain"][domain]
         table.add_row(domain, f"{tokens:,}", f"{sum(shares) / len(shares):.0%} of choices")
     console.print(table)

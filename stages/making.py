@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from moepress import __version__
+from moepress.calibration.collect import collect, drop_hidden
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import (
     Profile,
-    collect,
     describe_corpus,
-    drop_hidden,
     fingerprint,
     load_profile,
     merge_profiles,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moepress.compress.budget.search import Budget, Candidate, Width, choose, mo
 from moepress.compress.budget.sizes import Linear, group_size_within, linears_of_config
 from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
-from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights
+from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights, keep_sets
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Shape, legal_counts
@@ -136,7 +136,8 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
     criterion = wish.criterion or default_criterion(every)
     selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)
     require_possible(profile.inventory, shape, len(profile.layers), budget, wish, linears)
-    space = space_of(profile, selection, counts=counts, widths=wish.widths, group_size=group_size, linears=linears)
+    kept = {count: keep_sets(profile, replace(selection, count=count)) for count in counts}
+    space = space_of(profile, kept, weights=every, widths=wish.widths, group_size=group_size, linears=linears)
     chosen, rows = choose(space, budget, mixed=wish.mixed)
     plan = make_plan(
         profile,

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moepress.calibration.collect import collect
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.hessian import HessianOptions
-from moepress.calibration.profile import Profile, collect, describe_corpus, fingerprint
+from moepress.calibration.profile import Profile, describe_corpus, fingerprint
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.pipeline import quantize

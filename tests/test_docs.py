@@ -13,8 +13,8 @@ import pytest
 from documents import DOCUMENTS, FENCE, ROOT, blocks, commands_of, name_of
 from pydantic import BaseModel
 
+from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
 from moepress.calibration.hessian import HessianOptions
-from moepress.calibration.observe import ACCUMULATORS, TOTALS
 from moepress.cli import cli
 from moepress.compress.gptq.solver import SolverOptions
 from moepress.compress.pruning.plan import Plan

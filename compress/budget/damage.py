@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
-from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Profile
+from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Profile, Statistic
 from moepress.compress.budget.search import Space, Width
 from moepress.compress.budget.sizes import Linear, dense_bytes, linears_bytes, part_sizes
-from moepress.compress.pruning.scoring import Selection, keep_sets
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Part, Shape
@@ -28,9 +27,9 @@ quantizing (docs/benchmarks.md); below the middle of it, for the share grows wit
 
 def space_of(
     profile: Profile,
-    selection: Selection,
+    kept: Mapping[int, Mapping[int, Sequence[int]]],
     *,
-    counts: Sequence[int],
+    weights: Mapping[str, float],
     widths: Sequence[Width],
     group_size: int,
     linears: Sequence[Linear] = (),
@@ -39,8 +38,8 @@ def space_of(
 
     Args:
         profile: with leave-one-out losses and bit losses.
-        selection: criterion, domain weights and groups; its count is replaced.
-        counts: legal ones.
+        kept: count -> layer -> the experts that stay, for every count to choose from.
+        weights: of the domains.
         widths: bits to choose from, or only None.
         group_size: of the quantized matrices.
         linears: quantized besides the experts, in their bits; what that costs is not in the loss.
@@ -50,12 +49,11 @@ def space_of(
     """
     layers, bits = profile.layers, [width for width in widths if width is not None]
     _require_losses(profile, bits=bool(bits))
-    removal, contribution = _shares(profile, selection.weights)
+    removal, contribution = _shares(profile, weights)
     errors = _errors(profile) if bits else {}
     pruned = {}
-    for count in counts:
-        kept = keep_sets(profile, replace(selection, count=count))
-        lost = sum(float(removal[n].sum() - removal[n][torch.tensor(kept[n])].sum()) for n in layers)
+    for count, stay in kept.items():
+        lost = sum(float(removal[n].sum() - removal[n][list(stay[n])].sum()) for n in layers)
         pruned[count] = PRUNING_WEIGHT * max(0.0, lost) / len(layers)
     quantized: dict[int, Mapping[Width, float]] = {
         n: {w: 0.0 if w is None else errors[n][w] * contribution[n] / len(layers) for w in widths} for n in layers
@@ -64,7 +62,7 @@ def space_of(
         profile.inventory,
         profile.shape,
         len(layers),
-        counts=counts,
+        counts=tuple(kept),
         widths=widths,
         group_size=group_size,
         linears=linears,
@@ -125,16 +123,16 @@ def _require_losses(profile: Profile, *, bits: bool) -> None:
         )
 
 
-def _shares(profile: Profile, weights: Mapping[str, float]) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
+def _shares(profile: Profile, weights: Mapping[str, float]) -> tuple[dict[int, Statistic], dict[int, float]]:
     """Per layer: what removing each expert costs, fp64 [E], and what all contribute, as shares of the routed output."""
-    weight_S = torch.tensor([weights.get(d, 1.0) for d in profile.domains], dtype=torch.float64)
+    weight_S = np.array([weights.get(d, 1.0) for d in profile.domains])
     removal, contribution = {}, {}
     for layer in profile.layers:
         found = profile.statistics[layer]
-        whole_S = found["routed_squared"].sum(dim=1)
-        share_S = torch.where(whole_S > 0, weight_S / weight_S.sum() / whole_S.clamp(min=1e-300), 0.0)
-        removal[layer] = (share_S[:, None] * found["leave_one_out"].sum(dim=1)).sum(dim=0)
-        contribution[layer] = float((share_S * found["weighted_norm_squared"].sum(dim=(1, 2))).sum())
+        whole_S = found["routed_squared"].sum(axis=1)
+        share_S = np.where(whole_S > 0, weight_S / weight_S.sum() / np.maximum(whole_S, 1e-300), 0.0)
+        removal[layer] = (share_S[:, None] * found["leave_one_out"].sum(axis=1)).sum(axis=0)
+        contribution[layer] = float((share_S * found["weighted_norm_squared"].sum(axis=(1, 2))).sum())
     return removal, contribution
 
 
@@ -143,5 +141,5 @@ def _errors(profile: Profile) -> dict[int, dict[int, float]]:
     measured = {
         n: s[BIT_LOSSES] for n, s in profile.statistics.items() if BIT_LOSSES in s and bool(s[BIT_TOKENS].any())
     }
-    mean = torch.stack(list(measured.values())).mean(dim=0)
+    mean = np.stack(list(measured.values())).mean(axis=0)
     return {n: dict(zip(SUPPORTED_BITS, measured.get(n, mean).tolist(), strict=True)) for n in profile.layers}

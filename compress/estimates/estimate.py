@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
+from moepress.calibration.accumulators import ACCUMULATORS
 from moepress.calibration.hessian import HessianOptions
-from moepress.calibration.observe import ACCUMULATORS
 from moepress.calibration.observe import ROWS_AT_ONCE as OBSERVED_ROWS
 from moepress.calibration.profile import SHARDS
 from moepress.compress.budget.bit_losses import experts_to_solve

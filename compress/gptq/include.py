@@ -3,9 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from moepress.models.families.family import Part, layer_of, part_of
-from moepress.models.storage.checkpoint import Source
+
+if TYPE_CHECKING:
+    from moepress.models.storage.checkpoint import Source
 
 
 class Include(StrEnum):
@@ -31,7 +34,7 @@ class LinearGroup:
 
 
 def linear_groups(
-    source: Source, layer: int, layers: int, include: Iterable[Include], names: Iterable[str] | None = None
+    source: "Source", layer: int, layers: int, include: Iterable[Include], names: Iterable[str] | None = None
 ) -> list[LinearGroup]:
     """The groups of a layer to be quantized, in the order in which the data meets them.
 
@@ -60,7 +63,7 @@ def linear_groups(
     return groups
 
 
-def quantized_linears(source: Source, layers: int, include: Iterable[Include]) -> set[str]:
+def quantized_linears(source: "Source", layers: int, include: Iterable[Include]) -> set[str]:
     """Names of all Linears of decoder layers that are quantized besides the routed experts."""
     wanted, by_layer = set(include), source.outline.names_by_layer
     groups = [
@@ -69,7 +72,7 @@ def quantized_linears(source: Source, layers: int, include: Iterable[Include]) -
     return {name for group in groups for name in group.names}
 
 
-def unquantized_modules(source: Source, layers: int, include: Iterable[Include]) -> list[str]:
+def unquantized_modules(source: "Source", layers: int, include: Iterable[Include]) -> list[str]:
     """Names of Linears and routers that keep their weights, for the `ignore` list of quantization configs."""
     wanted = set(include)
     quantized = quantized_linears(source, layers, wanted)

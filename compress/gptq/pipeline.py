@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moepress import __version__
+from moepress.calibration.collect import resume_hidden, save_hidden
 from moepress.calibration.corpus import Corpus
-from moepress.calibration.profile import resume_hidden, save_hidden
 from moepress.compress.gptq.experts import (
     Coded,
     CodedExpert,

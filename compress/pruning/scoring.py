@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from moepress.calibration.profile import Profile
+from moepress.calibration.profile import Profile, Statistic
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape
 
@@ -86,8 +85,8 @@ def domain_weights(domains: Sequence[str], given: Mapping[str, float]) -> dict[s
 
 
 def layer_scores(
-    statistics: Mapping[str, Tensor], criterion: Criterion, weights_S: Tensor, shards: Sequence[int]
-) -> Tensor:
+    statistics: Mapping[str, Statistic], criterion: Criterion, weights_S: Statistic, shards: Sequence[int]
+) -> Statistic:
     """Scores of one layer's experts, fp64 [E]: every domain's scores sum to 1, then they are added with its weight.
 
     Args:
@@ -97,21 +96,22 @@ def layer_scores(
         shards: token shards to use.
     """
     accumulator, mean = _FORMULAS[criterion]
-    index = torch.tensor(list(shards))
-    value = statistics[accumulator][:, index].sum(dim=1)
+    value = statistics[accumulator][:, list(shards)].sum(axis=1)
     if mean:
-        value = value / statistics["count"][:, index].sum(dim=1).clamp(min=1)
-    value = value / value.sum(dim=1, keepdim=True).clamp(min=1e-300)
-    return (weights_S[:, None] * value).sum(dim=0)
+        value = value / np.maximum(statistics["count"][:, list(shards)].sum(axis=1), 1)
+    value = value / np.maximum(value.sum(axis=1, keepdims=True), 1e-300)
+    scores: Statistic = (weights_S[:, None] * value).sum(axis=0)
+    return scores
 
 
-def token_counts(statistics: Mapping[str, Tensor]) -> Tensor:
+def token_counts(statistics: Mapping[str, Statistic]) -> Statistic:
     """Tokens that reached every expert, fp64 [E]."""
-    return statistics["count"].sum(dim=(0, 1))
+    tokens: Statistic = statistics["count"].sum(axis=(0, 1))
+    return tokens
 
 
 def keep_set(
-    scores_E: Tensor, tokens_E: Tensor, protected: Sequence[int], shape: Shape, selection: Selection
+    scores_E: Statistic, tokens_E: Statistic, protected: Sequence[int], shape: Shape, selection: Selection
 ) -> list[int]:
     """The experts kept in one layer, ascending: the best in the order (score, tokens, number).
 
@@ -132,13 +132,11 @@ def super_experts(profile: Profile) -> dict[int, list[int]]:
 
     M_e must exceed both the 99.5th percentile of all experts' peaks and a tenth of the largest. (Su et al., 2025.)
     """
-    peaks = {layer: profile.statistics[layer]["peak"].amax(dim=(0, 1)) for layer in profile.layers}
-    every = torch.cat(list(peaks.values()))
-    bound = max(float(torch.quantile(every, 0.995)), float(every.max()) / 10)
+    peaks = {layer: profile.statistics[layer]["peak"].max(axis=(0, 1)) for layer in profile.layers}
+    every = np.concatenate(list(peaks.values()))
+    bound = max(float(np.quantile(every, 0.995)), float(every.max()) / 10)
     early = profile.shape.layers * 3 // 4
-    return {
-        layer: torch.nonzero(peak > bound).flatten().tolist() if layer < early else [] for layer, peak in peaks.items()
-    }
+    return {layer: np.flatnonzero(peak > bound).tolist() if layer < early else [] for layer, peak in peaks.items()}
 
 
 def keep_sets(profile: Profile, selection: Selection, shards: Sequence[int] | None = None) -> dict[int, list[int]]:
@@ -147,7 +145,7 @@ def keep_sets(profile: Profile, selection: Selection, shards: Sequence[int] | No
     Raises:
         InvalidInputError: the profile lacks what the criterion needs.
     """
-    weights_S = torch.tensor([selection.weights.get(d, 1.0) for d in profile.domains], dtype=torch.float64)
+    weights_S = np.array([selection.weights.get(d, 1.0) for d in profile.domains])
     everything = list(range(next(iter(profile.statistics.values()))["count"].shape[1]))
     safe = super_experts(profile)
     kept = {}
@@ -164,11 +162,13 @@ def keep_sets(profile: Profile, selection: Selection, shards: Sequence[int] | No
 
 def random_keep_sets(profile: Profile, selection: Selection, seed: int) -> dict[int, list[int]]:
     """A baseline for benchmarks: legal keep sets drawn by chance."""
+    import torch  # its generator: tables of benchmarks were drawn with it
+
     generator = torch.Generator().manual_seed(seed)
     return {
         layer: keep_set(
-            torch.rand(profile.shape.experts, generator=generator, dtype=torch.float64),
-            torch.zeros(profile.shape.experts),
+            torch.rand(profile.shape.experts, generator=generator, dtype=torch.float64).numpy(),
+            np.zeros(profile.shape.experts),
             [],
             profile.shape,
             selection,
@@ -197,11 +197,11 @@ def stability(profile: Profile, selection: Selection) -> float:
 
 def removed_share(profile: Profile, kept: Mapping[int, Sequence[int]], accumulator: str) -> dict[str, float]:
     """Per domain: the share of an accumulator's mass that the removed experts carry, mean over layers."""
-    shares = torch.zeros(len(profile.domains), dtype=torch.float64)
+    shares = np.zeros(len(profile.domains))
     for layer in profile.layers:
-        mass = profile.statistics[layer][accumulator].sum(dim=1)
-        remains = mass[:, torch.tensor(list(kept[layer]))].sum(dim=1)
-        shares += 1 - remains / mass.sum(dim=1).clamp(min=1e-300)
+        mass = profile.statistics[layer][accumulator].sum(axis=1)
+        remains = mass[:, list(kept[layer])].sum(axis=1)
+        shares += 1 - remains / np.maximum(mass.sum(axis=1), 1e-300)
     return {d: float(s) for d, s in zip(profile.domains, (shares / len(profile.layers)).tolist(), strict=True)}
 
 
@@ -209,11 +209,7 @@ def unsupported(
     profile: Profile, weights: Mapping[str, float] | None = None, min_tokens: int = MIN_TOKENS
 ) -> dict[int, list[int]]:
     """Per layer, the experts whose score rests on fewer than `min_tokens` tokens of the domains that count."""
-    counted = torch.tensor([(weights or {}).get(d, 1.0) > 0 for d in profile.domains])
-    few = {
-        layer: torch.nonzero(profile.statistics[layer]["count"][counted].sum(dim=(0, 1)) < min_tokens)
-        .flatten()
-        .tolist()
-        for layer in profile.layers
-    }
+    counted = np.array([(weights or {}).get(d, 1.0) > 0 for d in profile.domains])
+    tokens = {n: profile.statistics[n]["count"][counted].sum(axis=(0, 1)) for n in profile.layers}
+    few = {layer: np.flatnonzero(seen < min_tokens).tolist() for layer, seen in tokens.items()}
     return {layer: experts for layer, experts in few.items() if experts}

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moepress.errors import InvalidInputError
 
 ITEM_BYTES = {
@@ -130,3 +133,18 @@ def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> byte
     except OSError as error:
         raise InvalidInputError(f"Cannot read {entry.file}: {error.strerror or error}; restore the file.") from error
     return buffer
+
+
+def read_array(entry: Stored) -> NDArray[Any]:
+    """Read a whole tensor of a dtype that numpy has too, without torch.
+
+    Raises:
+        InvalidInputError: numpy has no such dtype.
+    """
+    dtype = _NUMPY.get(entry.dtype)
+    if dtype is None:
+        raise _broken(entry.file, f"{entry.name} is {entry.dtype}, which is not what belongs there")
+    return np.frombuffer(read_bytes(entry), dtype=dtype).reshape(entry.shape)
+
+
+_NUMPY = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4"}

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moepress.models.storage.folder import INDEX, SINGLE
 
 # What belongs to a model besides its weights; everything else in the folder stays behind. Code that the config names
@@ -26,6 +29,12 @@ class Entry:
     shape: tuple[int, ...]
     bytes: int
     data: Callable[[], Iterator[Chunk]]
+
+
+def array_entry(name: str, array: NDArray[np.float64]) -> Entry:
+    """An entry for fp64 numbers that are in memory."""
+    data = np.ascontiguousarray(array, dtype="<f8").tobytes()
+    return Entry(name=name, dtype="F64", shape=array.shape, bytes=len(data), data=lambda: iter((data,)))
 
 
 def write_shard(file: Path, entries: Iterable[Entry]) -> None:

@@ -13,8 +13,10 @@ from stage_runs import CPU, LIMITS, corpus_of, expert_outputs, logits_of, profil
 from torch import Tensor
 
 from moepress.calibration import observe
-from moepress.calibration.observe import ACCUMULATORS, TOTALS, shard_of_windows
-from moepress.calibration.profile import SHARDS, Profile, collect
+from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
+from moepress.calibration.collect import collect
+from moepress.calibration.observe import shard_of_windows
+from moepress.calibration.profile import SHARDS, Profile
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, add_experts, first_step, open_stream
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
@@ -276,8 +278,8 @@ def test_a_pass_is_all_tokens_where_memory_or_half_of_the_disk_holds_them() -> N
 
 @pytest.mark.parametrize("key", ["deepseek_v3", "qwen2_moe"])
 def test_observing_does_not_change_the_hidden_states(tiny_model: Callable[..., Path], tmp_path: Path, key: str) -> None:
+    from moepress.calibration.collect import cells_of
     from moepress.calibration.observe import observe_layer
-    from moepress.calibration.profile import cells_of
 
     model = StreamedModel(open_checkpoint(tiny_model(key)), device=CPU, dtype=torch.float32)
     windows, _ = text(256)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stage_runs import content, corpus_of, profile_of
 
-from moepress.calibration.observe import ACCUMULATORS, TOTALS
+from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
 from moepress.calibration.profile import (
     DESCRIPTION,
     SHARDS,

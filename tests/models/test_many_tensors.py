@@ -13,7 +13,7 @@ import torch
 from r1_models import hollow_r1
 from stage_runs import keep_of, plan_of
 
-from moepress.calibration.observe import ACCUMULATORS
+from moepress.calibration.accumulators import ACCUMULATORS
 from moepress.calibration.profile import SHARDS, Profile, fingerprint
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include, unquantized_modules

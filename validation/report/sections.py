@@ -36,7 +36,7 @@ def pruning_section(plan: Plan) -> Pruning:
 
 def usage_section(profile: Profile, plan: Plan) -> Usage:
     """What the report says of the experts' use."""
-    counts = [profile.statistics[layer]["count"].sum(dim=1).round().long() for layer in profile.layers]
+    counts = [profile.statistics[layer]["count"].sum(axis=1).round().astype(int) for layer in profile.layers]
     return Usage(
         layers=profile.layers,
         top_k=profile.shape.top_k,

@@ -9,8 +9,9 @@ import torch
 from stage_runs import LIMITS, corpus_of
 from torch import Tensor
 
-from moepress.calibration.observe import ACCUMULATORS
-from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Probe, collect
+from moepress.calibration.accumulators import ACCUMULATORS
+from moepress.calibration.collect import Probe, collect
+from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS
 from moepress.compress.budget.bit_losses import (
     bit_loss_probe,
     experts_to_solve,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moepress.calibration.observe import ACCUMULATORS
+from moepress.calibration.accumulators import ACCUMULATORS
 from moepress.calibration.profile import Profile
 from moepress.compress.pruning.plan import COLLAPSE_NOTE, make_plan
 from moepress.compress.pruning.scoring import (
