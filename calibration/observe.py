@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
 from moepress.models.families.family import Shape
-from moepress.models.families.routing import Router, choice_scores, combine_weights, router_of, scores
+from moepress.models.families.router import Router, router_of
+from moepress.models.families.routing import choice_scores, combine_weights, scores
 from moepress.models.forward.costs import expert_flops
 from moepress.models.forward.scratch import Rows
 from moepress.models.forward.streamed import apply_expert, tokens_of

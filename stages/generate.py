@@ -12,8 +12,8 @@ from moepress.converters.onnx.folder import is_onnx, open_onnx
 from moepress.converters.onnx.runtime import installed_version
 from moepress.converters.safetensors.artifact import open_source
 from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.dense import free_memory_bytes, load_dense
-from moepress.models.forward.skeleton import hf_config
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.folder import read_json
 from moepress.stages.groundwork import Machine, load_tokenizer, model_folder

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moepress.calibration.profile import Profile
-from moepress.compress.budget.bit_losses import probe_scheme
 from moepress.compress.budget.damage import bare_space, space_of
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, verdict
-from moepress.compress.budget.sizes import Linear, group_size_within, linears_of_config
+from moepress.compress.budget.sizes import Linear, group_size_within, linears_of_config, probe_scheme
 from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
 from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights, keep_sets

@@ -292,3 +292,8 @@ def command(*arguments: object) -> tuple[int, str, str]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()
+
+
+def in_torch(profile: Profile) -> dict[int, dict[str, torch.Tensor]]:
+    """A profile's statistics as tensors."""
+    return {n: {k: torch.from_numpy(v) for k, v in row.items()} for n, row in profile.statistics.items()}

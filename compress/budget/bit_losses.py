@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import gram
-from moepress.compress.budget.sizes import group_size_for
+from moepress.compress.budget.sizes import probe_scheme
 from moepress.compress.gptq.experts import CodedExpert, QuantizeOptions, experts_at_once, pooled_inputs, solve_experts
 from moepress.compress.gptq.schemes import model_dtype, scale_value_dtype
-from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.models.families.family import Shape
 from moepress.models.forward.streamed import apply_expert, tokens_of
 from moepress.models.forward.walk import Stream
@@ -62,11 +62,6 @@ def bit_loss_probe(config: Mapping[str, Any]) -> Probe:
     """The probe for a model with that config."""
     stored = model_dtype(config)
     return Probe(scale_dtype=scale_value_dtype(stored), stored_dtype=stored)
-
-
-def probe_scheme(shape: Shape, bits: int) -> Scheme:
-    """That many bits with the largest usual group size that divides both widths of an expert."""
-    return Scheme(bits=bits, group_size=group_size_for(shape) or PER_CHANNEL)
 
 
 def experts_to_solve(shape: Shape, tokens: int) -> int:

@@ -53,7 +53,7 @@ def space_of(
     errors = _errors(profile) if bits else {}
     pruned = {}
     for count, stay in kept.items():
-        lost = sum(float(removal[n].sum() - removal[n][list(stay[n])].sum()) for n in layers)
+        lost = sum(float(removal[n].sum() - removal[n].take(stay[n]).sum()) for n in layers)
         pruned[count] = PRUNING_WEIGHT * max(0.0, lost) / len(layers)
     quantized: dict[int, Mapping[Width, float]] = {
         n: {w: 0.0 if w is None else errors[n][w] * contribution[n] / len(layers) for w in widths} for n in layers

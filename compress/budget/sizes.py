@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Family, Part, Shape, layer_of, part_of
 from moepress.models.families.table import family_of
-from moepress.models.forward.skeleton import build_skeleton
-from moepress.models.storage.checkpoint import Source
+from moepress.models.forward.expected import expected_of
 from moepress.models.storage.outline import Outline, outline_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moepress.models.storage.checkpoint import Source
 
 _SHAPE_BYTES = 16  # `weight_shape`, two int64 beside every quantized matrix
 USUAL_GROUPS = (128, 64, 32)
@@ -46,10 +48,10 @@ class _Names:
     outline: Outline
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         raise NotImplementedError(name)
 
-    def read_row(self, name: str, row: int) -> Tensor:
+    def read_row(self, name: str, row: int) -> "Tensor":
         raise NotImplementedError(name)
 
 
@@ -62,7 +64,7 @@ def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> 
     wanted = frozenset(include)
     if not wanted:
         return ()
-    shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
+    shapes = dict(expected_of(config).shapes)
     if config.get("tie_word_embeddings"):
         shapes.pop("lm_head.weight", None)
     family = family_of(config)
@@ -70,7 +72,7 @@ def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> 
     return included_linears(_Names(config=config, family=family, outline=outline, shapes=shapes), wanted)
 
 
-def included_linears(source: Source, include: Iterable[Include]) -> tuple[Linear, ...]:
+def included_linears(source: "Source", include: Iterable[Include]) -> tuple[Linear, ...]:
     """What `--include` adds to the routed experts.
 
     Raises:
@@ -132,6 +134,11 @@ def group_size_within(shape: Shape, linears: Sequence[Linear]) -> int:
 def group_size_for(shape: Shape) -> int | None:
     """The largest usual group size that divides both widths of an expert, None where none does."""
     return next((n for n in USUAL_GROUPS if shape.hidden % n == 0 and shape.expert_width % n == 0), None)
+
+
+def probe_scheme(shape: Shape, bits: int) -> Scheme:
+    """That many bits with the largest usual group size that divides both widths of an expert."""
+    return Scheme(bits=bits, group_size=group_size_for(shape) or PER_CHANNEL)
 
 
 def matrix_bytes(rows: int, columns: int, scheme: Scheme, scale_bytes: int = 2) -> int:

@@ -18,7 +18,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from moepress.models.families.routing import Router, choice_scores
+from moepress.models.families.router import Router
+from moepress.models.families.routing import choice_scores
 
 RIDGE = 0.01
 """Pull of the gains towards 1, in units of an expert's own squared output."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from moepress.calibration.corpus import Corpus
 from moepress.compress.pruning.repair import Repair, balanced_bias, loads, no_equations, solve_gains
 from moepress.compress.pruning.repaired import LayerRepair
-from moepress.models.families.routing import route, router_of, scores
+from moepress.models.families.router import router_of
+from moepress.models.families.routing import route, scores
 from moepress.models.forward.costs import expert_flops
 from moepress.models.forward.scratch import Rows
 from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of

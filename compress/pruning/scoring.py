@@ -200,7 +200,7 @@ def removed_share(profile: Profile, kept: Mapping[int, Sequence[int]], accumulat
     shares = np.zeros(len(profile.domains))
     for layer in profile.layers:
         mass = profile.statistics[layer][accumulator].sum(axis=1)
-        remains = mass[:, list(kept[layer])].sum(axis=1)
+        remains = mass.take(kept[layer], axis=1).sum(axis=1)  # in the order in which the whole is summed
         shares += 1 - remains / np.maximum(mass.sum(axis=1), 1e-300)
     return {d: float(s) for d, s in zip(profile.domains, (shares / len(profile.layers)).tolist(), strict=True)}
 

@@ -19,7 +19,7 @@ from moepress.converters.onnx.graph import CONTRIB
 from moepress.converters.onnx.parts import Build, gated_mlp, linear, reshape, silu
 from moepress.converters.onnx.weights import block_size, require_whole
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.families.routing import Router, router_of
+from moepress.models.families.router import Router, router_of
 from moepress.models.storage.experts import is_fused, router_disk_names
 
 FAR = -1e4  # exp(-1e4) is 0 in fp32, and fp16 holds it

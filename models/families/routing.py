@@ -4,53 +4,10 @@ Statistics never come from here: they are read from the model's router. What is 
 which needs the weights that a router *would* have given to another set of experts.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from moepress.models.families.family import Family, Shape
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Router:
-    """The numbers of one model's routing rule (FORMULAS: Routing).
-
-    Attributes:
-        sigmoid: sigmoid scores instead of softmax.
-        group_score: `top2`, `max` or None.
-        groups, top_groups: number of groups, and how many of them a token may use.
-        top_k: experts per token.
-        renormalise: divide the chosen weights by their sum.
-        scale: factor on the weights.
-    """
-
-    sigmoid: bool
-    group_score: str | None
-    groups: int
-    top_groups: int
-    top_k: int
-    renormalise: bool
-    scale: float
-
-
-def router_of(family: Family, config: Mapping[str, Any], shape: Shape) -> Router:
-    """Read a model's routing rule from its family and config; `shape` holds the numbers of that config."""
-    rule = family.rule
-    # DeepSeek-V2 chooses by groups only where its config says so; V3 has no other way.
-    greedy = rule.group_score == "max" and config.get("topk_method", "greedy") == "greedy"
-    renormalise = rule.renormalise if rule.renormalise_key is None else bool(config.get(rule.renormalise_key, False))
-    return Router(
-        sigmoid=rule.scoring == "sigmoid",
-        group_score=None if greedy else rule.group_score,
-        groups=shape.groups,
-        top_groups=shape.top_groups,
-        top_k=shape.top_k,
-        renormalise=renormalise,
-        scale=float(config.get(rule.scale_key, 1.0)) if rule.scale_key else 1.0,
-    )
+from moepress.models.families.router import Router
 
 
 def scores(router: Router, logits_TE: Tensor) -> Tensor:

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from moepress.hub.snapshot import origin_of
 from moepress.models.families.family import Part, legal_counts, part_of
-from moepress.models.forward.skeleton import hf_config
-from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.families.hf_config import hf_config
+from moepress.models.families.table import family_of
+
+if TYPE_CHECKING:
+    from moepress.models.storage.checkpoint import Checkpoint
 
 GIB = 1 << 30
 
@@ -21,7 +25,7 @@ class Weight:
     bytes: int
 
 
-def weigh(checkpoint: Checkpoint) -> dict[Part, Weight]:
+def weigh(checkpoint: "Checkpoint") -> dict[Part, Weight]:
     """Parameters and bytes of every part that a checkpoint has, in the order of `Part`."""
     layers = checkpoint.shape.layers
     parameters = dict.fromkeys(Part, 0)
@@ -34,7 +38,7 @@ def weigh(checkpoint: Checkpoint) -> dict[Part, Weight]:
     return {part: Weight(parameters=parameters[part], bytes=sizes[part]) for part in Part if sizes[part]}
 
 
-def inventory(checkpoint: Checkpoint) -> dict[str, Any]:
+def inventory(checkpoint: "Checkpoint") -> dict[str, Any]:
     """`weigh`, as plain JSON."""
     return {part.value: asdict(weight) for part, weight in weigh(checkpoint).items()}
 
@@ -64,12 +68,19 @@ class AttentionShape:
 
 
 def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
-    """Read the widths; what a config leaves out is what transformers takes.
+    """Read the widths; what a config leaves out is what transformers takes, which is asked for that alone.
 
     Raises:
         InvalidInputError: transformers refuses the config.
     """
-    return attention_of(hf_config(config))
+    latent = any("kv_b_proj" in group for group in family_of(config).attention_groups)
+    needed = _LATENT if latent else _GROUPED
+    stated = all(isinstance(config.get(key), int) for key in needed)
+    return attention_of(SimpleNamespace(**config) if stated else hf_config(config))
+
+
+_GROUPED = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_LATENT = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 def attention_of(parsed: Any) -> AttentionShape:
@@ -93,7 +104,7 @@ def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     return 2 * attention_shape(config).cached_values * int(config["num_hidden_layers"]) * tokens
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """All that `inspect` tells, as plain JSON."""
     shape, parts = checkpoint.shape, weigh(checkpoint)
     dtypes: dict[str, int] = {}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from r1_models import SMALL, make_r1, small_r1
-from stage_runs import content, corpus_of, profile_of
+from stage_runs import content, corpus_of, in_torch, profile_of
 from tiny_models import windows
 
-from moepress.models.forward.skeleton import check_mtp, check_tensors
+from moepress.models.forward.completeness import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.tensors import read_tensor
 from moepress.stages.groundwork import load_tokenizer
@@ -76,7 +76,7 @@ def test_experts_columns_and_routing_differ(tmp_path: Path) -> None:
     assert alike.max() > 0.999  # a copied column
     assert (normal.T @ (weights[1] / weights[1].norm(dim=0))).abs().max() < 0.6  # another expert is another matrix
     profile = profile_of(folder, corpus_of(windows(256, count=8, length=64)), tmp_path / "profile")
-    counts = profile.statistics[1]["count"].sum(dim=(0, 1))
+    counts = in_torch(profile)[1]["count"].sum(dim=(0, 1))
     assert counts.max() > 2 * counts.min() > 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from stage_runs import CPU, LIMITS, corpus_of, expert_outputs, logits_of, profile_of, watched
+from stage_runs import CPU, LIMITS, corpus_of, expert_outputs, in_torch, logits_of, profile_of, watched
 from torch import Tensor
 
 from moepress.calibration import observe
@@ -101,8 +101,8 @@ def by_hand(case: Case, layer: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("key", [*GROUPED, *UNGROUPED])
 def test_every_accumulator_equals_a_sum_over_tokens_in_transformers(case: Callable[..., Case], key: str) -> None:
     made = case(key)
-    assert set(made.profile.statistics) == set(made.seen)
-    for layer, found in made.profile.statistics.items():
+    assert set(in_torch(made.profile)) == set(made.seen)
+    for layer, found in in_torch(made.profile).items():
         expected = by_hand(made, layer)
         assert set(found) == set(ACCUMULATORS) | set(TOTALS)
         for name, value in expected.items():
@@ -166,7 +166,7 @@ def losses_by_hand(case: Case, layer: int, *, fixed_groups: bool = False) -> Ten
 @pytest.mark.parametrize("key", UNGROUPED)
 def test_leave_one_out_equals_routing_again_without_the_expert(case: Callable[..., Case], key: str) -> None:
     made = case(key)
-    for layer, found in made.profile.statistics.items():
+    for layer, found in in_torch(made.profile).items():
         expected = losses_by_hand(made, layer)
         scale = float(expected.max())
         assert scale > 0
@@ -176,7 +176,7 @@ def test_leave_one_out_equals_routing_again_without_the_expert(case: Callable[..
 @pytest.mark.parametrize("key", GROUPED)
 def test_leave_one_out_of_grouped_routers_keeps_the_chosen_groups(case: Callable[..., Case], key: str) -> None:
     made = case(key)
-    for layer, found in made.profile.statistics.items():
+    for layer, found in in_torch(made.profile).items():
         expected = losses_by_hand(made, layer, fixed_groups=True)
         torch.testing.assert_close(found["leave_one_out"], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 
@@ -184,7 +184,7 @@ def test_leave_one_out_of_grouped_routers_keeps_the_chosen_groups(case: Callable
 def test_leave_one_out_without_a_spare_expert_goes_on_with_fewer(case: Callable[..., Case]) -> None:
     """One group of four experts is allowed and all four are chosen: nothing can take the place of the one that goes."""
     made = case("deepseek_v3", topk_group=1)
-    for layer, found in made.profile.statistics.items():
+    for layer, found in in_torch(made.profile).items():
         expected = losses_by_hand(made, layer, fixed_groups=True)
         assert float(expected.max()) > 0
         torch.testing.assert_close(found["leave_one_out"], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
@@ -212,9 +212,9 @@ def test_memory_files_and_passes_give_the_same_bits(
     assert passes == moe_layers * 2 * [slice(0, 384)] + moe_layers * [slice(n, n + 64) for n in range(0, 384, 64)]
     for layer in profiles[0].layers:
         for name in (*ACCUMULATORS, *TOTALS):
-            first, *others = (p.statistics[layer][name] for p in profiles)
+            first, *others = (in_torch(p)[layer][name] for p in profiles)
             assert all(torch.equal(first, other) for other in others), name
-        assert bool(profiles[0].statistics[layer]["leave_one_out"].any()) == leave_one_out
+        assert bool(in_torch(profiles[0])[layer]["leave_one_out"].any()) == leave_one_out
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
@@ -230,9 +230,9 @@ def test_blocks_and_chunks_of_another_size_give_the_same_sums(
         monkeypatch.setattr(observe, name, value)
     corpus = corpus_of(made.windows, made.index, DOMAINS)
     profile = profile_of(tiny_model("deepseek_v3"), corpus, tmp_path / "work", leave_one_out=leave_one_out)
-    for layer, found in profile.statistics.items():
+    for layer, found in in_torch(profile).items():
         for name in {*ACCUMULATORS, *TOTALS} - (set() if leave_one_out else {"leave_one_out"}):
-            whole = made.profile.statistics[layer][name]
+            whole = in_torch(made.profile)[layer][name]
             torch.testing.assert_close(found[name], whole, rtol=1e-4, atol=1e-6 * float(whole.max()), msg=name)
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
-from stage_runs import content, corpus_of, profile_of
+from stage_runs import content, corpus_of, in_torch, profile_of
 
 from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
 from moepress.calibration.profile import (
@@ -49,11 +50,11 @@ def parts(
 
 def assert_same_statistics(ours: Profile, other: Profile, rtol: float) -> None:
     assert ours.domains == other.domains
-    assert set(ours.statistics) == set(other.statistics) == set(other.layers)
-    for layer, found in ours.statistics.items():
+    assert set(in_torch(ours)) == set(in_torch(other)) == set(other.layers)
+    for layer, found in in_torch(ours).items():
         assert set(found) == set(ACCUMULATORS) | set(TOTALS)
         for name, value in found.items():
-            expected = other.statistics[layer][name]
+            expected = in_torch(other)[layer][name]
             torch.testing.assert_close(value, expected, rtol=rtol, atol=rtol * float(expected.max()), msg=name)
 
 
@@ -63,9 +64,9 @@ def test_profiles_of_two_halves_merge_to_the_profile_of_the_whole(parts: tuple[P
     assert_same_statistics(merged, whole, 1e-5)
     assert merged.calibration["tokens"] == whole.calibration["tokens"] == WINDOWS.numel()
     for layer in whole.layers:  # counts are exact, and every cell of each half has found its place
-        assert torch.equal(merged.statistics[layer]["count"], whole.statistics[layer]["count"])
-        peaks = [p.statistics[layer]["peak"] for p in (first, second)]
-        assert torch.equal(merged.statistics[layer]["peak"], torch.maximum(*peaks))
+        assert torch.equal(in_torch(merged)[layer]["count"], in_torch(whole)[layer]["count"])
+        peaks = [in_torch(p)[layer]["peak"] for p in (first, second)]
+        assert torch.equal(in_torch(merged)[layer]["peak"], torch.maximum(*peaks))
 
 
 def test_domains_of_other_names_stand_side_by_side(parts: tuple[Profile, ...]) -> None:
@@ -74,10 +75,10 @@ def test_domains_of_other_names_stand_side_by_side(parts: tuple[Profile, ...]) -
     merged = merge_profiles([first, other])
     assert merged.domains == ("one", "two", "three")
     for layer in merged.layers:
-        count = merged.statistics[layer]["count"]
-        assert torch.equal(count[0], first.statistics[layer]["count"][0])
-        assert torch.equal(count[1], first.statistics[layer]["count"][1] + second.statistics[layer]["count"][0])
-        assert torch.equal(count[2], second.statistics[layer]["count"][1])
+        count = in_torch(merged)[layer]["count"]
+        assert torch.equal(count[0], in_torch(first)[layer]["count"][0])
+        assert torch.equal(count[1], in_torch(first)[layer]["count"][1] + in_torch(second)[layer]["count"][0])
+        assert torch.equal(count[2], in_torch(second)[layer]["count"][1])
 
 
 def test_merging_does_not_depend_on_the_order(parts: tuple[Profile, ...]) -> None:
@@ -94,13 +95,13 @@ def test_profiles_of_different_models_are_not_merged(parts: tuple[Profile, ...])
 def test_a_profile_without_leave_one_out_takes_it_from_the_merged_one(parts: tuple[Profile, ...]) -> None:
     """Losses over a part of the text would rank experts by who was seen there; `loo` must be refused instead."""
     bare = {
-        layer: {**found, "leave_one_out": torch.zeros_like(found["leave_one_out"])}
+        layer: {**found, "leave_one_out": np.zeros_like(found["leave_one_out"])}
         for layer, found in parts[1].statistics.items()
     }
     merged = merge_profiles([parts[0], replace(parts[1], statistics=bare)])
     for layer in merged.layers:
-        assert not merged.statistics[layer]["leave_one_out"].any()
-        assert torch.equal(merged.statistics[layer]["count"], parts[2].statistics[layer]["count"])
+        assert not in_torch(merged)[layer]["leave_one_out"].any()
+        assert torch.equal(in_torch(merged)[layer]["count"], in_torch(parts[2])[layer]["count"])
 
 
 def test_a_profile_is_read_as_it_was_written(parts: tuple[Profile, ...], tmp_path: Path) -> None:
@@ -216,9 +217,9 @@ def test_the_stage_leaves_a_profile_and_nothing_else(demo_profile: Path) -> None
     assert sum(found.calibration["tokens_per_domain"].values()) == 1024
     assert set(found.calibration["tokens_per_domain"]) == set(found.domains)
     for layer in found.layers:
-        counts = found.statistics[layer]["tokens"].sum(dim=1)
+        counts = in_torch(found)[layer]["tokens"].sum(dim=1)
         assert counts.tolist() == [found.calibration["tokens_per_domain"][d] for d in found.domains]
-        assert found.statistics[layer]["count"].shape == (len(found.domains), SHARDS, 16)
+        assert in_torch(found)[layer]["count"].shape == (len(found.domains), SHARDS, 16)
 
 
 def test_the_same_text_gives_the_same_bytes(demo_profile: Path, tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_another_seed_chooses_other_windows(demo_profile: Path, tmp_path: Path) 
     profile_stage("demo", Output(folder=tmp_path / "other"), Calibration(tokens=1024, window=64, seed=1), Machine())
     other, first = load_profile(tmp_path / "other"), load_profile(demo_profile)
     assert other.calibration["digest"] != first.calibration["digest"]
-    assert not torch.equal(other.statistics[1]["count"], first.statistics[1]["count"])
+    assert not torch.equal(in_torch(other)[1]["count"], in_torch(first)[1]["count"])
 
 
 def test_activations_that_overflow_are_refused_naming_the_layer(tiny_copy: Callable[..., Path], tmp_path: Path) -> None:

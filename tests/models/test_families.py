@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Part, part_of
-from moepress.models.families.routing import route, router_of
+from moepress.models.families.router import router_of
+from moepress.models.families.routing import route
 from moepress.models.families.table import FAMILIES
 from moepress.models.forward.attention import register
-from moepress.models.forward.skeleton import build_skeleton, check_tensors
+from moepress.models.forward.completeness import check_tensors
+from moepress.models.forward.skeleton import build_skeleton
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint

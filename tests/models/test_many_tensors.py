@@ -14,7 +14,7 @@ from r1_models import hollow_r1
 from stage_runs import keep_of, plan_of
 
 from moepress.calibration.accumulators import ACCUMULATORS
-from moepress.calibration.profile import SHARDS, Profile, fingerprint
+from moepress.calibration.profile import SHARDS, Profile, Statistic, fingerprint
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include, unquantized_modules
 from moepress.compress.gptq.pieces import piece_names, plan_chunks
@@ -22,8 +22,8 @@ from moepress.compress.gptq.schemes import check_scheme
 from moepress.compress.pruning.plan import check_plan, make_plan
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries
 from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import describe, inventory
-from moepress.models.forward.skeleton import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp
@@ -39,8 +39,8 @@ def profile(source: Checkpoint) -> Profile:
     """Random statistics of all layers."""
     draw, layers = torch.Generator().manual_seed(0), source.outline.moe_layers
 
-    def drawn(*size: int) -> torch.Tensor:
-        return torch.rand(1, SHARDS, *size, generator=draw, dtype=torch.float64) * 1000
+    def drawn(*size: int) -> Statistic:
+        return torch.rand(1, SHARDS, *size, generator=draw, dtype=torch.float64).numpy() * 1000
 
     return Profile(
         model="",

@@ -19,7 +19,8 @@ from moepress.compress.gptq import balance, pieces
 from moepress.compress.gptq.balance import next_ranked, topped_up
 from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.models.families.routing import router_of, scores
+from moepress.models.families.router import router_of
+from moepress.models.families.routing import scores
 from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, open_stream
 from moepress.models.storage.checkpoint import Source, open_checkpoint

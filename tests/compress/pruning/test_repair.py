@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moepress.compress.pruning.repair import Equations, balanced_bias, loads, no_equations, solve_gains
-from moepress.models.families.routing import Router, choice_scores, combine_weights
+from moepress.models.families.router import Router
+from moepress.models.families.routing import choice_scores, combine_weights
 
 GROUPED = Router(sigmoid=True, group_score="top2", groups=4, top_groups=2, top_k=4, renormalise=True, scale=2.5)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moepress.calibration.accumulators import ACCUMULATORS
-from moepress.calibration.profile import Profile
+from moepress.calibration.profile import Profile, Statistic
 from moepress.compress.pruning.plan import COLLAPSE_NOTE, make_plan
 from moepress.compress.pruning.scoring import (
     Criterion,
@@ -48,7 +49,7 @@ def shape(experts: int = 4, *, top_k: int = 1, groups: int = 1, top_groups: int 
     )
 
 
-def statistics(domains: int = 1, experts: int = 4, **rows: Any) -> dict[str, Tensor]:
+def statistics(domains: int = 1, experts: int = 4, **rows: Any) -> dict[str, Statistic]:
     """Accumulators [S, 8, E]: each row (or one per domain) is spread over the shards so that it is their sum."""
     out = {name: torch.zeros(domains, 8, experts, dtype=torch.float64) for name in ACCUMULATORS}
     out["count"] += 100 / 8
@@ -56,11 +57,11 @@ def statistics(domains: int = 1, experts: int = 4, **rows: Any) -> dict[str, Ten
         value = torch.tensor(row, dtype=torch.float64).reshape(-1, experts).expand(domains, experts)
         share = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.float64) / 36
         out[name] = value[:, None, :] * (share[:, None] if ACCUMULATORS[name] == "sum" else torch.ones(8, 1))
-    return out
+    return {name: value.numpy() for name, value in out.items()}
 
 
 def profile(
-    found: dict[int, dict[str, Tensor]], form: Shape | None = None, domains: tuple[str, ...] = ("all",)
+    found: dict[int, dict[str, Statistic]], form: Shape | None = None, domains: tuple[str, ...] = ("all",)
 ) -> Profile:
     form = form or shape(next(iter(found.values()))["count"].shape[2])
     return Profile(
@@ -109,9 +110,8 @@ ROWS = {
     ],
 )
 def test_each_criterion_is_its_formula(criterion: Criterion, expected: list[float]) -> None:
-    weight = torch.ones(1, dtype=torch.float64)
-    found = layer_scores(statistics(**ROWS), criterion, weight, ALL)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    found = layer_scores(statistics(**ROWS), criterion, np.ones(1), ALL)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_all_criteria_are_tested() -> None:
@@ -124,7 +124,7 @@ def test_each_domain_counts_by_its_weight_and_not_by_its_size() -> None:
     found = statistics(domains=2, weighted_norm=[[3.0, 1.0, 0.0, 0.0], [0.0, 100.0, 300.0, 0.0]])
 
     def scored(one: float, two: float) -> list[float]:
-        weights = torch.tensor([one, two], dtype=torch.float64)
+        weights = np.array([one, two])
         return layer_scores(found, Criterion.REAP_SUM, weights, ALL).tolist()
 
     assert scored(1, 1) == pytest.approx([0.75, 0.5, 0.75, 0.0])
@@ -134,16 +134,16 @@ def test_each_domain_counts_by_its_weight_and_not_by_its_size() -> None:
 
 def test_only_the_shards_asked_for_are_used() -> None:
     found = statistics(weighted_norm=ROWS["weighted_norm"])
-    found["weighted_norm"][:, 2] = torch.tensor([0.0, 0.0, 5.0, 0.0])
-    only = layer_scores(found, Criterion.REAP_SUM, torch.ones(1, dtype=torch.float64), [2])
+    found["weighted_norm"][:, 2] = [0.0, 0.0, 5.0, 0.0]
+    only = layer_scores(found, Criterion.REAP_SUM, np.ones(1), [2])
     assert only.tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
 def kept(scores: list[float], tokens: list[float], count: int, safe: list[int] | None = None, **form: Any) -> list[int]:
     groups = form.pop("rule", Groups.BALANCED)
     return keep_set(
-        torch.tensor(scores, dtype=torch.float64),
-        torch.tensor(tokens, dtype=torch.float64),
+        np.array(scores),
+        np.array(tokens),
         safe or [],
         shape(len(scores), **form),
         selection(count, groups=groups),
@@ -260,15 +260,15 @@ def test_stability_is_one_where_all_halves_agree_and_low_where_they_do_not() -> 
     firm = profile({1: statistics(weighted_norm=ROWS["weighted_norm"], count=[100.0] * 4)})
     assert stability(firm, selection(2)) == 1.0
     torn = statistics(experts=8, count=[100.0] * 8)
-    torn["weighted_norm"] = torch.eye(8, dtype=torch.float64).unsqueeze(0)  # each shard has a favourite of its own
+    torn["weighted_norm"] = np.eye(8)[None]  # each shard has a favourite of its own
     assert stability(profile({1: torn}), selection(4)) == 0.0
     assert stability(profile({1: torn}), selection(8)) == 1.0
 
 
 def test_stability_is_the_mean_over_all_35_splits() -> None:
     found = statistics(experts=2, count=[100.0] * 2)
-    found["weighted_norm"] = torch.zeros(1, 8, 2, dtype=torch.float64)
-    found["weighted_norm"][0, :, 0] = torch.tensor([10.0, 0, 0, 0, 0, 0, 0, 0])
+    found["weighted_norm"] = np.zeros((1, 8, 2))
+    found["weighted_norm"][0, :, 0] = [10.0, 0, 0, 0, 0, 0, 0, 0]
     found["weighted_norm"][0, :, 1] = 1.0
     # The half with shard 0 keeps expert 0 (10 against 4), the other one expert 1: they never agree.
     assert stability(profile({1: found}), selection(1)) == 0.0
@@ -295,7 +295,7 @@ def cases(draw: st.DrawFn) -> tuple[Profile, Selection]:
     levels = draw(st.sampled_from([1, 2, 1000]))  # few levels: many ties
 
     def values() -> Tensor:
-        return torch.randint(0, levels, (domains, 8, experts), generator=generator).double()
+        return torch.randint(0, levels, (domains, 8, experts), generator=generator).double().numpy()
 
     found = {n: {name: values() for name in ACCUMULATORS} for n in range(layers)}
     for row in found.values():

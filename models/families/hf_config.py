@@ -1,0 +1,26 @@
+"""A config as transformers reads it: what it takes for the keys that config.json does not state."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from moepress.errors import InvalidInputError
+
+# A classifier's labels: transformers makes a dictionary of `num_labels` entries, whatever that number is.
+DROPPED_KEYS = {"quantization_config", "auto_map", "num_labels", "id2label", "label2id"}
+
+
+def hf_config(config: Mapping[str, Any]) -> Any:
+    """A transformers config object, without any quantization and without code from the checkpoint.
+
+    Raises:
+        InvalidInputError: transformers refuses the config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    # A copy in depth: transformers writes its own keys into rope_scaling; fingerprints and pruned configs are of ours.
+    plain = copy.deepcopy({k: v for k, v in config.items() if k not in DROPPED_KEYS})
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+    except Exception as error:  # transformers validates with many exception types
+        raise InvalidInputError(f"config.json is not valid for {config['model_type']}: {error}") from error
