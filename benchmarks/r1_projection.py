@@ -40,9 +40,12 @@ from r1_scaling import (
 )
 from setting import RESULTS, ROOT
 
-from moepress.compress.estimates.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
+from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import Figures, figures_of, pressed_sizes
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.profile import estimate_profile
+from moepress.compress.estimates.prune import estimate_prune
+from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import ASSUMED_READ
 from moepress.compress.gptq.experts import experts_that_fit
 from moepress.compress.gptq.solver import SolverOptions

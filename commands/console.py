@@ -64,7 +64,7 @@ def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
 
 def _append_summary(file: Path, report: Any) -> None:
     from moepress.validation.report.ci import append_summary
-    from moepress.validation.report.files import markdown
+    from moepress.validation.report.markdown import markdown
 
     try:
         append_summary(file, markdown(report))
@@ -103,7 +103,7 @@ def show_report(report: Any, folder: Path | None, *, as_json: bool) -> None:
         say(report.model_dump_json(indent=2))
     else:
         from moepress.runs.terminal import console
-        from moepress.validation.report.files import print_tables
+        from moepress.validation.report.terminal import print_tables
 
         print_tables(report, console())
         if folder is not None:

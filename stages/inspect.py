@@ -12,9 +12,11 @@ import psutil
 import torch
 
 from moepress.compress.budget.sizes import group_size_for, part_sizes
-from moepress.compress.estimates.estimate import estimate_profile, estimate_prune, estimate_quantize
 from moepress.compress.estimates.figures import Figures, figures_of, included_matrices, pressed_sizes
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.profile import estimate_profile
+from moepress.compress.estimates.prune import estimate_prune
+from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme

@@ -23,9 +23,12 @@ from moepress.calibration.profile import (
     save_profile,
 )
 from moepress.compress.budget.bit_losses import bit_loss_probe
-from moepress.compress.estimates.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
+from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.profile import estimate_profile
+from moepress.compress.estimates.prune import estimate_prune
+from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include

@@ -10,8 +10,8 @@ from typing import Any
 
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.profile import describe_corpus
-from moepress.compress.estimates.estimate import estimate_prune
 from moepress.compress.estimates.figures import figures_of
+from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.estimates.repair import estimate_repair
 from moepress.compress.pruning.plan import Plan

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from moepress.compress.estimates.estimate import Estimate, estimate_profile
+from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import Figures
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import Rates
 
 _ONCE = {"start", "read"}  # experts are read once for both streams

@@ -7,9 +7,11 @@ from typing import Any
 
 from moepress.calibration.hessian import matches_original
 from moepress.compress.budget.sizes import included_linears
-from moepress.compress.estimates.estimate import PROJECTED, Estimate, estimate_profile, estimate_quantize
+from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.export import Pressed, estimate_gptq, estimate_onnx, onnx_bytes_after
 from moepress.compress.estimates.figures import Figures, figures_of
+from moepress.compress.estimates.profile import estimate_profile
+from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.estimates.repair import estimate_repair
 from moepress.compress.pruning.plan import estimate_sizes, load_plan

@@ -17,7 +17,7 @@ from moepress.hub.snapshot import origin_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import read_json
 from moepress.validation.quality.results import QualityRow
-from moepress.validation.report.files import plain_text
+from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report
 from moepress.validation.report.tables import number_text, percent_text, size_text
 

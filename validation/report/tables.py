@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moepress.validation.quality.results import Estimate, QualityRow, ThroughputRow
-from moepress.validation.report.schema import ExpertName, Report, SubjectInfo, TargetFit, Targets
+from moepress.validation.report.schema import ExpertName, Report, SubjectInfo
 from moepress.validation.speed.projection import interval_text
+from moepress.validation.speed.results import TargetFit, Targets
 
 _MINUS, _NONE = "−", "–"
 BLINDNESS = (

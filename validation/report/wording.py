@@ -45,3 +45,10 @@ def _domains(report: Report, label: str) -> tuple[str, ...]:
     worst, best = max(changes, key=changes.__getitem__), min(changes, key=changes.__getitem__)
     most, least = percent_text(changes[worst]), percent_text(changes[best])
     return (f"Most was lost in {worst} (perplexity {most}), least in {best} ({least}).",)
+
+
+def imprint(report: Report) -> str:
+    """What made the report, and when."""
+    tool = f"moepress {report.tool_version}" if report.tool_version else "moepress"
+    when = f", {report.created}" if report.created else ""
+    return f"Made by {tool}{when}; report schema {report.schema_version}."

@@ -13,8 +13,8 @@ from moepress.models.families.family import Part, part_of
 from moepress.models.forward.inventory import Weight, cache_bytes
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.validation.quality.results import Throughput
-from moepress.validation.report.schema import SubjectLoad, TargetFit, Targets
 from moepress.validation.speed.projection import FORMULAS, load_of
+from moepress.validation.speed.results import SubjectLoad, TargetFit, Targets
 from moepress.validation.speed.target_here import speed_checks
 from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, TIGHT_RESERVE, Target, fit
 

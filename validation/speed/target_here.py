@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from moepress.validation.quality.results import Throughput
-from moepress.validation.report.schema import SpeedCheck, TargetFit
+from moepress.validation.speed.results import SpeedCheck, TargetFit
 from moepress.validation.speed.targets import Target
 
 _MEMORY_WORD = re.compile(r"\d+gb")

@@ -19,7 +19,7 @@ from stage_runs import keep_of, pruned_folder
 from moepress.calibration.hessian import gram
 from moepress.calibration.observe import _open_buffers
 from moepress.compress.budget.sizes import part_sizes
-from moepress.compress.estimates.estimate import Estimate, estimate_profile, estimate_prune, estimate_quantize
+from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import Figures, figures_of, included_matrices, pressed_sizes
 from moepress.compress.estimates.footprint import (
     Workload,
@@ -29,6 +29,9 @@ from moepress.compress.estimates.footprint import (
     limits_of,
     resident,
 )
+from moepress.compress.estimates.profile import estimate_profile
+from moepress.compress.estimates.prune import estimate_prune
+from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import ASSUMED_READ, Rates, matmul_rate, measure_rates, read_rate
 from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import estimate_sizes
@@ -245,7 +248,7 @@ def test_tokens_wait_where_memory_is_enough_and_save_forward_passes(model: Check
 
 
 def test_the_cost_of_a_hessian_is_the_triangle_that_is_formed() -> None:
-    from moepress.compress.estimates.estimate import _gram_flops
+    from moepress.compress.estimates.quantize import _gram_flops
 
     def formed(columns: int) -> int:
         return sum(2 * (columns - start) * min(1024, columns - start) for start in range(0, columns, 1024))

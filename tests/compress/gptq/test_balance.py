@@ -12,9 +12,9 @@ from stage_runs import CPU, LIMITS, content, keep_of, quantized_folder
 from torch import Tensor
 
 from moepress.calibration.hessian import HessianOptions
-from moepress.compress.estimates.estimate import estimate_quantize
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.gptq import balance, pieces
 from moepress.compress.gptq.balance import next_ranked, topped_up
 from moepress.compress.gptq.include import Include

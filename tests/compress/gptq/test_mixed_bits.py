@@ -12,9 +12,9 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_targets
 from stage_runs import G32, add_tokenizer, assert_near, command, content, logits_of, quantized_folder, streamed_logits
 
-from moepress.compress.estimates.estimate import estimate_quantize
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.gptq import pieces
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.schemes import config_groups, mixed_note, settle_bits

@@ -18,8 +18,8 @@ from moepress.validation.quality.results import Estimate, Quality, Throughput, T
 from moepress.validation.report.charts import divergence_chart, parts_chart, perplexity_chart, throughput_chart
 from moepress.validation.report.contents import CHOICE, PARTS, USAGE, contents
 from moepress.validation.report.drawing import new_figure, styled, svg
-from moepress.validation.report.files import html
 from moepress.validation.report.heatmap import cells, strengths, usage_maps
+from moepress.validation.report.html import html
 from moepress.validation.report.pictures import pictures
 from moepress.validation.report.plots import choice_chart, layer_error_chart
 from moepress.validation.report.schema import (

@@ -13,7 +13,9 @@ from rich.console import Console
 
 from moepress.validation.quality.results import Estimate, Quality, Throughput, ThroughputRow
 from moepress.validation.quality.thresholds import Thresholds, judge
-from moepress.validation.report.files import html, markdown, print_tables, write_report
+from moepress.validation.report.files import write_report
+from moepress.validation.report.html import html
+from moepress.validation.report.markdown import markdown
 from moepress.validation.report.schema import (
     Calibration,
     DomainLoss,
@@ -25,6 +27,7 @@ from moepress.validation.report.schema import (
     Report,
     SubjectInfo,
 )
+from moepress.validation.report.terminal import print_tables
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -11,7 +11,7 @@ from moepress.models.forward.inventory import cache_bytes, weigh
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.stages.groundwork import Machine
 from moepress.stages.validate import Evaluation, subject_of, validate_stage
-from moepress.validation.report.files import markdown
+from moepress.validation.report.markdown import markdown
 from moepress.validation.report.schema import Report
 from moepress.validation.speed.fits import fits_section, weights_of
 from moepress.validation.speed.targets import Target, Verdict, load_targets

@@ -6,9 +6,10 @@ import pytest
 
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.validation.quality.results import Estimate, Quality, Throughput, ThroughputRow
-from moepress.validation.report.schema import Report, SubjectInfo, Targets
+from moepress.validation.report.schema import Report, SubjectInfo
 from moepress.validation.report.tables import tables
 from moepress.validation.speed.fits import fits_section
+from moepress.validation.speed.results import Targets
 from moepress.validation.speed.target_here import target_here
 from moepress.validation.speed.targets import load_targets, target_of
 

@@ -1,0 +1,29 @@
+"""The report's tables on a terminal."""
+
+from typing import TYPE_CHECKING
+
+from moepress.validation.report.schema import Report
+from moepress.validation.report.tables import console_tables, headlines, warnings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_tables(report: Report, console: "Console") -> None:
+    """Print headline, before/after tables and notes."""
+    from rich.markup import escape as literal
+    from rich.table import Table as RichTable
+
+    for line in headlines(report):
+        console.print(f"[bold]{literal(line)}[/bold]", highlight=False)
+    for table in console_tables(report):
+        console.print(f"\n[bold]{literal(table.title)}[/bold]", highlight=False)
+        drawn = RichTable(box=None, pad_edge=False)
+        for column, name in enumerate(table.header):
+            drawn.add_column(literal(name), justify="right" if table.is_numeric(column) else "left")
+        for row in table.rows:
+            drawn.add_row(*(literal(cell) for cell in row))
+        console.print(drawn, highlight=False)
+    console.print()
+    for note in warnings(report):
+        console.print(f"Note: {literal(note)}", highlight=False)
