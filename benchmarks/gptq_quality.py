@@ -29,7 +29,7 @@ from setting import RESULTS, bench_model, machine, texts
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import open_checkpoint

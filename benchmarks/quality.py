@@ -19,7 +19,7 @@ from setting import bench_model, save, texts
 from moepress.calibration.hessian import HessianOptions, hessian_for
 from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest
 from moepress.compress.gptq.include import Include, linear_groups
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of

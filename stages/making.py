@@ -32,10 +32,10 @@ from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.pieces import PIECE_BYTES
 from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.gptq.schemes import check_scheme, model_dtype, scale_value_dtype, settle_bits
-from moepress.compress.gptq.solver import SolverOptions
 from moepress.compress.pruning.plan import Plan, check_plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries, prune

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
 from moepress.calibration.hessian import HessianOptions
 from moepress.cli import cli
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.scoring import Criterion
 from moepress.models.families.table import FAMILIES

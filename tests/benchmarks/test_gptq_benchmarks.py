@@ -14,7 +14,7 @@ import pytest
 
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.stages.groundwork import Calibration, Machine, Output

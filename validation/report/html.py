@@ -6,9 +6,9 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from moepress.validation.report.contents import contents
+from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.pictures import pictures
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import headlines, warnings
 from moepress.validation.report.wording import imprint, plain_words
 
 if TYPE_CHECKING:

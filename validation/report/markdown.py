@@ -2,9 +2,10 @@
 
 from html import escape
 
+from moepress.validation.report.cells import Table
 from moepress.validation.report.contents import contents
+from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import Table, headlines, warnings
 from moepress.validation.report.wording import imprint, plain_words
 
 

@@ -17,9 +17,9 @@ from moepress.hub.snapshot import origin_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import read_json
 from moepress.validation.quality.results import QualityRow
+from moepress.validation.report.cells import number_text, percent_text, size_text
 from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import number_text, percent_text, size_text
 
 CARD_NAME = "README.md"
 Format = Literal["compressed-tensors", "gptq", "onnx"]

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import console_tables, headlines, warnings
+from moepress.validation.report.tables import console_tables
 
 if TYPE_CHECKING:
     from rich.console import Console
