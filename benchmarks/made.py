@@ -26,7 +26,7 @@ from moepress.models.storage.writer import (
     write_json,
     write_shard,
 )
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 # With the routed experts: every Linear but routers, `lm_head` and what `quantize` never touches.
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})

@@ -57,7 +57,7 @@ def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         emit(next(iter(estimates.values())))
         return
-    from moepress.commands.printed_inspection import print_estimates
+    from moepress.commands.tables import print_estimates
 
     print_estimates(estimates)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moepress.commands.completion import complete_list, complete_models, complete_targets
+from moepress.commands.completers import complete_list, complete_models, complete_targets
 from moepress.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -16,7 +16,8 @@ from moepress.errors import MoepressError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import moe_layers
 from moepress.runs.journal import check_output, open_run
-from moepress.stages.groundwork import Output, model_folder, require_room
+from moepress.stages.groundwork import require_room
+from moepress.stages.places import Output, model_folder
 
 
 def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:
