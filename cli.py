@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import click
@@ -10,7 +11,8 @@ import click
 from moepress import __version__
 from moepress.commands.check import check
 from moepress.commands.completion import completion
-from moepress.commands.console import INTERRUPTED, fail
+from moepress.commands.console import INTERRUPTED, fail, say
+from moepress.commands.crash import Attempt, describe, printable
 from moepress.commands.doctor import doctor
 from moepress.commands.export import export
 from moepress.commands.generate import generate
@@ -27,7 +29,9 @@ from moepress.errors import MoepressError
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", prog_name="moepress")
-def cli() -> None:
+@click.option("--debug", is_flag=True, help="Print the traceback of an error that moepress does not expect.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Press Mixture-of-Experts language models: measure which experts your text uses, prune the others, quantize
     what stays with GPTQ, export, and prove what it cost.
 
@@ -47,6 +51,8 @@ def cli() -> None:
     memory. Interrupted runs go on with --resume. Exit codes: 0 ok, 2 wrong use, 3 a threshold was missed, 4 invalid
     input, 5 unsupported, 6 output in use, 130 interrupted.
     """
+    if isinstance(context.obj, Attempt):
+        context.obj.command, context.obj.debug = context.invoked_subcommand, debug
 
 
 def main() -> NoReturn:
@@ -57,8 +63,9 @@ def main() -> NoReturn:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP on purpose
             signal.signal(number, _interrupt)
+    attempt = Attempt()
     try:
-        code = cli.main(prog_name="moepress", standalone_mode=False)
+        code = cli.main(prog_name="moepress", standalone_mode=False, obj=attempt)
     except MoepressError as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -66,13 +73,22 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         fail("Interrupted. What is finished is kept; repeat the command with --resume to go on.", INTERRUPTED)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        fail("The device ran out of memory; give a smaller --max-memory and repeat with --resume or --force.", 1)
-    except OSError as error:
-        fail(f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume.", 1)
+    except Exception as error:
+        fail(_last_words(error, attempt), 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _last_words(error: Exception, attempt: Attempt) -> str:
+    """What to say of an error that nobody raised on purpose: the machine's, or else a bug."""
+    if attempt.debug:
+        say(printable("".join(traceback.format_exception(error)), lines=True), err=True)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return "The device ran out of memory; give a smaller --max-memory and repeat with --resume or --force."
+    if isinstance(error, MemoryError):
+        return "The memory is full; give a smaller --max-memory and repeat with --resume or --force."
+    if isinstance(error, OSError):
+        return f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume."
+    return describe(error, attempt)
 
 
 def _interrupt(_number: int, _frame: Any) -> None:
