@@ -37,9 +37,12 @@ def inspect(model: str, tokens: int | None, context: int | None, targets_file: P
               moepress inspect MODEL --targets-file my-gpus.toml
     """
     from moepress.hub.snapshot import headers_only
-    from moepress.stages.places import local_folders
+    from moepress.stages.places import model_folder
+    from moepress.validation.speed.targets import all_targets
 
-    local_folders(model)  # a wrong path is refused before anything heavy is imported
+    all_targets(targets_file)  # what is not there is refused before anything heavy is imported, on the hub too
+    with headers_only():
+        model_folder(model)
     quiet_libraries()
     from moepress.stages.inspect import inspect_model
 

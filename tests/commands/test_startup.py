@@ -1,6 +1,7 @@
 """What a command imports before it says that a path is wrong: neither torch nor transformers, whatever the command."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ LINES: list[tuple[list[str], int, str]] = [
         for line in (["inspect", "nope"], ["check", "nope"], ["validate", "nope", "b"], ["generate", "nope", "hi"])
     ],
     (["inspect", "../no/hub/id"], 4, "is not a folder"),
+    (["inspect", "demo", "--targets-file", "nope.toml"], 4, "Error: Cannot read nope.toml"),
+    *[([name, "no/model"], 4, "nor whole in the hub's cache") for name in ("inspect", "check")],
     (["plan", "nope"], 4, "Error: nope has no profile.json; give a folder made by `moepress profile`."),
     (["prune", "demo", "--profile", "nope", "--keep", "0.5", *OUT], 4, "Error: nope has no profile.json"),
     (["prune", "demo", "--plan", "nope.json", *OUT], 4, "Error: Cannot read nope.json: No such file or directory."),
@@ -66,7 +69,8 @@ LINES: list[tuple[list[str], int, str]] = [
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, list[str]]]:
     lines = json.dumps([line for line, _, _ in LINES])
     place = tmp_path_factory.mktemp("empty")
-    found = subprocess.run([sys.executable, "-c", DRIVER, lines], capture_output=True, text=True, check=True, cwd=place)
+    line, offline = [sys.executable, "-c", DRIVER, lines], os.environ | {"HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(line, capture_output=True, text=True, check=True, cwd=place, env=offline)
     assert list(place.iterdir()) == []
     return [(code, said, loaded) for code, said, loaded in json.loads(found.stdout)]
 
