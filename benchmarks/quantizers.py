@@ -15,7 +15,8 @@ from setting import ROOT
 from moepress.calibration.corpus import Corpus
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import Calibration, load_corpus
+from moepress.stages.groundwork import load_corpus
+from moepress.stages.places import Calibration
 
 TOOLS = ("moepress", "gptqmodel", "llmcompressor")
 NAMES = {"moepress": "moepress", "gptqmodel": "GPTQModel", "llmcompressor": "llm-compressor"}

@@ -57,7 +57,7 @@ def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         emit(next(iter(estimates.values())))
         return
-    from moepress.commands.printed_inspection import print_estimates
+    from moepress.commands.tables import print_estimates
 
     print_estimates(estimates)
 
@@ -83,12 +83,18 @@ def upload(push: Any, folder: Path, base: str, *, as_json: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """No banners or bars of the libraries below; ours are on stderr."""
+    """No banners or bars of the libraries below; ours are on stderr. Imports none of them: few commands need all."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # which read its environment when it was imported
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    elif "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def show_report(report: Any, folder: Path | None, *, as_json: bool) -> None:

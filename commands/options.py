@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from moepress.commands.completion import complete_list, complete_models, complete_targets
+from moepress.commands.completers import complete_list, complete_models, complete_targets
+from moepress.commands.crash import Attempt
 from moepress.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -103,10 +104,17 @@ push_options: Decorator = _stack(
 )
 
 
+def _remember(context: click.Context, _parameter: click.Parameter, folder: Path) -> Path:
+    """Let the last resort for bugs know where the work is done."""
+    if isinstance(context.obj, Attempt):
+        context.obj.output = folder
+    return folder
+
+
 def output_options(what: str) -> Decorator:
     """-o, --resume and --force."""
     return _stack(
-        click.option("-o", "--output", required=True, type=_PATH, help=what),
+        click.option("-o", "--output", required=True, type=_PATH, help=what, callback=_remember),
         click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
         click.option("--force", is_flag=True, help="Replace an output that is there; throw an unfinished run away."),
     )

@@ -4,6 +4,7 @@
     OUT.partial/        while it runs, and after it was killed
         journal.jsonl   line 1: settings; then one line per finished piece with its file, size and SHA-256
         lock.json       pid and host of the process that writes here
+        moepress-traceback-*.txt   of a bug that ended the run; gone when it ends well
         <files>         finished pieces, under their final names
 
 A piece is written to a temporary name, fsynced, renamed, and only then entered in the journal, so a line in the journal
@@ -25,6 +26,7 @@ from typing import Any
 from moepress.errors import InvalidInputError, OutputLockedError, UsageError
 
 JOURNAL, LOCK, TEMPORARY = "journal.jsonl", "lock.json", ".tmp"
+TRACEBACK = "moepress-traceback-"  # how the name of a file begins that tells of a bug; never part of an output
 _MARKERS = (JOURNAL, "moepress.json", "profile.json")  # what --force may replace holds one of these
 
 
@@ -88,6 +90,8 @@ class Run:
         """Turn the work folder into the output: everything whole, then one rename."""
         if keep_journal is not None:
             shutil.copyfile(self.folder / JOURNAL, keep_journal)
+        for told in self.folder.glob(f"{TRACEBACK}*.txt"):
+            told.unlink()
         sync_folder(self.folder)
         replaced = f"{self.out.name}.replaced-"
         if self.out.exists():

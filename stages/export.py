@@ -15,7 +15,8 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.runs.journal import check_output, open_run
-from moepress.stages.groundwork import Output, model_folder, require_room
+from moepress.stages.groundwork import require_room
+from moepress.stages.places import Output, model_folder
 
 
 def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:

@@ -16,7 +16,8 @@ from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.folder import read_json
-from moepress.stages.groundwork import Machine, load_tokenizer, model_folder
+from moepress.stages.groundwork import load_tokenizer
+from moepress.stages.places import Machine, model_folder
 from moepress.validation.quality.generate import (
     Decoder,
     Sampling,

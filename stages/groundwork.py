@@ -1,11 +1,10 @@
-"""What every stage begins with: the machine, the text and the output as data; a model's folder, its tokenizer, text as
-token windows, its forward pass, room on the disk, and a run that can be gone on with.
+"""What every stage begins with: a model's tokenizer, text as token windows, its forward pass, a plan held against it,
+room on the disk, and a run that can be gone on with.
 """
 
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,98 +12,17 @@ import torch
 
 from moepress import __version__
 from moepress.calibration.corpus import Corpus, build_corpus
+from moepress.calibration.profile import fingerprint
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.pruning.plan import Plan, check_plan
 from moepress.errors import InvalidInputError, MoepressError
-from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
-from moepress.models.storage.checkpoint import Source
+from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.runs.journal import Run, open_run, partial_folder, previous_settings
 from moepress.runs.phases import phase
-
-DEMO = "demo"
-DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where and within what a stage runs.
-
-    Attributes:
-        device: auto, cpu, cuda or mps.
-        dtype: auto, float32, bfloat16 or float16; what the forward pass computes in.
-        memory_bytes: what may be used; None for half of what is free.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """What the model is fed.
-
-    Attributes:
-        sources: files, folders or data sets; none at all means the embedded text.
-        domains: NAME=PATH.
-        tokens: how many in all; None for the default.
-        window: tokens per sequence; None for the model's context, at most 2048.
-        seed: chooses the windows.
-    """
-
-    sources: tuple[str, ...] = ()
-    domains: tuple[str, ...] = ()
-    tokens: int | None = None
-    window: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """Where a stage writes, and what it may do to what is there."""
-
-    folder: Path
-    resume: bool = False
-    force: bool = False
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a model: a path, `demo` for the embedded one, or an id on the hub, downloaded where it has to be.
-
-    Raises:
-        InvalidInputError: there is no such model.
-        MoepressError: it is on the hub and cannot be downloaded.
-    """
-    found = _place(name)
-    return found if isinstance(found, Path) else snapshot(found)
-
-
-def local_folders(*names: str) -> list[Path]:
-    """The folders of those models that are no ids on the hub, for checks before anything is downloaded.
-
-    Raises:
-        InvalidInputError: there is no such model.
-    """
-    return [found for found in map(_place, names) if isinstance(found, Path)]
-
-
-def _place(name: str) -> Path | HubModel:
-    folder = Path(name)
-    if name == DEMO and not folder.exists():
-        import moepress.models.demo as demo
-
-        return Path(demo.__file__).parent
-    if folder.is_dir():
-        return folder
-    model = hub_model(name)
-    if model is None or folder.exists():
-        raise InvalidInputError(
-            f"{name} is not a folder; give the folder of a Hugging Face model, its id on the hub (owner/name), or "
-            "`demo`."
-        )
-    return model
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, Machine, Output
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -163,6 +81,17 @@ def model_run(
         yield run, limits
 
 
+def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan, held against the model.
+
+    Raises:
+        UsageError: it is for another model or not legal.
+    """
+    check_plan(plan, checkpoint.shape, checkpoint.outline.moe_layers, None)  # first what needs no weight to be read
+    check_plan(plan, checkpoint.shape, checkpoint.outline.moe_layers, fingerprint(checkpoint))
+    return plan
+
+
 @phase("start")
 def streamed(source: Source, machine: Machine) -> StreamedModel:
     """A source's forward pass on that machine."""
@@ -197,11 +126,3 @@ def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) ->
     return Workload(
         tokens=tokens, window=window, domains=domains, device=device, dtype=dtype, memory_bytes=machine.memory_bytes
     )
-
-
-def display_name(folder: Path, given: str) -> str:
-    """A model's name for people: `demo`, its id on the hub, or its folder's name."""
-    origin = origin_of(folder)
-    if origin is not None:
-        return origin.repo
-    return DEMO if given == DEMO else folder.resolve().name

@@ -24,7 +24,8 @@ from moepress.models.families.family import Part, Shape, legal_counts
 from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder, workload
+from moepress.stages.groundwork import workload
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder
 from moepress.validation.speed.projection import FORMULAS, Load, load_of
 from moepress.validation.speed.targets import (
     DEFAULT_CONTEXT,

@@ -1,4 +1,4 @@
-"""From a budget in bytes, or a GPU of the table, to a plan: what `plan` and `run` share."""
+"""plan: profiles read and merged; from a budget in bytes, or a GPU of the table, to a plan, as `run` does it too."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moepress.calibration.profile import Profile
+from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, verdict
 from moepress.compress.budget.sizes import Linear, group_size_within, linears_of_config, probe_scheme
@@ -95,6 +95,11 @@ class Wish:
             for columns in (shape.hidden, shape.expert_width, *(linear.columns for linear in linears)):
                 scheme.groups(columns)
         return size
+
+
+def load_profiles(folders: Sequence[Path]) -> Profile:
+    """One profile, or several of one model merged."""
+    return merge_profiles([load_profile(folder) for folder in folders])
 
 
 def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -> Budget:

@@ -1,7 +1,7 @@
 """Pruning with repair: what `prune --repair` and `run --repair` do besides copying.
 
 The repair needs calibration text and a forward pass of the original and of the pruned model side by side; pruning alone
-needs neither and stays in `stages.py`.
+needs neither, see `stages/prune.py`.
 """
 
 from dataclasses import asdict
@@ -26,18 +26,8 @@ from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.journal import Run, check_output
-from moepress.stages.groundwork import (
-    Calibration,
-    Machine,
-    Output,
-    load_corpus,
-    model_folder,
-    model_run,
-    require_room,
-    streamed,
-    workload,
-)
-from moepress.stages.making import checked_plan
+from moepress.stages.groundwork import checked_plan, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.places import Calibration, Machine, Output, model_folder
 
 REPAIR_FILE = "repair.json"
 
@@ -71,7 +61,7 @@ def prune_repaired_stage(
     """Rewrite the checkpoint without the experts that the plan leaves out, and mend what stays.
 
     Returns:
-        As `stages.prune_stage`, and `repair`; of a dry run the estimates of both.
+        As `prune.prune_stage`, and `repair`; of a dry run the estimates of both.
     """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)

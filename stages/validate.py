@@ -30,7 +30,8 @@ from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
-from moepress.stages.groundwork import DEFAULT_WINDOW, Machine, load_tokenizer
+from moepress.stages.groundwork import load_tokenizer
+from moepress.stages.places import DEFAULT_WINDOW, Machine
 from moepress.validation.quality.measure import Subject, measure, vocabulary_of
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.schema import Environment, Report, SubjectInfo

@@ -32,7 +32,7 @@ from moepress.models.families.family import Part, part_of
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import router_disk_names
 from moepress.stages.export import onnx_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 from moepress.validation.quality.onnx_session import Decoding, open_session
 
 PREFILL, DECODE = 24, 32  # tokens at once, and then one by one

@@ -22,7 +22,7 @@ from hub_client import client, contents
 from stage_runs import command
 
 from moepress.hub.snapshot import hub_model
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 NOT_RUN = {
     r"make (demo|test)$": "installs packages from the network; continuous integration runs `make test`",

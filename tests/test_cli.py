@@ -19,7 +19,7 @@ from moepress.cli import cli
 from moepress.compress.pruning.plan import COLLAPSE_NOTE
 from moepress.models.families.table import FAMILIES
 from moepress.runs.journal import JOURNAL
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 SMALL = ["--tokens", "512", "--window", "32"]
 COMMANDS = sorted(cli.commands)

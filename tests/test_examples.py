@@ -18,8 +18,9 @@ import yaml
 from action_runner import EXPRESSION, Job
 
 from moepress.cli import cli
-from moepress.stages.groundwork import model_folder
-from moepress.stages.run.recipe import load_recipe, make_recipe
+from moepress.stages.places import model_folder
+from moepress.stages.run.file import load_recipe
+from moepress.stages.run.recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moepress.compress.budget.search import most_common
@@ -23,14 +22,8 @@ from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.runs.byte_sizes import parse_bytes
 from moepress.stages.export import check_onnx, onnx_bits
-from moepress.stages.groundwork import (
-    DEFAULT_TOKENS,
-    DEFAULT_WINDOW,
-    EMBEDDED_TOKENS,
-    Calibration,
-    load_corpus,
-    model_folder,
-)
+from moepress.stages.groundwork import load_corpus
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
 from moepress.stages.repair import check_repair
 from moepress.stages.validate import (
@@ -93,22 +86,6 @@ class Recipe(BaseModel):
     device: str = "auto"
     dtype: str = "auto"
     max_memory: Bytes | None = None
-
-
-def load_recipe(file: Path) -> dict[str, Any]:
-    """The values of a YAML recipe, not yet checked together with the command line's.
-
-    Raises:
-        InvalidInputError: it cannot be read or is not a mapping.
-    """
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error
-    if not isinstance(found, dict):
-        raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")
-    return found
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:

@@ -33,9 +33,11 @@ from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.runs.journal import Run, check_output, open_run, previous_settings, write_atomically
 from moepress.runs.progress import note
 from moepress.stages.export import export_stage, onnx_stage
-from moepress.stages.groundwork import Machine, Output, load_corpus, model_folder
-from moepress.stages.making import QuantizeRequest, profile_stage, quantize_stage
+from moepress.stages.groundwork import load_corpus
+from moepress.stages.places import Machine, Output, model_folder
 from moepress.stages.plan import plan_within
+from moepress.stages.profile import profile_stage
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.stages.repair import load_repairs, repair_stage
 from moepress.stages.run.recipe import (
     LATE_FIELDS,

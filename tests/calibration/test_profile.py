@@ -27,8 +27,8 @@ from moepress.calibration.profile import (
 )
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import Calibration, Machine, Output
-from moepress.stages.making import profile_stage
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.profile import profile_stage
 
 WINDOWS = tiny_models.windows(256, count=12, length=8, seed=4)
 DOMAINS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 1, 0])

@@ -27,12 +27,14 @@ from moepress.runs.journal import partial_folder
 # Runs the export again and again, each time killed at another moment: as the n-th write reaches the disk.
 KILLED = """
 import os, pathlib, signal, sys
-from moepress import cli, exports, groundwork
-from moepress.converters import onnx_export
+from moepress import cli
+from moepress.converters.onnx.export import OnnxRequest
+from moepress.stages.export import onnx_estimate
+from moepress.stages.places import Output
 
 folder, outputs = sys.argv[1:]
-none = groundwork.Output(folder=pathlib.Path(outputs) / "none")
-exports.onnx_estimate(folder, none, onnx_export.OnnxRequest())  # imports what every run would import again
+none = Output(folder=pathlib.Path(outputs) / "none")
+onnx_estimate(folder, none, OnnxRequest())  # imports what every run would import again
 for number in range(1, 100, 2):
     if os.fork() == 0:
         plain, count = os.fsync, 0

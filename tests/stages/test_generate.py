@@ -31,7 +31,7 @@ from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages import generate
 from moepress.stages.export import export_stage
 from moepress.stages.generate import stop_tokens
-from moepress.stages.groundwork import Output, model_folder
+from moepress.stages.places import Output, model_folder
 
 PROMPT = "def main():"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"

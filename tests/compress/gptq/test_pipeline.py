@@ -313,7 +313,8 @@ class Rounded:
 def test_quantizing_the_demo_model_beats_rounding_to_nearest(tmp_path: Path) -> None:
     from moepress.calibration.corpus import build_corpus, evaluation_windows
     from moepress.calibration.sources import embedded_sources
-    from moepress.stages.groundwork import load_tokenizer, model_folder
+    from moepress.stages.groundwork import load_tokenizer
+    from moepress.stages.places import model_folder
 
     folder, scheme = model_folder("demo"), Scheme(bits=3, group_size=64)
     tokenizer = load_tokenizer(folder)

@@ -18,7 +18,8 @@ from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.runs.journal import open_run, partial_folder, sha256_of
 from moepress.stages import validate
 from moepress.stages.run import run
-from moepress.stages.run.recipe import check_recipe, load_recipe, make_recipe
+from moepress.stages.run.file import load_recipe
+from moepress.stages.run.recipe import check_recipe, make_recipe
 from moepress.stages.run.run import run_recipe
 from moepress.validation.report.schema import Report
 from moepress.validation.rules.check import planned_notes
