@@ -25,6 +25,7 @@ from moepress.commands.run import run
 from moepress.commands.targets import targets
 from moepress.commands.validate import validate
 from moepress.errors import MoepressError
+from moepress.runs.progress import Level, set_level
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})
@@ -51,6 +52,7 @@ def cli(context: click.Context, debug: bool) -> None:
     memory. Interrupted runs go on with --resume. Exit codes: 0 ok, 2 wrong use, 3 a threshold was missed, 4 invalid
     input, 5 unsupported, 6 output in use, 130 interrupted.
     """
+    set_level(Level.USUAL)
     if isinstance(context.obj, Attempt):
         context.obj.command, context.obj.debug = context.invoked_subcommand, debug
 

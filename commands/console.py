@@ -47,9 +47,10 @@ def stream(piece: str) -> None:
 
 
 def note(*notes: str) -> None:
-    """Print notes on stderr."""
-    for line in notes:
-        say(f"Note: {line}", err=True)
+    """Print notes on stderr, but under --quiet."""
+    from moepress.runs.progress import note as noted
+
+    noted(*notes)
 
 
 def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:

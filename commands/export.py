@@ -17,6 +17,7 @@ from moepress.commands.options import (
     onnx_options,
     output_options,
     push_options,
+    talk_options,
 )
 from moepress.commands.parsed import all_default, push_of
 from moepress.commands.tables import human_bytes, plain_console, plain_table
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @onnx_options
 @push_options
 @dry_run_option
+@talk_options
 @json_option
 def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool, **options: Any) -> None:
     """Write a quantized ARTIFACT in another format. Codes do not change; nothing is solved again.

@@ -45,6 +45,23 @@ def _stack(*options: Decorator) -> Decorator:
 _PATH = click.Path(path_type=Path)
 
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+def _level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def told(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            from moepress.runs.progress import Level, set_level
+
+            set_level(Level(level))
+
+    return told
+
+
+_flag: dict[str, Any] = {"is_flag": True, "expose_value": False}
+talk_options: Decorator = _stack(
+    click.option("-q", "--quiet", **_flag, callback=_level(0), help="No progress and no notes; errors alone."),
+    click.option("-v", "--verbose", **_flag, callback=_level(2), help="In a log, a line for every step, however fast."),
+)
 dry_run_option: Decorator = click.option(
     "--dry-run", is_flag=True, help="Check everything and print the time, memory and disk it would take; write nothing."
 )

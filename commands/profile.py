@@ -17,6 +17,7 @@ from moepress.commands.options import (
     model_argument,
     nonfinite_option,
     output_options,
+    talk_options,
     timings_option,
 )
 from moepress.commands.parsed import calibration_of, machine_of
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @nonfinite_option
 @timings_option
 @dry_run_option
+@talk_options
 @json_option
 def profile(model: str, output: Path, resume: bool, force: bool, **options: Any) -> None:
     """Run MODEL over calibration text and write down how it uses its experts, per domain.

@@ -21,6 +21,7 @@ from moepress.commands.options import (
     push_options,
     repair_option,
     selection_options,
+    talk_options,
     timings_option,
 )
 from moepress.commands.parsed import all_default, calibration_of, machine_of, mtp_of, plan_of, push_of, repair_of
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @push_options
 @timings_option
 @dry_run_option
+@talk_options
 @json_option
 def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
     """Rewrite MODEL without the experts that the plan leaves out: byte for byte, in the memory of one tensor.

@@ -21,6 +21,7 @@ from moepress.commands.options import (
     output_options,
     push_options,
     scheme_options,
+    talk_options,
     timings_option,
 )
 from moepress.commands.parsed import all_default, calibration_of, includes_of, machine_of, mtp_of, push_of
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 @push_options
 @timings_option
 @dry_run_option
+@talk_options
 @json_option
 def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
     """Quantize MODEL with GPTQ, pruned by a plan where one is given; the calibration text flows through the pruned,

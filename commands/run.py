@@ -26,6 +26,7 @@ from moepress.commands.options import (
     repair_option,
     scheme_options,
     selection_options,
+    talk_options,
     targets_file_option,
     timings_option,
 )
@@ -66,6 +67,7 @@ _RECIPE_OPTIONS = (
 @push_options
 @timings_option
 @dry_run_option
+@talk_options
 @json_option
 def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file: Path | None, **options: Any) -> None:
     """The whole job: profile, plan, quantize, export, validate, report. `run demo` shows it on the embedded model.

@@ -17,6 +17,7 @@ from moepress.commands.options import (
     json_option,
     machine_options,
     model_argument,
+    talk_options,
     targets_file_option,
 )
 from moepress.commands.parsed import machine_of, thresholds_of
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     help="Folder for report.html, report.md, report.json, junit.xml and provenance.json.",
 )
 @machine_options
+@talk_options
 @json_option
 def validate(before: str, after: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and

@@ -125,9 +125,12 @@ def quantize(
     check_scheme(model.source, options.scheme, include)
     layers = model.shape.layers
     chunks = plan_chunks(model.source, layers, dict.fromkeys(model.moe_layers, model.shape.experts), options)
-    scratch = Scratch(run.folder, limits.memory_bytes)
+    scratch, text = Scratch(run.folder, limits.memory_bytes), f"{corpus.windows.numel():,} tokens"
     try:
-        with torch.inference_mode(), track("quantize", layers) as advance:
+        with (
+            torch.inference_mode(),
+            track("quantize", layers, unit="layers", about=text) as advance,
+        ):
             with phase("embed"):
                 ranks = options.hessian.least_tokens > 0
                 stream = open_stream(model, corpus.windows, scratch, limits, observe=False, logits=ranks)
@@ -157,7 +160,7 @@ def quantize(
                 with in_layer(layer):
                     _save(job, layer)
                     stream.forget()
-                advance(1)
+                advance(1, _error_text(run, layer))
     except SpentError:
         return {"finished": False, **_progress(job)}
     finally:
@@ -171,6 +174,12 @@ def _save(job: Job, layer: int) -> None:
     save_hidden(job.run, job.stream, layer)
     if job.reference is not None:
         drop_original(job.run, layer - 1)
+
+
+def _error_text(run: Run, layer: int) -> str:
+    """The relative error of a layer that is done, for people who wait."""
+    found = layer_report(piece for piece in run.pieces.values() if piece.note.get("layer") == layer)["layer_error"]
+    return f"error {next(iter(found.values())):.2%}" if found else ""
 
 
 def _progress(job: Job) -> dict[str, int]:

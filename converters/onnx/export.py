@@ -108,7 +108,7 @@ def write_onnx(source: Checkpoint | Artifact, decoder: Decoder, request: OnnxReq
         InvalidInputError: a tensor is damaged.
         UnsupportedError: a value does not fit the graph's dtype.
     """
-    with track("export to onnx", len(decoder.files)) as advance:
+    with track("export to onnx", len(decoder.files), unit="files") as advance:
         for name, entries in decoder.files.items():
             if run.done(name) is None:
                 run.write(name, name, functools.partial(_write, entries))

@@ -266,7 +266,7 @@ def forward(
 ) -> Tensor:
     """Hidden states before the final norm, [N, T, D], of a whole streamed forward pass."""
     stream = open_stream(model, windows_NT, scratch, limits, observe=False)
-    with track(title, model.shape.layers) as advance, torch.inference_mode():
+    with track(title, model.shape.layers, unit="layers") as advance, torch.inference_mode():
         for layer in range(model.shape.layers):
             model.load_layer(layer)
             if first_step(stream, layer):

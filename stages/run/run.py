@@ -10,6 +10,7 @@ OUT/exports/<fmt>/   the same codes in other layouts; onnx-before: the original,
 OUT/report.{html,md,json}, junit.xml, provenance.json
 """
 
+import itertools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.runs.journal import Run, check_output, open_run, previous_settings, write_atomically
-from moepress.runs.progress import note
+from moepress.runs.progress import note, stage
 from moepress.stages.export import export_stage, onnx_stage
 from moepress.stages.groundwork import load_corpus
 from moepress.stages.places import Machine, Output, model_folder
@@ -114,12 +115,21 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
     with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
         write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        profile = _profile(setup, run)
-        plan = _plan(setup, run, profile)
-        repairs = _repair(setup, run, plan)
-        quantized = _quantize(setup, run, plan, repairs)
-        exported = _exports(setup, run)
-        return _report(setup, run, (profile, plan), repairs, quantized, exported)
+        number, of = itertools.count(1), 3 + bool(recipe.repair) + bool(recipe.to)  # a plan is made in no time
+        with stage(next(number), of):
+            profile = _profile(setup, run)
+        plan, repairs = _plan(setup, run, profile), None
+        if recipe.repair:
+            with stage(next(number), of):
+                repairs = _repair(setup, run, plan)
+        with stage(next(number), of):
+            quantized = _quantize(setup, run, plan, repairs)
+        exported = _Onnx()
+        if recipe.to:
+            with stage(next(number), of):
+                exported = _exports(setup, run)
+        with stage(next(number), of):
+            return _report(setup, run, (profile, plan), repairs, quantized, exported)
 
 
 def _stage_output(setup: _Setup, name: str) -> Output:
@@ -166,10 +176,8 @@ def _text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _repair(setup: _Setup, run: Run, plan: Plan) -> Repairs | None:
+def _repair(setup: _Setup, run: Run, plan: Plan) -> Repairs:
     recipe, folder = setup.recipe, setup.out / "repair"
-    if not recipe.repair:
-        return None
     if run.done("repair") is None and not folder.exists():
         parts = frozenset(recipe.repair)
         repair_stage(recipe.model, _stage_output(setup, "repair"), plan, parts, calibration_of(recipe), setup.machine)

@@ -81,7 +81,7 @@ def score_tokens(
     targets, start = windows_NT[:, 1:].reshape(-1), 0
     read, read_reference = subject.reader(), reference.reader() if reference is not None else None
     step = 1  # the first row tells the size of the vocabulary
-    with track(title, total) as advance:
+    with track(title, total, unit="tokens") as advance:
         while start < total:
             count = min(step, total - start)
             chunk = slice(start, start + count)
