@@ -11,11 +11,20 @@ import pytest
 import tiny_models
 import torch
 
-gc.freeze()  # each layer of a streamed forward collects garbage: it need not look at torch and transformers again
+gc.unfreeze = lambda: None  # or `settle` would look through all that is set aside before each walk: a third of a second
+os.fsync = lambda _file: None  # no test outlives a power cut; processes of their own do wait for the disk
 os.environ.pop("GITHUB_STEP_SUMMARY", None)  # or every validate of a test would write to the summary of our own CI
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other, minutes in all where tests run in parallel
 
 TinyFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """Libraries, test files and their cases are set aside before each file: each layer of a streamed forward collects
+    garbage, and would look through them every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
