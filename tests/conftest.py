@@ -18,6 +18,16 @@ torch.set_num_threads(1)  # tiny matrices: threads only wait for each other, min
 
 TinyFactory = Callable[..., Path]
 
+LONG = (
+    *("test_recipe", "test_doc_commands_guides", "test_doc_commands", "test_estimate", "test_push", "test_balance"),
+    *("test_resume", "test_dry_run", "test_export", "test_generate", "test_pipeline", "test_examples"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: where each goes to one process, no process works alone at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_to_collect() -> None:
