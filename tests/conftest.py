@@ -12,13 +12,32 @@ import pytest
 import tiny_models
 import torch
 
-gc.freeze()  # each layer of a streamed forward collects garbage: it need not look at torch and transformers again
+gc.unfreeze = lambda: None  # or `settle` would look through all that is set aside before each walk: a third of a second
+os.fsync = lambda _file: None  # no test outlives a power cut; processes of their own do wait for the disk
 os.environ.pop("GITHUB_STEP_SUMMARY", None)  # or every validate of a test would write to the summary of our own CI
 # What is remembered of models in a cache must not come from, or go to, that of the person who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moepress-tests-")
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other, minutes in all where tests run in parallel
 
 TinyFactory = Callable[..., Path]
+
+LONG = (
+    *("test_recipe", "test_doc_commands_guides", "test_doc_commands", "test_estimate", "test_push", "test_balance"),
+    *("test_resume", "test_dry_run", "test_export", "test_generate", "test_pipeline", "test_examples"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: where each goes to one process, no process works alone at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """Libraries, test files and their cases are set aside before each file: each layer of a streamed forward collects
+    garbage, and would look through them every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ Letters: B batch, S tokens given, V vocabulary.
 """
 
 import dataclasses
-import gc
 import json
 import re
 import shutil
@@ -96,7 +95,6 @@ _ALL: list[Models] = []
 def models_of(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folders of this test run: the same for every test module that asks."""
     if not _ALL:
-        gc.freeze()  # our forward collects garbage after every layer, and looks at all that torch has made each time
         _ALL.append(Models(folder=tmp_path_factory.mktemp("onnx"), tiny=tiny_model))
     return _ALL[0]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import fork_server
 import pytest
 import tiny_models
 from stage_runs import command, content
@@ -321,7 +323,8 @@ def test_brackets_in_names_are_printed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_ends_without_a_word() -> None:
-    line = f"{sys.executable} -m moepress inspect demo | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    python = shlex.join(fork_server.python())
+    line = f"{python} -m moepress inspect demo | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=dict(os.environ))
     assert found.returncode == 0
     assert found.stderr == ""

@@ -6,12 +6,12 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fork_server
 import onnx_runs
 import pytest
 import tiny_models
@@ -294,7 +294,7 @@ def test_a_disk_that_is_full_in_the_middle_can_be_resumed_from(models: Models, t
 
 def test_an_export_killed_at_any_moment_ends_with_the_same_bytes(mixtral: Path, models: Models, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, mixtral, tmp_path],
+        [*fork_server.python(), "-c", KILLED, mixtral, tmp_path],
         capture_output=True,
         text=True,
         check=False,

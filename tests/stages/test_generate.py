@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import onnxruntime
 import pytest
 import tiny_models
@@ -281,6 +283,7 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_closed_pipe_ends_without_a_word() -> None:
-    line = f"({sys.executable} -m moepress generate demo 'def' --max-new-tokens 400 | head -c 1 >/dev/null) 2>&1"
+    python = shlex.join(fork_server.python())
+    line = f"({python} -m moepress generate demo 'def' --max-new-tokens 400 | head -c 1 >/dev/null) 2>&1"
     found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert found.stdout == ""
