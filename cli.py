@@ -12,7 +12,7 @@ from moepress import __version__
 from moepress.commands.check import check
 from moepress.commands.completion import completion
 from moepress.commands.console import INTERRUPTED, fail, say
-from moepress.commands.crash import Attempt, describe, printable
+from moepress.commands.crash import Attempt, describe
 from moepress.commands.doctor import doctor
 from moepress.commands.export import export
 from moepress.commands.generate import generate
@@ -26,6 +26,7 @@ from moepress.commands.targets import targets
 from moepress.commands.validate import validate
 from moepress.errors import MoepressError
 from moepress.runs.progress import Level, set_level
+from moepress.runs.text import printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100})

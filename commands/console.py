@@ -10,25 +10,30 @@ from typing import Any, NoReturn
 import click
 
 from moepress.errors import ThresholdMissedError
+from moepress.runs.text import message as bounded
+from moepress.runs.text import printable
 
 INTERRUPTED = 130
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a sentence on stderr and exit with that code."""
-    say(f"Error: {message}" if code != INTERRUPTED else message, err=True)
+    say(f"Error: {bounded(message)}" if code != INTERRUPTED else message, err=True)
     sys.exit(code)
 
 
 def emit(data: Mapping[str, Any]) -> None:
     """Print JSON on stdout."""
-    say(json.dumps(data, indent=2, default=str, ensure_ascii=False))
+    text = json.dumps(data, indent=2, default=str, ensure_ascii=False)
+    if printable(text, lines=True) != text:  # JSON has escapes of its own for what a terminal might obey
+        text = json.dumps(data, indent=2, default=str)
+    say(text)
 
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a text on stdout or stderr; where its reader has gone go on in silence, to the end and its exit code."""
     try:
-        click.echo(text, err=err)
+        click.echo(printable(text, lines=True), err=err)
     except BrokenPipeError:
         from moepress.runs.terminal import stop_printing
 

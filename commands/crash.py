@@ -11,6 +11,7 @@ from pathlib import Path
 from moepress import __version__
 from moepress.runs.journal import JOURNAL, TRACEBACK, partial_folder
 from moepress.runs.phases import place_of
+from moepress.runs.text import printable
 
 LONGEST = 300
 """Characters of an exception's text that are shown."""
@@ -82,13 +83,6 @@ def text_of(error: Exception) -> str:
         said = ""
     text = printable(f"{type(error).__name__}: {said}" if said else type(error).__name__)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    """The text with control characters, and what no encoding takes, as escapes; with `lines` it may have several."""
-    return "".join(
-        c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode("ascii") for c in text
-    )
 
 
 def _stage_of(error: Exception) -> str | None:

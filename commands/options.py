@@ -9,6 +9,7 @@ import click
 from moepress.commands.completers import complete_list, complete_models, complete_targets
 from moepress.commands.crash import Attempt
 from moepress.errors import UsageError
+from moepress.runs.byte_sizes import parse_share
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
@@ -180,8 +181,24 @@ machine_options: Decorator = _stack(
     ),
 )
 
+
+class _Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
+    """A share, as a number or in per cent."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """0.75 and 75% are the same."""
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_share(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no share; write 0.75 or 75%.", param, ctx)
+
+
 selection_options: Decorator = _stack(
-    click.option("--keep", type=float, metavar="SHARE", help="Share of experts that stay, such as 0.75."),
+    click.option("--keep", type=_Share(), metavar="SHARE", help="Share of experts that stay, such as 0.75 or 75%."),
     click.option("--experts", type=int, metavar="N", help="Number of experts that stay in every layer."),
     click.option(
         "--criterion",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from moepress.runs.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -40,7 +42,13 @@ def plain_table(*columns: str) -> Table:
     """A table without lines; the first column to the left, numbers to the right."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    class Safe(Table):
+        """A table whose cells may hold names from files."""
+
+        def add_row(self, *cells: Any, **how: Any) -> None:
+            super().add_row(*(printable(c) if isinstance(c, str) else c for c in cells), **how)
+
+    table = Safe(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table

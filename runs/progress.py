@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
+from moepress.runs.text import printable
+
 LINE_SECONDS = 5.0
 
 
@@ -66,7 +68,7 @@ def track(description: str, total: int, *, unit: str = "steps", about: str = "")
         unit: what a step is, in the plural.
         about: how much work that is, such as `131,072 tokens`.
     """
-    title = (_state.stages[-1] if _state.stages else "") + description
+    title = printable((_state.stages[-1] if _state.stages else "") + description)
     if _state.level is Level.QUIET:
         yield _silent
     elif _watched():
@@ -195,7 +197,7 @@ def _bar(title: str, total: int, unit: str, about: str) -> Iterator[Advance]:
 
 def _print(line: str) -> None:
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except BrokenPipeError:
         from moepress.runs.terminal import stop_printing
 

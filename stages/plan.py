@@ -115,14 +115,15 @@ def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -
         assert request.limit_bytes is not None
         cache = cache_bytes(config, request.context) if request.context else 0
         return Budget(limit_bytes=request.limit_bytes, cache_bytes=cache, context=request.context)
-    memory = target_of(request.target, request.targets_file).memory_bytes
+    target = target_of(request.target, request.targets_file)
+    memory = target.memory_bytes
     context = request.context or min(DEFAULT_CONTEXT, shape.context)
     return Budget(
         limit_bytes=memory,
         reserve_bytes=math.ceil(memory * RESERVE),
         cache_bytes=cache_bytes(config, context),
         context=context,
-        target=request.target,
+        target=target.id,
     )
 
 

@@ -20,7 +20,8 @@ from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.runs.byte_sizes import parse_bytes
+from moepress.runs.byte_sizes import parse_bytes, parse_share
+from moepress.runs.text import suggestion
 from moepress.stages.export import check_onnx, onnx_bits
 from moepress.stages.groundwork import load_corpus
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
@@ -46,7 +47,12 @@ def _bytes(value: Any) -> Any:
         raise ValueError(f"{value!r} is not a size; write for example 8GiB") from None
 
 
+def _share(value: Any) -> Any:
+    return parse_share(value) if isinstance(value, str) else value  # a ValueError is pydantic's to tell
+
+
 Bytes = Annotated[int, BeforeValidator(_bytes)]
+Share = Annotated[float, BeforeValidator(_share)]
 
 
 class Recipe(BaseModel):
@@ -61,7 +67,7 @@ class Recipe(BaseModel):
     tokens: int | None = Field(default=None, ge=1)
     window: int | None = Field(default=None, ge=2)
     seed: int = 0
-    keep: float | None = None
+    keep: Share | None = None
     experts: int | None = None
     criterion: Criterion | None = None
     domain_weight: dict[str, float] = {}
@@ -100,6 +106,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         why = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            why = f"there is no such field{suggestion(where, Recipe.model_fields)}"
         raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
     if budget_request(recipe) is not None:
         return recipe

@@ -11,10 +11,11 @@ import pytest
 from stage_runs import add_tokenizer, command, content
 
 from moepress.commands import crash
-from moepress.commands.crash import LONGEST, Attempt, describe, printable, text_of
+from moepress.commands.crash import LONGEST, Attempt, describe, text_of
 from moepress.runs import journal
 from moepress.runs.journal import TRACEBACK, open_run, partial_folder
 from moepress.runs.phases import in_layer, phase
+from moepress.runs.text import printable
 from moepress.stages import check as check_module
 from moepress.stages import quantize as quantize_module
 
