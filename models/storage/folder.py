@@ -1,12 +1,12 @@
 """A model folder's files: config.json, the index and the headers of the shards, held against each other. No weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from moepress.errors import InvalidInputError
 from moepress.models.storage.safetensors_file import Stored, read_header
+from moepress.runs.parsing import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -19,7 +19,7 @@ def read_json(file: Path) -> dict[str, Any]:
         InvalidInputError: the file is missing, not JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:

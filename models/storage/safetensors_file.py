@@ -4,7 +4,6 @@ Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endia
 the data. The library maps whole files, which counts as resident memory; moepress reads byte ranges instead.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepress.errors import InvalidInputError
+from moepress.runs.parsing import parse_json
 
 ITEM_BYTES = {
     "F64": 8,
@@ -67,7 +67,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; restore the file.") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = parse_json(raw.decode("utf-8"), _no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"its header is not valid: {error}") from error
     if not isinstance(header, dict):
