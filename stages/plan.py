@@ -197,9 +197,18 @@ def _notes(profile: Profile, chosen: Candidate, group_size: int, budget: Budget)
         notes.append(MIXED_NOTE)
     if widths & {2, 3}:
         notes.append(FEW_BITS_NOTE)
+    notes += context_notes(budget.context, profile.shape.context)
     measured = probe_scheme(profile.shape, SUPPORTED_BITS[0]).group_size
     if widths and group_size != measured:
         notes.append(f"The losses by bits were measured with groups of {measured}, not of {group_size}.")
     if sum(int(row["bytes"]) for row in profile.inventory.values()) <= budget.weight_bytes:
         notes.append("The original fits into this budget as it is.")
     return notes
+
+
+def context_notes(tokens: int | None, context: int) -> list[str]:
+    """What to know of a KV cache for more tokens than a model was made for."""
+    if tokens is None or tokens <= context:
+        return []
+    said = f"The context of {tokens:,} tokens exceeds the model's own of {context:,}"
+    return [f"{said}: a runtime takes it only with an extended rope, stated in config.json."]
