@@ -143,7 +143,7 @@ calibration_options: Decorator = _stack(
         "--calibration",
         multiple=True,
         metavar="FILE|DIR|DATASET",
-        help="Text the experts are judged by: .txt, .jsonl, .parquet, a folder, or a hub data set. Repeatable. "
+        help="Text the experts are judged by: .txt, .json(l), .csv, .parquet, a folder, or a hub data set. Repeatable. "
         "Without it the embedded demo text is used, and the result says so.",
     ),
     click.option(

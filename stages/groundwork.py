@@ -16,13 +16,15 @@ from moepress.calibration.profile import fingerprint
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.pruning.plan import Plan, check_plan
-from moepress.errors import InvalidInputError, MoepressError
+from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.runs.journal import Run, open_run, partial_folder, previous_settings
 from moepress.runs.phases import phase
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, Machine, Output
+
+MOST_TOKENS = 1 << 30
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -43,9 +45,33 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def require_context(option: str, tokens: int | None, context: int) -> None:
+    """Refuse sequences that are longer than those a model was made for.
+
+    Raises:
+        UsageError: with the model's context.
+    """
+    if tokens is not None and tokens > context:
+        raise UsageError(
+            f"{option} {tokens} exceeds the model's context of {context} tokens (max_position_embeddings in "
+            "config.json); give no more than that."
+        )
+
+
 @phase("start")
 def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabulary: int) -> Corpus:
-    """Tokenized calibration windows."""
+    """Tokenized calibration windows.
+
+    Raises:
+        UsageError: the model has no context for such a window, or there are more tokens than any text has.
+        InvalidInputError: the text can not be read.
+    """
+    require_context("--window", calibration.window, context)
+    if calibration.tokens is not None and calibration.tokens > MOST_TOKENS:
+        raise UsageError(
+            f"--tokens {calibration.tokens} are more than {MOST_TOKENS:,}; some hundred thousand are usual, the "
+            f"default is {DEFAULT_TOKENS:,}."
+        )
     sources = parse_sources(calibration.sources, calibration.domains)
     tokens = calibration.tokens or (DEFAULT_TOKENS if sources else EMBEDDED_TOKENS)
     return build_corpus(

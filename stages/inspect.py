@@ -25,7 +25,7 @@ from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.stages.groundwork import workload
-from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, context_notes, model_folder
 from moepress.validation.speed.projection import FORMULAS, Load, load_of
 from moepress.validation.speed.targets import (
     DEFAULT_CONTEXT,
@@ -184,7 +184,8 @@ def target_fits(
         "counts": rows,
         "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache),
     }
-    return found | {"answer": answer(found, targets, _making_bytes(checkpoint, figures, scheme))}
+    said = answer(found, targets, _making_bytes(checkpoint, figures, scheme))
+    return found | {"answer": [*said, *context_notes(context, shape.context)]}
 
 
 def pressed_load(figures: Figures, sizes: Mapping[Part, int], count: int, cache_bytes_per_token: int) -> Load:

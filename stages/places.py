@@ -123,3 +123,11 @@ def require_file(file: Path) -> None:
             pass
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
+
+
+def context_notes(tokens: int | None, context: int) -> list[str]:
+    """What to know of a KV cache for more tokens than a model was made for."""
+    if tokens is None or tokens <= context:
+        return []
+    said = f"The context of {tokens:,} tokens exceeds the model's own of {context:,}"
+    return [f"{said}: a runtime takes it only with an extended rope, stated in config.json."]

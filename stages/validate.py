@@ -30,8 +30,8 @@ from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
-from moepress.stages.groundwork import load_tokenizer
-from moepress.stages.places import DEFAULT_WINDOW, Machine
+from moepress.stages.groundwork import load_tokenizer, require_context
+from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.validation.quality.measure import Subject, measure, vocabulary_of
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.schema import Environment, Report, SubjectInfo
@@ -83,6 +83,7 @@ def load_evaluation(
 
 def evaluation_corpus(folder: Path, evaluation: Evaluation, *, context: int, vocabulary: int) -> EvaluationCorpus:
     """The windows that an evaluation describes, for a model of that context and vocabulary, tokenizer in `folder`."""
+    require_context("--window", evaluation.window, context)
     return load_evaluation(
         folder,
         evaluation.data,
@@ -228,7 +229,6 @@ def validate_stage(
         vocabulary=vocabulary_of(subjects[0].source),
     )
     window = int(corpus.windows.shape[1])
-    _check_contexts(folders, window)
     quality = measure(
         subjects,
         corpus,
@@ -238,6 +238,7 @@ def validate_stage(
         scratch_folder=work,
         onnx_device=provider,
     )
+    sections["notes"] = (*sections.get("notes", ()), *context_notes(evaluation.context, _context(subjects[0])))
     timed = None
     if evaluation.throughput:
         with_folder = [s for s in (subjects[0], *also_timed, *subjects[1:]) if s.folder is not None]
@@ -302,14 +303,6 @@ def _check_onnx(folders: Sequence[OnnxFolder], device: str) -> None:
             raise MoepressError(
                 f"{folder.folder} has {folder.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
                 "free; a session holds the whole model. Free some memory, or use a larger machine."
-            )
-
-
-def _check_contexts(folders: Sequence[OnnxFolder], window: int) -> None:
-    for folder in folders:
-        if window > folder.context:
-            raise UsageError(
-                f"--window {window} exceeds the {folder.context} tokens that {folder.folder} has room for."
             )
 
 

@@ -19,8 +19,9 @@ import torch
 from mutations import json_text, mutate, not_a_file, spoiled_bytes, spoiled_header
 from stage_runs import add_tokenizer, corpus_of, profile_of
 
+from moepress.calibration.documents import read_documents
 from moepress.calibration.profile import load_profile, save_profile
-from moepress.calibration.sources import parse_sources
+from moepress.calibration.templates import ChatTemplate
 from moepress.compress.pruning.plan import check_plan, load_plan, make_plan, plan_text
 from moepress.converters.safetensors.artifact import open_source
 from moepress.converters.safetensors.scheme import Scheme
@@ -111,8 +112,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     texts.mkdir()
     rows = [
         {"text": "one"},
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text"}]}]},
-        {"conversations": [{"from": "human", "value": "a"}], "id": 3},
+        {"prompt": "a", "completion": "b", "id": 3},
+        {"content": "c", "meta": {"lang": ["en"]}},
         {"instruction": "do", "input": "", "output": "done"},
     ]
     (texts / "rows.json").write_text(json.dumps(rows))
@@ -145,8 +146,8 @@ def recipe_read(folder: Path) -> None:
 
 
 def text_read(folder: Path) -> None:
-    for source in parse_sources([str(folder / "rows.json")], []):
-        assert source
+    with ChatTemplate(object()) as chat:  # without a template: conversations are refused, other records read
+        assert list(read_documents(folder / "rows.json", chat))
 
 
 def targets_read(folder: Path) -> None:
