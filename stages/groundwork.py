@@ -5,7 +5,7 @@ token windows, its forward pass, room on the disk, and a run that can be gone on
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from moepress import __version__
 from moepress.calibration.corpus import Corpus, build_corpus
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.estimates.footprint import Workload
-from moepress.errors import InvalidInputError, MoepressError
+from moepress.converters.safetensors.artifact import Artifact
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
-from moepress.models.storage.checkpoint import Source
+from moepress.models.storage.checkpoint import Checkpoint, Source
+from moepress.models.storage.misnamed import misnamed
 from moepress.runs.journal import Run, open_run, partial_folder, previous_settings
 from moepress.runs.phases import phase
+from moepress.runs.progress import note
+from moepress.stages.tokenizer import read_tokenizer
 
 DEMO = "demo"
 DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
@@ -98,6 +102,8 @@ def _place(name: str) -> Path | HubModel:
         return Path(demo.__file__).parent
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise _refused_file(folder)
     model = hub_model(name)
     if model is None or folder.exists():
         raise InvalidInputError(
@@ -107,22 +113,37 @@ def _place(name: str) -> Path | HubModel:
     return model
 
 
+def _refused_file(file: Path) -> MoepressError:
+    try:
+        other = misnamed(file)
+    except OSError as error:
+        return InvalidInputError(f"Cannot read {file}: {error.strerror or error}.")
+    if other is not None:
+        return UnsupportedError(other)
+    return InvalidInputError(f"{file} is a file, not a folder; give the folder that it lies in.")
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; code from the folder is never run.
+    """The model's tokenizer (`stages.tokenizer`); what is to be said of it is said on stderr.
 
     Raises:
-        InvalidInputError: there is none, or transformers cannot read it.
+        InvalidInputError: there is none, or a file of it is broken.
+        UnsupportedError: it needs code of the folder, or a package that is not installed.
     """
-    from transformers import AutoTokenizer
+    found = read_tokenizer(folder)
+    note(*found.notes)
+    return found.tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types here
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".:")
-        raise InvalidInputError(
-            f"{folder} has no tokenizer that transformers can read ({reason}); put the tokenizer files of the original "
-            "model into it."
-        ) from error
+
+def announce(source: Checkpoint | Artifact) -> None:
+    """Say on stderr what was noted when a folder was opened; once, however many stages open it."""
+    for text in source.notes:
+        if (source.folder, text) not in _ANNOUNCED:
+            _ANNOUNCED.add((source.folder, text))
+            note(text)
+
+
+_ANNOUNCED: set[tuple[Path, str]] = set()
 
 
 @phase("start")
@@ -130,14 +151,17 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
     """Tokenized calibration windows."""
     sources = parse_sources(calibration.sources, calibration.domains)
     tokens = calibration.tokens or (DEFAULT_TOKENS if sources else EMBEDDED_TOKENS)
-    return build_corpus(
+    found = read_tokenizer(folder)
+    note(*found.notes)
+    corpus = build_corpus(
         sources or embedded_sources("calibration"),
-        load_tokenizer(folder),
+        found.tokenizer,
         tokens=tokens,
         window=calibration.window or min(context, DEFAULT_WINDOW),
         seed=calibration.seed,
         vocab_size=vocabulary,
     )
+    return replace(corpus, notes=(*corpus.notes, *found.notes))
 
 
 @contextmanager

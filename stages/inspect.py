@@ -24,7 +24,7 @@ from moepress.models.families.family import Part, Shape, legal_counts
 from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder, workload
+from moepress.stages.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, announce, model_folder, workload
 from moepress.validation.speed.projection import FORMULAS, Load, load_of
 from moepress.validation.speed.targets import (
     DEFAULT_CONTEXT,
@@ -64,6 +64,7 @@ def inspect_model(
     """
     targets = all_targets(targets_file)
     checkpoint = open_checkpoint(model_folder(model_name))
+    announce(checkpoint)
     check_tensors(
         checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=checkpoint.folder
     )

@@ -49,6 +49,7 @@ from moepress.stages.groundwork import (
     Calibration,
     Machine,
     Output,
+    announce,
     display_name,
     free_disk,
     load_corpus,
@@ -85,6 +86,7 @@ def profile_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    announce(checkpoint)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
@@ -131,6 +133,7 @@ def profile_estimate(
     """What `profile` would take; without an output its disk is taken to have room."""
     folder = model_folder(model_name)
     checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
     work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)
@@ -176,6 +179,7 @@ def prune_stage(
     keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
     size = planned_bytes(planned_entries(checkpoint, keep))  # known to the byte before any is written
     if dry_run:
+        announce(checkpoint)
         rates = measure_rates(checkpoint, torch.device("cpu"), torch.float32)
         return asdict(estimate_prune(size, rates))
     require_room(output, size)
@@ -213,6 +217,7 @@ def quantize_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
     if mtp is Mtp.KEEP:
         refuse_quantized_mtp(checkpoint)
     shape = checkpoint.shape
@@ -268,6 +273,7 @@ def quantize_stage(
     summary = {
         "model": digest,
         "model_name": display_name(folder, model_name),
+        "source_notes": list(checkpoint.notes),
         "calibration": describe_corpus(corpus, calibration.seed),
         "experts_before": shape.experts,
         "experts": plan.experts if plan else shape.experts,
