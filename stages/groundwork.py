@@ -3,7 +3,7 @@ token windows, its forward pass, room on the disk, and a run that can be gone on
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,16 +131,19 @@ def load_tokenizer(folder: Path) -> Any:
         UnsupportedError: it needs code of the folder, or a package that is not installed.
     """
     found = read_tokenizer(folder)
-    note(*found.notes)
+    _say(folder, found.notes)
     return found.tokenizer
 
 
 def announce(source: Checkpoint | Artifact) -> None:
     """Say on stderr what was noted when a folder was opened; once, however many stages open it."""
-    for text in source.notes:
-        if (source.folder, text) not in _ANNOUNCED:
-            _ANNOUNCED.add((source.folder, text))
-            note(text)
+    _say(source.folder, source.notes)
+
+
+def _say(folder: Path, notes: Sequence[str]) -> None:
+    new = [text for text in notes if (folder, text) not in _ANNOUNCED]
+    _ANNOUNCED.update((folder, text) for text in new)
+    note(*new)
 
 
 _ANNOUNCED: set[tuple[Path, str]] = set()
@@ -152,7 +155,7 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
     sources = parse_sources(calibration.sources, calibration.domains)
     tokens = calibration.tokens or (DEFAULT_TOKENS if sources else EMBEDDED_TOKENS)
     found = read_tokenizer(folder)
-    note(*found.notes)
+    _say(folder, found.notes)
     corpus = build_corpus(
         sources or embedded_sources("calibration"),
         found.tokenizer,
@@ -161,7 +164,7 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
         seed=calibration.seed,
         vocab_size=vocabulary,
     )
-    return replace(corpus, notes=(*corpus.notes, *found.notes))
+    return replace(corpus, notes=(*corpus.notes, *(text.rstrip(".") for text in found.notes)))
 
 
 @contextmanager

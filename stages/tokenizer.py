@@ -53,22 +53,27 @@ def read_tokenizer(folder: Path) -> Read:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
-        if raw is None or not _needs_code(folder):
+        if raw is None:
             raise _unreadable(folder, error) from error
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         except Exception as second:
             raise _unreadable(folder, second) from second
-        notes = (f"The tokenizer's own code in {folder} is not run; {FILE} is used alone.",)
+        why = "needs code of its own, which is not run" if _needs_code(folder) else _reason(error)
+        notes = (f"The tokenizer class that {folder} names can not be had ({why}); {FILE} is used alone.",)
     if raw is None or not tokenizer.is_fast:
         return Read(tokenizer=tokenizer, notes=notes)
     return Read(tokenizer=tokenizer, notes=(*notes, *_by_file(folder, tokenizer, raw)))
 
 
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".:")[:200]
+
+
 def _unreadable(folder: Path, error: Exception) -> InvalidInputError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".:")
     return InvalidInputError(
-        f"{folder} has no tokenizer that transformers can read ({reason}); put the tokenizer files of the original "
+        f"{folder} has no tokenizer that transformers can read ({_reason(error)}); put the tokenizer files of the "
+        "original "
         "model into it."
     )
 

@@ -14,6 +14,7 @@ from moepress.models.families.family import Family
 from moepress.models.families.table import family_of
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint, require_finite
 from moepress.models.storage.folder import load_config, open_shards, unread_weights
+from moepress.models.storage.foreign import refuse_foreign
 from moepress.models.storage.outline import Outline, outline_of
 from moepress.models.storage.safetensors_file import Stored
 from moepress.models.storage.settled import leftover_quantization, settle
@@ -143,6 +144,7 @@ def open_artifact(folder: Path) -> Artifact:
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if not isinstance(quantization, dict) or method not in _SUFFIXES:
+        refuse_foreign(folder, config, open_shards(folder)[0])  # names what it is, where that shows
         raise UnsupportedError(
             f"{folder} is not in a quantized layout that moepress reads (compressed-tensors or gptq, not {method!r}); "
             "make one with `moepress quantize`."

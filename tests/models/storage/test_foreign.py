@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from moepress.converters.safetensors.artifact import open_source
+from moepress.converters.safetensors.artifact import open_artifact, open_source
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.foreign import SIDECARS
@@ -127,9 +127,10 @@ def test_fused_experts_in_fp8_and_in_mxfp4_are_named(tiny_copy: Factory, leaf: s
 def test_settings_in_a_file_of_their_own_are_named_with_what_to_do(folder: Path) -> None:
     tiny_models.rewrite(folder, replaced(**FORMS["GPTQ"][0]))
     (folder / "quantize_config.json").write_text('{"bits": 4}')
-    with pytest.raises(UnsupportedError, match=r"GPTQ, with its settings only in quantize_config\.json") as caught:
-        open_source(folder)
-    assert "copy the object in quantize_config.json into config.json" in str(caught.value)
+    for opening in (open_source, open_artifact):
+        with pytest.raises(UnsupportedError, match=r"GPTQ, with its settings only in quantize_config\.json") as caught:
+            opening(folder)
+        assert "copy the object in quantize_config.json into config.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", SIDECARS)
