@@ -15,7 +15,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.runs.journal import check_output, open_run
-from moepress.stages.groundwork import require_room
+from moepress.stages.groundwork import announce, require_room
 from moepress.stages.places import Output, model_folder
 
 
@@ -60,6 +60,7 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     folder = model_folder(artifact_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     artifact = open_artifact(folder)
+    announce(artifact)
     if artifact.layout == target:
         raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
     check_target(artifact, target)
@@ -109,6 +110,7 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     source = open_source(folder)
+    announce(source)
     decoder = plan_onnx(source, request)
     require_room(output, onnx_bytes(decoder))
     settings = {

@@ -18,7 +18,7 @@ from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.folder import read_json
-from moepress.stages.groundwork import load_tokenizer
+from moepress.stages.groundwork import announce, load_tokenizer
 from moepress.stages.places import Machine, model_folder
 from moepress.validation.quality.generate import (
     Decoder,
@@ -112,6 +112,7 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     source = open_source(folder)
+    announce(source)
     config = hf_config(source.config)
     return Runnable(
         context=int(config.max_position_embeddings),

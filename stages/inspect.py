@@ -24,7 +24,7 @@ from moepress.models.families.family import Part, Shape, legal_counts
 from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages.groundwork import workload
+from moepress.stages.groundwork import announce, workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, context_notes, model_folder
 from moepress.validation.speed.projection import FORMULAS, Load, load_of
 from moepress.validation.speed.targets import (
@@ -72,6 +72,7 @@ def inspect_model(
     """
     targets = all_targets(targets_file) if only is None else (target_of(only, targets_file),)
     checkpoint = open_checkpoint(model_folder(model_name))
+    announce(checkpoint)
     check_tensors(
         checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=checkpoint.folder
     )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepress.errors import InvalidInputError
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
+from moepress.models.storage.misnamed import misnamed
 
 DEMO = "demo"
 DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
@@ -84,6 +85,8 @@ def _place(name: str) -> Path | HubModel:
         return Path(demo.__file__).parent
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise _refused_file(folder)
     model = hub_model(name)
     if model is None or folder.exists():
         raise InvalidInputError(
@@ -91,6 +94,16 @@ def _place(name: str) -> Path | HubModel:
             "`demo`."
         )
     return model
+
+
+def _refused_file(file: Path) -> MoepressError:
+    try:
+        other = misnamed(file)
+    except OSError as error:
+        return InvalidInputError(f"Cannot read {file}: {error.strerror or error}.")
+    if other is not None:
+        return UnsupportedError(other)
+    return InvalidInputError(f"{file} is a file, not a folder; give the folder that it lies in.")
 
 
 def display_name(folder: Path, given: str) -> str:

@@ -14,7 +14,7 @@ from moepress.compress.estimates.rates import measure_rates
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.runs.journal import check_output
-from moepress.stages.groundwork import free_disk, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.groundwork import announce, free_disk, load_corpus, model_run, require_room, streamed, workload
 from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
 
 
@@ -32,6 +32,7 @@ def profile_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    announce(checkpoint)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
@@ -78,6 +79,7 @@ def profile_estimate(
     """What `profile` would take; without an output its disk is taken to have room."""
     folder = model_folder(model_name)
     checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
     work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)

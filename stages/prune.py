@@ -13,7 +13,7 @@ from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_e
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.journal import check_output, open_run
-from moepress.stages.groundwork import checked_plan, require_room
+from moepress.stages.groundwork import announce, checked_plan, require_room
 from moepress.stages.places import Output, model_folder
 
 
@@ -34,6 +34,7 @@ def prune_stage(
     keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
     size = planned_bytes(planned_entries(checkpoint, keep))  # known to the byte before any is written
     if dry_run:
+        announce(checkpoint)
         rates = measure_rates(checkpoint, torch.device("cpu"), torch.float32)
         return asdict(estimate_prune(size, rates))
     require_room(output, size)

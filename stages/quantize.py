@@ -22,7 +22,7 @@ from moepress.models.storage.checkpoint import Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
 from moepress.runs.journal import check_output
-from moepress.stages.groundwork import checked_plan, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.groundwork import announce, checked_plan, load_corpus, model_run, require_room, streamed, workload
 from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
 
 
@@ -58,6 +58,7 @@ def quantize_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
     if mtp is Mtp.KEEP:
         refuse_quantized_mtp(checkpoint)
     shape = checkpoint.shape
@@ -113,6 +114,7 @@ def quantize_stage(
     summary = {
         "model": digest,
         "model_name": display_name(folder, model_name),
+        "source_notes": list(checkpoint.notes),
         "calibration": describe_corpus(corpus, calibration.seed),
         "experts_before": shape.experts,
         "experts": plan.experts if plan else shape.experts,

@@ -23,15 +23,16 @@ from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx.runtime import installed_version, require_onnxruntime, session_providers
 from moepress.converters.safetensors.artifact import Artifact, open_source
-from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
 from moepress.hub.snapshot import origin_of
 from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
-from moepress.stages.groundwork import load_tokenizer, require_context
+from moepress.stages.groundwork import announce, load_tokenizer, require_context
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
+from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Subject, measure, vocabulary_of
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.schema import Environment, Report, SubjectInfo
@@ -102,7 +103,9 @@ def open_subject(label: str, folder: Path) -> Subject:
         UnsupportedError: it is an ONNX folder, and onnx or ONNX Runtime is not installed.
     """
     if not is_onnx(folder):
-        return subject_of(label, open_source(folder))
+        source = open_source(folder)
+        announce(source)
+        return subject_of(label, source)
     require_onnxruntime()
     return onnx_subject(label, open_onnx(folder))
 
@@ -137,11 +140,11 @@ def tokenizer_folder(folders: Sequence[Path]) -> Path:
     Raises:
         InvalidInputError: none has one; of the first folder.
     """
-    first: InvalidInputError | None = None
+    first: MoepressError | None = None
     for folder in folders:
         try:
-            load_tokenizer(folder)
-        except InvalidInputError as error:
+            read_tokenizer(folder)
+        except (InvalidInputError, UnsupportedError) as error:
             first = first or error
         else:
             return folder

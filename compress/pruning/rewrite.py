@@ -78,7 +78,7 @@ def prune(
         "experts": plan.experts,
         "mtp_keep": {str(layer): kept for layer, kept in predicting.items()},
         "copied": copied,
-        "notes": mtp_note(dropped, predicting, plan.experts_before),
+        "notes": [*checkpoint.notes, *mtp_note(dropped, predicting, plan.experts_before)],
     }
     if repairs is not None:
         result["repair"] = repairs.model_dump(mode="json")

@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepress.models.storage.folder import INDEX, SINGLE
+from moepress.models.storage.foreign import SIDECARS
 
 # What belongs to a model besides its weights; everything else in the folder stays behind. Code that the config names
 # in auto_map goes along as bytes and is never run here.
 _CARRIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".md", ".py"}
 _NOT_CARRIED = {"config.json", "__init__.py", INDEX, "README.md", "moepress.json", "metrics.json", "training.json"}
+_NOT_CARRIED |= set(SIDECARS)  # they speak of other weights than those that are written; exports write their own
+_TEMPLATES = "additional_chat_templates"
 
 Chunk = bytes | bytearray | memoryview
 
@@ -87,4 +90,14 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         if licence or file.suffix in _CARRIED_SUFFIXES:
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
+    return copied + _copy_templates(source, target)
+
+
+def _copy_templates(source: Path, target: Path) -> list[str]:
+    """The further chat templates of transformers' tokenizers, the one folder that belongs to a model."""
+    copied = []
+    for file in sorted((source / _TEMPLATES).glob("*.jinja")):
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / _TEMPLATES / file.name)
+        copied.append(f"{_TEMPLATES}/{file.name}")
     return copied

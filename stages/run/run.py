@@ -306,7 +306,12 @@ def _report(
         choice=choice_section(plan),
         quantization=quantization_section(quantized, artifact.scheme, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
-        notes=(*plan.notes, *onnx.notes, *(f"Calibration: {note}." for note in quantized["calibration"]["notes"])),
+        notes=(
+            *original.notes,
+            *plan.notes,
+            *onnx.notes,
+            *(f"Calibration: {note}." for note in quantized["calibration"]["notes"]),
+        ),
         commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
