@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from moepress.errors import InvalidInputError, UsageError
+from moepress.runs.files import open_plain, require_plain
 
 Split = Literal["calibration", "evaluation"]
 
@@ -224,8 +225,11 @@ def _domain_of(location: str) -> str:
 
 def _checked(location: str) -> str:
     """The location, if it is a file or can be the name of a hub dataset."""
-    if Path(location).expanduser().is_file():
+    path = Path(location).expanduser()
+    if path.is_file():
         return location
+    if path.exists() and not path.is_dir():
+        require_plain(path)
     if HUB_ID.fullmatch(location) is None or (location.endswith(FOLDER_SUFFIXES) and ":" not in location):
         raise InvalidInputError(f"{location}: no such file or folder, nor a hub dataset's owner/name[:file-pattern].")
     return location
@@ -282,7 +286,7 @@ def _snapshot_files(repo: str, patterns: list[str], *, local_files_only: bool) -
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(open_plain(path), "rb") if path.suffix == ".gz" else open_plain(path)  # type: ignore[return-value]
 
 
 def _plain_text(path: Path, limit_bytes: int | None) -> str:

@@ -14,6 +14,7 @@ from moepress.converters.safetensors.export import Exported, Target, check_targe
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.inside import watched
 from moepress.runs.journal import check_output, open_run
 from moepress.stages.groundwork import Output, model_folder, require_room
 
@@ -58,12 +59,13 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     """Lay a quantized folder out in another format."""
     folder = model_folder(artifact_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     artifact = open_artifact(folder)
     if artifact.layout == target:
         raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
     check_target(artifact, target)
     settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
-    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         return export(artifact, target, run)
 
 
@@ -107,6 +109,7 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
 
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     source = open_source(folder)
     decoder = plan_onnx(source, request)
     require_room(output, onnx_bytes(decoder))
@@ -119,7 +122,7 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
         "kernel": request.kernel,
         "accuracy_level": request.accuracy_level,
     }
-    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         made = write_onnx(source, decoder, request, run)
         found: Any = None
         if check:

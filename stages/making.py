@@ -43,6 +43,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
 from moepress.runs.journal import check_output, open_run
 from moepress.stages.groundwork import (
@@ -84,6 +85,7 @@ def profile_stage(
     """Run the model over calibration text and write its profile."""
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
@@ -99,7 +101,7 @@ def profile_stage(
         "seed": calibration.seed,
     }
     probe = bit_loss_probe(checkpoint.config) if bit_losses else None
-    with model_run(output, model, corpus, machine, settings) as (run, limits):
+    with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
         statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
         profile = Profile(
             model=digest,
@@ -114,6 +116,7 @@ def profile_stage(
             statistics=statistics,
         )
         save_profile(profile, run.folder)
+        run.require_ready()
         drop_hidden(run)
         run.finish()
     return profile
@@ -171,6 +174,7 @@ def prune_stage(
     """Rewrite the checkpoint without the experts that the plan leaves out."""
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     checked_plan(checkpoint, plan)
     keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
@@ -188,7 +192,7 @@ def prune_stage(
         "mtp": mtp.value,
         "allow_nonfinite": allow_nonfinite,
     }
-    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         return prune(checkpoint, plan, run, mtp=mtp)
 
 
@@ -212,6 +216,7 @@ def quantize_stage(
     """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder)
     if mtp is Mtp.KEEP:
         refuse_quantized_mtp(checkpoint)
@@ -275,7 +280,7 @@ def quantize_stage(
         "hessian": settings["hessian"],
         "solver": settings["solver"],
     }
-    with model_run(output, model, corpus, machine, settings) as (run, limits):
+    with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
         result = quantize(
             model,
             corpus,

@@ -24,7 +24,9 @@ from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp
+from moepress.runs.files import put, read_text
 from moepress.runs.journal import Run, check_output
 from moepress.stages.groundwork import (
     Calibration,
@@ -75,6 +77,7 @@ def prune_repaired_stage(
     """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     check_repair(checkpoint, plan.experts, parts)
     checked_plan(checkpoint, plan)
@@ -92,7 +95,7 @@ def prune_repaired_stage(
         "mtp": mtp.value,
         "allow_nonfinite": allow_nonfinite,
     }
-    with model_run(output, streams[0], corpus, machine, settings) as (run, limits):
+    with model_run(output, streams[0], corpus, machine, settings, inputs) as (run, limits):
         repairs = _find(streams, plan, parts, corpus, calibration, run, limits)
         return prune(checkpoint, plan, run, mtp=mtp, repairs=repairs)
 
@@ -108,6 +111,7 @@ def repair_stage(
     """Find the repairs without writing a pruned model: a folder with `repair.json`, for `quantize_stage` to use."""
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder)
     check_repair(checkpoint, plan.experts, parts)
     checked_plan(checkpoint, plan)
@@ -116,9 +120,10 @@ def repair_stage(
     require_room(output, estimate_repair(figures_of(checkpoint), work).disk_bytes)
     streams = _streams(checkpoint, plan, machine)
     settings = _settings("repair", plan, parts, calibration)
-    with model_run(output, streams[0], corpus, machine, settings) as (run, limits):
+    with model_run(output, streams[0], corpus, machine, settings, inputs) as (run, limits):
         repairs = _find(streams, plan, parts, corpus, calibration, run, limits)
-        (run.folder / REPAIR_FILE).write_text(repairs.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        put(run.folder / REPAIR_FILE, (repairs.model_dump_json(indent=1) + "\n").encode())
+        run.require_ready()
         drop_walk(run)
         run.finish()
     return repairs
@@ -132,7 +137,7 @@ def load_repairs(folder: Path) -> Repairs:
     """
     file = folder / REPAIR_FILE
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"Cannot read {file} ({error}); repair again.") from error
     return parse_repairs(text, file)

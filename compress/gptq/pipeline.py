@@ -396,6 +396,7 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
     note = {"moepress": __version__, "stage": "quantize", "include": sorted(job.include), **result}
     note["scheme"] = {"bits": options.scheme.bits, "group_size": options.scheme.group_size}
     write_json(run.folder / "moepress.json", note | dict(summary))
+    run.require_ready()
     for name in [p for p in run.pieces if p.startswith("hidden-")]:
         run.drop(name)
     run.finish()

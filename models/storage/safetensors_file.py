@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepress.errors import InvalidInputError
+from moepress.runs.files import open_plain
 
 ITEM_BYTES = {
     "F64": 8,
@@ -59,7 +60,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
                 raise _broken(file, f"its header claims {length} bytes and the file has {size}")
@@ -123,10 +124,10 @@ def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> byte
     buffer = bytearray(length)
     view, got = memoryview(buffer), 0
     try:
-        with entry.file.open("rb", buffering=0) as stream:
+        with open_plain(entry.file, buffering=0) as stream:
             stream.seek(entry.begin + begin)
             while got < length:
-                count = stream.readinto(view[got:])
+                count = stream.readinto(view[got:])  # type: ignore[attr-defined]
                 if not count:
                     raise _broken(entry.file, f"it ends inside {entry.name}")
                 got += count

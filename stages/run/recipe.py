@@ -21,7 +21,9 @@ from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.inside import require_own
 from moepress.runs.byte_sizes import parse_bytes
+from moepress.runs.files import read_text
 from moepress.stages.export import check_onnx, onnx_bits
 from moepress.stages.groundwork import (
     DEFAULT_TOKENS,
@@ -102,7 +104,8 @@ def load_recipe(file: Path) -> dict[str, Any]:
         InvalidInputError: it cannot be read or is not a mapping.
     """
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        require_own(file)
+        found = yaml.safe_load(read_text(file))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error

@@ -28,9 +28,20 @@ from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
 from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import UsageError
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.runs.journal import Run, check_output, open_run, previous_settings, write_atomically
+from moepress.models.storage.inside import watched
+from moepress.runs.journal import (
+    JOURNAL,
+    Run,
+    check_output,
+    open_run,
+    previous_settings,
+    sha256_of,
+    write_atomically,
+)
+from moepress.runs.output import is_ours
 from moepress.runs.progress import note
 from moepress.stages.export import export_stage, onnx_stage
 from moepress.stages.groundwork import Machine, Output, load_corpus, model_folder
@@ -56,7 +67,7 @@ from moepress.stages.validate import (
     subject_of,
     validate_stage,
 )
-from moepress.validation.report.files import write_report
+from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance
 from moepress.validation.report.schema import Report
@@ -98,6 +109,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     before = previous_settings(out) if resume else {}
     recipe = as_before(recipe, before.get("recipe.model"))
     check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
+    inputs = watched(model_folder(recipe.model))
     checkpoint, count, criterion = check_recipe(recipe)
     # Batch sizes depend on the memory, and the last bits of the result on them.
     recipe = resolve(
@@ -110,28 +122,43 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     settings["corpus"] = corpus.digest  # a text may change under its name; the stages that read it may be finished
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
     setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
-    with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
+    with open_run(out, settings, resume=resume, force=force, in_place=True, inputs=inputs) as run:
         write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         profile = _profile(setup, run)
         plan = _plan(setup, run, profile)
         repairs = _repair(setup, run, plan)
         quantized = _quantize(setup, run, plan, repairs)
         exported = _exports(setup, run)
-        return _report(setup, run, (profile, plan), repairs, quantized, exported)
+        report = _report(setup, run, (profile, plan), repairs, quantized, exported)
+        run.complete()
+        return report
 
 
 def _stage_output(setup: _Setup, name: str) -> Output:
     return Output(folder=setup.out / name, resume=True)
 
 
+def _is_made(folder: Path) -> bool:
+    """Whether a stage's folder is there and whole, though its line in the journal is not: killed in between.
+
+    Raises:
+        UsageError: somebody else has made it.
+    """
+    if not folder.exists() or (folder / JOURNAL).exists():  # then the stage has to end it
+        return False
+    if folder.name != "repair" and not is_ours(folder):
+        raise UsageError(f"{folder} is not what this run makes there; move it away.")
+    return True
+
+
 def _profile(setup: _Setup, run: Run) -> Profile:
     folder = setup.out / "profile"
-    if run.done("profile") is None and not folder.exists():
+    if run.done("profile") is None and not _is_made(folder):
         recipe = setup.recipe
         budgeted, place = budget_request(recipe) is not None, _stage_output(setup, "profile")
         profile_stage(recipe.model, place, calibration_of(recipe), setup.machine, bit_losses=budgeted)
     if run.done("profile") is None:
-        run.mark("profile")
+        run.mark("profile", folder="profile")
     return load_profile(folder)
 
 
@@ -168,11 +195,11 @@ def _repair(setup: _Setup, run: Run, plan: Plan) -> Repairs | None:
     recipe, folder = setup.recipe, setup.out / "repair"
     if not recipe.repair:
         return None
-    if run.done("repair") is None and not folder.exists():
+    if run.done("repair") is None and not _is_made(folder):
         parts = frozenset(recipe.repair)
         repair_stage(recipe.model, _stage_output(setup, "repair"), plan, parts, calibration_of(recipe), setup.machine)
     if run.done("repair") is None:
-        run.mark("repair")
+        run.mark("repair", folder="repair")
     return load_repairs(folder)
 
 
@@ -182,7 +209,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
     if done is not None:
         return done.note
     folder = setup.out / "model"
-    if folder.exists():  # killed between the stage's end and its line in the journal
+    if _is_made(folder):
         from moepress.models.storage.folder import read_json
 
         result: Mapping[str, Any] = read_json(folder / "moepress.json")
@@ -202,9 +229,8 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
             setup.machine,
             repairs=repairs,
         )
-    run.mark(
-        "model", {k: result[k] for k in ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")}
-    )
+    kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
+    run.mark("model", {k: result[k] for k in kept}, folder="model")
     return run.pieces["model"].note
 
 
@@ -212,9 +238,9 @@ def _exports(setup: _Setup, run: Run) -> _Onnx:
     recipe, exports = setup.recipe, setup.out / "exports"
     for target in recipe.to:
         if target != "onnx" and run.done(f"export-{target}") is None:
-            if not (exports / target).exists():
+            if not _is_made(exports / target):
                 export_stage(str(setup.out / "model"), Output(folder=exports / target, resume=True), target)
-            run.mark(f"export-{target}")
+            run.mark(f"export-{target}", folder=f"exports/{target}")
     if "onnx" not in recipe.to:
         return _Onnx()
     notes = _export_onnx(setup, run, "onnx", str(setup.out / "model"))
@@ -232,8 +258,9 @@ def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, .
 
     folder, done = setup.out / "exports" / name, run.done(f"export-{name}")
     if done is None:
-        made = None if folder.exists() else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
-        run.mark(f"export-{name}", {"notes": [f"exports/{name}: {note}" for note in made.notes] if made else []})
+        made = None if _is_made(folder) else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
+        notes = [f"exports/{name}: {note}" for note in made.notes] if made else []
+        run.mark(f"export-{name}", {"notes": notes}, folder=f"exports/{name}")
     return tuple(run.pieces[f"export-{name}"].note["notes"])
 
 
@@ -271,8 +298,9 @@ def _report(
     shape, text = original.shape, evaluation_of(recipe)
     late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
     done = run.done("report")
-    if done is not None and done.note == late:
-        return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
+    file = setup.out / JSON_NAME
+    if done is not None and file.is_file() and done.note == late | {JSON_NAME: sha256_of(file)}:
+        return Report.model_validate_json(file.read_text(encoding="utf-8"))
     artifact = open_artifact(setup.out / "model")
     subjects = [subject_of("original", original)]
     if plan.prunes:
@@ -300,9 +328,10 @@ def _report(
         commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
+    run.require_ready()
     write_report(report, setup.out)
     _describe(setup, report, original, artifact)
-    run.mark("report", late)
+    run.mark("report", late | {JSON_NAME: sha256_of(file)})
     return report
 
 
