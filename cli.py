@@ -85,13 +85,28 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         fail("Interrupted. What is finished is kept; repeat the command with --resume to go on.", INTERRUPTED)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        fail("The device ran out of memory; give a smaller --max-memory and repeat with --resume or --force.", 1)
-    except OSError as error:
-        fail(f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume.", 1)
+    except (MemoryError, RuntimeError, OSError) as error:
+        _fail_of_machine(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail_of_machine(error: Exception) -> NoReturn:
+    """Say in one sentence that memory or a disk is full, or what else the system refuses; bugs are raised again."""
+    from moepress.runs.files import full_disk_of, is_full
+    from moepress.runs.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        place = "device" if type(error).__name__ == "OutOfMemoryError" else "machine"  # torch's, not imported here
+        fail(
+            f"The {place} ran out of memory; give a smaller --max-memory, or fewer --tokens, and repeat with --resume "
+            "or --force.",
+            1,
+        )
+    if not isinstance(error, OSError):
+        raise error
+    if is_full(error):
+        fail(str(full_disk_of(error)), 1)
+    fail(f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume.", 1)
 
 
 def _interrupt(_number: int, _frame: Any) -> None:
@@ -158,7 +173,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
         raise UsageError("Say which model: moepress run MODEL -o OUT, or a recipe that names one.")
     recipe = make_recipe(values)
     inputs = local_folders(recipe.model)
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force, in_place=True)
     push = push_of(options)
     with headers_only():

@@ -69,6 +69,7 @@ def peaks_of(command: Sequence[str]) -> dict[str, Any]:
 def run_stage(stage: str, arguments: Sequence[str], runs: Path, checkpoint: Path) -> dict[str, Any]:
     """One moepress command with --timings and --json, from a cold cache."""
     timings = runs / f"timings-{stage}.json"
+    timings.unlink(missing_ok=True)
     forget(checkpoint)
     print(f"moepress {' '.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "moepress", *arguments, "--timings", str(timings), "--json"]

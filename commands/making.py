@@ -12,6 +12,7 @@ from moepress.commands.options import (
     budget_options,
     calibration_options,
     dry_run_option,
+    force_option,
     include_option,
     json_option,
     machine_options,
@@ -76,7 +77,7 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
 
     quiet_libraries()
     inputs = groundwork.local_folders(model)
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
     calibration, machine = calibration_of(options), machine_of(options)
     if options["dry_run"]:
@@ -117,8 +118,9 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
 @scheme_options
 @include_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
+@force_option
 @json_option
-def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **options: Any) -> None:
+def plan(profiles: tuple[Path, ...], output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Decide from PROFILES which experts stay; print what each domain loses and the size before and after.
 
     Instant, and pure: the same profile and options give the same plan. The plan is JSON that can be read and edited.
@@ -132,11 +134,11 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
               moepress plan profile --target rtx-4060-ti-16gb --context 8192 -o plan.json
     """
     from moepress.commands.printed import print_plan
-    from moepress.runs.journal import write_atomically
+    from moepress.runs.files import check_file, write_atomically
     from moepress.stages.making import load_profiles
 
-    if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
-        raise UsageError(f"-o {output} is not a file in a folder that exists; write for example -o plan.json.")
+    if output is not None:
+        check_file(output, "-o", force=force)
     seen = load_profiles(profiles)
     made = plan_of(seen, options, quantized=not options["no_quantization"])
     from moepress.compress.pruning.plan import plan_text
@@ -180,7 +182,7 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
     from moepress.stages import groundwork, making
 
     inputs = groundwork.local_folders(model)
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
     push = push_of(options)
     if (plan_file is None) == (not options["profiles"]):
@@ -293,7 +295,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
 
     quiet_libraries()
     inputs = groundwork.local_folders(model)
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
     push = push_of(options)
     made = load_plan(plan_file) if plan_file else None

@@ -14,6 +14,7 @@ from moepress.commands.console import INTERRUPTED, emit, fail, note, quiet_libra
 from moepress.commands.options import (
     device_options,
     evaluation_options,
+    force_option,
     json_option,
     machine_options,
     model_argument,
@@ -166,9 +167,10 @@ def check(output: str, runtimes: str | None, tensor_parallel: int, expert_parall
     type=click.Path(path_type=Path),
     help="Folder for report.html, report.md, report.json, junit.xml and provenance.json.",
 )
+@force_option
 @machine_options
 @json_option
-def validate(before: str, after: str, output: Path | None, as_json: bool, **options: Any) -> None:
+def validate(before: str, after: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
     tokens per second on this machine.
 
@@ -187,7 +189,7 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
 
     quiet_libraries()
     if output is not None:
-        validate.check_report_folder(output, groundwork.local_folders(before, after))
+        validate.check_report_folder(output, groundwork.local_folders(before, after), force=force)
     folders = [groundwork.model_folder(name) for name in (before, after)]
     subjects = [validate.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:

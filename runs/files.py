@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -279,6 +280,15 @@ def disk_full(error: OSError, file: Path, needed_bytes: int | None, *, resumable
         f"{file} could not be written: the disk at {mount_of(place)} {_FULL[error.errno or 0]} ({free} free{needed}); "
         f"make room there and {again}."
     )
+
+
+def full_disk_of(error: OSError) -> MoepressError:
+    """The sentence for a full disk that was found where nobody knows the file: of those in use, the fullest."""
+    if error.filename is not None:
+        return disk_full(error, Path(os.fsdecode(error.filename)), None, resumable=True)
+    places = (Path.cwd(), Path(tempfile.gettempdir()))
+    fullest = min(places, key=lambda place: shutil.disk_usage(place).free)
+    return disk_full(error, fullest / "a temporary file", None, resumable=True)
 
 
 def is_full(error: OSError) -> bool:

@@ -88,6 +88,7 @@ def check_output(
 def _check_output(
     out: Path, target: Path, inputs: Sequence[Path], *, resume: bool, force: bool, in_place: bool
 ) -> None:
+    _check_names(out, target, next(p for p in (*target.parents, target) if p.exists()))
     _check_inputs(out, target, inputs, force=force)
     if target.exists() and not target.is_dir():
         raise UsageError(f"The output {out} is a file; give the name of a folder to be made.")
@@ -135,7 +136,6 @@ def _check_place(out: Path, target: Path, *, moves: bool, full: bool) -> None:
     if moves and is_mount(target):
         raise UsageError(f"The output {out} is a mount point, which can not be put in place as a whole; {inside}.")
     place = next(p for p in target.parents if p.exists())
-    _check_names(out, target, place)
     if not place.is_dir():
         raise UsageError(f"The output {out} would lie in {place}, which is no folder; choose another name.")
     for folder in (*([place] if moves or not target.exists() else []), *([target] if full or not moves else [])):
@@ -173,6 +173,22 @@ def _is_stuck(target: Path, parent: Path) -> bool:
     if not hasattr(os, "geteuid") or os.geteuid() == 0 or not parent.stat().st_mode & stat.S_ISVTX:
         return False
     return os.geteuid() not in (target.stat().st_uid, parent.stat().st_uid)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder for single files that may not be written to, or could not be made.
+
+    Raises:
+        UsageError: with what to do instead.
+    """
+    target = resolve_output(folder)
+    try:
+        place = next(p for p in (target, *target.parents) if p.exists())
+        _check_names(folder, target, place)
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"The output {folder}: {place} may not be written to; choose another folder.")
 
 
 def is_mount(folder: Path) -> bool:

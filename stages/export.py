@@ -7,6 +7,7 @@ from typing import Any
 
 from moepress import __version__
 from moepress.calibration.profile import fingerprint
+from moepress.compress.estimates.export import layout_bytes
 from moepress.compress.gptq.include import Include, linear_groups
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
 from moepress.converters.safetensors.artifact import open_artifact, open_source
@@ -64,6 +65,7 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     if artifact.layout == target:
         raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
     check_target(artifact, target)
+    require_room(output, layout_bytes(artifact, target))
     settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
     with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         return export(artifact, target, run)

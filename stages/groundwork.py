@@ -20,6 +20,7 @@ from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
 from moepress.models.storage.checkpoint import Source
+from moepress.models.storage.inside import check_files
 from moepress.runs.byte_sizes import mib_text
 from moepress.runs.files import mount_of
 from moepress.runs.inputs import Stamps
@@ -118,6 +119,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here

@@ -6,6 +6,7 @@ stopped after as many pieces as were asked for, finds its finished pieces, takes
 solving, and so ends with the same bytes.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -60,12 +61,13 @@ from moepress.models.forward.walk import (
     open_stream,
     read_ahead,
 )
+from moepress.models.storage.experts import Expert
 from moepress.models.storage.mtp import mtp_note
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
 from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Piece, Run
-from moepress.runs.memory import release_memory
+from moepress.runs.memory import in_halves, release_memory
 from moepress.runs.phases import in_layer, phase
 from moepress.runs.progress import track
 
@@ -245,9 +247,9 @@ def _do_chunk(
             loaded = dict(itertools.islice(weights, job.at_once))
             if done is None:
                 assert pooled is not None
-                hessian, sample, originals = pooled
-                options = job.options.of_layer(layer)
-                solved = solve_experts(job.stream, layer, loaded, positions, hessian, sample, options, originals)
+                solved: Sequence[CodedExpert] = in_halves(
+                    batch, functools.partial(_solve, job, layer, loaded, positions, pooled), "experts"
+                )
             else:
                 solved = [_read_expert(job, stored, layer, expert) for expert in batch]
             if job.reference is not None:
@@ -263,6 +265,19 @@ def _do_chunk(
             release_memory()
     if done is None:
         _write_piece(job, piece, [tensor_entry(name, tensor) for name, tensor in tensors.items()], note)
+
+
+def _solve(
+    job: Job,
+    layer: int,
+    loaded: Mapping[int, Expert],
+    positions: Sequence[tuple[Tensor, Tensor]],
+    pooled: tuple[Tensor, Tensor, Originals | None],
+    experts: Sequence[int],
+) -> list[CodedExpert]:
+    """Those experts of a batch."""
+    weights, (hessian, sample, originals) = {expert: loaded[expert] for expert in experts}, pooled
+    return solve_experts(job.stream, layer, weights, positions, hessian, sample, job.options.of_layer(layer), originals)
 
 
 def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[str, Any]) -> None:
