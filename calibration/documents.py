@@ -21,7 +21,7 @@ from moepress.calibration.records import NEEDS, RECORD_FIELDS, Conversation, con
 from moepress.calibration.sources import relative_to_library
 from moepress.calibration.templates import ChatTemplate, Refused
 from moepress.errors import InvalidInputError
-from moepress.runs.regular import require_regular
+from moepress.runs.files import require_plain
 
 RECORD_BYTES = 256 << 20
 """No single record may be longer: it has to be in memory as a whole, several times over."""
@@ -88,8 +88,8 @@ def read_documents(
     Raises:
         InvalidInputError: The file can not be read or decoded, or a record is not as above; names line or byte offset.
     """
-    require_regular(path)
     try:
+        require_plain(path)
         _require_text(path)
         plain = path.name.lower().removesuffix(".gz")
         if plain.endswith((".jsonl", ".ndjson")):

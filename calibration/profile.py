@@ -22,9 +22,10 @@ from moepress.errors import InvalidInputError
 from moepress.models.families.family import Part, Shape, shape_of
 from moepress.models.families.table import family_of
 from moepress.models.storage.folder import read_json
+from moepress.models.storage.inside import check_files
 from moepress.models.storage.safetensors_file import Stored, read_array, read_header
 from moepress.models.storage.writer import array_entry, write_json, write_shard
-from moepress.runs.journal import sha256_of
+from moepress.runs.files import open_plain, sha256_of
 from moepress.runs.phases import phase
 from moepress.runs.text import cut
 
@@ -88,7 +89,7 @@ def fingerprint(checkpoint: "Checkpoint | Artifact") -> str:
         if size <= _HASHED_WHOLE_BYTES:
             digest.update(_whole_digest(path, size, path.stat().st_mtime_ns).encode())
             continue
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             for index in range(256):
                 stream.seek(size * index // 256)
                 digest.update(stream.read(4096))
@@ -123,6 +124,7 @@ def save_profile(profile: Profile, folder: Path) -> None:
         for layer in profile.layers
         for name, value in sorted(profile.statistics[layer].items())
     ]
+    (folder / STATISTICS).unlink(missing_ok=True)  # a link of that name would not be followed
     write_shard(folder / STATISTICS, entries)
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -145,6 +147,8 @@ def load_profile(folder: Path) -> Profile:
     Raises:
         InvalidInputError: the folder is not a profile, or statistics are missing from it.
     """
+    if folder.is_dir():
+        check_files(folder)
     if not (folder / DESCRIPTION).is_file():
         raise InvalidInputError(f"{folder} has no {DESCRIPTION}; give a folder made by `moepress profile`.")
     found = _description(folder / DESCRIPTION)

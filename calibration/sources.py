@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from moepress.errors import InvalidInputError, UsageError
-from moepress.runs.regular import require_regular
+from moepress.runs.files import require_plain
 
 Split = Literal["calibration", "evaluation"]
 
@@ -210,9 +210,11 @@ def _domain_of(location: str) -> str:
 
 def _checked(location: str) -> str:
     """The location, if it is a file or can be the name of a hub dataset."""
-    require_regular(Path(location).expanduser())
-    if Path(location).expanduser().is_file():
+    path = Path(location).expanduser()
+    if path.is_file():
         return location
+    if path.exists() and not path.is_dir():
+        require_plain(path)
     if HUB_ID.fullmatch(location) is None or (location.endswith(FOLDER_SUFFIXES) and ":" not in location):
         raise InvalidInputError(f"{location}: no such file or folder, nor a hub dataset's owner/name[:file-pattern].")
     return location

@@ -75,6 +75,7 @@ targets_file_option: Decorator = click.option(
     metavar="FILE",
     help="Your own GPUs, TOML in the form of `moepress targets -h`; a row with an id of the table takes its place.",
 )
+force_option: Decorator = click.option("--force", is_flag=True, help="Replace a file of that name.")
 nonfinite_option: Decorator = click.option(
     "--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in the weights."
 )

@@ -22,9 +22,14 @@ from moepress.errors import MoepressError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
 from moepress.models.storage.checkpoint import Checkpoint, Source
-from moepress.runs.journal import Run, open_run, partial_folder, previous_settings
+from moepress.runs.byte_sizes import mib_text
+from moepress.runs.files import mount_of
+from moepress.runs.inputs import Stamps
+from moepress.runs.journal import Run, open_run
+from moepress.runs.output import partial_folder
 from moepress.runs.phases import phase
 from moepress.runs.progress import note
+from moepress.runs.rows import first_settings
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, Machine, Output
 from moepress.stages.tokenizer import read_tokenizer
 
@@ -101,10 +106,15 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
 
 @contextmanager
 def model_run(
-    output: Output, model: StreamedModel, corpus: Corpus, machine: Machine, settings: Mapping[str, Any]
+    output: Output,
+    model: StreamedModel,
+    corpus: Corpus,
+    machine: Machine,
+    settings: Mapping[str, Any],
+    inputs: Stamps | None = None,
 ) -> Iterator[tuple[Run, Limits]]:
     """Open a run that depends on a forward pass: batch sizes are part of the settings, and a resume keeps them."""
-    before = previous_settings(partial_folder(output.folder)) if output.resume else {}
+    before = first_settings(partial_folder(output.folder)) if output.resume else {}
     memory = machine.memory_bytes or before.get("memory_bytes")
     window = int(corpus.windows.shape[1])
     limits = choose_limits(model.shape, window, memory, before.get("batch_windows"), model.device)
@@ -118,7 +128,7 @@ def model_run(
         "batch_windows": limits.batch_windows,
         **settings,
     }
-    with open_run(output.folder, every, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, every, resume=output.resume, force=output.force, inputs=inputs) as run:
         yield run, limits
 
 
@@ -155,8 +165,8 @@ def require_room(output: Output, disk_bytes: int) -> None:
     parent, free = free_disk(output)
     if free < disk_bytes and not output.resume:
         raise MoepressError(
-            f"{parent} has {free / 2**30:.1f} GiB free and the output needs about "
-            f"{disk_bytes / 2**30:.1f} GiB; make room or write to another disk."
+            f"The disk at {mount_of(parent)} has {mib_text(free)} free and the output {output.folder} needs about "
+            f"{mib_text(disk_bytes)}; make room or write to another disk."
         )
 
 

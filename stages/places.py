@@ -9,6 +9,7 @@ from pathlib import Path
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
 from moepress.models.storage.misnamed import misnamed
+from moepress.runs.files import open_plain
 
 DEMO = "demo"
 DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
@@ -132,8 +133,7 @@ def require_file(file: Path) -> None:
         InvalidInputError: as `read_json` would.
     """
     try:
-        with file.open("rb"):
-            pass
+        open_plain(file).close()
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
 

@@ -30,11 +30,14 @@ from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
+from moepress.runs.output import check_writable, resolve_output
+from moepress.runs.rows import holds_journal
 from moepress.stages.groundwork import announce, load_tokenizer, require_context
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Subject, measure, vocabulary_of
 from moepress.validation.quality.thresholds import Thresholds, judge
+from moepress.validation.report.files import JSON_NAME, foreign_files
 from moepress.validation.report.schema import Environment, Report, SubjectInfo
 from moepress.validation.speed.fits import fits_section
 from moepress.validation.speed.target_here import target_here
@@ -174,18 +177,32 @@ def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan, repairs: Repa
     )
 
 
-def check_report_folder(folder: Path, models: Sequence[Path]) -> None:
-    """Refuse a place for a report that is a file, a model, or a folder with other things in it.
+def check_report_folder(folder: Path, models: Sequence[Path], *, force: bool = False) -> None:
+    """Refuse a place for a report that is a file, a model, a run, or a folder with other things in it. A report that is
+    there is written again.
+
+    Args:
+        folder: where the report is to be.
+        models: what it is about.
+        force: files that have the names of a report's may be replaced.
 
     Raises:
         UsageError: with what to do instead.
     """
-    target = folder.resolve()
+    target = resolve_output(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"The output {folder} is a file; give the name of a folder for the report.")
     if any(target == m.resolve() or m.resolve() in target.parents for m in models):
         raise UsageError(f"The output {folder} lies inside a model's folder; choose another one.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
+    check_writable(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if holds_journal(folder):
+        raise UsageError(f"The output {folder} is a run's folder, with a report of its own; choose another folder.")
+    foreign = foreign_files(folder)
+    if foreign and not force:
+        raise UsageError(f"{foreign[0]} is not of a report of moepress; choose another folder, or pass --force.")
+    if not (force or (folder / JSON_NAME).exists()):
         raise UsageError(f"The output {folder} holds other files; choose another folder for the report.")
 
 

@@ -86,6 +86,7 @@ def prune(
         run.folder / "moepress.json", {"moepress": __version__, "stage": "prune", **result, "plan": _summary(plan)}
     )
     if repairs is not None:
+        run.require_ready()
         drop_walk(run)
     run.finish()
     return result

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from moepress.errors import InvalidInputError
+from moepress.models.storage.inside import require_own
+from moepress.runs.files import read_text
 from moepress.runs.parsing import parse_yaml
 from moepress.runs.text import one_line
 
@@ -15,7 +17,8 @@ def load_recipe(file: Path) -> dict[str, Any]:
         InvalidInputError: it cannot be read or is not a mapping.
     """
     try:
-        found = parse_yaml(file.read_text(encoding="utf-8"))
+        require_own(file)
+        found = parse_yaml(read_text(file))
     except (OSError, ValueError) as error:  # text that is no UTF-8 is a ValueError
         why = one_line(error)
         raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error

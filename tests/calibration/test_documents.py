@@ -184,11 +184,11 @@ def test_a_pipe_a_socket_and_a_device_are_refused_before_they_are_opened(tmp_pat
             (tmp_path / "s.txt", "socket"),
             (Path("/dev/null"), "dev"),
         ):
-            with pytest.raises(InvalidInputError, match=f"is a {kind}.* not a regular file"):
+            with pytest.raises(InvalidInputError, match=f"is a.*{kind}.* not a plain file"):
                 texts(str(path), tokenizer)
-            with pytest.raises(InvalidInputError, match=f"is a {kind}.* not a regular file"):
+            with pytest.raises(InvalidInputError, match=f"is a.*{kind}.* not a plain file"):
                 parse_sources([str(path)], ())
-            with pytest.raises(InvalidInputError, match=f"is a {kind}.* not a regular file"):
+            with pytest.raises(InvalidInputError, match=f"is a.*{kind}.* not a plain file"):
                 parse_sources((), [f"x={path}"])
 
 
