@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moepress.validation.report.cells import Table, size_text
+from moepress.validation.report.cells import Table, share_text, size_text
 from moepress.validation.report.heatmap import FULL_SHARE
 from moepress.validation.report.plots import bits_name
 from moepress.validation.report.schema import Choice, Report, Usage
@@ -44,7 +44,7 @@ def _choice(choice: Choice) -> Table:
             bits_name(row),
             str(row.experts),
             size_text(row.weight_bytes),
-            f"{row.loss:.2%}",
+            share_text(row.loss, digits=2),
         )
         for row in choice.rows
     ]
@@ -64,8 +64,8 @@ def _usage(usage: Usage) -> Table:
         every = [sum(counts) for counts in zip(*(domain.counts[place] for domain in usage.domains), strict=True)]
         most = max(range(len(every)), key=every.__getitem__)
         kept = [_kept_share(domain.counts[place], usage.kept[place]) for domain in usage.domains] if usage.kept else []
-        busiest = f"{most} ({every[most] / max(sum(every), 1):.1%})"
-        rows.append((str(layer), str(every.count(0)), busiest, *(f"{share:.1%}" for share in kept)))
+        busiest = f"{most} ({share_text(every[most] / max(sum(every), 1))})"
+        rows.append((str(layer), str(every.count(0)), busiest, *map(share_text, kept)))
     shares = [f"Choices of experts that stay, {domain.domain}" for domain in usage.domains] if pruned else []
     header = ("Layer", "Never chosen", "Most chosen", *shares)
     note = (
