@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moepress.commands.completers import complete_targets
 from moepress.commands.console import emit, quiet_libraries
 from moepress.commands.options import json_option, model_argument, targets_file_option
-from moepress.commands.tables import human_bytes, plain_console, plain_table, print_estimates
+from moepress.commands.tables import human_bytes, plain_console, plain_table, print_estimates, rough_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,45 +24,64 @@ if TYPE_CHECKING:
 @click.option(
     "--context", type=click.IntRange(1), help="Tokens in the KV cache.  [default: 8192, or the model's context]"
 )
+@click.option("--target", metavar="GPU", shell_complete=complete_targets, help="Only this GPU of `moepress targets`.")
 @targets_file_option
 @json_option
-def inspect(model: str, tokens: int | None, context: int | None, targets_file: Path | None, as_json: bool) -> None:
-    """Tell what MODEL is and what pressing it takes: family, experts, sizes by part, the expert counts that can stay
-    and those to try first, time, memory and disk on this machine, and which GPU holds the result.
+def inspect(
+    model: str, tokens: int | None, context: int | None, target: str | None, targets_file: Path | None, as_json: bool
+) -> None:
+    """Tell what MODEL is and what pressing it takes: which GPU holds the result, family, experts, sizes by part, the
+    expert counts that can stay and those to try first, time, memory and disk on this machine.
 
     Reads headers, and some weights to time the disk; writes nothing. All times are projected.
 
     \b
     Example:  moepress inspect demo
               moepress inspect MODEL --tokens 262144 --context 32768
+              moepress inspect MODEL --target "RTX 4090"
               moepress inspect MODEL --targets-file my-gpus.toml
     """
     from moepress.hub.snapshot import headers_only
     from moepress.stages.places import model_folder
-    from moepress.validation.speed.targets import all_targets
+    from moepress.validation.speed.targets import all_targets, target_of
 
-    all_targets(targets_file)  # what is not there is refused before anything heavy is imported, on the hub too
+    all_targets(targets_file) if target is None else target_of(
+        target, targets_file
+    )  # what is not there is refused before anything heavy is imported, on the hub too
     with headers_only():
         model_folder(model)
     quiet_libraries()
     from moepress.stages.inspect import inspect_model
 
     with headers_only():
-        found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file)
+        found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file, only=target)
     emit(found) if as_json else _print_inspection(found)
 
 
 def _print_inspection(found: Mapping[str, Any]) -> None:
-    """All that `inspect` found."""
-    _print_inventory(found)
+    """The answer first, then what it rests on."""
     console = plain_console(markup=True)
+    _print_title(console, found)
+    for sentence in found["targets"]["answer"]:
+        console.print(sentence)
+    _print_fits(console, found["targets"], found["scheme"])
+    _print_inventory(console, found)
     _print_counts(console, found)
+    _print_machine(console, found)
+
+
+def _print_machine(console: Console, found: Mapping[str, Any]) -> None:
     machine, estimates = found["machine"], found["estimates"]
     read = f"{machine['read_bytes_per_second'] / 1e6:,.0f} MB/s"
     console.print(
         f"\n[bold]This machine[/bold]  {machine['cores']} cores, layers on {machine['device']}: "
         f"{machine['forward_flops'] / 1e9:,.0f} GFLOP/s, disk {read} {'' if machine['read_measured'] else '(assumed)'}"
     )
+    if machine["busy"]:
+        console.print(
+            f"Note: other processes took {machine['others_share']:.0%} of the cores while this machine was measured; "
+            "on a quiet one the times are shorter."
+        )
     free = f"{human_bytes(machine['free_memory_bytes'])} memory and {human_bytes(machine['free_disk_bytes'])} disk"
     calibration, scheme = found["calibration"], found["scheme"]
     console.print(
@@ -71,8 +91,7 @@ def _print_inspection(found: Mapping[str, Any]) -> None:
     print_estimates({name: row for name, row in estimates.items() if name != "experts"})
     most = max(row["disk_bytes"] for name, row in estimates.items() if name != "experts")
     if most > machine["free_disk_bytes"]:
-        console.print(f"Note: the disk of this folder is too small: {human_bytes(most)} are needed.")
-    _print_fits(console, found["targets"], scheme)
+        console.print(f"Note: the disk of this folder is too small: {rough_bytes(most)} are needed.")
 
 
 def _print_counts(console: Console, found: Mapping[str, Any]) -> None:
@@ -93,19 +112,29 @@ def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str,
         f"\n[bold]Which GPU holds it[/bold]  experts {scheme['bits']} bit g{scheme['group_size']}, the rest 16 bit; KV "
         f"cache of {found['context']:,} tokens: {human_bytes(found['cache_bytes'])}"
     )
-    table = plain_table("experts that stay", "memory", *(str(row["experts"]) for row in counts))
-    table.add_row("weights and cache", "", *(human_bytes(row["needed_bytes"]) for row in counts))
+    least = next((n for n, row in enumerate(counts) if any(fit["tg128"] for fit in row["fits"])), None)
+    speed = [] if least is None else ["tokens/s"]
+    table = plain_table("experts that stay", "memory", *(str(row["experts"]) for row in counts), *speed)
+    table.add_row("weights and cache", "", *(human_bytes(row["needed_bytes"]) for row in counts), *("" for _ in speed))
     for index, target in enumerate(found["table"]):
         label = target["name"] + ("" if target["kind"] == "gaming" else " *")
-        table.add_row(label, f"{target['memory_gib']:g} GiB", *(_cell(row["fits"][index]) for row in counts))
+        cells = [_cell(row["fits"][index]) for row in counts]
+        if least is not None:
+            cells.append(_speed(next((r["fits"][index]["tg128"] for r in counts if r["fits"][index]["tg128"]), None)))
+        table.add_row(label, f"{target['memory_gib']:g} GiB", *cells)
     console.print(table)
     console.print(
         f"fits: {found['reserve']:.0%} of the memory stay free for activations and the runtime; tight: "
         f"{found['tight_reserve']:.0%}, a shorter context helps; -n GiB: so much is lacking for that; *: no gaming GPU"
     )
-    _print_speeds(console, found)
-    for sentence in found["answer"]:
-        console.print(sentence)
+    if speed:
+        console.print("tokens/s: decoding (tg128, batch 1) with the most experts that fit, projected; --json has all")
+
+
+def _speed(found: Mapping[str, Any] | None) -> str:
+    from moepress.validation.speed.projection import interval_text
+
+    return "-" if found is None else interval_text(found["low"], found["high"])
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -113,35 +142,22 @@ def _cell(row: Mapping[str, Any]) -> str:
     return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
 
 
-def _print_speeds(console: Console, found: Mapping[str, Any]) -> None:
-    """Decoding on the GPUs that hold it; nothing where none does."""
-    from moepress.validation.speed.projection import interval_text
-
-    counts = found["counts"]
-    table = plain_table("tokens per second", *(str(row["experts"]) for row in counts))
-    for index, target in enumerate(found["table"]):
-        speeds = [row["fits"][index]["tg128"] for row in counts]
-        if any(speeds):
-            cells = ("-" if speed is None else interval_text(speed["low"], speed["high"]) for speed in speeds)
-            table.add_row(target["name"] + ("" if target["kind"] == "gaming" else " *"), *cells)
-    if table.row_count:
-        console.print(table)
-        console.print("tg128, batch 1, projected, not measured; --json has pp512 too, and the formulas")
-
-
-def _print_inventory(found: Mapping[str, Any]) -> None:
-    """What `inspect` found."""
+def _print_title(console: Console, found: Mapping[str, Any]) -> None:
     from rich.markup import escape
 
-    console = plain_console(markup=True)
-    kinds = found["layer_kinds"]
-    groups = f", {found['groups']} groups ({found['top_groups']} used)" if found["groups"] > 1 else ""
     console.print(f"[bold]{escape(found['model'])}[/bold]  {found['family']} ({found['architecture']})")
+
+
+def _print_inventory(console: Console, found: Mapping[str, Any]) -> None:
+    """What the model is, part by part."""
+    kinds = found["layer_kinds"]
+    console.print("\n[bold]The model[/bold]")
+    groups = f", {found['groups']} groups ({found['top_groups']} used)" if found["groups"] > 1 else ""
     console.print(f"{found['layers']} layers: {kinds['moe']} with experts, {kinds['dense']} dense")
     console.print(f"{found['experts']} routed experts of width {found['expert_width']}, top-{found['top_k']}{groups}")
     console.print(f"hidden {found['hidden']}, vocabulary {found['vocabulary']}, context {found['context']}")
     dtypes = ", ".join(f"{name} {human_bytes(size)}" for name, size in found["dtype_bytes"].items())
-    console.print(f"{found['shards']} shards: {dtypes}")
+    console.print(f"{found['shards']} {'shard' if found['shards'] == 1 else 'shards'}: {dtypes}")
     table = plain_table("part", "parameters", "size", "share")
     for part, row in found["parts"].items():
         share = row["bytes"] / max(found["bytes"], 1)

@@ -23,6 +23,14 @@ def human_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def rough_bytes(size: float) -> str:
+    """A projected size, in two figures: 4.2 GiB, 350 MiB."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{float(f'{size / factor:.2g}'):,.{0 if size >= 9.95 * factor else 1}f} {unit}"
+    return f"{size:.0f} B"
+
+
 def human_seconds(seconds: float) -> str:
     """A time in two figures: 12 s, 4.5 h, 3.2 days."""
     for unit, length in _UNITS:
@@ -63,18 +71,18 @@ def print_estimates(estimates: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_row(
             stage,
             human_seconds(row["seconds"]),
-            human_bytes(row["peak_memory_bytes"]),
-            human_bytes(row["disk_bytes"]),
-            human_bytes(row["output_bytes"]),
+            rough_bytes(row["peak_memory_bytes"]),
+            rough_bytes(row["disk_bytes"]),
+            rough_bytes(row["output_bytes"]),
             "" if each is None else f"{each:,.0f}",
         )
     console.print(table)
     for stage, row in estimates.items():
         console.print(f"{stage}, time: {_terms(row['time'], human_seconds)}")
-        console.print(f"{stage}, memory: {_terms(row['memory'], human_bytes)}")
-        console.print(f"{stage}, disk: {_terms(row['disk'], human_bytes)}")
+        console.print(f"{stage}, memory: {_terms(row['memory'], rough_bytes)}")
+        console.print(f"{stage}, disk: {_terms(row['disk'], rough_bytes)}")
         if row["device_memory_bytes"] is not None:
-            console.print(f"{stage}, memory of the GPU: {human_bytes(row['device_memory_bytes'])}")
+            console.print(f"{stage}, memory of the GPU: {rough_bytes(row['device_memory_bytes'])}")
     for note in dict.fromkeys(note for row in estimates.values() for note in row["notes"]):
         console.print(f"Note: {note}")
 

@@ -325,7 +325,8 @@ def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Art
     )
     for name, layout in layouts:
         if (setup.out / name).is_dir():
-            card = model_card(report, original, layout, mixed=len(artifact.schemes) > 1)
+            size = open_artifact(setup.out / name).total_bytes if layout == "gptq" else None
+            card = model_card(report, original, layout, stored_bytes=size, mixed=len(artifact.schemes) > 1)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
     settings = setup.recipe.model_dump(mode="json")

@@ -45,7 +45,7 @@ def test_values_are_cut_and_never_fail() -> None:
 
 
 def test_errors_of_other_libraries_are_one_line() -> None:
-    class Mute(Exception):
+    class MuteError(Exception):
         def __str__(self) -> str:
             raise ValueError
 
@@ -53,7 +53,7 @@ def test_errors_of_other_libraries_are_one_line() -> None:
         "1 validation error for X field is wrong"
     )
     assert len(one_line(ValueError("y" * 5000))) == 300
-    assert one_line(Mute()) == "Mute"
+    assert one_line(MuteError()) == "MuteError"
 
 
 def test_only_near_names_are_suggested() -> None:

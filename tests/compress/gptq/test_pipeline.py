@@ -295,7 +295,7 @@ class Rounded:
 
     def __init__(self, base: Source, scheme: Scheme) -> None:
         self.base, self.scheme = base, scheme
-        self.config, self.family, self.shapes = base.config, base.family, base.shapes
+        self.config, self.family, self.outline, self.shapes = base.config, base.family, base.outline, base.shapes
 
     def read(self, name: str) -> Tensor:
         tensor = self.base.read(name)
