@@ -148,6 +148,11 @@ def experts_text(count: int | tuple[int, int] | None) -> str:
     return NONE if count is None else str(count)
 
 
+def prose_text(text: str) -> str:
+    """Text of a model for a cell; of many line breaks in a row their number."""
+    return re.sub(r"\n{3,}", lambda found: f"\n[{len(found[0])} line breaks]\n", text)
+
+
 def text_kind(embedded: bool) -> str:
     """Whose text it is."""
     return "the small default text that comes with moepress" if embedded else "given by the user"

@@ -46,10 +46,15 @@ def _cells(table: Table) -> list[list[str]]:
 
 
 def _row(table: Table, number: int) -> list[str]:
-    name, *cells = (plain_text(cell) for cell in table.rows[number])
+    name, *cells = (_prose(cell) if table.prose else plain_text(cell) for cell in table.rows[number])
     name = f"**{name}**" if number in table.marked else name
     mark = mark_of(table, number)
     return [f"{name} <sup>{mark}</sup>" if mark else name, *cells]
+
+
+def _prose(text: str) -> str:
+    """Text of a model in a cell: line breaks are seen as `\\n`, no space is lost."""
+    return plain_text(printable(text).replace(" ", "\N{NO-BREAK SPACE}")).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def plain_text(text: str) -> str:

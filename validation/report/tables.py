@@ -23,6 +23,8 @@ from moepress.validation.report.schema import ExpertName, Report
 from moepress.validation.speed.projection import interval_text
 from moepress.validation.speed.results import TargetFit, Targets
 
+GPUS = "Which GPU holds it (projected)"
+
 
 def tables(report: Report) -> tuple[Table, ...]:
     """All tables of a report that have content, in reading order."""
@@ -251,7 +253,7 @@ def _targets(report: Report) -> tuple[Table, ...]:
     )
     header = ("GPU", "Memory", *labels)
     held = Table(
-        title="Which GPU holds it (projected)",
+        title=GPUS,
         header=header,
         rows=tuple(rows),
         note=note,
