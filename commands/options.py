@@ -293,5 +293,5 @@ evaluation_options: Decorator = _stack(
     click.option("--max-windows", type=click.IntRange(1), help="Evaluation windows per domain.  [default: all]"),
     click.option("--max-ppl-increase", metavar="SHARE", help="Fail when perplexity rises by more, such as 3%."),
     click.option("--max-kl", type=float, metavar="NATS", help="Fail when the mean KL divergence per token is larger."),
-    click.option("--no-throughput", is_flag=True, help="Do not time prefill and decode."),
+    click.option("--no-throughput", is_flag=True, help="Do not time prefill and decode, and write no sample text."),
 )

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +19,9 @@ from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.pruning.plan import Plan, estimate_sizes
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
-from moepress.converters.onnx.runtime import installed_version, require_onnxruntime, session_providers
+from moepress.converters.onnx.runtime import require_onnxruntime, session_providers
 from moepress.converters.safetensors.artifact import Artifact, open_source
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
-from moepress.hub.snapshot import origin_of
 from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
@@ -34,15 +31,17 @@ from moepress.runs.output import check_writable, resolve_output
 from moepress.runs.rows import holds_journal
 from moepress.stages.groundwork import announce, load_tokenizer, require_context
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
+from moepress.stages.shown import checks_section, environment, samples_section, subject_info
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Subject, measure, vocabulary_of
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.files import JSON_NAME, foreign_files
-from moepress.validation.report.schema import Environment, Report, SubjectInfo
+from moepress.validation.report.places import without_places
+from moepress.validation.report.schema import Report
 from moepress.validation.speed.fits import fits_section
 from moepress.validation.speed.target_here import target_here
-from moepress.validation.speed.targets import Target, all_targets
-from moepress.validation.speed.throughput import device_name, measure_throughput
+from moepress.validation.speed.targets import Target, all_targets, target_of
+from moepress.validation.speed.throughput import measure_throughput
 from moepress.validation.speed.timing import Bench
 
 EMBEDDED_TOKENS = 8192  # per domain; the embedded Python is longer than the prose
@@ -57,9 +56,10 @@ class Evaluation:
         domains: NAME=PATH.
         window: tokens per window; None for the reference's context, at most 2048.
         max_windows: windows per domain; None for all (of the embedded text, for 8192 tokens).
-        throughput: also time prefill and decode.
+        throughput: also time prefill and decode, and let the models write sample text.
         context: tokens in the KV cache of the table of GPUs; None for 8192, or the context where it is shorter.
         targets_file: the user's own GPUs, beside those of the table.
+        target: the GPU that the user aims at, as `target_of` takes it.
         thresholds: limits that are judged.
     """
 
@@ -70,6 +70,7 @@ class Evaluation:
     throughput: bool = True
     context: int | None = None
     targets_file: Path | None = None
+    target: str | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
 
 
@@ -215,6 +216,7 @@ def validate_stage(
     *,
     onnx_device: str | None = None,
     also_timed: Sequence[Subject] = (),
+    also_checked: Sequence[tuple[str, Path]] = (),
     **sections: Any,
 ) -> Report:
     """Measure all subjects on the same text and make a report; the first one is the reference.
@@ -227,6 +229,7 @@ def validate_stage(
         work: folder for scratch files.
         onnx_device: `cpu`, `cuda` or `auto` for ONNX folders; None: as the machine says.
         also_timed: models that have rows of throughput and no others; they come after the reference.
+        also_checked: folders by a label that `check` is asked about, beside those of the subjects after the first.
         sections: further fields of the report (title, pruning, quantization, calibration, notes, commands, recipe).
 
     Raises:
@@ -258,16 +261,22 @@ def validate_stage(
         scratch_folder=work,
         onnx_device=provider,
     )
-    sections["notes"] = (*sections.get("notes", ()), *context_notes(evaluation.context, _context(subjects[0])))
-    timed = None
+    notes = (*sections.pop("notes", ()), *context_notes(evaluation.context, _context(subjects[0])))
+    timed, samples = None, None
     if evaluation.throughput:
         with_folder = [s for s in (subjects[0], *also_timed, *subjects[1:]) if s.folder is not None]
         bench = Bench(device=device, dtype=choose_dtype("auto", device), onnx_device=provider)
         timed = measure_throughput(with_folder, bench)
-    return Report(
+        samples, lack = samples_section(
+            subjects, corpus, load_tokenizer(tokenizer), device=device, dtype=dtype, onnx_device=provider
+        )
+        notes += lack
+    made = [(s.label, s.folder) for s in subjects[1:] if s.folder is not None]
+    checks, unchecked = checks_section([*made, *also_checked])
+    report = Report(
         tool_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        subjects=tuple(_subject_info(s) for s in subjects),
+        subjects=tuple(subject_info(s) for s in subjects),
         quality=quality,
         throughput=timed,
         thresholds=judge(evaluation.thresholds, quality.rows),
@@ -277,10 +286,15 @@ def validate_stage(
             evaluation.context,
             here=_gpu_here(device, targets),
             throughput=timed,
+            chosen=target_of(evaluation.target, evaluation.targets_file).id if evaluation.target else None,
         ),
-        environment=_environment(device, onnx=bool(folders)),
+        samples=samples,
+        checks=checks,
+        notes=(*notes, *unchecked),
+        environment=environment(device, onnx=bool(folders)),
         **sections,
     )
+    return without_places(report)
 
 
 def _gpu_here(device: torch.device, targets: Sequence[Target]) -> Target | None:
@@ -326,43 +340,5 @@ def _check_onnx(folders: Sequence[OnnxFolder], device: str) -> None:
             )
 
 
-def _subject_info(subject: Subject) -> SubjectInfo:
-    source = subject.source
-    return SubjectInfo(
-        label=subject.label,
-        folder=str(origin_of(subject.folder) or subject.folder.name) if subject.folder else None,
-        stored_bytes=subject.stored_bytes,
-        parameters=subject.parameters,
-        experts_per_layer=_onnx_experts(source) if isinstance(source, OnnxFolder) else _shape(source).experts,
-        bits=8 * subject.stored_bytes / subject.parameters if subject.parameters else None,
-        onnx=isinstance(source, OnnxFolder),
-        parts=dict(subject.parts),
-    )
-
-
 def _shape(source: Source) -> Shape:
     return source.outline.shape
-
-
-def _onnx_experts(folder: OnnxFolder) -> int | tuple[int, int] | None:
-    counts = folder.summary.get("experts")
-    if not isinstance(counts, dict) or not counts:
-        return None
-    fewest, most = min(map(int, counts.values())), max(map(int, counts.values()))
-    return fewest if fewest == most else (fewest, most)
-
-
-def _environment(device: torch.device, *, onnx: bool) -> Environment:
-    import transformers
-
-    versions = {"moepress": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    if onnx:
-        versions["onnxruntime"] = require_onnxruntime().__version__
-        genai = next(filter(None, map(installed_version, ("onnxruntime-genai", "onnxruntime-genai-cuda"))), None)
-        versions |= {"onnxruntime-genai": genai} if genai else {}
-    return Environment(
-        versions=versions | {"python": platform.python_version()},
-        device=device_name(device),
-        cpus=os.cpu_count(),
-        platform=platform.platform(),
-    )

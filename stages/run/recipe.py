@@ -267,6 +267,7 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
         throughput=recipe.throughput,
         context=recipe.context,
         targets_file=_targets_file(recipe),
+        target=recipe.target,
         thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
     )
 

@@ -322,6 +322,7 @@ def _report(
         setup.out,
         onnx_device="auto",  # the export is for the CPU; its throughput is taken on CUDA as well where there is one
         also_timed=[onnx_subject("original, ONNX", open_onnx(onnx.before))] if onnx.before is not None else [],
+        also_checked=[(f"{bits}, GPTQ", gptq)] if (gptq := setup.out / "exports" / "gptq").is_dir() else [],
         title=plan.model_name,
         pruning=pruning_section(plan) if plan.prunes else None,
         usage=usage_section(profile, plan),

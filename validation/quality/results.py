@@ -146,3 +146,50 @@ class Throughput:
     threads: int
     repetitions: int
     rows: tuple[ThroughputRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """How one model goes on from a beginning.
+
+    Attributes:
+        subject: its label.
+        text: the new text, without special tokens, as the model wrote it.
+        tokens: how many they are.
+        same_tokens: how many of them, from the first on, are those of the first model.
+    """
+
+    subject: str
+    text: str
+    tokens: int
+    same_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One beginning of the evaluation text, and how the models go on from it.
+
+    Attributes:
+        domain: where it is from.
+        prompt: the beginning.
+        continuations: the first model's, then that of the result.
+    """
+
+    domain: str
+    prompt: str
+    continuations: tuple[Continuation, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Text that the models write: the likeliest token at each step.
+
+    Attributes:
+        prompt_tokens: tokens of each beginning.
+        tokens: at most so many new ones.
+        rows: one for each of the first domains.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    rows: tuple[Sample, ...]

@@ -2,19 +2,25 @@
 
 from collections.abc import Sequence
 
-from moepress.validation.report.cells import Table, size_text
+from moepress.validation.quality.results import Samples
+from moepress.validation.report.cells import Table, prose_text, share_text, size_text
 from moepress.validation.report.heatmap import FULL_SHARE
 from moepress.validation.report.plots import bits_name
-from moepress.validation.report.schema import Choice, Report, Usage
-from moepress.validation.report.tables import tables
+from moepress.validation.report.remarks import lettered
+from moepress.validation.report.schema import Choice, Report, RuntimeCheck, Usage
+from moepress.validation.report.tables import GPUS, tables
 
 PARTS, USAGE, CHOICE = "Size by part", "Use of the experts", "What else would have been possible"
+SAMPLES, CHECKS = "Text before and after", "What the runtimes do with it"
 
 
 def contents(report: Report) -> tuple[Table, ...]:
     """All tables that have content, in reading order."""
     found = list(tables(report))
     _insert(found, _parts(report), after=("Size",))
+    if report.samples is not None:
+        _insert(found, _samples(report.samples), after=("Divergence from the first model", "Perplexity"))
+    _insert(found, _checks(report.checks), after=("Measured here", GPUS, "Quantization", "Pruning", "Throughput"))
     decided = [_choice(report.choice)] if report.choice is not None else []
     decided += [_usage(report.usage)] if report.usage is not None else []
     for table in decided:
@@ -25,7 +31,7 @@ def contents(report: Report) -> tuple[Table, ...]:
 def _insert(found: list[Table], table: Table, *, after: Sequence[str]) -> None:
     """Behind the first of these titles that is there, else at the end."""
     titles = [each.title for each in found]
-    place = next((titles.index(title) + 1 for title in after if title in titles), len(found))
+    place = next((n + 1 for title in after for n, known in enumerate(titles) if known.startswith(title)), len(found))
     found.insert(place, table)
 
 
@@ -44,7 +50,7 @@ def _choice(choice: Choice) -> Table:
             bits_name(row),
             str(row.experts),
             size_text(row.weight_bytes),
-            f"{row.loss:.2%}",
+            share_text(row.loss, digits=2),
         )
         for row in choice.rows
     ]
@@ -64,8 +70,8 @@ def _usage(usage: Usage) -> Table:
         every = [sum(counts) for counts in zip(*(domain.counts[place] for domain in usage.domains), strict=True)]
         most = max(range(len(every)), key=every.__getitem__)
         kept = [_kept_share(domain.counts[place], usage.kept[place]) for domain in usage.domains] if usage.kept else []
-        busiest = f"{most} ({every[most] / max(sum(every), 1):.1%})"
-        rows.append((str(layer), str(every.count(0)), busiest, *(f"{share:.1%}" for share in kept)))
+        busiest = f"{most} ({share_text(every[most] / max(sum(every), 1))})"
+        rows.append((str(layer), str(every.count(0)), busiest, *map(share_text, kept)))
     shares = [f"Choices of experts that stay, {domain.domain}" for domain in usage.domains] if pruned else []
     header = ("Layer", "Never chosen", "Most chosen", *shares)
     note = (
@@ -78,3 +84,36 @@ def _usage(usage: Usage) -> Table:
 
 def _kept_share(counts: Sequence[int], kept: Sequence[int]) -> float:
     return sum(counts[expert] for expert in kept) / max(sum(counts), 1)
+
+
+def _samples(samples: Samples) -> Table:
+    """A row for each beginning: what the first model wrote, then the other, and how long they agree."""
+    labels = [continuation.subject for continuation in samples.rows[0].continuations] if samples.rows else []
+    rows = []
+    for sample in samples.rows:
+        last = sample.continuations[-1]
+        texts = [prose_text(continuation.text) for continuation in sample.continuations]
+        agreed = [f"{last.same_tokens} of {last.tokens} tokens"] if len(texts) > 1 else []
+        rows.append((sample.domain, prose_text(sample.prompt), *texts, *agreed))
+    header = ("Text", "Beginning", *labels, *(["Alike from the start"] if len(labels) > 1 else []))
+    note = (
+        f"The first {samples.prompt_tokens} tokens of a window of the evaluation text, and up to {samples.tokens} "
+        "tokens that each model finds likeliest after them, one at a time. After one other token all that follows may "
+        "differ: a difference alone is no loss."
+    )
+    return Table(title=SAMPLES, header=header, rows=tuple(rows), note=note, prose=True)
+
+
+def _checks(checks: Sequence[RuntimeCheck]) -> Table:
+    """A row for each runtime of each folder; the first finding stands below."""
+    marks, remarks = lettered([check.first] if check.first else [] for check in checks)
+    rows = [(check.runtime, check.subject, check.outcome, str(check.findings)) for check in checks]
+    return Table(
+        title=CHECKS,
+        header=("Runtime", "Model", "Outcome", "Findings"),
+        rows=tuple(rows),
+        note="By the rules of moepress check, which says how to mend each; the runtimes themselves were not run.",
+        numeric=1,
+        marks=marks,
+        remarks=remarks,
+    )

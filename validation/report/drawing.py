@@ -7,7 +7,7 @@ The same figure gives the same bytes, and its ids begin with the picture's own n
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
@@ -17,7 +17,8 @@ SERIES = 6  # colours in the style sheet; further series begin anew
 INK = "#010203"
 _MARKS = tuple(f"#0a0b{number:02x}" for number in range(SERIES))
 NARROW_INCHES = 5.0  # 360 points: on a phone the text has its natural size
-WIDE_INCHES = 10.0
+BROAD_INCHES = 11.0  # 792 points: the page's column on a desk, its text a little larger
+MAP_INCHES = 10.0  # what a phone moves sideways
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moepress",
@@ -39,14 +40,26 @@ class Picture:
     """A picture of the page.
 
     Attributes:
-        svg: the element, with its text alternative.
-        caption: what a reader sees below; empty where the heading above says it.
+        svg: the element for a narrow page, with its text alternative.
+        caption: what a reader sees above it.
+        broad: the same for a broad page; empty where the first one serves there too.
         wide: on a phone it is moved sideways in its frame, so that it stays legible.
     """
 
     svg: str
-    caption: str = ""
+    caption: str
+    broad: str = ""
     wide: bool = False
+
+
+def picture(caption: str, draw: Callable[[bool], str]) -> Picture:
+    """Draw for a narrow and for a broad page; the argument says for which."""
+    return Picture(caption=caption, svg=draw(False), broad=draw(True))
+
+
+def width(*, broad: bool) -> float:
+    """A figure's width in inches."""
+    return BROAD_INCHES if broad else NARROW_INCHES
 
 
 def mark(number: int) -> str:
@@ -61,8 +74,10 @@ def styled() -> AbstractContextManager[None]:
     return mpl.rc_context(_SETTINGS)
 
 
-def new_figure(height_inches: float, *, rows: int = 1, wide: bool = False, ratios: Sequence[float] = ()) -> Any:
-    """A figure with `rows` axes below each other, of these heights in proportion.
+def new_figure(
+    height_inches: float, *, rows: int = 1, width: float = NARROW_INCHES, ratios: Sequence[float] = ()
+) -> Any:
+    """A figure of that width in inches, with `rows` axes below each other, of these heights in proportion.
 
     Returns:
         The figure; its axes are `figure.axes`.
@@ -70,7 +85,7 @@ def new_figure(height_inches: float, *, rows: int = 1, wide: bool = False, ratio
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDE_INCHES if wide else NARROW_INCHES, height_inches), layout="constrained")
+    figure = Figure(figsize=(width, height_inches), layout="constrained")
     FigureCanvasSVG(figure)
     figure.subplots(rows, squeeze=False, gridspec_kw={"height_ratios": list(ratios) or None})
     return figure
@@ -79,6 +94,29 @@ def new_figure(height_inches: float, *, rows: int = 1, wide: bool = False, ratio
 def short(name: str) -> str:
     """A name that has room beside a picture."""
     return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def legend_above(figure: Any) -> None:
+    """One legend for all axes, above them, in as many columns as there is room for; none where nothing is named."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if not found:
+        return
+    for columns in range(len(found), 0, -1):
+        names = [name for column in range(columns) for name in list(found)[column::columns]]  # to be read by rows
+        legend = figure.legend(
+            [found[name] for name in names],
+            list(map(short, names)),
+            frameon=False,
+            loc="outside upper left",
+            ncols=columns,
+            borderpad=0,
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def svg(figure: Any, name: str, spoken: str, *, wide: bool = False) -> str:

@@ -1,6 +1,7 @@
 """The report in its first lines, and what a reader should know beside the figures."""
 
-from moepress.validation.report.cells import percent_text, size_change, size_text
+from moepress.validation.report.cells import percent_text, size_change, size_text, three_figures
+from moepress.validation.report.losses import Judged, judged
 from moepress.validation.report.schema import Report
 
 BLINDNESS = (
@@ -18,14 +19,16 @@ def headlines(report: Report) -> tuple[str, ...]:
     before = report.overall(first.label).perplexity.value
     title = report.title or first.label
     if len(report.subjects) == 1:
-        return (f"{title}: {size_text(first.stored_bytes)}, perplexity {before:.3g}",)
+        return (f"{title}: {size_text(first.stored_bytes)}, perplexity {three_figures(before)}",)
     lines = []
     for subject in sorted(report.subjects[:0:-1], key=lambda subject: subject.onnx):
         row = report.overall(subject.label)
         name = title if len(report.subjects) == 2 else f"{title}, {subject.label}"
         change = row.perplexity.value / before - 1
         size = f"{size_text(first.stored_bytes)} → {size_text(subject.stored_bytes)} ({size_change(first, subject)})"
-        quality = f"perplexity {percent_text(change)} ({before:.3g} → {row.perplexity.value:.3g})"
+        within = row.paired is not None and judged(row.paired.perplexity_ratio) is Judged.WITHIN
+        quality = f"perplexity {percent_text(change)}{', within the error' if within else ''} "
+        quality += f"({three_figures(before)} → {three_figures(row.perplexity.value)})"
         lines.append(f"{name}: {size}, {quality}")
     return tuple(lines)
 

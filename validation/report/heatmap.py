@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moepress.validation.report.drawing import Picture, new_figure, styled, svg
+from moepress.validation.report.cells import share_text
+from moepress.validation.report.drawing import (
+    MAP_INCHES,
+    NARROW_INCHES,
+    Picture,
+    new_figure,
+    picture,
+    styled,
+    svg,
+    width,
+)
 from moepress.validation.report.schema import DomainUsage, Usage
 
 _KEPT, _REMOVED = (0x2F, 0x86, 0xE0), (0xD9, 0x66, 0x1F)
@@ -18,6 +28,7 @@ _STEPS = 31  # shades; few, so that the image packs well
 FULL_SHARE = 4.0
 """Times an even share that has the full colour."""
 _WIDE_EXPERTS = 48
+_CAPTION = "How often each expert was chosen: {}"
 
 
 def usage_maps(usage: Usage) -> tuple[Picture, ...]:
@@ -48,13 +59,26 @@ def cells(strength_LE: NDArray[np.float64], kept_LE: NDArray[np.bool_], side: in
 
 
 def _map(usage: Usage, domain: DomainUsage, number: int) -> Picture:
+    """Of many experts there is one drawing, which a phone moves sideways."""
+    name = f"usage-{number}"
+    if len(domain.counts[0]) <= _WIDE_EXPERTS:
+        return picture(
+            _CAPTION.format(domain.domain),
+            lambda broad: _drawn(usage, domain, f"{name}-broad" if broad else name, width(broad=broad)),
+        )
+    return Picture(
+        svg=_drawn(usage, domain, name, MAP_INCHES, wide=True), caption=_CAPTION.format(domain.domain), wide=True
+    )
+
+
+def _drawn(usage: Usage, domain: DomainUsage, name: str, inches: float, *, wide: bool = False) -> str:
     experts, layers = len(domain.counts[0]), len(usage.layers)
-    wide = experts > _WIDE_EXPERTS
     kept = kept_cells(usage, experts)
     image = cells(strengths(domain.counts), kept, 5 if experts > 128 else 8 if wide else 12)
     tall = layers * min(16.0, max(4.5, 300 / layers)) / 72
+    strip = 0.2 if kept.all() else 0.4
     with styled():
-        figure = new_figure(tall + 1.4, rows=2, wide=wide, ratios=(tall, 0.28))
+        figure = new_figure(tall + strip + 1.0, rows=2, width=inches, ratios=(tall, strip))
         axes, legend = figure.axes
         axes.imshow(image, interpolation="none", aspect="auto", extent=(-0.5, experts - 0.5, layers - 0.5, -0.5))
         step = -(-layers // 12)
@@ -62,12 +86,8 @@ def _map(usage: Usage, domain: DomainUsage, number: int) -> Picture:
         _whole_numbers(axes)
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
-        _legend(legend, removed=not kept.all())
-        return Picture(
-            svg=svg(figure, f"usage-{number}", _spoken(usage, domain, kept), wide=wide),
-            caption=domain.domain,
-            wide=wide,
-        )
+        _legend(legend, removed=not kept.all(), room=inches / NARROW_INCHES)
+        return svg(figure, name, _spoken(usage, domain, kept), wide=wide)
 
 
 def kept_cells(usage: Usage, experts: int) -> NDArray[np.bool_]:
@@ -84,24 +104,25 @@ def _whole_numbers(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
 
 
-def _legend(axes: Any, *, removed: bool) -> None:
-    """Colours from never chosen to the full colour: at the left of kept experts, at the right of removed ones."""
-    shares, side = [0.0, 0.25, 0.5, 1.0, 2.0, FULL_SHARE], 12
-    half = [share / FULL_SHARE for share in shares]
-    gap = [0.0] if removed else []
-    strength = np.sqrt(np.array([half + gap + (half if removed else [])]))
-    kept = np.array([[True] * (len(half) + len(gap)) + ([False] * len(half) if removed else [])])
-    columns = strength.shape[1]
-    axes.imshow(
-        cells(strength, kept, side), interpolation="none", aspect="auto", extent=(-0.5, columns - 0.5, 0.5, -0.5)
-    )
+def _legend(axes: Any, *, removed: bool, room: float) -> None:
+    """Colours from never chosen to the full colour: a row for experts that stay, below it one for removed ones.
+
+    Its cells are about as wide on a broad page, which has `room` for more.
+    """
+    shares = [0.0, 0.25, 0.5, 1.0, 2.0, FULL_SHARE]
+    rows = 2 if removed else 1
+    strength = np.sqrt(np.array([[share / FULL_SHARE for share in shares]] * rows))
+    kept = np.array([[True] * len(shares), [False] * len(shares)][:rows])
+    columns = len(shares)
+    image = cells(strength, kept, 12)
+    axes.imshow(image, interpolation="none", aspect="auto", extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
     names = [f"{share:g}" for share in shares]
     names[-1] += "+"
-    axes.set_yticks([])
-    axes.set_xticks([c for c in range(columns) if c != len(half)], names + (names if removed else []))
-    axes.tick_params(axis="x", length=0)
-    kinds = "stays (left), removed (right); " if removed else ""
-    axes.set_xlabel(f"{kinds}times an even share")
+    axes.set_yticks(range(rows), ["stays", "removed"][:rows] if removed else [""])
+    axes.set_xticks(range(columns), names)
+    axes.tick_params(length=0)
+    axes.set_xlim(-0.5, columns * room - 0.5)
+    axes.set_xlabel("times an even share", loc="left")
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -112,5 +133,5 @@ def _spoken(usage: Usage, domain: DomainUsage, kept_LE: NDArray[np.bool_]) -> st
     text = f"Heat map of the choices of {counts.shape[1]} experts in {len(usage.layers)} layers on {domain.domain}"
     if not kept_LE.all():
         removed = int((~kept_LE).sum())
-        text += f"; {removed} removed experts had {float(counts[~kept_LE].sum()) / total:.1%} of the choices"
+        text += f"; {removed} removed experts had {share_text(float(counts[~kept_LE].sum()) / total)} of the choices"
     return f"{text}; {int((counts == 0).sum())} were never chosen"

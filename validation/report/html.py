@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from moepress.runs.text import printable
+from moepress.validation.report.cells import NONE
 from moepress.validation.report.contents import contents
 from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.pictures import pictures
@@ -28,6 +29,8 @@ def html(report: Report) -> str:
         tables=contents(report),
         pictures=pictures(report),
         folded_rows=_FOLDED_ROWS,
+        dash=NONE,
+        bound=_bound,
         commands="\n".join(report.commands),
         recipe=report.recipe,
         imprint=imprint(report),
@@ -36,7 +39,7 @@ def html(report: Report) -> str:
 
 def _bound(text: str) -> str:
     """The text with numbers bound to their units, so that no line breaks between them."""
-    return re.sub(r"(?<=\d) (?=[kMGT]?B\b|%)", "\N{NO-BREAK SPACE}", text)
+    return re.sub(r"(?<=\d) (?=[kMGT]?B\b|%)|(?<=\d) (?=± ?\d)|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", text)
 
 
 def _safe(value: Any) -> Any:

@@ -6,6 +6,7 @@ from moepress.runs.text import printable
 from moepress.validation.report.cells import Table
 from moepress.validation.report.contents import contents
 from moepress.validation.report.headline import headlines, warnings
+from moepress.validation.report.remarks import mark_of
 from moepress.validation.report.schema import Report
 from moepress.validation.report.wording import imprint, plain_words
 
@@ -23,13 +24,14 @@ def markdown(report: Report) -> str:
         parts.append("> **Note**\n>\n" + "\n".join(f"> - {plain_text(note)}" for note in notes))
     for table in contents(report):
         parts += [f"## {plain_text(table.title)}", _markdown_table(table)]
+        parts += ["\n".join(f"- <sup>{mark}</sup> {plain_text(text)}" for mark, text in table.remarks)]
         parts += [plain_text(table.note)] if table.note else []
     if report.commands:
         parts += ["## To reproduce", _code("\n".join(report.commands), "sh")]
     if report.recipe:
         parts += ["Recipe:", _code(report.recipe, "yaml")]
     parts.append(plain_text(imprint(report)))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _markdown_table(table: Table) -> str:
@@ -40,7 +42,19 @@ def _markdown_table(table: Table) -> str:
 
 
 def _cells(table: Table) -> list[list[str]]:
-    return [[plain_text(cell) for cell in row] for row in table.rows]
+    return [_row(table, number) for number in range(len(table.rows))]
+
+
+def _row(table: Table, number: int) -> list[str]:
+    name, *cells = (_prose(cell) if table.prose else plain_text(cell) for cell in table.rows[number])
+    name = f"**{name}**" if number in table.marked else name
+    mark = mark_of(table, number)
+    return [f"{name} <sup>{mark}</sup>" if mark else name, *cells]
+
+
+def _prose(text: str) -> str:
+    """Text of a model in a cell: line breaks are seen as `\\n`, no space is lost."""
+    return plain_text(printable(text).replace(" ", "\N{NO-BREAK SPACE}")).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def plain_text(text: str) -> str:
@@ -54,4 +68,4 @@ def _code(text: str, language: str) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    return f"{fence}{language}\n{printable(text.rstrip(), lines=True)}\n{fence}"

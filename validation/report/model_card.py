@@ -18,7 +18,7 @@ from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import read_json
 from moepress.runs.parsing import parse_yaml
 from moepress.validation.quality.results import QualityRow
-from moepress.validation.report.cells import number_text, percent_text, size_text
+from moepress.validation.report.cells import number_text, percent_text, share_text, size_text
 from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report
 
@@ -226,7 +226,7 @@ def _quality(row: QualityRow) -> list[str]:
     if row.paired is None:
         return [perplexity, "–", "–"]
     change = percent_text(row.paired.perplexity_ratio.value - 1)
-    return [f"{perplexity} ({change})", number_text(row.paired.kl, 4), f"{row.paired.same_top1.value:.1%}"]
+    return [f"{perplexity} ({change})", number_text(row.paired.kl, 4), share_text(row.paired.same_top1.value)]
 
 
 def _measured(report: Report) -> str:

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepress.compress.budget.search import Alternative
-from moepress.validation.report.cells import size_text
-from moepress.validation.report.drawing import INK, mark, new_figure, styled, svg
+from moepress.validation.report.cells import share_text, size_text
+from moepress.validation.report.drawing import INK, legend_above, mark, new_figure, styled, svg, width
 from moepress.validation.report.schema import Choice, Quantization
 
 _SHAPES = ("o", "s", "^", "D", "v", "P")
 
 
-def layer_error_chart(made: Quantization) -> str:
+def layer_error_chart(made: Quantization, *, broad: bool = False) -> str:
     """Mean relative error of the quantized matrices, layer by layer."""
     from matplotlib.ticker import MaxNLocator
 
@@ -19,24 +19,23 @@ def layer_error_chart(made: Quantization) -> str:
     errors = [row.mean_relative_error for row in made.layers]
     worst = max(made.layers, key=lambda row: row.mean_relative_error)
     with styled():
-        figure = new_figure(2.4)
+        figure = new_figure(2.4, width=width(broad=broad))
         (axes,) = figure.axes
         axes.plot(layers, errors, color=mark(1), linewidth=1, marker="o", markersize=4)
         axes.set_ylim(0, max(errors) * 1.15 or 1)
         axes.xaxis.set_major_locator(MaxNLocator(min(12, max(1, len(layers))), integer=True))
         axes.set_xlabel("layer")
-        axes.set_ylabel("relative error")
         spoken = (
             f"Line chart of the mean relative quantization error of {len(layers)} layers: from {min(errors):.3g} to "
             f"{max(errors):.3g}, the largest in layer {worst.layer}"
         )
-        return svg(figure, "errors", spoken)
+        return svg(figure, "errors-broad" if broad else "errors", spoken)
 
 
-def choice_chart(choice: Choice) -> str:
+def choice_chart(choice: Choice, *, broad: bool = False) -> str:
     """Estimated loss against size: a line for each number of bits, the budget, and what was chosen."""
     with styled():
-        figure = new_figure(3.6)
+        figure = new_figure(3.6, width=width(broad=broad))
         (axes,) = figure.axes
         for number, (name, rows) in enumerate(_by_bits(choice.rows).items()):
             ordered = sorted(rows, key=lambda row: row.weight_bytes)
@@ -49,18 +48,19 @@ def choice_chart(choice: Choice) -> str:
             at = (row.weight_bytes, row.loss)
             axes.plot(*at, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, label="chosen")
         _scale(axes, choice.rows)
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
+        legend_above(figure)
         taken = f"; chosen: {alternative_text(chosen[0])}" if chosen else ""
         spoken = (
             f"Line chart of estimated loss against size for {len(choice.rows)} alternatives, budget "
             f"{size_text(choice.limit_bytes)}{taken}"
         )
-        return svg(figure, "choice", spoken)
+        return svg(figure, "choice-broad" if broad else "choice", spoken)
 
 
 def alternative_text(row: Alternative) -> str:
     """One alternative in words."""
-    return f"{row.experts} experts, {bits_name(row)}, {size_text(row.weight_bytes)}, estimated loss {row.loss:.2%}"
+    loss = share_text(row.loss, digits=2)
+    return f"{row.experts} experts, {bits_name(row)}, {size_text(row.weight_bytes)}, estimated loss {loss}"
 
 
 def bits_name(row: Alternative) -> str:
@@ -92,4 +92,3 @@ def _scale(axes: Any, rows: Sequence[Alternative]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(lambda size, _: size_text(round(size)) if size > 0 else "0")
     axes.set_xlabel("size of all weights")
-    axes.set_ylabel("estimated loss (lower is better)")

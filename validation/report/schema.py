@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from moepress.compress.budget.search import Alternative
-from moepress.validation.quality.results import ALL_WINDOWS, Quality, QualityRow, Throughput
+from moepress.validation.quality.results import ALL_WINDOWS, Quality, QualityRow, Samples, Throughput
 from moepress.validation.quality.thresholds import Outcome
 from moepress.validation.speed.results import Targets
 
@@ -165,6 +165,26 @@ class Calibration(_Section):
     digest: str | None = None
 
 
+class RuntimeCheck(_Section):
+    """What the rules of one runtime say of one folder, as `moepress check` does.
+
+    Attributes:
+        subject: the folder's label.
+        layout: how its weights are laid out.
+        runtime: the runtime's name.
+        outcome: `loads`, `slower`, `refuses` or `silently wrong`: the worst that was found.
+        findings: how many there are for this runtime.
+        first: the first of those, in a sentence; None where nothing was found.
+    """
+
+    subject: str
+    layout: str
+    runtime: str
+    outcome: Literal["loads", "slower", "refuses", "silently wrong"]
+    findings: int
+    first: str | None = None
+
+
 class Environment(_Section):
     """Where it ran: package to version, device, processor."""
 
@@ -184,6 +204,8 @@ class Report(_Section):
         quality: of all subjects.
         usage: how the calibration text used the experts; None without a profile.
         choice: what the plan was chosen from; None without a budget.
+        samples: text that the first model and the result write; None where they were not run.
+        checks: what the rules of the runtimes say of what was made.
         targets: which GPU holds the models that are folders of safetensors; projected.
         recipe: the recipe file's text.
         commands: that reproduce the result.
@@ -204,6 +226,8 @@ class Report(_Section):
     quantization: Quantization | None = None
     calibration: Calibration | None = None
     targets: Targets | None = None
+    samples: Samples | None = None
+    checks: tuple[RuntimeCheck, ...] = ()
     notes: tuple[str, ...] = ()
     environment: Environment | None = None
     commands: tuple[str, ...] = ()

@@ -7,17 +7,23 @@ from moepress.validation.report.cells import (
     NONE,
     Table,
     experts_text,
+    figures,
     number_text,
     parameters_text,
     percent_text,
+    share_estimate_text,
+    share_text,
     size_change,
     size_text,
     text_kind,
     without_version,
 )
+from moepress.validation.report.remarks import lettered
 from moepress.validation.report.schema import ExpertName, Report
 from moepress.validation.speed.projection import interval_text
 from moepress.validation.speed.results import TargetFit, Targets
+
+GPUS = "Which GPU holds it (projected)"
 
 
 def tables(report: Report) -> tuple[Table, ...]:
@@ -50,12 +56,12 @@ def _quality_in_short(report: Report) -> Table:
         cells = [domain]
         for label in labels:
             found = report.quality.row(label, domain)
-            change = "" if found.paired is None else f" ({percent_text(found.paired.perplexity_ratio.value - 1)})"
-            cells.append(f"{found.perplexity.value:.2f}{change}")
+            change = "" if found.paired is None else f" ({_change(found.paired.perplexity_ratio, error=False)})"
+            cells.append(f"{number_text(Estimate(value=found.perplexity.value), 2)}{change}")
         rows.append(tuple(cells))
     overall = [report.quality.row(label) for label in labels]
     kl = [NONE if row.paired is None else number_text(Estimate(value=row.paired.kl.value), 4) for row in overall]
-    same = [NONE if row.paired is None else f"{row.paired.same_top1.value:.1%}" for row in overall]
+    same = [NONE if row.paired is None else share_text(row.paired.same_top1.value) for row in overall]
     rows += [("KL divergence", *kl), ("same top-1", *same)]
     return Table(title="Perplexity", header=("Text", *labels), rows=tuple(rows), numeric=len(labels))
 
@@ -64,11 +70,12 @@ def _speed_in_short(report: Report) -> Table:
     measured = () if report.throughput is None else report.throughput.rows
     rows = []
     for row in measured:
-        label, _, test, remark, speed, ratio = _throughput_row(row)
-        runtime = f"{without_version(row.runtime)}, {row.provider}"
-        rows.append((label, runtime, test, remark if row.tokens_per_second is None else speed, ratio))
+        label, _, test, speed, ratio = _throughput_row(row)
+        runtime = ", ".join(filter(None, (without_version(row.runtime), row.provider)))
+        rows.append((label, runtime, test, speed, ratio))
     header = ("Model", "Runtime", "Test", "Tokens/s", "Ratio")
-    return Table(title="Speed", header=header, rows=tuple(rows), numeric=2)
+    marks, remarks = lettered(map(_remarks, measured))
+    return Table(title="Speed", header=header, rows=tuple(rows), numeric=2, marks=marks, remarks=remarks)
 
 
 def _sizes(report: Report) -> Table:
@@ -76,36 +83,39 @@ def _sizes(report: Report) -> Table:
     for subject in report.subjects:
         change = NONE if subject is report.subjects[0] else size_change(report.subjects[0], subject)
         experts = experts_text(subject.experts_per_layer)
-        bits = NONE if subject.bits is None else f"{subject.bits:.2f}"
+        bits = NONE if subject.bits is None else figures(subject.bits, 2)
         parameters = parameters_text(subject.parameters)
-        rows.append((subject.label, size_text(subject.stored_bytes), change, parameters, experts, bits))
-    header = ("Model", "On disk", "Change", "Parameters", "Experts per layer", "Bits per weight")
+        rows.append((subject.label, change, size_text(subject.stored_bytes), parameters, experts, bits))
+    header = ("Model", "Change", "On disk", "Parameters", "Experts per layer", "Bits per weight")
     return Table(title="Size", header=header, rows=tuple(rows), numeric=5)
 
 
 def _perplexity(report: Report) -> Table:
+    """The change stands before the numbers that it is between, for that is what a narrow screen shows first."""
     labels = [subject.label for subject in report.subjects]
     beside = len(labels) <= 3  # a column of its own for each change; with more models the table would be too wide
-    header = ["Text", labels[0]]
-    for label in labels[1:]:
-        header += [label, "change" if len(labels) == 2 else f"change, {label}"][: 1 + beside]
+    changes = [] if not beside else ["change"] if len(labels) == 2 else [f"change, {label}" for label in labels[1:]]
     rows = []
     for domain in _domains(report):
-        row = [domain]
-        for label in labels:
-            found = report.quality.row(label, domain)
-            row.append(number_text(found.perplexity, 2))
-            if found.paired is not None:
-                ratio = found.paired.perplexity_ratio
-                error = "" if ratio.error is None else f" ± {ratio.error * 100:.1f}"
-                change = percent_text(ratio.value - 1).replace(" %", f"{error} %")
-                row[-1:] = [row[-1], change] if beside else [f"{row[-1]} ({change})"]
-        rows.append(tuple(row))
+        found = [report.quality.row(label, domain) for label in labels]
+        ratios = [NONE if row.paired is None else _change(row.paired.perplexity_ratio) for row in found]
+        numbers = [number_text(row.perplexity, 2) for row in found]
+        if not beside:  # the error that matters is that of the change
+            numbers[1:] = [number_text(Estimate(value=row.perplexity.value), 2) for row in found[1:]]
+        if beside:
+            rows.append((domain, *ratios[1:], *numbers))
+        else:
+            rows.append((domain, numbers[0], *map("{} ({})".format, ratios[1:], numbers[1:])))
+    header = ("Text", *changes, *labels)
     note = (
         "Among how many tokens the model hesitates at each step, so to say: lower is better. ± is one standard error "
         "over windows; that of the change is smaller because both models read the same text."
     )
-    return Table(title="Perplexity", header=tuple(header), rows=tuple(rows), note=note, numeric=len(header) - 1)
+    return Table(title="Perplexity", header=header, rows=tuple(rows), note=note, numeric=len(header) - 1)
+
+
+def _change(ratio: Estimate, *, error: bool = True) -> str:
+    return percent_text(ratio.value - 1, error=ratio.error if error else None)
 
 
 def _domains(report: Report) -> list[str]:
@@ -127,16 +137,14 @@ def _divergence(report: Report) -> Table:
 
 
 def _divergence_row(row: QualityRow) -> tuple[str, ...]:
-    bits = NONE if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
+    bits = NONE if row.bits_per_byte is None else figures(row.bits_per_byte, 3)
     if row.paired is None:
         return (row.subject, row.domain, NONE, NONE, NONE, bits)
-    same = row.paired.same_top1
-    share = Estimate(value=same.value * 100, error=None if same.error is None else same.error * 100)
     return (
         row.subject,
         row.domain,
         number_text(row.paired.kl, 4),
-        f"{number_text(share, 1)} %",
+        share_estimate_text(row.paired.same_top1),
         number_text(row.paired.delta_nll, 4),
         bits,
     )
@@ -151,17 +159,26 @@ def _throughput(report: Report) -> Table:
         f"standard error. transformers computes the logits of the prompt's last token only, the others those of all "
         f"tokens. {measured.device}, {measured.threads} threads."
     )  # fmt: skip
-    header = ("Model", "Runtime", "Test", "Remark", "Tokens per second", "Ratio")
-    return Table(title="Throughput", header=header, rows=tuple(rows), note=note, numeric=2)
+    header = ("Model", "Runtime", "Test", "Tokens per second", "Ratio")
+    marks, remarks = lettered(map(_remarks, () if measured is None else measured.rows))
+    return Table(
+        title="Throughput", header=header, rows=tuple(rows), note=note, numeric=2, marks=marks, remarks=remarks
+    )
+
+
+def _remarks(row: ThroughputRow) -> list[str]:
+    """What the note of a row says, one by one; a reason why it was not measured is one."""
+    note = row.note or ""
+    return [note] if row.tokens_per_second is None and note else [part for part in note.split("; ") if part]
 
 
 def _throughput_row(row: ThroughputRow) -> tuple[str, ...]:
-    speed = NONE
+    speed = "not measured"
     if row.tokens_per_second is not None:
         speed = number_text(row.tokens_per_second, 0 if row.tokens_per_second.value >= 1000 else 1)
     ratio = NONE if row.ratio is None else number_text(row.ratio, 2)
     runtime = ", ".join(filter(None, (row.runtime, row.provider, row.dtype)))
-    return (row.subject, runtime, row.test, row.note or "", speed, ratio)
+    return (row.subject, runtime or NONE, NONE if row.test == "-" else row.test, speed, ratio)
 
 
 def _thresholds(report: Report) -> Table:
@@ -188,8 +205,10 @@ def _pruning(report: Report) -> tuple[Table, ...]:
     note = f"{pruning.kept} of {pruning.total} experts are kept in each layer ({percent_text(-removed, digits=0)}), "
     note += f"chosen by {pruning.criterion}."
     if pruning.keep_set_stability is not None:
-        note += f" Keep sets from different parts of the text agree by {pruning.keep_set_stability * 100:.0f} %."
-    rows = [(d.domain, f"{d.gate_mass_lost * 100:.1f} %", f"{d.reap_mass_lost * 100:.1f} %") for d in pruning.domains]
+        note += (
+            f" Keep sets from different parts of the text agree by {share_text(pruning.keep_set_stability, digits=0)}."
+        )
+    rows = [(d.domain, share_text(d.gate_mass_lost), share_text(d.reap_mass_lost)) for d in pruning.domains]
     header = ("Text", "Routing weight lost", "Weighted output lost")
     return (Table(title="Pruning", header=header, rows=tuple(rows) or ((NONE,) * 3,), note=note, numeric=2),)
 
@@ -198,9 +217,11 @@ def _quantization(report: Report) -> tuple[Table, ...]:
     made = report.quantization
     if made is None:
         return ()
-    note = f"Scheme: {made.scheme}. Rounded to nearest because the solver failed: {_experts(made.fallback_experts)}. "
-    note += f"With too few tokens of their own: {_experts(made.unsupported_experts)}."
-    rows = [(str(layer.layer), f"{layer.mean_relative_error:.4f}") for layer in made.layers]
+    note = (
+        f"Scheme: {made.scheme}. Rounded to nearest, for want of tokens or because the solver failed: "
+        f"{_experts(made.fallback_experts)}. With too few tokens of their own: {_experts(made.unsupported_experts)}."
+    )
+    rows = [(str(layer.layer), figures(layer.mean_relative_error, 4)) for layer in made.layers]
     header = ("Layer", "Mean relative error")
     return (Table(title="Quantization", header=header, rows=tuple(rows) or ((NONE,) * 2,), note=note, numeric=1),)
 
@@ -220,17 +241,24 @@ def _targets(report: Report) -> tuple[Table, ...]:
         return ()
     labels = [load.subject for load in found.loads]
     rows = []
-    for target in found.table:
+    for target in sorted(found.table, key=lambda target: target.id != found.chosen):
         fits = [next(r for r in found.rows if (r.subject, r.target) == (label, target.id)) for label in labels]
-        rows.append((target.name, f"{target.memory_gib:g} GiB", *map(_fit_text, fits)))
+        name = f"{target.name} (your target)" if target.id == found.chosen else target.name
+        rows.append((name, f"{target.memory_gib:g} GiB", *map(_fit_text, fits)))
     note = (
-        f"Alone on the card, with a KV cache of {found.context:,} tokens: fits leaves {found.reserve:.0%} of the "
-        f"memory free, tight {found.tight_reserve:.0%}. Tokens per second of tg128 (tg) and pp512 (pp) are projected "
-        "from bytes and FLOP, not measured; report.json has the formulas."
+        f"Alone on the card, with a KV cache of {found.context:,} tokens: fits leaves "
+        f"{share_text(found.reserve, digits=0)} of the memory free, tight {share_text(found.tight_reserve, digits=0)}. "
+        "Tokens per second of tg128 (tg) and pp512 (pp) are projected from bytes and FLOP, not measured; report.json "
+        "has the formulas."
     )
     header = ("GPU", "Memory", *labels)
     held = Table(
-        title="Which GPU holds it (projected)", header=header, rows=tuple(rows), note=note, numeric=1 + len(labels)
+        title=GPUS,
+        header=header,
+        rows=tuple(rows),
+        note=note,
+        numeric=1 + len(labels),
+        marked=frozenset({0} if found.chosen is not None else ()),
     )
     return (held, _speed_checks(found)) if found.measured else (held,)
 
@@ -248,12 +276,15 @@ def _speed_checks(found: Targets) -> Table:
         )
         for row in found.measured
     ]
+    marks, remarks = lettered([row.note] if row.note else [] for row in found.measured)
     return Table(
         title=f"Measured here, on {names[found.measured[0].target]}",
         header=("Model", "Test", "Measured, tokens/s", "Projected, tokens/s", "Measured against projected"),
         rows=tuple(rows),
         note="How far the projections of the table above are off on this GPU.",
         numeric=3,
+        marks=marks,
+        remarks=remarks,
     )
 
 

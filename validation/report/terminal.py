@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from moepress.runs.text import printable
 from moepress.validation.report.headline import headlines, warnings
+from moepress.validation.report.remarks import mark_of
 from moepress.validation.report.schema import Report
 from moepress.validation.report.tables import console_tables
 
@@ -23,9 +24,13 @@ def print_tables(report: Report, console: "Console") -> None:
         drawn = RichTable(box=None, pad_edge=False)
         for column, name in enumerate(table.header):
             drawn.add_column(literal(name), justify="right" if table.is_numeric(column) else "left")
-        for row in table.rows:
-            drawn.add_row(*(literal(printable(cell)) for cell in row))
+        for number, row in enumerate(table.rows):
+            mark = mark_of(table, number)
+            name = f"{row[0]} ({mark})" if mark else row[0]
+            drawn.add_row(*(literal(printable(cell)) for cell in (name, *row[1:])))
         console.print(drawn, highlight=False)
+        for mark, text in table.remarks:
+            console.print(f"({mark}) {literal(printable(text))}", highlight=False)
     console.print()
     for note in warnings(report):
         console.print(f"Note: {literal(note)}", highlight=False)

@@ -26,6 +26,7 @@ def fits_section(
     *,
     here: Target | None = None,
     throughput: Throughput | None = None,
+    chosen: str | None = None,
 ) -> Targets | None:
     """Every folder of safetensors on every GPU; ONNX folders are left out, for other programs run them.
 
@@ -35,6 +36,7 @@ def fits_section(
         context: tokens in the KV cache; None for 8192, or the shortest context of the models.
         here: this machine's GPU, if it is one of them.
         throughput: measured on this machine.
+        chosen: id of the GPU that the user aims at, one of the targets.
 
     Returns:
         None where there is no such folder.
@@ -55,6 +57,7 @@ def fits_section(
         table=tuple(targets),
         rows=rows,
         measured=speed_checks(throughput, here, rows) if throughput is not None and here is not None else (),
+        chosen=chosen,
     )
 
 

@@ -91,6 +91,7 @@ class Targets(_Row):
         table: the GPUs.
         rows: every model on every GPU.
         measured: where this machine has one of them, its measured speeds beside the projected ones.
+        chosen: id of the GPU that the user aims at; None where none was named.
     """
 
     context: int
@@ -101,3 +102,4 @@ class Targets(_Row):
     table: tuple[Target, ...]
     rows: tuple[TargetFit, ...]
     measured: tuple[SpeedCheck, ...] = ()
+    chosen: str | None = None

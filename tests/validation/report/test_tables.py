@@ -24,7 +24,7 @@ def test_sizes_are_short_and_decimal(size_bytes: int, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(0.021, "+2.1 %"), (-0.67, "−67.0 %"), (0.0, "±0.0 %"), (-0.0001, "±0.0 %"), (1.5, "+150.0 %")]
+    ("share", "text"), [(0.021, "+2.1 %"), (-0.67, "−67.0 %"), (0.0, "±0 %"), (-0.0001, "−0.010 %"), (1.5, "+150.0 %")]
 )
 def test_changes_have_a_sign(share: float, text: str) -> None:
     assert percent_text(share) == text
@@ -33,4 +33,5 @@ def test_changes_have_a_sign(share: float, text: str) -> None:
 def test_numbers_have_their_error_if_it_is_known() -> None:
     assert number_text(Estimate(value=25.1, error=0.314), 2) == "25.10 ± 0.31"
     assert number_text(Estimate(value=-0.5), 1) == "−0.5"
-    assert number_text(Estimate(value=-1e-9), 4) == "0.0000"
+    assert number_text(Estimate(value=-1e-9), 4) == "−1.0e-9"
+    assert number_text(Estimate(value=0.0, error=0.0), 4) == "0 ± 0"
