@@ -6,7 +6,7 @@ some whole modules are taken: they are samples of one kind.)
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from moepress.calibration.documents import Document, read_documents
 from moepress.calibration.sources import Source, source_files
 from moepress.calibration.templates import ChatTemplate
-from moepress.calibration.tokens import Ids, Piece, TokenFile, Tokenizer, copied, pieces
+from moepress.calibration.tokens import Ids, Piece, TokenFile, Tokenizer, pieces
 from moepress.errors import InvalidInputError
 
 ROOM_BYTES = 4  # text read for each token wanted, about what a token covers
@@ -30,7 +30,7 @@ class TextFile:
         store: gets the tokens.
     """
 
-    def __init__(self, path: Path, tokens: Iterator[tuple[Document, Piece]], store: TokenFile) -> None:
+    def __init__(self, path: Path, tokens: Generator[tuple[Document, Piece]], store: TokenFile) -> None:
         self.path, self._tokens, self._store = path, tokens, store
         self.size_bytes = path.stat().st_size
         self.documents, self.any_rendered = 0, False
@@ -81,6 +81,10 @@ class TextFile:
         """Whether some of its text is not in the pool; looks one document further."""
         return self._cut or self.count > self.cap or self._look_ahead() is not None
 
+    def close(self) -> None:
+        """Read no further: the file is closed."""
+        self._tokens.close()
+
     def parts(self, all_tokens: Ids) -> Iterator[Ids]:
         """Its tokens that are in the pool."""
         left = self.given
@@ -99,6 +103,7 @@ class Pool:
         group: its sources.
         tokenizer: gives the tokens.
         chat: writes conversations.
+        store: gets the tokens, behind those of other domains.
         room_tokens: read about so many.
         window: tokens of a window; where files share the pool, each has whole ones where it can.
         seed: for the order of the files.
@@ -110,6 +115,7 @@ class Pool:
         group: Sequence[Source],
         tokenizer: Tokenizer,
         chat: ChatTemplate,
+        store: TokenFile,
         *,
         room_tokens: int,
         window: int,
@@ -118,39 +124,49 @@ class Pool:
         self.domain, self.embedded = domain, any(source.embedded for source in group)
         paths = [(path, source.embedded) for source in group for path in source_files(source)]
         random.Random(f"files:{seed}:{domain}").shuffle(paths)
-        store, limit_bytes = TokenFile(), ROOM_BYTES * room_tokens
-        self._files = [
+        self._store, limit_bytes = store, ROOM_BYTES * room_tokens
+        files = [
             TextFile(path, _tokens_of(path, tokenizer, chat, embedded, limit_bytes), store) for path, embedded in paths
         ]
-        self._store = self._read(store, room_tokens, window)
-        self.tokens = self._store.array()
-        self.documents = sum(file.documents for file in self._files)
-        self.any_rendered = any(file.any_rendered for file in self._files)
+        self._span = self._read(files, room_tokens, window)
+        self.documents = sum(file.documents for file in files)
+        self.any_rendered = any(file.any_rendered for file in files)
+        self.notes = self._unread(files)
+        for file in files:
+            file.close()
 
-    def _read(self, store: TokenFile, room_tokens: int, window: int) -> TokenFile:
-        for file in self._files:
-            file.fill(room_tokens - store.count, whole=True)
+    @property
+    def tokens(self) -> Ids:
+        """All of them, in order."""
+        return self._store.array()[self._span]
+
+    def _read(self, files: Sequence[TextFile], room_tokens: int, window: int) -> slice:
+        """Where in the store the tokens are."""
+        start = self._store.count
+        for file in files:
+            file.fill(start + room_tokens - self._store.count, whole=True)
             file.cap = file.count
-            if store.count >= room_tokens:
+            if self._store.count - start >= room_tokens:
                 break
-        if len(self._files) == 1 or self.embedded or not any(file.left_some() for file in self._files):
-            return store
-        share_out(self._files, room_tokens, window)
-        tokens = store.array()
-        return copied([part for file in self._files for part in file.parts(tokens)])
+        if len(files) > 1 and not self.embedded and any(file.left_some() for file in files):
+            share_out(files, room_tokens, window)
+            tokens, start = self._store.array(), self._store.count
+            for part in (part for file in files for part in file.parts(tokens)):
+                self._store.append(part)
+        return slice(start, self._store.count)
 
-    def notes(self) -> list[str]:
+    def _unread(self, files: Sequence[TextFile]) -> tuple[str, ...]:
         """What of the domain's text was not read, in a sentence."""
-        files = [file for file in self._files if file.left_some()]
-        if self.embedded or not files:
-            return []
-        begin = f"domain {self.domain}: windows are drawn from the first"
-        if len(self._files) == 1:
-            return [f"{begin} {files[0].given:,} tokens of {files[0].path.name}; the rest of it was not read"]
-        none = [file.path.name for file in files if not file.given]
+        left = [file for file in files if file.left_some()]
+        if self.embedded or not left:
+            return ()
+        begin, given = f"domain {self.domain}: windows are drawn from the first", f"{len(self.tokens):,} tokens of"
+        if len(files) == 1:
+            return (f"{begin} {given} {left[0].path.name}; the rest of it was not read",)
+        none = [file.path.name for file in left if not file.given]
         named = f" (nothing of {', '.join(none[:3])}{', ...' if len(none) > 3 else ''})" if none else ""
-        count = f"{len(self._files) - len(none)} of its {len(self._files)} files, in proportion to their sizes"
-        return [f"{begin} {len(self.tokens):,} tokens of {count}; the rest was not read{named}"]
+        count = f"{len(files) - len(none)} of its {len(files)} files, in proportion to their sizes"
+        return (f"{begin} {given} {count}; the rest was not read{named}",)
 
 
 def share_out(files: Sequence[TextFile], room_tokens: int, window: int) -> None:
@@ -185,7 +201,7 @@ def dealt(windows: int, sizes: Sequence[int]) -> list[int]:
 
 def _tokens_of(
     path: Path, tokenizer: Tokenizer, chat: ChatTemplate, embedded: bool, limit_bytes: int
-) -> Iterator[tuple[Document, Piece]]:
+) -> Generator[tuple[Document, Piece]]:
     for document in read_documents(path, chat, embedded=embedded, limit_bytes=limit_bytes):
         if document.text.strip():
             for piece in pieces(tokenizer, document.text, special=not document.rendered):

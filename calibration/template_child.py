@@ -191,7 +191,11 @@ def limit_time(seconds: float) -> None:
 def answer(request: dict[str, Any], chat: dict[str, Any], most_chars: int) -> dict[str, str]:
     """The text of one conversation, or why there is none."""
     try:
-        return {"text": written(request, chat, most_chars)}
+        text = written(request, chat, most_chars)
+        text.encode("utf-8")
+        return {"text": text}
+    except UnicodeEncodeError:
+        return {"refused": "it writes a lone surrogate (\\ud800 to \\udfff), no character"}
     except MemoryError:
         return {"refused": "it needs too much memory"}
     except Exception as error:  # a template can raise whatever Python can
