@@ -81,8 +81,14 @@ def content_of(record: object, where: str) -> str | Conversation:
     for plain in (text, record.get("content")):
         if isinstance(plain, str):
             return plain
-    there = ", ".join(str(key)[:40] for key, value in list(record.items())[:8] if value is not None)
+    there = listed([str(key) for key, value in record.items() if value is not None])
     raise InvalidInputError(f"{where}: {NEEDS}; it has {there or 'nothing but nulls'}.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names of a file, cut and without what a terminal would obey."""
+    shown = ["".join(c if c.isprintable() else "?" for c in name[:40]) for name in names[:8]]
+    return ", ".join([*shown, "..."] if len(names) > 8 else shown)
 
 
 def _conversation(record: Mapping[str, Any], where: str) -> Conversation | None:

@@ -199,7 +199,8 @@ def answer(request: dict[str, Any], chat: dict[str, Any], most_chars: int) -> di
     except MemoryError:
         return {"refused": "it needs too much memory"}
     except Exception as error:  # a template can raise whatever Python can
-        said = " ".join(str(error).split())[:REASON_CHARS]
+        said = " ".join(str(error)[: 4 * REASON_CHARS].split())[:REASON_CHARS].rstrip(".")
+        said = "".join(c if c.isprintable() else "?" for c in said)
         is_theirs = isinstance(error, jinja2.TemplateError | ValueError) and said
         return {"refused": said if is_theirs else f"{type(error).__name__}: {said}".rstrip(": ")}
 

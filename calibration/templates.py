@@ -120,7 +120,7 @@ class ChatTemplate:
         try:
             template = self._tokenizer.get_chat_template(tools=chats[0].tools)
         except (AttributeError, TypeError, ValueError) as error:
-            return [Refused(reason=" ".join(str(error).split())[:300])] * len(chats)
+            return [Refused(reason=" ".join(str(error).split())[:300].rstrip("."))] * len(chats)
         named = getattr(self._tokenizer, "special_tokens_map", {})
         plain = [{"messages": chat.messages, "tools": chat.tools} for chat in chats]
         lengths = [len(json.dumps(chat, default=str)) for chat in plain]

@@ -137,6 +137,7 @@ def test_reasoning_goes_with_its_message() -> None:
         ({}, "nothing but nulls"),
         ({"text": None}, "nothing but nulls"),
         ({"id": 1, "label": "x"}, "it has id, label"),
+        ({"\x1b[2J\n" + "x" * 99: 1}, r"it has \?\[2J\?x{35}\."),
         ({"text": 3}, "its text is a number"),
         ({"text": b"x"}, "its text is bytes"),
         ({"messages": []}, "messages are an empty list"),
