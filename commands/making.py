@@ -341,7 +341,7 @@ def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -
         return
     from moepress.commands.printed import print_quantized
 
-    note(*result["notes"])
+    note(*result["notes"], *(f"Calibration: {found}." for found in result["calibration"]["notes"]))
     print_quantized(result, output)
 
 
