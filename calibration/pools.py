@@ -6,7 +6,7 @@ some whole modules are taken: they are samples of one kind.)
 """
 
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +21,26 @@ ROOM_BYTES = 4  # text read for each token wanted, about what a token covers
 MOST_FILES = 256  # of one domain in part: each is an open file
 
 
+Begin = Callable[[Path, int], Generator[tuple[Document, Piece]]]
+"""Opens a file whose documents are cut to so many bytes; gives the tokens of those that have any text."""
+
+
 class TextFile:
     """One file of a domain, read as far as is wanted, and further later on.
 
     Args:
         path: the file.
-        tokens: of all documents that have any text, in order.
+        begin: opens it.
         store: gets the tokens.
+        limit_bytes: no document is longer; until it is opened that may be changed.
     """
 
-    def __init__(self, path: Path, tokens: Generator[tuple[Document, Piece]], store: TokenFile) -> None:
-        self.path, self._tokens, self._store = path, tokens, store
+    def __init__(self, path: Path, begin: Begin, store: TokenFile, limit_bytes: int) -> None:
+        self.path, self._begin, self._store, self.limit_bytes = path, begin, store, limit_bytes
         self.size_bytes = path.stat().st_size
         self.documents, self.any_rendered = 0, False
         self.count, self.cap = 0, 0
+        self._tokens: Generator[tuple[Document, Piece]] | None = None
         self._spans: list[slice] = []
         self._ahead: tuple[Document, Piece] | InvalidInputError | None = None
         self._exhausted, self._cut, self._inside = False, False, False
@@ -60,12 +66,18 @@ class TextFile:
     def _look_ahead(self) -> tuple[Document, Piece] | InvalidInputError | None:
         """What comes next: tokens, a fault that is none as long as nobody reads so far, or nothing."""
         if self._ahead is None and not self._exhausted:
+            self._tokens = self._tokens or self._begin(self.path, self.limit_bytes)
             try:
                 self._ahead = next(self._tokens, None)
             except InvalidInputError as error:
                 self._ahead = error
             self._exhausted = self._ahead is None
         return self._ahead
+
+    @property
+    def begun(self) -> bool:
+        """Whether it was opened."""
+        return self._tokens is not None
 
     @property
     def given(self) -> int:
@@ -78,12 +90,15 @@ class TextFile:
         return self.count > self.cap or not self._exhausted
 
     def left_some(self) -> bool:
-        """Whether some of its text is not in the pool; looks one document further."""
+        """Whether some of its text is not in the pool; looks one document further, if it is open."""
+        if self._tokens is None:
+            return self.size_bytes > 0
         return self._cut or self.count > self.cap or self._look_ahead() is not None
 
     def close(self) -> None:
         """Read no further: the file is closed."""
-        self._tokens.close()
+        if self._tokens is not None:
+            self._tokens.close()
 
     def parts(self, all_tokens: Ids) -> Iterator[Ids]:
         """Its tokens that are in the pool."""
@@ -122,12 +137,15 @@ class Pool:
         seed: int,
     ) -> None:
         self.domain, self.embedded = domain, any(source.embedded for source in group)
-        paths = [(path, source.embedded) for source in group for path in source_files(source)]
+        paths = [path for source in group for path in source_files(source)]
         random.Random(f"files:{seed}:{domain}").shuffle(paths)
-        self._store, limit_bytes = store, ROOM_BYTES * room_tokens
-        files = [
-            TextFile(path, _tokens_of(path, tokenizer, chat, embedded, limit_bytes), store) for path, embedded in paths
-        ]
+        embedded = {path for source in group if source.embedded for path in source_files(source)}
+        self._store = store
+
+        def begin(path: Path, limit_bytes: int) -> Generator[tuple[Document, Piece]]:
+            return _tokens_of(path, tokenizer, chat, path in embedded, limit_bytes)
+
+        files = [TextFile(path, begin, store, ROOM_BYTES * room_tokens) for path in paths]
         self._span = self._read(files, room_tokens, window)
         self.documents = sum(file.documents for file in files)
         self.any_rendered = any(file.any_rendered for file in files)
@@ -184,6 +202,8 @@ def share_out(files: Sequence[TextFile], room_tokens: int, window: int) -> None:
             return
         for file, windows in zip(some, dealt(left // window, [file.size_bytes for file in some]), strict=True):
             file.cap = file.given + windows * window
+            if not file.begun:  # all of them are held at a time
+                file.limit_bytes = 2 * ROOM_BYTES * file.cap
             file.fill(file.cap)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import Write, prose
 
+from moepress.calibration import pools
 from moepress.calibration.corpus import build_corpus
+from moepress.calibration.documents import read_documents
 from moepress.calibration.pools import Pool, dealt
 from moepress.calibration.sources import Source, parse_sources
 from moepress.calibration.templates import ChatTemplate
@@ -105,6 +108,23 @@ def test_no_file_stays_open_however_many_domains_there_are(write: Write, tokeniz
     corpus = build_corpus(found, tokenizer, tokens=40 * 32, window=32, seed=0)
     assert len(corpus.notes) == 40
     assert len(psutil.Process().open_files()) <= before + 1
+
+
+def test_of_many_long_files_no_more_is_held_than_of_one(
+    write: Write, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def read(path: Path, chat: ChatTemplate, **options: Any) -> Any:
+        for document in read_documents(path, chat, **options):
+            held.append(len(document.text))
+            yield document
+
+    monkeypatch.setattr(pools, "read_documents", read)
+    found = parse_sources((), [f"x={write(f'{n}.txt', 'word ' * 20_000)}" for n in range(30)])
+    pool_of(found, tokenizer, 6400)
+    assert len(held) == 30
+    assert sum(held) < 2 * 4 * 6400 + 2 * 4 * 6400  # it would be 30 times 4 * 6400
 
 
 def test_a_corpus_of_two_files_of_one_domain_shows_both(write: Write, tokenizer: Any) -> None:
