@@ -17,7 +17,7 @@ from moepress.calibration.evaluation import evaluation_part
 from moepress.calibration.pools import Pool
 from moepress.calibration.sources import Source
 from moepress.calibration.templates import ChatTemplate
-from moepress.calibration.tokens import Tokenizer
+from moepress.calibration.tokens import TokenFile, Tokenizer
 from moepress.errors import InvalidInputError, UsageError
 
 CANDIDATE_FACTOR = 8  # windows are chosen among about this many times the tokens that a domain has to give
@@ -107,12 +107,13 @@ def build_corpus(
     room_tokens = (
         max(CANDIDATE_FACTOR * -(-total // len(groups)), 2 * total) * window
     )  # one domain may have to give all
+    store = TokenFile()
     with ChatTemplate(tokenizer) as chat:
         pools = {
-            domain: Pool(domain, group, tokenizer, chat, room_tokens=room_tokens, window=window, seed=seed)
+            domain: Pool(domain, group, tokenizer, chat, store, room_tokens=room_tokens, window=window, seed=seed)
             for domain, group in groups.items()
         }
-        notes = [note for pool in pools.values() for note in pool.notes()]
+    notes = [note for pool in pools.values() for note in pool.notes]
     for domain, pool in pools.items():
         _require_window(domain, len(pool.tokens), window)
     available = [len(pool.tokens) // window for pool in pools.values()]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from moepress.calibration.records import NEEDS, RECORD_FIELDS, Conversation, content_of
+from moepress.calibration.records import NEEDS, RECORD_FIELDS, Conversation, content_of, listed
 from moepress.calibration.sources import relative_to_library
 from moepress.calibration.templates import ChatTemplate, Refused
 from moepress.errors import InvalidInputError
@@ -292,7 +292,7 @@ def _csv_records(path: Path) -> Iterator[_Record]:
             kind = "\t" if ".tsv" in path.suffixes else ";" if names.count(";") > names.count(",") else ","
             header = next(csv.reader([names], delimiter=kind), [])
             if not set(header) & set(RECORD_FIELDS):
-                raise InvalidInputError(f"{path}: {NEEDS}; its columns are {_listed(header)}.")
+                raise InvalidInputError(f"{path}: {NEEDS}; its columns are {listed(header) or 'none'}.")
             for number, row in enumerate(csv.reader(file, delimiter=kind), start=1):
                 where = f"{path}, record {number}"
                 if row:
@@ -312,7 +312,7 @@ def _parquet_records(path: Path) -> Iterator[_Record]:
             columns = table.schema_arrow.names
             names = [name for name in RECORD_FIELDS if name in columns]
             if not names:
-                raise InvalidInputError(f"{path}, row 0: {NEEDS}; its columns are {_listed(columns)}.")
+                raise InvalidInputError(f"{path}, row 0: {NEEDS}; its columns are {listed(columns) or 'none'}.")
             row = 0
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
                 for record in batch.to_pylist():
@@ -329,7 +329,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(name[:40] for name in names[:8]) + (", ..." if len(names) > 8 else "") or "none"

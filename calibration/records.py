@@ -5,7 +5,7 @@
     messages | conversations | conversation           a conversation; from/value too           OpenAI, TRL; ShareGPT
     prompt + completion                               both texts, or both lists of messages    TRL
     instruction (+ input) + output                    a conversation of two turns              Alpaca, as LLaMA-Factory
-    prompt | question | query + response | answer     a conversation of two turns              LLaMA-Factory
+    prompt | question | input + response | answer     a conversation of two turns              LLaMA-Factory
     content                                           that text                                code data sets
 
 The first that is there and not null counts: rows of a union of data sets have null in the others' fields. Lists and
@@ -21,10 +21,10 @@ from typing import Any
 from moepress.errors import InvalidInputError
 
 TURN_FIELDS = ("messages", "conversations", "conversation")
-QUESTION_FIELDS = ("prompt", "question", "query")
+QUESTION_FIELDS = ("prompt", "question", "query", "input")
 ANSWER_FIELDS = ("output", "response", "completion", "answer", "chosen")
 RECORD_FIELDS = (
-    *("text", *TURN_FIELDS, *QUESTION_FIELDS, *ANSWER_FIELDS, "instruction", "input", "context", "content"),
+    *("text", *TURN_FIELDS, *QUESTION_FIELDS, *ANSWER_FIELDS, "instruction", "context", "content"),
     *("system", "history", "tools", "functions"),
 )
 NEEDS = (
@@ -81,8 +81,14 @@ def content_of(record: object, where: str) -> str | Conversation:
     for plain in (text, record.get("content")):
         if isinstance(plain, str):
             return plain
-    there = ", ".join(str(key)[:40] for key, value in list(record.items())[:8] if value is not None)
+    there = listed([str(key) for key, value in record.items() if value is not None])
     raise InvalidInputError(f"{where}: {NEEDS}; it has {there or 'nothing but nulls'}.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names of a file, cut and without what a terminal would obey."""
+    shown = ["".join(c if c.isprintable() else "?" for c in name[:40]) for name in names[:8]]
+    return ", ".join([*shown, "..."] if len(names) > 8 else shown)
 
 
 def _conversation(record: Mapping[str, Any], where: str) -> Conversation | None:
@@ -251,7 +257,7 @@ def _parsed(text: str, what: str) -> object:
 
 
 def _kind(value: object) -> str:
-    names = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    names = {str: "a string", bytes: "bytes", bool: "true or false", int: "a number", float: "a number", list: "a list"}
     if value is None:
         return "null"
     if isinstance(value, list) and not value:

@@ -10,6 +10,7 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from importlib.resources import files
@@ -75,7 +76,7 @@ def parse_sources(calibration: Sequence[str], domains: Sequence[str]) -> tuple[S
     """
     sources: list[Source] = []
     for location in calibration:
-        path = Path(location).expanduser()
+        path = _path(location)
         if path.is_dir():
             sources += _folder_sources(path)
         else:
@@ -85,13 +86,27 @@ def parse_sources(calibration: Sequence[str], domains: Sequence[str]) -> tuple[S
         domain, equals, location = option.partition("=")
         if not (domain.strip() and equals and location):
             raise UsageError(f"--domain {option!r} is not NAME=FILE, for example --domain code=src/train.jsonl.")
-        path = Path(location).expanduser()
+        path = _path(location)
         found = [str(file) for file in _text_files(path)] if path.is_dir() else [_checked(location)]
         if not found:
             raise InvalidInputError(f"{path}: the folder holds no text file ({', '.join(FOLDER_SUFFIXES)}).")
         sources += [Source(domain=domain.strip(), location=file, embedded=False) for file in found]
     once = {(source.domain, _place(source.location)): source for source in reversed(sources)}
     return tuple(reversed(once.values()))
+
+
+def _path(location: str) -> Path:
+    """The location as a path that can be asked what it is."""
+    if not location.strip():
+        raise UsageError("a name of text is empty; give a file, a folder or a data set, or leave the option out.")
+    try:
+        path = Path(location).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInputError(f"{location[:80]!r} can not be looked at ({reason}); check the name.") from error
+    return path
 
 
 def _place(location: str) -> Path | str:

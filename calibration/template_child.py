@@ -191,11 +191,16 @@ def limit_time(seconds: float) -> None:
 def answer(request: dict[str, Any], chat: dict[str, Any], most_chars: int) -> dict[str, str]:
     """The text of one conversation, or why there is none."""
     try:
-        return {"text": written(request, chat, most_chars)}
+        text = written(request, chat, most_chars)
+        text.encode("utf-8")
+        return {"text": text}
+    except UnicodeEncodeError:
+        return {"refused": "it writes a lone surrogate (\\ud800 to \\udfff), no character"}
     except MemoryError:
         return {"refused": "it needs too much memory"}
     except Exception as error:  # a template can raise whatever Python can
-        said = " ".join(str(error).split())[:REASON_CHARS]
+        said = " ".join(str(error)[: 4 * REASON_CHARS].split())[:REASON_CHARS].rstrip(".")
+        said = "".join(c if c.isprintable() else "?" for c in said)
         is_theirs = isinstance(error, jinja2.TemplateError | ValueError) and said
         return {"refused": said if is_theirs else f"{type(error).__name__}: {said}".rstrip(": ")}
 

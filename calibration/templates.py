@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,12 +35,14 @@ class RenderLimits:
         cpu_seconds: of computing; kept by the system, where it can.
         seconds: of waiting for it.
         memory_bytes: of the whole child.
+        average_seconds: of waiting for one, over all, beyond `seconds`.
         chars: of text, beside `growth` times what the conversation itself has.
         growth: see there.
     """
 
     cpu_seconds: float = 10
     seconds: float = 60
+    average_seconds: float = 0.5
     memory_bytes: int = 2 << 30
     chars: int = 4 << 20
     growth: int = 16
@@ -71,6 +74,7 @@ class ChatTemplate:
         self._tokenizer, self._limits = tokenizer, limits or DEFAULT_LIMITS
         self._child: subprocess.Popen[bytes] | None = None
         self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._left_seconds = self._limits.seconds
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +120,7 @@ class ChatTemplate:
         try:
             template = self._tokenizer.get_chat_template(tools=chats[0].tools)
         except (AttributeError, TypeError, ValueError) as error:
-            return [Refused(reason=" ".join(str(error).split())[:300])] * len(chats)
+            return [Refused(reason=" ".join(str(error).split())[:300].rstrip("."))] * len(chats)
         named = getattr(self._tokenizer, "special_tokens_map", {})
         plain = [{"messages": chat.messages, "tools": chat.tools} for chat in chats]
         lengths = [len(json.dumps(chat, default=str)) for chat in plain]
@@ -131,7 +135,7 @@ class ChatTemplate:
         try:
             self._send(json.dumps(request, default=str).encode("ascii") + b"\n")
             for _ in chats:
-                answer = json.loads(self._receive(self._limits.seconds))
+                answer = json.loads(self._next_answer())
                 found.append(answer["text"] if "text" in answer else Refused(reason=str(answer["refused"])))
         except _GoneError as gone:
             self.close()
@@ -140,6 +144,15 @@ class ChatTemplate:
                 len(chats) - len(found)
             )
         return found
+
+    def _next_answer(self) -> bytes:
+        """What the child says of one conversation; all of them together have a limit as well."""
+        started = time.monotonic()
+        line = self._receive(self._limits.seconds)
+        self._left_seconds += self._limits.average_seconds - (time.monotonic() - started)
+        if self._left_seconds < 0:
+            raise _GoneError(f"it takes longer than {self._limits.average_seconds:g} seconds for each conversation")
+        return line
 
     def _send(self, line: bytes) -> None:
         child = self._child or self._start()

@@ -6,7 +6,7 @@ of the text: the tokens are those of the whole text.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -165,6 +165,7 @@ class TokenFile:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object lives
+        self._mapped: Ids = np.zeros(0, dtype=np.int32)
         self.count = 0
 
     def append(self, ids: Ids) -> None:
@@ -184,15 +185,7 @@ class TokenFile:
 
     def array(self) -> Ids:
         """All tokens, mapped from the file."""
-        self._file.flush()
-        if not self.count:
-            return np.zeros(0, dtype=np.int32)
-        return np.memmap(self._file, dtype="<i4", mode="r", shape=(self.count,))
-
-
-def copied(parts: Sequence[Ids]) -> TokenFile:
-    """Parts of token files, one after another in a new one."""
-    joined = TokenFile()
-    for part in parts:
-        joined.append(part)
-    return joined
+        if self.count != len(self._mapped):
+            self._file.flush()
+            self._mapped = np.memmap(self._file, dtype="<i4", mode="r", shape=(self.count,))
+        return self._mapped

@@ -130,7 +130,7 @@ def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -
         return
     if not result["finished"]:
         return
-    note(*result["notes"])
+    note(*result["notes"], *(f"Calibration: {found}." for found in result["calibration"]["notes"]))
     _print_quantized(result, output)
 
 

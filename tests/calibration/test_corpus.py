@@ -12,8 +12,10 @@ from texts import DEMO, Write, prose
 
 from moepress.calibration import corpus as corpus_module
 from moepress.calibration.corpus import build_corpus, evaluation_windows
-from moepress.calibration.sources import embedded_sources, parse_sources
+from moepress.calibration.sources import Split, embedded_sources, parse_sources
 from moepress.errors import InvalidInputError, UsageError
+
+SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 
 
 def test_a_corpus_is_the_same_for_a_seed_and_differs_between_seeds(write: Write, tokenizer: Any) -> None:
@@ -131,6 +133,16 @@ def test_a_tokenizer_of_another_model_is_refused(write: Write, tokenizer: Any) -
 def test_text_that_is_read_to_its_end_has_no_notes(write: Write, tokenizer: Any) -> None:
     found = parse_sources([write(f"{d}.txt", prose(i, 300)) for i, d in enumerate("abc")], ())
     assert build_corpus(found, tokenizer, tokens=24 * 32, window=32, seed=0).notes == ()
+
+
+def test_windows_of_the_embedded_prose_stay_what_they_were(tokenizer: Any) -> None:
+    """Documented figures rest on them. (The embedded Python differs between Python's versions.)"""
+    parts = {split: [s for s in embedded_sources(split) if s.domain != "python"] for split in SPLITS}
+    for seed, digest in ((0, "f95059821bd04ec9"), (1, "706416f649a87218")):
+        corpus = build_corpus(parts["calibration"], tokenizer, tokens=8192, window=128, seed=seed)
+        assert corpus.digest.startswith(digest)
+    measured = evaluation_windows(parts["evaluation"], tokenizer, window=128, max_windows=8)
+    assert measured.digest.startswith("74104b20202d8cb4")
 
 
 def test_windows_that_are_many_are_in_a_file_and_the_same(

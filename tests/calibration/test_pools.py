@@ -2,24 +2,29 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from texts import Write, prose
 
+from moepress.calibration import pools
 from moepress.calibration.corpus import build_corpus
+from moepress.calibration.documents import read_documents
 from moepress.calibration.pools import Pool, dealt
 from moepress.calibration.sources import Source, parse_sources
 from moepress.calibration.templates import ChatTemplate
+from moepress.calibration.tokens import TokenFile
 from moepress.errors import InvalidInputError
 
 
 def pool_of(sources: tuple[Source, ...], tokenizer: Any, room: int, *, window: int = 32, seed: int = 0) -> Pool:
     with ChatTemplate(tokenizer) as chat:
-        return Pool("x", sources, tokenizer, chat, room_tokens=room, window=window, seed=seed)
+        return Pool("x", sources, tokenizer, chat, TokenFile(), room_tokens=room, window=window, seed=seed)
 
 
 def letters(tokens: np.ndarray[Any, Any], tokenizer: Any) -> Counter[str]:
@@ -36,7 +41,7 @@ def test_each_file_of_a_domain_gives_a_part_in_proportion_to_its_size(seed: int,
     counts = letters(pool.tokens, tokenizer)
     assert counts["b"] / counts["a"] == pytest.approx(2, rel=0.1)
     assert counts["b"] / counts["c"] == pytest.approx(2, rel=0.1)
-    (note,) = pool.notes()
+    (note,) = pool.notes
     assert "the first 2,048 tokens of 3 of its 3 files, in proportion to their sizes; the rest was not read" in note
 
 
@@ -65,7 +70,7 @@ def test_files_that_all_fit_are_read_whole_in_the_order_of_the_seed(write: Write
     pool = pool_of(found, tokenizer, 100_000)
     ids = [tokenizer(text)["input_ids"] for text in texts]
     assert len(pool.tokens) == sum(map(len, ids))
-    assert pool.notes() == []
+    assert pool.notes == ()
     tokens = pool.tokens.tolist()
     assert all(any(tokens[at : at + len(part)] == part for at in range(len(tokens))) for part in ids)
     assert pool.documents == 4
@@ -74,7 +79,7 @@ def test_files_that_all_fit_are_read_whole_in_the_order_of_the_seed(write: Write
 def test_of_more_files_than_there_is_room_for_the_seed_chooses(write: Write, tokenizer: Any) -> None:
     found = parse_sources((), [f"x={write(f'{n}.txt', prose(n, 100))}" for n in range(20)])
     pool = pool_of(found, tokenizer, 256)
-    (note,) = pool.notes()
+    (note,) = pool.notes
     assert "8 of its 20 files" in note
     assert "nothing of" in note
 
@@ -94,6 +99,32 @@ def test_a_bad_record_counts_only_where_it_is_reached(write: Write, tokenizer: A
     assert len(pool_of(found, tokenizer, 512).tokens) == 512
     with pytest.raises(InvalidInputError, match="line 4"):
         pool_of(found, tokenizer, 100_000)
+
+
+def test_no_file_stays_open_however_many_domains_there_are(write: Write, tokenizer: Any) -> None:
+    lines = "".join(json.dumps({"text": prose(n, 40)}) + "\n" for n in range(20))
+    found = parse_sources([write(f"{n}.jsonl", lines) for n in range(40)], ())
+    before = len(psutil.Process().open_files())
+    corpus = build_corpus(found, tokenizer, tokens=40 * 32, window=32, seed=0)
+    assert len(corpus.notes) == 40
+    assert len(psutil.Process().open_files()) <= before + 1
+
+
+def test_of_many_long_files_no_more_is_held_than_of_one(
+    write: Write, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def read(path: Path, chat: ChatTemplate, **options: Any) -> Any:
+        for document in read_documents(path, chat, **options):
+            held.append(len(document.text))
+            yield document
+
+    monkeypatch.setattr(pools, "read_documents", read)
+    found = parse_sources((), [f"x={write(f'{n}.txt', 'word ' * 20_000)}" for n in range(30)])
+    pool_of(found, tokenizer, 6400)
+    assert len(held) == 30
+    assert sum(held) < 2 * 4 * 6400 + 2 * 4 * 6400  # it would be 30 times 4 * 6400
 
 
 def test_a_corpus_of_two_files_of_one_domain_shows_both(write: Write, tokenizer: Any) -> None:

@@ -158,3 +158,15 @@ def test_json_and_csv_of_a_folder_are_read_where_it_has_no_other_text(write: Wri
     assert domains_of(parse_sources([str(tmp_path / "one")], ())) == ["data", "data"]
     write("one/a.txt", "text")
     assert domains_of(parse_sources([str(tmp_path / "one")], ())) == ["a"]
+
+
+@pytest.mark.parametrize("location", ["a" * 5000, "a\0b", "~nobody-of-that-name/x.txt"])
+def test_a_name_that_no_file_can_have_is_a_sentence(location: str) -> None:
+    for calibration, domains in (([location], []), ([], [f"x={location}"])):
+        with pytest.raises(InvalidInputError, match=r"can not be looked at|no such file"):
+            parse_sources(calibration, domains)
+
+
+def test_an_empty_name_is_not_the_folder_one_is_in() -> None:
+    with pytest.raises(UsageError, match="a name of text is empty"):
+        parse_sources([""], ())

@@ -93,6 +93,7 @@ def test_a_template_that_asks_for_a_null_content_gets_one(tokenizer: Any) -> Non
         ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ ''.__class__.__mro__ }}", "unsafe|access"),
         ("{{ messages.append(1) }}", "unsafe|not safely|immutable|access"),
+        ("{{ '\\ud800' }}", "it writes a lone surrogate"),
         ("{% include 'other' %}", "no loader|TypeError"),
         ("{{ 'a' * 9000000 }}", "writes more than 4,"),
         ("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "writes more than 4,"),
@@ -130,6 +131,14 @@ def test_a_template_that_takes_too_long_is_stopped(template: str, tokenizer: Any
 def test_where_the_system_keeps_no_time_the_child_is_killed(tokenizer: Any) -> None:
     found = render(tokenizer, LOOP, seconds=0.5)
     assert found == Refused(reason="it takes longer than 0.5 seconds")
+
+
+def test_a_template_that_is_slow_for_every_conversation_is_stopped_too(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for a in range(20000) %}{% for b in range(9) %}{% endfor %}{% endfor %}"
+    limits = RenderLimits(seconds=2, average_seconds=0.001)
+    with ChatTemplate(tokenizer, limits) as chat:
+        found = chat.render([Conversation(messages=TURNS)] * 500)
+    assert Refused(reason="it takes longer than 0.001 seconds for each conversation") in found
 
 
 def test_one_child_writes_all_conversations_and_another_follows_one_that_was_stopped(tokenizer: Any) -> None:

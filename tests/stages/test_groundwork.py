@@ -84,3 +84,21 @@ def test_a_chat_template_that_never_ends_is_a_sentence(
         assert (code, "it takes longer than 1 seconds" in said[-1]) == (4, True), err
     assert "chats.jsonl, line 1: the tokenizer's chat template refuses this conversation" in said[0]
     assert "The tokenizer's chat template can not be used" in said[1]
+
+
+def test_what_was_not_read_is_said_by_quantize_and_in_the_report(tmp_path: Path) -> None:
+    text = (DEMO / "text" / "wiki" / "calibration.txt").read_text(encoding="utf-8")
+    for name in ("long", "other"):
+        (tmp_path / f"{name}.txt").write_text(text * 10, encoding="utf-8")
+    one, two = tmp_path / "long.txt", tmp_path / "other.txt"
+    words = "Calibration: domain x: windows are drawn from the first"
+    options = ["--domain", f"x={one}", "--domain", f"x={two}", "--tokens", 256, "--window", 64, "--group-size", 32]
+    code, _, err = command("quantize", "demo", "-o", tmp_path / "out", *options)
+    assert (code, words in err) == (0, True), err
+    data = ["--data-domain", f"y={one}", "--data-domain", f"y={two}", "--max-windows", 2, "--no-throughput"]
+    code, _, err = command("run", "demo", "-o", tmp_path / "run", *options, *data)
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert any(note.startswith(words) and "2 of its 2 files" in note for note in report["notes"])
+    measured = "domain y: 2 windows were measured, the beginning of each of its 2 files; the rest was not read"
+    assert measured in report["quality"]["notes"]
