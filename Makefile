@@ -47,9 +47,10 @@ gates: dev
 	$(BIN)/mypy -p moepress
 	$(BIN)/lint-imports
 
-# A process per core, each with one thread: most of a test is Python. A file stays in one process, with its fixtures.
+# A process per core, each with one thread: most of a test is Python. A file stays in one process, with its fixtures;
+# the order is that of tests/conftest.py, the longest first.
 unit: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: dev
 	$(BIN)/pytest -m slow

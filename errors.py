@@ -7,7 +7,8 @@
     ├── UnsupportedError       5   a model family, storage format or runtime that moepress does not handle
     └── OutputLockedError      6   another run writes to the same output
 
-Any other exception is a bug in moepress (exit 1). Ctrl-C and SIGTERM end with 130; such a run can be resumed.
+Any other exception is a bug in moepress (exit 1, its traceback in a file). Ctrl-C and SIGTERM end with 130; such a run
+can be resumed.
 Messages say what is wrong, where (file and tensor), and what to do, in one sentence or two.
 """
 

@@ -29,11 +29,12 @@ from setting import RESULTS, bench_model, machine, texts
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.making import Calibration, Machine, Output, QuantizeRequest, model_folder, quantize_stage
+from moepress.stages.places import Calibration, Machine, Output, model_folder
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN, Quality

@@ -25,7 +25,7 @@ from setting import RESULTS, bench_model, machine, texts
 
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import Calibration, model_folder
+from moepress.stages.places import Calibration, model_folder
 
 WINDOW = 512
 MADE = {"layers": 4, "experts": 64, "hidden": 1024, "width": 512, "top_k": 8}

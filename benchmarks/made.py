@@ -19,7 +19,7 @@ from moepress.models.families.family import Part, part_of
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
 from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 # With the routed experts: every Linear but routers, `lm_head` and what `quantize` never touches.
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})

@@ -33,7 +33,7 @@ import torch
 
 from moepress.models.storage.tensors import tensor_bytes
 from moepress.models.storage.writer import Chunk, Entry, write_index, write_json, write_shard
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],

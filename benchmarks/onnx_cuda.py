@@ -49,7 +49,7 @@ from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError
 from moepress.stages.export import onnx_stage
-from moepress.stages.groundwork import Output, model_folder
+from moepress.stages.places import Output, model_folder
 from moepress.validation.quality.onnx_check import own_logits
 from moepress.validation.quality.onnx_session import CUDA_PROVIDER, Decoding, OnnxModel
 from moepress.validation.speed.throughput import device_name

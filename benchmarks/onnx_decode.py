@@ -134,7 +134,7 @@ def prepare(model: str, work: Path) -> tuple[Path, dict[str, Path]]:
 
     from moepress.converters.onnx.export import OnnxRequest
     from moepress.stages.export import onnx_stage
-    from moepress.stages.groundwork import Output
+    from moepress.stages.places import Output
 
     if model == "bench":
         original, artifact = bench_model(), work / f"{bench_model().name}-4bit"
@@ -159,8 +159,8 @@ def _quantize(original: Path, artifact: Path) -> None:
     from setting import texts
 
     from moepress.converters.safetensors.scheme import Scheme
-    from moepress.stages.groundwork import Calibration, Machine, Output
-    from moepress.stages.making import QuantizeRequest, quantize_stage
+    from moepress.stages.places import Calibration, Machine, Output
+    from moepress.stages.quantize import QuantizeRequest, quantize_stage
 
     quantize_stage(
         str(original),

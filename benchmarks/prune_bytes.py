@@ -17,8 +17,8 @@ from moepress.compress.pruning.scoring import Criterion
 from moepress.converters.safetensors.artifact import Artifact, open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages.groundwork import Machine, Output
-from moepress.stages.making import QuantizeRequest, quantize_stage
+from moepress.stages.places import Machine, Output
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 
 GROUP_SIZE = 64
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})

@@ -50,7 +50,8 @@ from moepress.compress.pruning.repaired import repaired_source
 from moepress.compress.pruning.scoring import Criterion, Selection, domain_weights, keep_sets, random_keep_sets
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
-from moepress.stages.making import Machine, Output, load_corpus, model_run, streamed
+from moepress.stages.groundwork import load_corpus, model_run, streamed
+from moepress.stages.places import Machine, Output
 
 FILE = RESULTS / "prune_quality.json"
 NONE = "none"

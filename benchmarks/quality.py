@@ -19,14 +19,14 @@ from setting import bench_model, save, texts
 from moepress.calibration.hessian import HessianOptions, hessian_for
 from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest
 from moepress.compress.gptq.include import Include, linear_groups
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, SourceView, open_checkpoint
-from moepress.stages.groundwork import Calibration, Machine, Output
-from moepress.stages.making import QuantizeRequest, quantize_stage
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN

@@ -48,7 +48,7 @@ from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import ASSUMED_READ
 from moepress.compress.gptq.experts import experts_that_fit
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.writer import write_index, write_json
 from moepress.runs.byte_sizes import parse_bytes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moepress import __version__
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -44,10 +44,14 @@ def collect(
     Returns:
         layer -> accumulators, for the MoE layers.
     """
+    text = f"{corpus.windows.numel():,} tokens"
     scratch = Scratch(run.folder, limits.memory_bytes)
     cells = cells_of(corpus)
     try:
-        with torch.inference_mode(), track("profile", model.shape.layers) as advance:
+        with (
+            torch.inference_mode(),
+            track("profile", model.shape.layers, unit="layers", about=text) as advance,
+        ):
             with phase("embed"):
                 stream = open_stream(model, corpus.windows, scratch, limits, observe=True)
             first = resume_hidden(run, stream)

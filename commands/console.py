@@ -10,25 +10,30 @@ from typing import Any, NoReturn
 import click
 
 from moepress.errors import ThresholdMissedError
+from moepress.runs.text import message as bounded
+from moepress.runs.text import printable
 
 INTERRUPTED = 130
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a sentence on stderr and exit with that code."""
-    say(f"Error: {message}" if code != INTERRUPTED else message, err=True)
+    say(f"Error: {bounded(message)}" if code != INTERRUPTED else message, err=True)
     sys.exit(code)
 
 
 def emit(data: Mapping[str, Any]) -> None:
     """Print JSON on stdout."""
-    say(json.dumps(data, indent=2, default=str, ensure_ascii=False))
+    text = json.dumps(data, indent=2, default=str, ensure_ascii=False)
+    if printable(text, lines=True) != text:  # JSON has escapes of its own for what a terminal might obey
+        text = json.dumps(data, indent=2, default=str)
+    say(text)
 
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a text on stdout or stderr; where its reader has gone go on in silence, to the end and its exit code."""
     try:
-        click.echo(text, err=err)
+        click.echo(printable(text, lines=True), err=err)
     except BrokenPipeError:
         from moepress.runs.terminal import stop_printing
 
@@ -47,9 +52,10 @@ def stream(piece: str) -> None:
 
 
 def note(*notes: str) -> None:
-    """Print notes on stderr."""
-    for line in notes:
-        say(f"Note: {line}", err=True)
+    """Print notes on stderr, but under --quiet."""
+    from moepress.runs.progress import note as noted
+
+    noted(*notes)
 
 
 def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
@@ -57,7 +63,7 @@ def show_estimates(estimates: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         emit(next(iter(estimates.values())))
         return
-    from moepress.commands.printed_inspection import print_estimates
+    from moepress.commands.tables import print_estimates
 
     print_estimates(estimates)
 
@@ -83,12 +89,18 @@ def upload(push: Any, folder: Path, base: str, *, as_json: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """No banners or bars of the libraries below; ours are on stderr."""
+    """No banners or bars of the libraries below; ours are on stderr. Imports none of them: few commands need all."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # which read its environment when it was imported
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    elif "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def show_report(report: Any, folder: Path | None, *, as_json: bool) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
-from moepress.commands.completion import complete_list, complete_models, complete_targets
+from moepress.commands.completers import complete_list, complete_models, complete_targets
+from moepress.commands.crash import Attempt
 from moepress.errors import UsageError
+from moepress.runs.byte_sizes import parse_share
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
@@ -44,6 +46,23 @@ def _stack(*options: Decorator) -> Decorator:
 _PATH = click.Path(path_type=Path)
 
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+def _level(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def told(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            from moepress.runs.progress import Level, set_level
+
+            set_level(Level(level))
+
+    return told
+
+
+_flag: dict[str, Any] = {"is_flag": True, "expose_value": False}
+talk_options: Decorator = _stack(
+    click.option("-q", "--quiet", **_flag, callback=_level(0), help="No progress and no notes; errors alone."),
+    click.option("-v", "--verbose", **_flag, callback=_level(2), help="In a log, a line for every step, however fast."),
+)
 dry_run_option: Decorator = click.option(
     "--dry-run", is_flag=True, help="Check everything and print the time, memory and disk it would take; write nothing."
 )
@@ -56,6 +75,7 @@ targets_file_option: Decorator = click.option(
     metavar="FILE",
     help="Your own GPUs, TOML in the form of `moepress targets -h`; a row with an id of the table takes its place.",
 )
+force_option: Decorator = click.option("--force", is_flag=True, help="Replace a file of that name.")
 nonfinite_option: Decorator = click.option(
     "--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in the weights."
 )
@@ -103,10 +123,17 @@ push_options: Decorator = _stack(
 )
 
 
+def _remember(context: click.Context, _parameter: click.Parameter, folder: Path) -> Path:
+    """Let the last resort for bugs know where the work is done."""
+    if isinstance(context.obj, Attempt):
+        context.obj.output = folder
+    return folder
+
+
 def output_options(what: str) -> Decorator:
     """-o, --resume and --force."""
     return _stack(
-        click.option("-o", "--output", required=True, type=_PATH, help=what),
+        click.option("-o", "--output", required=True, type=_PATH, help=what, callback=_remember),
         click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
         click.option("--force", is_flag=True, help="Replace an output that is there; throw an unfinished run away."),
     )
@@ -117,7 +144,7 @@ calibration_options: Decorator = _stack(
         "--calibration",
         multiple=True,
         metavar="FILE|DIR|DATASET",
-        help="Text the experts are judged by: .txt, .jsonl, .parquet, a folder, or a hub data set. Repeatable. "
+        help="Text the experts are judged by: .txt, .json(l), .csv, .parquet, a folder, or a hub data set. Repeatable. "
         "Without it the embedded demo text is used, and the result says so.",
     ),
     click.option(
@@ -155,8 +182,24 @@ machine_options: Decorator = _stack(
     ),
 )
 
+
+class _Share(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click alone
+    """A share, as a number or in per cent."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """0.75 and 75% are the same."""
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_share(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no share; write 0.75 or 75%.", param, ctx)
+
+
 selection_options: Decorator = _stack(
-    click.option("--keep", type=float, metavar="SHARE", help="Share of experts that stay, such as 0.75."),
+    click.option("--keep", type=_Share(), metavar="SHARE", help="Share of experts that stay, such as 0.75 or 75%."),
     click.option("--experts", type=int, metavar="N", help="Number of experts that stay in every layer."),
     click.option(
         "--criterion",

@@ -1,7 +1,9 @@
-"""From parsed options to the requests that stages take. Heavy imports stay inside the functions."""
+"""From options that several commands have to the requests that stages take. Imports nothing heavy."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -9,46 +11,18 @@ from moepress.commands.options import parse_weights
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
-_RECIPE_OPTIONS = (
-    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match"),
-    *("target", "context", "mixed_bits"),
-    *("calibration", "domain", "tokens", "window", "seed"),
-    *("data", "data_domain", "max_windows", "device", "dtype"),
-)
+if TYPE_CHECKING:
+    from moepress.calibration.profile import Profile
+    from moepress.compress.gptq.include import Include
+    from moepress.compress.pruning.plan import Plan
+    from moepress.compress.pruning.repair import Repair
+    from moepress.models.storage.mtp import Mtp
+    from moepress.stages.places import Calibration, Machine
+    from moepress.stages.push import Push
 
 
-def recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were really given on the command line, as recipe values."""
-    values = {name: options[name] for name in _RECIPE_OPTIONS if not all_default(name)}
-    if "keep" in values and "experts" not in values:
-        values["experts"] = None
-    if "experts" in values and "keep" not in values:
-        values["keep"] = None
-    if not all_default("domain_weight"):
-        values["domain_weight"] = parse_weights(options["domain_weight"])
-    if not all_default("repair"):
-        values["repair"] = sorted(repair_of(options))
-    if not all_default("formats"):
-        values["to"] = _formats(options["formats"])
-    if not all_default("no_throughput"):
-        values["throughput"] = not options["no_throughput"]
-    if not all_default("targets_file"):
-        values["targets_file"] = str(options["targets_file"])
-    for name, option in (("max_memory", "--max-memory"), ("budget", "--budget")):
-        if not all_default(name):
-            values[name] = parse_bytes(options[name], option)
-    return values | _thresholds(options)
-
-
-def _formats(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    for target in found:
-        if target not in ("gptq", "onnx"):
-            raise UsageError(f"--to {target} is not there; run exports to gptq and onnx, beside compressed-tensors.")
-    return list(dict.fromkeys(found))
-
-
-def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
+def thresholds_of(options: Mapping[str, Any]) -> dict[str, float]:
+    """The limits that --max-ppl-increase and --max-kl set; nothing where neither is given."""
     from moepress.validation.quality.thresholds import parse_threshold
 
     given = {}
@@ -61,66 +35,27 @@ def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
     return given
 
 
-def evaluation_of(options: Mapping[str, Any]) -> Any:
-    """The evaluation that --data, --max-windows and the thresholds describe."""
-    from moepress.stages.validate import Evaluation
-    from moepress.validation.quality.thresholds import Thresholds
-
-    return Evaluation(
-        data=options["data"],
-        domains=options["data_domain"],
-        window=options.get("window"),
-        max_windows=options["max_windows"],
-        throughput=not options["no_throughput"],
-        context=options["context"],
-        targets_file=options["targets_file"],
-        thresholds=Thresholds(**_thresholds(options)),
-    )
-
-
 def all_default(*names: str) -> bool:
     """Whether none of these options was given on the command line."""
     context = click.get_current_context()
     return all(context.get_parameter_source(n) is click.core.ParameterSource.DEFAULT for n in names)
 
 
-def includes_of(options: Mapping[str, Any]) -> Any:
+def includes_of(options: Mapping[str, Any]) -> frozenset[Include]:
     """The parts of --include, as a frozen set."""
     from moepress.compress.gptq.include import Include
 
     return frozenset(Include(name) for name in options["include"])
 
 
-def includes_for(plan: Any, options: Mapping[str, Any]) -> Any:
-    """The parts that `quantize` adds: the plan's, unless --include names others; and what to say of that.
-
-    Raises:
-        UsageError: less is included than the plan's budget counts on.
-    """
-    given = includes_of(options)
-    if plan is None or not given or given == set(plan.include) or (plan.budget is None and not plan.include):
-        return (given or frozenset(plan.include if plan is not None else ())), []
-    planned = " ".join(f"--include {part}" for part in plan.include) or "no --include"
-    if plan.budget is not None and not given >= set(plan.include):
-        raise UsageError(f"The plan fits its budget with {planned}; leave --include out here, or plan again with it.")
-    return given, [f"The plan was made for {planned}: the sizes that it states are not those of this result."]
-
-
-def hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, int]) -> Any:
-    """How tokens are weighed in Hessians, with the targets that --match names for so many bits."""
-    from moepress.calibration.hessian import hessian_for
-
-    return hessian_for(options["match"], bits, layer_bits)
-
-
-def mtp_of(options: Mapping[str, Any]) -> Any:
+def mtp_of(options: Mapping[str, Any]) -> Mtp:
     """What --mtp says is to become of the multi-token-prediction layer."""
     from moepress.models.storage.mtp import Mtp
 
     return Mtp(options["mtp"])
 
 
-def repair_of(options: Mapping[str, Any]) -> Any:
+def repair_of(options: Mapping[str, Any]) -> frozenset[Repair]:
     """The parts of --repair, as a frozen set."""
     from moepress.compress.pruning.repair import Repair
 
@@ -133,7 +68,7 @@ def repair_of(options: Mapping[str, Any]) -> Any:
     return frozenset(Repair(part) for part in found)
 
 
-def push_of(options: Mapping[str, Any]) -> Any:
+def push_of(options: Mapping[str, Any]) -> Push | None:
     """Where --push and --private say that the result goes, or None; asks the hub whether it may.
 
     Raises:
@@ -147,21 +82,9 @@ def push_of(options: Mapping[str, Any]) -> Any:
     return check_push(options["push"], private=options["private"])
 
 
-def onnx_of(options: Mapping[str, Any]) -> Any:
-    """The ONNX model that --for, --experts and --accuracy-level describe."""
-    from moepress.converters.onnx.runtime import require_onnx
-
-    require_onnx()  # before the module below, which imports it
-    from moepress.converters.onnx.export import OnnxRequest
-
-    return OnnxRequest(
-        preset=options["preset"], kernel=options["kernel"], accuracy_level=int(options["accuracy_level"])
-    )
-
-
-def calibration_of(options: Mapping[str, Any]) -> Any:
+def calibration_of(options: Mapping[str, Any]) -> Calibration:
     """The calibration that --calibration, --domain, --tokens, --window and --seed describe."""
-    from moepress.stages.groundwork import Calibration
+    from moepress.stages.places import Calibration
 
     return Calibration(
         sources=options["calibration"],
@@ -172,14 +95,14 @@ def calibration_of(options: Mapping[str, Any]) -> Any:
     )
 
 
-def machine_of(options: Mapping[str, Any]) -> Any:
+def machine_of(options: Mapping[str, Any]) -> Machine:
     """The machine that --device, --dtype and --max-memory describe."""
-    from moepress.stages.groundwork import Machine
+    from moepress.stages.places import Machine
 
     return Machine(device=options["device"], dtype=options["dtype"], memory_bytes=parse_bytes(options["max_memory"]))
 
 
-def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
+def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) -> Plan:
     """A plan made of a profile with the options of selection, and of the scheme where it is quantized.
 
     With --budget or --target what these leave open is chosen.
@@ -209,14 +132,14 @@ def plan_of(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any
     )
 
 
-def _planned_includes(options: Mapping[str, Any], *, quantized: bool) -> Any:
+def _planned_includes(options: Mapping[str, Any], *, quantized: bool) -> frozenset[Include]:
     """What a plan counts as quantized besides the experts; commands that only prune have no such option."""
     if not quantized and options.get("include"):
         raise UsageError("--include says what else is quantized; leave it out with --no-quantization.")
     return includes_of(options) if quantized else frozenset()
 
 
-def _budgeted_plan(profile: Any, options: Mapping[str, Any], *, quantized: bool) -> Any:
+def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: bool) -> Plan:
     from moepress.compress.pruning.scoring import Criterion, Groups
     from moepress.converters.safetensors.scheme import SUPPORTED_BITS
     from moepress.stages.plan import BudgetRequest, Wish, plan_within

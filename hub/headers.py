@@ -48,7 +48,7 @@ def without_weights(repo: str, commit: str, sizes: Mapping[str, int]) -> Path:
             stream.write(header)
             stream.truncate(sizes[name])
 
-    with track("headers", len(shards)) as advance, ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+    with track("headers", len(shards), unit="shards") as advance, ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         for _ in pool.map(outline, shards):
             advance(1)
     return folder

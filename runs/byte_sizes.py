@@ -26,3 +26,19 @@ def parse_bytes(text: str | None, option: str = "--max-memory") -> int | None:
 def size_text(size: int) -> str:
     """Bytes as MiB or GiB, for a sentence."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def parse_share(text: str) -> float:
+    """A share as people write it: 0.75, or 75% (of 1).
+
+    Raises:
+        ValueError: it is none.
+    """
+    plain = text.strip()
+    return float(plain.removesuffix("%").strip()) / 100 if plain.endswith("%") else float(plain)
+
+
+def mib_text(size: int) -> str:
+    """Bytes as MiB, for comparing two sizes in one sentence; one decimal below 100."""
+    mib = size / 2**20
+    return f"{mib:.1f} MiB" if mib < 100 else f"{mib:,.0f} MiB"

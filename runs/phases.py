@@ -7,10 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from moepress.errors import MoepressError
+
+_LAYER, _PHASE = "moepress was in layer ", "moepress was in phase "
 OUTSIDE = -1
 """The layer of what belongs to none: embeddings, the final norm, checks, companions."""
 
@@ -92,15 +95,19 @@ def recording() -> Iterator[Clock]:
 @contextmanager
 def in_layer(layer: int) -> Iterator[None]:
     """Phases of the block belong to this layer."""
-    if not _running:
-        yield
-        return
-    clock = _running[-1]
-    before, clock.layer = clock.layer, layer
     try:
-        yield
-    finally:
-        clock.layer = before
+        if not _running:
+            yield
+            return
+        clock = _running[-1]
+        before, clock.layer = clock.layer, layer
+        try:
+            yield
+        finally:
+            clock.layer = before
+    except Exception as error:
+        _tell(error, _LAYER, str(layer))
+        raise
 
 
 @contextmanager
@@ -114,9 +121,16 @@ def phase(name: str, *, flops: float = 0.0, size: int = 0) -> Iterator[None]:
         flops: floating-point operations of the block.
         size: bytes that it moves from or to the disk.
     """
-    if not _running:
-        yield
-        return
+    try:
+        with _counted(name, flops, size) if _running else nullcontext():
+            yield
+    except Exception as error:
+        _tell(error, _PHASE, name)
+        raise
+
+
+@contextmanager
+def _counted(name: str, flops: float, size: int) -> Iterator[None]:
     clock = _running[-1]
     if threading.get_ident() != clock.owner:
         yield
@@ -134,6 +148,23 @@ def phase(name: str, *, flops: float = 0.0, size: int = 0) -> Iterator[None]:
         if clock._inner:
             clock._inner[-1] += whole
         clock.add(name, whole - inside, flops, size, layer=clock.layer)
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error came up, `layer 3 (solve)`; empty where it was in no layer and no phase."""
+    notes = getattr(error, "__notes__", [])
+    layer, name = (
+        next((note.removeprefix(kind) for note in notes if note.startswith(kind)), None) for kind in (_LAYER, _PHASE)
+    )
+    if layer is None:
+        return f"the phase `{name}`" if name else ""
+    return f"layer {layer} ({name})" if name else f"layer {layer}"
+
+
+def _tell(error: Exception, kind: str, what: str) -> None:
+    """Note on an error where it came up; the innermost place counts. What a user can mend says itself where it is."""
+    if not isinstance(error, MoepressError) and not any(n.startswith(kind) for n in getattr(error, "__notes__", [])):
+        error.add_note(f"{kind}{what}")
 
 
 @contextmanager

@@ -7,9 +7,11 @@ as they need to be, so that no table is cut and a line can be searched for.
 
 import os
 import sys
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
+
+from moepress.runs.text import printable
 
 ENDLESS = 100_000
 """Columns of what is no terminal: no table of ours is wider, and rich breaks nothing."""
@@ -44,6 +46,10 @@ def stop_printing(stream: IO[str]) -> None:
 
 class _Console(Console):
     """A console that goes on without a reader: the command's work and its exit code are still to come."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """Text with what a terminal might obey as escapes: it may hold names from files."""
+        super().print(*(printable(o, lines=True) if isinstance(o, str) else o for o in objects), **how)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -1,11 +1,11 @@
-"""What every stage begins with: the machine, the text and the output as data; a model's folder, its tokenizer, text as
-token windows, its forward pass, room on the disk, and a run that can be gone on with.
+"""What every stage begins with: a model's tokenizer, text as token windows, its forward pass, a plan held against it,
+room on the disk, and a run that can be gone on with.
 """
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,114 +13,27 @@ import torch
 
 from moepress import __version__
 from moepress.calibration.corpus import Corpus, build_corpus
+from moepress.calibration.profile import fingerprint
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.estimates.footprint import Workload
+from moepress.compress.pruning.plan import Plan, check_plan
 from moepress.converters.safetensors.artifact import Artifact
-from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
-from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
+from moepress.errors import MoepressError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
 from moepress.models.storage.checkpoint import Checkpoint, Source
-from moepress.models.storage.misnamed import misnamed
-from moepress.runs.journal import Run, open_run, partial_folder, previous_settings
+from moepress.runs.byte_sizes import mib_text
+from moepress.runs.files import mount_of
+from moepress.runs.inputs import Stamps
+from moepress.runs.journal import Run, open_run
+from moepress.runs.output import partial_folder
 from moepress.runs.phases import phase
 from moepress.runs.progress import note
+from moepress.runs.rows import first_settings
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, Machine, Output
 from moepress.stages.tokenizer import read_tokenizer
 
-DEMO = "demo"
-DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where and within what a stage runs.
-
-    Attributes:
-        device: auto, cpu, cuda or mps.
-        dtype: auto, float32, bfloat16 or float16; what the forward pass computes in.
-        memory_bytes: what may be used; None for half of what is free.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """What the model is fed.
-
-    Attributes:
-        sources: files, folders or data sets; none at all means the embedded text.
-        domains: NAME=PATH.
-        tokens: how many in all; None for the default.
-        window: tokens per sequence; None for the model's context, at most 2048.
-        seed: chooses the windows.
-    """
-
-    sources: tuple[str, ...] = ()
-    domains: tuple[str, ...] = ()
-    tokens: int | None = None
-    window: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """Where a stage writes, and what it may do to what is there."""
-
-    folder: Path
-    resume: bool = False
-    force: bool = False
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a model: a path, `demo` for the embedded one, or an id on the hub, downloaded where it has to be.
-
-    Raises:
-        InvalidInputError: there is no such model.
-        MoepressError: it is on the hub and cannot be downloaded.
-    """
-    found = _place(name)
-    return found if isinstance(found, Path) else snapshot(found)
-
-
-def local_folders(*names: str) -> list[Path]:
-    """The folders of those models that are no ids on the hub, for checks before anything is downloaded.
-
-    Raises:
-        InvalidInputError: there is no such model.
-    """
-    return [found for found in map(_place, names) if isinstance(found, Path)]
-
-
-def _place(name: str) -> Path | HubModel:
-    folder = Path(name)
-    if name == DEMO and not folder.exists():
-        import moepress.models.demo as demo
-
-        return Path(demo.__file__).parent
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise _refused_file(folder)
-    model = hub_model(name)
-    if model is None or folder.exists():
-        raise InvalidInputError(
-            f"{name} is not a folder; give the folder of a Hugging Face model, its id on the hub (owner/name), or "
-            "`demo`."
-        )
-    return model
-
-
-def _refused_file(file: Path) -> MoepressError:
-    try:
-        other = misnamed(file)
-    except OSError as error:
-        return InvalidInputError(f"Cannot read {file}: {error.strerror or error}.")
-    if other is not None:
-        return UnsupportedError(other)
-    return InvalidInputError(f"{file} is a file, not a folder; give the folder that it lies in.")
+MOST_TOKENS = 1 << 30
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -149,9 +62,33 @@ def _say(folder: Path, notes: Sequence[str]) -> None:
 _ANNOUNCED: set[tuple[Path, str]] = set()
 
 
+def require_context(option: str, tokens: int | None, context: int) -> None:
+    """Refuse sequences that are longer than those a model was made for.
+
+    Raises:
+        UsageError: with the model's context.
+    """
+    if tokens is not None and tokens > context:
+        raise UsageError(
+            f"{option} {tokens} exceeds the model's context of {context} tokens (max_position_embeddings in "
+            "config.json); give no more than that."
+        )
+
+
 @phase("start")
 def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabulary: int) -> Corpus:
-    """Tokenized calibration windows."""
+    """Tokenized calibration windows.
+
+    Raises:
+        UsageError: the model has no context for such a window, or there are more tokens than any text has.
+        InvalidInputError: the text can not be read.
+    """
+    require_context("--window", calibration.window, context)
+    if calibration.tokens is not None and calibration.tokens > MOST_TOKENS:
+        raise UsageError(
+            f"--tokens {calibration.tokens} are more than {MOST_TOKENS:,}; some hundred thousand are usual, the "
+            f"default is {DEFAULT_TOKENS:,}."
+        )
     sources = parse_sources(calibration.sources, calibration.domains)
     tokens = calibration.tokens or (DEFAULT_TOKENS if sources else EMBEDDED_TOKENS)
     found = read_tokenizer(folder)
@@ -169,10 +106,15 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
 
 @contextmanager
 def model_run(
-    output: Output, model: StreamedModel, corpus: Corpus, machine: Machine, settings: Mapping[str, Any]
+    output: Output,
+    model: StreamedModel,
+    corpus: Corpus,
+    machine: Machine,
+    settings: Mapping[str, Any],
+    inputs: Stamps | None = None,
 ) -> Iterator[tuple[Run, Limits]]:
     """Open a run that depends on a forward pass: batch sizes are part of the settings, and a resume keeps them."""
-    before = previous_settings(partial_folder(output.folder)) if output.resume else {}
+    before = first_settings(partial_folder(output.folder)) if output.resume else {}
     memory = machine.memory_bytes or before.get("memory_bytes")
     window = int(corpus.windows.shape[1])
     limits = choose_limits(model.shape, window, memory, before.get("batch_windows"), model.device)
@@ -186,8 +128,19 @@ def model_run(
         "batch_windows": limits.batch_windows,
         **settings,
     }
-    with open_run(output.folder, every, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, every, resume=output.resume, force=output.force, inputs=inputs) as run:
         yield run, limits
+
+
+def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The plan, held against the model.
+
+    Raises:
+        UsageError: it is for another model or not legal.
+    """
+    check_plan(plan, checkpoint.shape, checkpoint.outline.moe_layers, None)  # first what needs no weight to be read
+    check_plan(plan, checkpoint.shape, checkpoint.outline.moe_layers, fingerprint(checkpoint))
+    return plan
 
 
 @phase("start")
@@ -212,8 +165,8 @@ def require_room(output: Output, disk_bytes: int) -> None:
     parent, free = free_disk(output)
     if free < disk_bytes and not output.resume:
         raise MoepressError(
-            f"{parent} has {free / 2**30:.1f} GiB free and the output needs about "
-            f"{disk_bytes / 2**30:.1f} GiB; make room or write to another disk."
+            f"The disk at {mount_of(parent)} has {mib_text(free)} free and the output {output.folder} needs about "
+            f"{mib_text(disk_bytes)}; make room or write to another disk."
         )
 
 
@@ -224,11 +177,3 @@ def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) ->
     return Workload(
         tokens=tokens, window=window, domains=domains, device=device, dtype=dtype, memory_bytes=machine.memory_bytes
     )
-
-
-def display_name(folder: Path, given: str) -> str:
-    """A model's name for people: `demo`, its id on the hub, or its folder's name."""
-    origin = origin_of(folder)
-    if origin is not None:
-        return origin.repo
-    return DEMO if given == DEMO else folder.resolve().name

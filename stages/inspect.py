@@ -24,7 +24,8 @@ from moepress.models.families.family import Part, Shape, legal_counts
 from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, announce, model_folder, workload
+from moepress.stages.groundwork import announce, workload
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, context_notes, model_folder
 from moepress.validation.speed.projection import FORMULAS, Load, load_of
 from moepress.validation.speed.targets import (
     DEFAULT_CONTEXT,
@@ -35,6 +36,7 @@ from moepress.validation.speed.targets import (
     all_targets,
     fit,
     gaming,
+    target_of,
 )
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -49,7 +51,12 @@ QUALITY_NOTE = (
 
 
 def inspect_model(
-    model_name: str, *, tokens: int | None = None, context: int | None = None, targets_file: Path | None = None
+    model_name: str,
+    *,
+    tokens: int | None = None,
+    context: int | None = None,
+    targets_file: Path | None = None,
+    only: str | None = None,
 ) -> dict[str, Any]:
     """All that `inspect` tells, as plain JSON. Reads headers, and up to 256 MiB of weights to time the disk.
 
@@ -58,11 +65,12 @@ def inspect_model(
         tokens: calibration tokens that are planned; None for the default.
         context: tokens in the KV cache; None for 8192, or the model's context where it is shorter.
         targets_file: the user's own GPUs, beside those of the table.
+        only: the one GPU that is of interest; None for all.
 
     Raises:
         UsageError, InvalidInputError: the model or the user's table of GPUs can not be used.
     """
-    targets = all_targets(targets_file)
+    targets = all_targets(targets_file) if only is None else (target_of(only, targets_file),)
     checkpoint = open_checkpoint(model_folder(model_name))
     announce(checkpoint)
     check_tensors(
@@ -138,6 +146,7 @@ def machine_facts(rates: Rates) -> dict[str, Any]:
         "free_memory_bytes": int(psutil.virtual_memory().available),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         **asdict(rates),
+        "busy": rates.busy,
     }
 
 
@@ -176,7 +185,8 @@ def target_fits(
         "counts": rows,
         "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache),
     }
-    return found | {"answer": answer(found, targets, _making_bytes(checkpoint, figures, scheme))}
+    said = answer(found, targets, _making_bytes(checkpoint, figures, scheme))
+    return found | {"answer": [*said, *context_notes(context, shape.context)]}
 
 
 def pressed_load(figures: Figures, sizes: Mapping[Part, int], count: int, cache_bytes_per_token: int) -> Load:
@@ -224,7 +234,7 @@ def _making_bytes(checkpoint: Checkpoint, figures: Figures, scheme: Scheme) -> i
 
 def answer(found: Mapping[str, Any], targets: Sequence[Target], making_bytes: int) -> list[str]:
     """In plain sentences: what a gaming GPU can do with this model."""
-    cards = gaming(targets)
+    cards = gaming(targets) or tuple(targets)  # of one card that was asked for, that one
     held = {row["experts"]: _smallest(cards, row["fits"]) for row in found["counts"]}
     most, least = found["counts"][0], found["counts"][-1]
     if any(held.values()):
@@ -236,9 +246,9 @@ def answer(found: Mapping[str, Any], targets: Sequence[Target], making_bytes: in
         return [f"At 4 bits {'; '.join(rows)}.", QUALITY_NOTE]
     largest = cards[-1]
     cannot = (
-        f"No gaming GPU holds this model. At 4 bits it needs {_gib(most['needed_bytes'])} with all {most['experts']} "
-        f"experts and still {_gib(least['needed_bytes'])} with {least['experts']}; the largest gaming GPU has "
-        f"{largest.memory_gib:g} GiB."
+        f"{'No gaming GPU' if len(targets) > 1 else f'No {largest.name}'} holds this model. At 4 bits it needs "
+        f"{_gib(most['needed_bytes'])} with all {most['experts']} experts and still {_gib(least['needed_bytes'])} with "
+        f"{least['experts']}; {'the largest gaming GPU' if len(targets) > 1 else 'it'} has {largest.memory_gib:g} GiB."
     )
     making = (
         "One gaming GPU can make the compressed model: layers and experts pass through it one by one, in about "

@@ -1,4 +1,4 @@
-"""From a budget in bytes, or a GPU of the table, to a plan: what `plan` and `run` share."""
+"""plan: profiles read and merged; from a budget in bytes, or a GPU of the table, to a plan, as `run` does it too."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moepress.calibration.profile import Profile
+from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, verdict
 from moepress.compress.budget.sizes import Linear, group_size_within, linears_of_config, probe_scheme
@@ -17,6 +17,7 @@ from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Shape, legal_counts
 from moepress.models.forward.inventory import cache_bytes
+from moepress.stages.places import context_notes
 from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, target_of
 
 FEW_BITS_NOTE = (
@@ -97,6 +98,11 @@ class Wish:
         return size
 
 
+def load_profiles(folders: Sequence[Path]) -> Profile:
+    """One profile, or several of one model merged."""
+    return merge_profiles([load_profile(folder) for folder in folders])
+
+
 def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -> Budget:
     """The budget in bytes.
 
@@ -110,14 +116,15 @@ def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -
         assert request.limit_bytes is not None
         cache = cache_bytes(config, request.context) if request.context else 0
         return Budget(limit_bytes=request.limit_bytes, cache_bytes=cache, context=request.context)
-    memory = target_of(request.target, request.targets_file).memory_bytes
+    target = target_of(request.target, request.targets_file)
+    memory = target.memory_bytes
     context = request.context or min(DEFAULT_CONTEXT, shape.context)
     return Budget(
         limit_bytes=memory,
         reserve_bytes=math.ceil(memory * RESERVE),
         cache_bytes=cache_bytes(config, context),
         context=context,
-        target=request.target,
+        target=target.id,
     )
 
 
@@ -197,6 +204,7 @@ def _notes(profile: Profile, chosen: Candidate, group_size: int, budget: Budget)
         notes.append(MIXED_NOTE)
     if widths & {2, 3}:
         notes.append(FEW_BITS_NOTE)
+    notes += context_notes(budget.context, profile.shape.context)
     measured = probe_scheme(profile.shape, SUPPORTED_BITS[0]).group_size
     if widths and group_size != measured:
         notes.append(f"The losses by bits were measured with groups of {measured}, not of {group_size}.")

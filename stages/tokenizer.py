@@ -13,6 +13,7 @@ from typing import Any
 from moepress.calibration.sources import embedded_sources, source_files
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.storage.folder import read_json
+from moepress.models.storage.inside import check_files
 from moepress.models.storage.misnamed import misnamed
 
 FILE = "tokenizer.json"
@@ -45,6 +46,7 @@ def read_tokenizer(folder: Path) -> Read:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    check_files(folder)
     _require_files(folder)
     raw = _raw(folder)
     if raw is None:

@@ -15,7 +15,7 @@ from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.export import Target
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.export import export_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 from moepress.validation.rules.check import check_folder
 from moepress.validation.rules.findings import Effect, Runtime
 

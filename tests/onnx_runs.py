@@ -4,7 +4,6 @@ Letters: B batch, S tokens given, V vocabulary.
 """
 
 import dataclasses
-import gc
 import json
 import re
 import shutil
@@ -32,7 +31,7 @@ from moepress.models.families.family import Part, part_of
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import router_disk_names
 from moepress.stages.export import onnx_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 from moepress.validation.quality.onnx_session import Decoding, open_session
 
 PREFILL, DECODE = 24, 32  # tokens at once, and then one by one
@@ -96,7 +95,6 @@ _ALL: list[Models] = []
 def models_of(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folders of this test run: the same for every test module that asks."""
     if not _ALL:
-        gc.freeze()  # our forward collects garbage after every layer, and looks at all that torch has made each time
         _ALL.append(Models(folder=tmp_path_factory.mktemp("onnx"), tiny=tiny_model))
     return _ALL[0]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import fork_server
 import pytest
 import tiny_models
 from stage_runs import command, content
@@ -18,8 +20,8 @@ from stage_runs import command, content
 from moepress.cli import cli
 from moepress.compress.pruning.plan import COLLAPSE_NOTE
 from moepress.models.families.table import FAMILIES
-from moepress.runs.journal import JOURNAL
-from moepress.stages.groundwork import model_folder
+from moepress.runs.files import JOURNAL
+from moepress.stages.places import model_folder
 
 SMALL = ["--tokens", "512", "--window", "32"]
 COMMANDS = sorted(cli.commands)
@@ -195,10 +197,10 @@ def test_an_output_that_another_process_writes_exits_6(folder: Path, tmp_path: P
     assert content(work) == before
 
 
-def test_an_output_that_cannot_be_made_exits_1_naming_it(folder: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_made_is_refused_naming_it(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     result = command("prune", "demo", "--plan", folder / "plan.json", "-o", tmp_path / "file" / "out")
-    assert str(tmp_path / "file") in refused(result, 1)
+    assert str(tmp_path / "file") in refused(result, 2)
 
 
 def parsed(result: tuple[int, str, str]) -> dict[str, Any]:
@@ -321,7 +323,8 @@ def test_brackets_in_names_are_printed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_ends_without_a_word() -> None:
-    line = f"{sys.executable} -m moepress inspect demo | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    python = shlex.join(fork_server.python())
+    line = f"{python} -m moepress inspect demo | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=dict(os.environ))
     assert found.returncode == 0
     assert found.stderr == ""

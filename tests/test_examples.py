@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import click
+import fork_server
 import pytest
 import yaml
 from action_runner import EXPRESSION, Job
 
 from moepress.cli import cli
-from moepress.stages.groundwork import model_folder
-from moepress.stages.run.recipe import load_recipe, make_recipe
+from moepress.stages.places import model_folder
+from moepress.stages.run.file import load_recipe
+from moepress.stages.run.recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -41,7 +44,7 @@ def executable(file: Path, text: str) -> Path:
 def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose `moepress` and `python` are those of this test."""
     folder = tmp_path_factory.mktemp("bin")
-    executable(folder / "moepress", f'#!/bin/sh\nexec {sys.executable} -m moepress "$@"\n')
+    executable(folder / "moepress", f'#!/bin/sh\nexec {shlex.join(fork_server.python())} -m moepress "$@"\n')
     executable(folder / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     return folder
 
@@ -303,7 +306,8 @@ def test_the_workflows_call_the_script_with_options_that_exist() -> None:
     (line,) = (run for run in runs_of(nightly["jobs"]["report"]["steps"]) if "press.sh" in run)
     words = shlex.split(line)
     assert words[:2] == ["bash", "docs/examples/press.sh"]
-    context = cli.commands["run"].make_context("run", [*words[3:], "--output", words[2], "--resume"])
+    parent = click.Context(cli, **cli.context_settings)  # without it, `run` would have no -h from now on
+    context = cli.commands["run"].make_context("run", [*words[3:], "--output", words[2], "--resume"], parent=parent)
     assert (ROOT / context.params["recipe_file"]).is_file()
     artifact = yaml.safe_load((EXAMPLES / "press-artifact.yml").read_text(encoding="utf-8"))
     (step,) = (s for s in artifact["jobs"]["press"]["steps"] if s.get("uses") == "./")

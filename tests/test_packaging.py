@@ -125,13 +125,30 @@ def test_extras_with_different_onnx_runtimes_exclude_each_other() -> None:
     assert all({one, other} in conflicts for one in cpu for other in gpu)
 
 
-@pytest.mark.parametrize("module", ["moepress", "moepress.cli", "moepress.commands.options", "moepress.errors"])
-def test_importing_the_command_line_imports_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(*sorted(sys.modules))"
+COMMANDS = [f"moepress.commands.{file.stem}" for file in sorted((ROOT / "commands").glob("[!_]*.py"))]
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [["moepress"], ["moepress.cli"], ["moepress.errors"], COMMANDS],
+    ids=["package", "cli", "errors", "commands"],
+)
+def test_importing_the_command_line_imports_nothing_heavy(modules: list[str]) -> None:
+    code = f"import sys, {', '.join(modules)}; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    heavy = {"torch", "transformers", "numpy", "pyarrow", "pydantic", "matplotlib", "jinja2", "rich"}
-    heavy |= {"onnx", "onnxruntime"}
+    heavy = {"torch", "transformers", "numpy", "pyarrow", "pydantic", "matplotlib", "jinja2", "rich", "yaml", "psutil"}
+    heavy |= {"onnx", "onnxruntime", "safetensors", "tokenizers", "huggingface_hub"}
     assert not heavy & set(loaded.stdout.split())
+
+
+def test_places_and_recipe_files_cost_no_torch() -> None:
+    """Commands refuse wrong paths with these alone."""
+    code = (
+        "import sys, moepress.stages.places, moepress.stages.run.file, moepress.calibration.sources\n"
+        "print(*{'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert found.stdout.split() == []
 
 
 @pytest.mark.slow

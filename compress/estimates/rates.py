@@ -3,9 +3,10 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from moepress.compress.gptq.grid import search_scales
@@ -15,6 +16,7 @@ from moepress.models.storage.fp8 import dequantize_blocks
 
 ASSUMED_READ = 500e6
 """Bytes per second of a disk that could not be measured: a SATA SSD."""
+_BUSY_SHARE = 0.25  # of the cores
 _SAMPLE_BYTES, _LEAST_SAMPLE_BYTES, _SAMPLE_SECONDS = 256 << 20, 64 << 20, 0.5
 _CHUNK_BYTES = 8 << 20
 
@@ -31,6 +33,7 @@ class Rates:
         load_seconds: per weight, to turn what is stored into fp32 and to look for NaN, on the CPU.
         read_bytes_per_second: of the model's own shards, past the system's cache.
         read_measured: False where that is `ASSUMED_READ`.
+        others_share: of the cores, what other processes took while all this was measured.
     """
 
     device: str
@@ -40,14 +43,21 @@ class Rates:
     load_seconds: float
     read_bytes_per_second: float
     read_measured: bool
+    others_share: float = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes took so much that these rates are too low."""
+        return self.others_share > _BUSY_SHARE
 
 
 def measure_rates(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure this machine; takes about a second, and reads up to 256 MiB of the model."""
     solver = torch.device("cpu") if device.type == "mps" else device
     read = read_rate({entry.file for entry in checkpoint.stored.values()})
+    before = _busy_seconds()
     with torch.inference_mode():
-        return Rates(
+        rates = Rates(
             device=str(device),
             forward_flops=matmul_rate(device, dtype),
             solver_flops=matmul_rate(solver, torch.float32),
@@ -56,6 +66,19 @@ def measure_rates(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
             read_bytes_per_second=read or ASSUMED_READ,
             read_measured=read is not None,
         )
+    return replace(rates, others_share=_others_share(before, _busy_seconds()))
+
+
+def _busy_seconds() -> tuple[float, float, float]:
+    """Of all cores since the machine started: seconds at work, seconds in all; and this process's own."""
+    found = psutil.cpu_times()
+    idle = found.idle + getattr(found, "iowait", 0.0)
+    return sum(found[:8]) - idle, sum(found[:8]), time.process_time()  # guests count twice behind the eighth
+
+
+def _others_share(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    busy, whole, own = (late - early for early, late in zip(before, after, strict=True))
+    return max(0.0, busy - own) / whole if whole > 0 else 0.0
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

@@ -6,7 +6,7 @@ from moepress.compress.estimates.footprint import (
     hidden_bytes,
 )
 from moepress.compress.estimates.rates import Rates
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.models.families.family import Part
 
 # Fitted to gptq.py on 2 cores at 1024 to 4096 columns; the spread between widths was a third.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import Moments
-from moepress.compress.gptq.solver import DAMP_ATTEMPTS, quadratic
+from moepress.compress.gptq.descent import quadratic
+from moepress.compress.gptq.factor import DAMP_ATTEMPTS
 from moepress.runs.phases import phase
 
 

@@ -8,6 +8,8 @@ import torch
 
 from moepress.compress.gptq import fused
 
+INNER_COLUMNS = 32  # columns of a block whose errors are spread one by one; those beyond it together
+
 
 def round_columns(
     work_EBO: torch.Tensor,

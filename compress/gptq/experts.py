@@ -10,8 +10,9 @@ from moepress.calibration.hessian import HessianOptions, Moments, cross, gram, m
 from moepress.compress.gptq.asymmetry import move_target, relative_error
 from moepress.compress.gptq.balance import topped_up
 from moepress.compress.gptq.grid import dequantize
+from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.parts import part_slices, side_by_side
-from moepress.compress.gptq.solver import Solved, SolverOptions, solve
+from moepress.compress.gptq.solver import Solved, solve
 from moepress.converters.safetensors.artifact import dense
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Shape

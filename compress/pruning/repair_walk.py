@@ -108,9 +108,13 @@ def collect_repairs(
         original.shape.layers,
         Limits(memory_bytes=limits.memory_bytes // 2, batch_windows=limits.batch_windows),
     )
+    text = f"{corpus.windows.numel():,} tokens"
     scratch = [Scratch(run.folder, half.memory_bytes, name) for name in ("scratch", "pruned")]
     try:
-        with torch.inference_mode(), track("repair", layers) as advance:
+        with (
+            torch.inference_mode(),
+            track("repair", layers, unit="layers", about=text) as advance,
+        ):
             with phase("embed"):
                 walk = _open(original, pruned, keep, parts, corpus, scratch, half)
             first = _resume(run, walk)

@@ -55,7 +55,7 @@ def prune(
     predicting = mtp_keep(checkpoint, plan, mtp)
     edits = edits_of(prune_source(checkpoint, plan.keep, degroup=plan.degroup), repairs) if repairs else _NOTHING
     planned = planned_entries(checkpoint, {**plan.keep, **predicting}, edits)
-    with track("prune", len(planned)) as advance:
+    with track("prune", len(planned), unit="shards") as advance:
         for shard, entries in planned.items():
             if run.done(shard) is None:
                 with phase("write", size=sum(entry.bytes for entry in entries)):
@@ -86,6 +86,7 @@ def prune(
         run.folder / "moepress.json", {"moepress": __version__, "stage": "prune", **result, "plan": _summary(plan)}
     )
     if repairs is not None:
+        run.require_ready()
         drop_walk(run)
     run.finish()
     return result

@@ -28,6 +28,7 @@ from moepress.errors import UnsupportedError
 from moepress.models.families.family import layer_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.writer import copy_companions, write_json
+from moepress.runs.files import rewrite
 from moepress.runs.journal import Run
 from moepress.runs.progress import track
 
@@ -108,7 +109,7 @@ def write_onnx(source: Checkpoint | Artifact, decoder: Decoder, request: OnnxReq
         InvalidInputError: a tensor is damaged.
         UnsupportedError: a value does not fit the graph's dtype.
     """
-    with track("export to onnx", len(decoder.files)) as advance:
+    with track("export to onnx", len(decoder.files), unit="files") as advance:
         for name, entries in decoder.files.items():
             if run.done(name) is None:
                 run.write(name, name, functools.partial(_write, entries))
@@ -126,7 +127,8 @@ def _write(entries: Any, path: Path) -> None:
 
 
 def _bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    with rewrite(path) as stream:
+        stream.write(data)
 
 
 def _write_beside(

@@ -66,7 +66,7 @@ def export(artifact: Artifact, target: Target, run: Run) -> Exported:
         stored = artifact.stored.get(name) or artifact.stored[f"{name.removesuffix('.weight')}.{artifact.suffixes[0]}"]
         by_shard[stored.file.name].append(name)
     errors: list[float] = [0.0]
-    with track(f"export to {target}", len(by_shard)) as advance:
+    with track(f"export to {target}", len(by_shard), unit="shards") as advance:
         for shard, names in by_shard.items():
             if run.done(shard) is None:
                 run.write(shard, shard, functools.partial(_write_shard, artifact, target, names))

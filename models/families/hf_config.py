@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moepress.errors import InvalidInputError
+from moepress.runs.text import one_line
 
 # A classifier's labels: transformers makes a dictionary of `num_labels` entries, whatever that number is.
 # A dtype is no part of what a model is, and some spellings of it are errors of torch.
@@ -24,4 +25,4 @@ def hf_config(config: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(plain)
     except Exception as error:  # transformers validates with many exception types
-        raise InvalidInputError(f"config.json is not valid for {config['model_type']}: {error}") from error
+        raise InvalidInputError(f"config.json is not valid for {config['model_type']}: {one_line(error)}") from error

@@ -45,7 +45,7 @@ def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> A
         if name in shapes and ".experts." not in name:
             weights[name] = _read(source, disk_name, device, dtype)
     layers = source.outline.moe_layers
-    with track("load", len(layers)) as advance:
+    with track("load", len(layers), unit="layers") as advance:
         for layer in layers:
             block = f"model.layers.{layer}.{source.family.moe_module}.experts"
             gate_up = torch.empty(shapes[f"{block}.gate_up_proj"], device=device, dtype=dtype)

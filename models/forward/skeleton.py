@@ -8,6 +8,7 @@ import torch
 from moepress.errors import InvalidInputError
 from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.attention import register
+from moepress.runs.text import one_line
 
 
 def build_skeleton(config: Mapping[str, Any], *, attention: str | None = None) -> Any:
@@ -27,5 +28,5 @@ def build_skeleton(config: Mapping[str, Any], *, attention: str | None = None) -
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation=implementation)
     except Exception as error:
-        raise InvalidInputError(f"config.json does not describe a model that can be built: {error}") from error
+        raise InvalidInputError(f"config.json describes no model that can be built: {one_line(error)}") from error
     return model.eval()

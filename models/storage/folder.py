@@ -1,13 +1,15 @@
 """A model folder's files: config.json, the index and the headers of the shards, held against each other. No weights."""
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
+from moepress.models.storage.inside import check_files, require_inside
 from moepress.models.storage.misnamed import misnamed
 from moepress.models.storage.safetensors_file import Stored, read_header
+from moepress.runs.files import read_text
+from moepress.runs.parsing import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,7 +22,7 @@ def read_json(file: Path) -> dict[str, Any]:
         InvalidInputError: the file is missing, not JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(read_text(file))
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -40,6 +42,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise InvalidInputError(f"{folder} is not a folder; give the folder of a Hugging Face model.")
+    check_files(folder)
     if not (folder / "config.json").is_file():
         raise InvalidInputError(f"{folder} has no config.json; give the folder of a Hugging Face model.")
     return read_json(folder / "config.json")
@@ -184,21 +187,8 @@ def _inside(folder: Path, name: str) -> Path:
         there = False
     if not there:
         raise InvalidInputError(f"{folder / INDEX} names {name}, which is missing; download it.")
-    target = path.resolve()
-    if target.parent != folder.resolve() and not in_hub_cache(path):
-        raise InvalidInputError(f"{path} is a link that leads out of the folder ({target}); copy the file there.")
+    require_inside(folder, path)
     return path
-
-
-def in_hub_cache(file: Path) -> bool:
-    """Whether a link is one of the hub's cache, which may lead out of the folder.
-
-    The hub keeps snapshots/<revision>/<file> as links to ../../blobs/<hash>, which may itself be a link to the blobs
-    that all its models share, blobs/<two digits>/<hash> at the cache's root.
-    """
-    snapshots, target = file.parent.resolve().parent, file.resolve()
-    own, shared = snapshots.parent / "blobs", snapshots.parent.parent / "blobs"
-    return snapshots.name == "snapshots" and (target.parent == own or target.parent.parent == shared)
 
 
 def _same_as_index(folder: Path, weight_map: Mapping[str, str], stored: Mapping[str, Stored]) -> None:

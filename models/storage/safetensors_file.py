@@ -4,7 +4,6 @@ Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endia
 the data. The library maps whole files, which counts as resident memory; moepress reads byte ranges instead.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 
 from moepress.errors import InvalidInputError
 from moepress.models.storage.misnamed import misnamed
+from moepress.runs.files import open_plain
+from moepress.runs.parsing import parse_json
 
 _BY_BITS = {
     64: ("F64", "I64", "U64", "C64"),
@@ -55,7 +56,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
                 if other := misnamed(file):
@@ -65,7 +66,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; restore the file.") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = parse_json(raw.decode("utf-8"), _no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"its header is not valid: {error}") from error
     if not isinstance(header, dict):
@@ -121,10 +122,10 @@ def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> byte
     buffer = bytearray(length)
     view, got = memoryview(buffer), 0
     try:
-        with entry.file.open("rb", buffering=0) as stream:
+        with open_plain(entry.file, buffering=0) as stream:
             stream.seek(entry.begin + begin)
             while got < length:
-                count = stream.readinto(view[got:])
+                count = stream.readinto(view[got:])  # type: ignore[attr-defined]
                 if not count:
                     raise _broken(entry.file, f"it ends inside {entry.name}")
                 got += count

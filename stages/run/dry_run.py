@@ -18,7 +18,8 @@ from moepress.compress.pruning.plan import estimate_sizes, load_plan
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.stages.groundwork import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, workload
+from moepress.stages.groundwork import workload
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine
 from moepress.stages.run.recipe import Recipe, Settled, budget_request, check_recipe, resolve, settled
 from moepress.stages.run.run import no_room
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moepress.compress.budget.search import most_common
@@ -21,16 +20,11 @@ from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.runs.byte_sizes import parse_bytes
+from moepress.runs.byte_sizes import parse_bytes, parse_share
+from moepress.runs.text import suggestion
 from moepress.stages.export import check_onnx, onnx_bits
-from moepress.stages.groundwork import (
-    DEFAULT_TOKENS,
-    DEFAULT_WINDOW,
-    EMBEDDED_TOKENS,
-    Calibration,
-    load_corpus,
-    model_folder,
-)
+from moepress.stages.groundwork import load_corpus
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
 from moepress.stages.repair import check_repair
 from moepress.stages.validate import (
@@ -53,7 +47,13 @@ def _bytes(value: Any) -> Any:
         raise ValueError(f"{value!r} is not a size; write for example 8GiB") from None
 
 
+def _share(value: Any) -> Any:
+    return parse_share(value) if isinstance(value, str) else value  # a ValueError is pydantic's to tell
+
+
 Bytes = Annotated[int, BeforeValidator(_bytes)]
+Count = Annotated[int, Field(ge=1, lt=1 << 40)]
+Share = Annotated[float, BeforeValidator(_share)]
 
 
 class Recipe(BaseModel):
@@ -65,20 +65,20 @@ class Recipe(BaseModel):
     model: str
     calibration: tuple[str, ...] = ()
     domain: tuple[str, ...] = ()
-    tokens: int | None = Field(default=None, ge=1)
-    window: int | None = Field(default=None, ge=2)
-    seed: int = 0
-    keep: float | None = None
-    experts: int | None = None
+    tokens: Count | None = None
+    window: int | None = Field(default=None, ge=2, lt=1 << 40)
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
+    keep: Share | None = None
+    experts: int | None = Field(default=None, lt=1 << 40)
     criterion: Criterion | None = None
     domain_weight: dict[str, float] = {}
     groups: Groups = Groups.BALANCED
-    bits: int | None = None
-    group_size: int | None = None
+    bits: int | None = Field(default=None, lt=1 << 40)
+    group_size: int | None = Field(default=None, lt=1 << 40)
     budget: Bytes | None = Field(default=None, ge=1)
     target: str | None = None
     targets_file: str | None = None
-    context: int | None = Field(default=None, ge=1)
+    context: Count | None = None
     mixed_bits: bool = False
     include: tuple[Include, ...] = ()
     match: Literal["auto", "own", "original"] = "auto"
@@ -86,29 +86,13 @@ class Recipe(BaseModel):
     to: tuple[Literal["gptq", "onnx"], ...] = ()
     data: tuple[str, ...] = ()
     data_domain: tuple[str, ...] = ()
-    max_windows: int | None = Field(default=None, ge=1)
+    max_windows: Count | None = None
     throughput: bool = True
     max_ppl_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     device: str = "auto"
     dtype: str = "auto"
     max_memory: Bytes | None = None
-
-
-def load_recipe(file: Path) -> dict[str, Any]:
-    """The values of a YAML recipe, not yet checked together with the command line's.
-
-    Raises:
-        InvalidInputError: it cannot be read or is not a mapping.
-    """
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error
-    if not isinstance(found, dict):
-        raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")
-    return found
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -123,6 +107,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         why = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            why = f"there is no such field{suggestion(where, Recipe.model_fields)}"
         raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
     if budget_request(recipe) is not None:
         return recipe

@@ -10,6 +10,7 @@ OUT/exports/<fmt>/   the same codes in other layouts; onnx-before: the original,
 OUT/report.{html,md,json}, junit.xml, provenance.json
 """
 
+import itertools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,14 +29,21 @@ from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
 from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import UsageError
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.runs.journal import Run, check_output, open_run, previous_settings, write_atomically
-from moepress.runs.progress import note
+from moepress.models.storage.inside import watched
+from moepress.runs.files import JOURNAL, sha256_of, write_atomically
+from moepress.runs.journal import Run, open_run
+from moepress.runs.output import check_output, is_ours
+from moepress.runs.progress import note, stage
+from moepress.runs.rows import first_settings
 from moepress.stages.export import export_stage, onnx_stage
-from moepress.stages.groundwork import Machine, Output, load_corpus, model_folder
-from moepress.stages.making import QuantizeRequest, profile_stage, quantize_stage
+from moepress.stages.groundwork import load_corpus
+from moepress.stages.places import Machine, Output, model_folder
 from moepress.stages.plan import plan_within
+from moepress.stages.profile import profile_stage
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.stages.repair import load_repairs, repair_stage
 from moepress.stages.run.recipe import (
     LATE_FIELDS,
@@ -56,7 +64,7 @@ from moepress.stages.validate import (
     subject_of,
     validate_stage,
 )
-from moepress.validation.report.files import write_report
+from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance
 from moepress.validation.report.schema import Report
@@ -95,9 +103,10 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         UsageError: an option or the expert count is not legal, or the output is taken.
         InvalidInputError: model or text are not sound.
     """
-    before = previous_settings(out) if resume else {}
+    before = first_settings(out) if resume else {}
     recipe = as_before(recipe, before.get("recipe.model"))
     check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
+    inputs = watched(model_folder(recipe.model))
     checkpoint, count, criterion = check_recipe(recipe)
     # Batch sizes depend on the memory, and the last bits of the result on them.
     recipe = resolve(
@@ -110,28 +119,52 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     settings["corpus"] = corpus.digest  # a text may change under its name; the stages that read it may be finished
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
     setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
-    with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
+    with open_run(out, settings, resume=resume, force=force, in_place=True, inputs=inputs) as run:
         write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        profile = _profile(setup, run)
-        plan = _plan(setup, run, profile)
-        repairs = _repair(setup, run, plan)
-        quantized = _quantize(setup, run, plan, repairs)
-        exported = _exports(setup, run)
-        return _report(setup, run, (profile, plan), repairs, quantized, exported)
+        number, of = itertools.count(1), 3 + bool(recipe.repair) + bool(recipe.to)  # a plan is made in no time
+        with stage(next(number), of):
+            profile = _profile(setup, run)
+        plan, repairs = _plan(setup, run, profile), None
+        if recipe.repair:
+            with stage(next(number), of):
+                repairs = _repair(setup, run, plan)
+        with stage(next(number), of):
+            quantized = _quantize(setup, run, plan, repairs)
+        exported = _Onnx()
+        if recipe.to:
+            with stage(next(number), of):
+                exported = _exports(setup, run)
+        with stage(next(number), of):
+            report = _report(setup, run, (profile, plan), repairs, quantized, exported)
+        run.complete()
+        return report
 
 
 def _stage_output(setup: _Setup, name: str) -> Output:
     return Output(folder=setup.out / name, resume=True)
 
 
+def _is_made(folder: Path) -> bool:
+    """Whether a stage's folder is there and whole, though its line in the journal is not: killed in between.
+
+    Raises:
+        UsageError: somebody else has made it.
+    """
+    if not folder.exists() or (folder / JOURNAL).exists():  # then the stage has to end it
+        return False
+    if folder.name != "repair" and not is_ours(folder):
+        raise UsageError(f"{folder} is not what this run makes there; move it away.")
+    return True
+
+
 def _profile(setup: _Setup, run: Run) -> Profile:
     folder = setup.out / "profile"
-    if run.done("profile") is None and not folder.exists():
+    if run.done("profile") is None and not _is_made(folder):
         recipe = setup.recipe
         budgeted, place = budget_request(recipe) is not None, _stage_output(setup, "profile")
         profile_stage(recipe.model, place, calibration_of(recipe), setup.machine, bit_losses=budgeted)
     if run.done("profile") is None:
-        run.mark("profile")
+        run.mark("profile", folder="profile")
     return load_profile(folder)
 
 
@@ -164,15 +197,13 @@ def _text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _repair(setup: _Setup, run: Run, plan: Plan) -> Repairs | None:
+def _repair(setup: _Setup, run: Run, plan: Plan) -> Repairs:
     recipe, folder = setup.recipe, setup.out / "repair"
-    if not recipe.repair:
-        return None
-    if run.done("repair") is None and not folder.exists():
+    if run.done("repair") is None and not _is_made(folder):
         parts = frozenset(recipe.repair)
         repair_stage(recipe.model, _stage_output(setup, "repair"), plan, parts, calibration_of(recipe), setup.machine)
     if run.done("repair") is None:
-        run.mark("repair")
+        run.mark("repair", folder="repair")
     return load_repairs(folder)
 
 
@@ -182,7 +213,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
     if done is not None:
         return done.note
     folder = setup.out / "model"
-    if folder.exists():  # killed between the stage's end and its line in the journal
+    if _is_made(folder):
         from moepress.models.storage.folder import read_json
 
         result: Mapping[str, Any] = read_json(folder / "moepress.json")
@@ -202,9 +233,8 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
             setup.machine,
             repairs=repairs,
         )
-    run.mark(
-        "model", {k: result[k] for k in ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")}
-    )
+    kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
+    run.mark("model", {k: result[k] for k in kept}, folder="model")
     return run.pieces["model"].note
 
 
@@ -212,9 +242,9 @@ def _exports(setup: _Setup, run: Run) -> _Onnx:
     recipe, exports = setup.recipe, setup.out / "exports"
     for target in recipe.to:
         if target != "onnx" and run.done(f"export-{target}") is None:
-            if not (exports / target).exists():
+            if not _is_made(exports / target):
                 export_stage(str(setup.out / "model"), Output(folder=exports / target, resume=True), target)
-            run.mark(f"export-{target}")
+            run.mark(f"export-{target}", folder=f"exports/{target}")
     if "onnx" not in recipe.to:
         return _Onnx()
     notes = _export_onnx(setup, run, "onnx", str(setup.out / "model"))
@@ -232,8 +262,9 @@ def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, .
 
     folder, done = setup.out / "exports" / name, run.done(f"export-{name}")
     if done is None:
-        made = None if folder.exists() else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
-        run.mark(f"export-{name}", {"notes": [f"exports/{name}: {note}" for note in made.notes] if made else []})
+        made = None if _is_made(folder) else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
+        notes = [f"exports/{name}: {note}" for note in made.notes] if made else []
+        run.mark(f"export-{name}", {"notes": notes}, folder=f"exports/{name}")
     return tuple(run.pieces[f"export-{name}"].note["notes"])
 
 
@@ -271,8 +302,9 @@ def _report(
     shape, text = original.shape, evaluation_of(recipe)
     late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
     done = run.done("report")
-    if done is not None and done.note == late:
-        return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
+    file = setup.out / JSON_NAME
+    if done is not None and file.is_file() and done.note == late | {JSON_NAME: sha256_of(file)}:
+        return Report.model_validate_json(file.read_text(encoding="utf-8"))
     artifact = open_artifact(setup.out / "model")
     subjects = [subject_of("original", original)]
     if plan.prunes:
@@ -296,13 +328,19 @@ def _report(
         choice=choice_section(plan),
         quantization=quantization_section(quantized, artifact.scheme, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
-        notes=(*original.notes, *plan.notes, *onnx.notes),
+        notes=(
+            *original.notes,
+            *plan.notes,
+            *onnx.notes,
+            *(f"Calibration: {note}." for note in quantized["calibration"]["notes"]),
+        ),
         commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
+    run.require_ready()
     write_report(report, setup.out)
     _describe(setup, report, original, artifact)
-    run.mark("report", late)
+    run.mark("report", late | {JSON_NAME: sha256_of(file)})
     return report
 
 
@@ -315,7 +353,8 @@ def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Art
     )
     for name, layout in layouts:
         if (setup.out / name).is_dir():
-            card = model_card(report, original, layout, mixed=len(artifact.schemes) > 1)
+            size = open_artifact(setup.out / name).total_bytes if layout == "gptq" else None
+            card = model_card(report, original, layout, stored_bytes=size, mixed=len(artifact.schemes) > 1)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
     settings = setup.recipe.model_dump(mode="json")

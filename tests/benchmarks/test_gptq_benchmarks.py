@@ -14,11 +14,11 @@ import pytest
 
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.solver import SolverOptions
+from moepress.compress.gptq.options import SolverOptions
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.stages.groundwork import Calibration, Machine, Output
-from moepress.stages.making import QuantizeRequest, quantize_stage
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 PEERS = ("gptqmodel", "llmcompressor")

@@ -14,8 +14,8 @@ from stage_runs import in_torch
 from moepress.calibration.profile import load_profile
 from moepress.models.families.family import require_legal
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import Calibration, Machine, Output, model_folder
-from moepress.stages.making import profile_stage
+from moepress.stages.places import Calibration, Machine, Output, model_folder
+from moepress.stages.profile import profile_stage
 
 FOLDER = Path(make_r1.__file__).parent
 

@@ -27,8 +27,8 @@ from moepress.calibration.profile import (
 )
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import Calibration, Machine, Output
-from moepress.stages.making import profile_stage
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.profile import profile_stage
 
 WINDOWS = tiny_models.windows(256, count=12, length=8, seed=4)
 DOMAINS = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 1, 0])
@@ -137,14 +137,14 @@ def an_accumulator_missing(folder: Path) -> str:
     tensors = load_file(folder / STATISTICS)
     del tensors["layers.2.gate"]
     save_file(tensors, folder / STATISTICS)
-    return "not a whole profile"
+    return "lacks layers.2.gate; profile the model again"
 
 
 def an_accumulator_of_another_shape(folder: Path) -> str:
     tensors = load_file(folder / STATISTICS)
     tensors["layers.2.gate"] = tensors["layers.2.gate"][:, :, 1:].contiguous()
     save_file(tensors, folder / STATISTICS)
-    return "layers.2.gate has the wrong shape"
+    return r"layers.2.gate is F64 .* is wanted"
 
 
 def a_later_schema(folder: Path) -> str:
@@ -157,13 +157,13 @@ def a_key_missing(folder: Path) -> str:
     found = json.loads((folder / DESCRIPTION).read_text())
     del found["domains"]
     (folder / DESCRIPTION).write_text(json.dumps(found))
-    return "not a whole profile"
+    return "profile.json is not sound: domains: Field required"
 
 
 def layers_that_are_no_list(folder: Path) -> str:
     found = json.loads((folder / DESCRIPTION).read_text())
     (folder / DESCRIPTION).write_text(json.dumps(found | {"layers": 3}))
-    return "not a whole profile"
+    return "profile.json is not sound: layers: "
 
 
 @pytest.mark.parametrize(

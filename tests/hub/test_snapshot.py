@@ -15,7 +15,7 @@ from stage_runs import add_tokenizer, command
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.hub.snapshot import INDEX, SINGLE, HubModel, headers_only, hub_model, needed_files, origin_of
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 SMALL = ["--tokens", "512", "--window", "32", "--max-memory", "1GiB"]
 

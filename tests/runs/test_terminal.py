@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,15 +12,22 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import fork_server
 import pytest
 from stage_runs import command
 
 ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 STYLE = re.compile(rb"\x1b\[[0-9;]*m")
-MOEPRESS = (sys.executable, "-m", "moepress")
 BAR = "from moepress.runs.progress import track\nwith track('pressing', 3) as advance:\n    advance(1)\n    advance(2)"
-PROGRESS = (sys.executable, "-c", BAR)
 LONG = "A GPU of our own with a name that is longer than eighty columns, as tables in a pipe may well have to hold"
+
+
+def moepress(*arguments: str) -> tuple[str, ...]:
+    return (*fork_server.python(), "-m", "moepress", *arguments)
+
+
+def progress() -> tuple[str, ...]:
+    return (*fork_server.python(), "-c", BAR)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -74,7 +82,7 @@ def long_name(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_pipe_gets_no_escape_codes_and_whole_tables(long_name: Path) -> None:
-    found = in_pipe((*MOEPRESS, "targets", "--targets-file", str(long_name)), COLUMNS="80")
+    found = in_pipe(moepress("targets", "--targets-file", str(long_name)), COLUMNS="80")
     assert not ESCAPE.search(found.stdout)
     assert found.stderr == b""
     assert re.search(rf"^own +{LONG} +gaming +48 +936 +71\.2$".encode(), found.stdout, re.MULTILINE)
@@ -87,26 +95,26 @@ def test_a_pipe_gets_no_escape_codes_and_whole_tables(long_name: Path) -> None:
     ids=["plain", "NO_COLOR", "both", "dumb"],
 )
 def test_a_terminal_gets_styles_unless_it_wants_none(changes: Mapping[str, str], styled: bool) -> None:
-    shown = in_terminal((*MOEPRESS, "targets"), **changes)
+    shown = in_terminal(moepress("targets"), **changes)
     assert b"RTX 3060 12GB" in shown
     assert bool(ESCAPE.search(shown)) == styled
 
 
 def test_force_color_sends_styles_through_a_pipe_and_no_color_takes_them_back() -> None:
-    assert STYLE.search(in_pipe((*MOEPRESS, "targets"), FORCE_COLOR="1").stdout)
-    assert not ESCAPE.search(in_pipe((*MOEPRESS, "targets"), FORCE_COLOR="1", NO_COLOR="1").stdout)
-    assert not ESCAPE.search(in_pipe((*MOEPRESS, "targets", "--json"), FORCE_COLOR="1").stdout)
+    assert STYLE.search(in_pipe(moepress("targets"), FORCE_COLOR="1").stdout)
+    assert not ESCAPE.search(in_pipe(moepress("targets"), FORCE_COLOR="1", NO_COLOR="1").stdout)
+    assert not ESCAPE.search(in_pipe(moepress("targets", "--json"), FORCE_COLOR="1").stdout)
 
 
 def test_a_bar_is_drawn_where_a_person_watches_and_nowhere_else() -> None:
-    shown = in_terminal(PROGRESS)
+    shown = in_terminal(progress())
     assert b"pressing" in shown
     assert STYLE.search(shown)
-    plain = in_terminal(PROGRESS, NO_COLOR="1")
+    plain = in_terminal(progress(), NO_COLOR="1")
     assert b"pressing" in plain
     assert not STYLE.search(plain)
     for changes in ({}, {"FORCE_COLOR": "1"}):
-        found = in_pipe(PROGRESS, **changes)
+        found = in_pipe(progress(), **changes)
         assert (found.stdout, found.stderr) == (b"", b"")
 
 
@@ -115,7 +123,7 @@ def without_reader(*arguments: str, stderr: bool = False) -> tuple[int, bytes]:
     readable, writable = os.pipe()
     os.close(readable)
     with subprocess.Popen(
-        (*MOEPRESS, *arguments), stdout=writable, stderr=writable if stderr else subprocess.PIPE, env=environment()
+        moepress(*arguments), stdout=writable, stderr=writable if stderr else subprocess.PIPE, env=environment()
     ) as process:
         os.close(writable)
         _, errors = process.communicate()
@@ -135,7 +143,7 @@ def test_a_reader_that_has_gone_is_no_error(arguments: tuple[str, ...]) -> None:
 
 
 def test_a_pipe_into_head_ends_well_under_pipefail() -> None:
-    line = f"set -o pipefail; {sys.executable} -m moepress targets | head -1"
+    line = f"set -o pipefail; {shlex.join(moepress('targets'))} | head -1"
     found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, env=environment())
     assert found.stdout.split() == ["id", "GPU", "kind", "GiB", "GB/s", "TFLOPS"]
     assert found.stderr == ""
@@ -157,7 +165,7 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     folder = tmp_path_factory.mktemp("bash")
     (folder / "bin").mkdir()
     script = folder / "bin" / "moepress"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m moepress "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(moepress())} "$@"\n')
     script.chmod(0o755)
     code, printed, errors = command("completion", "bash")
     assert (code, errors) == (0, "")

@@ -6,12 +6,12 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fork_server
 import onnx_runs
 import pytest
 import tiny_models
@@ -22,17 +22,19 @@ from torch import Tensor
 
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part
-from moepress.runs.journal import partial_folder
+from moepress.runs.output import partial_folder
 
 # Runs the export again and again, each time killed at another moment: as the n-th write reaches the disk.
 KILLED = """
 import os, pathlib, signal, sys
-from moepress import cli, exports, groundwork
-from moepress.converters import onnx_export
+from moepress import cli
+from moepress.converters.onnx.export import OnnxRequest
+from moepress.stages.export import onnx_estimate
+from moepress.stages.places import Output
 
 folder, outputs = sys.argv[1:]
-none = groundwork.Output(folder=pathlib.Path(outputs) / "none")
-exports.onnx_estimate(folder, none, onnx_export.OnnxRequest())  # imports what every run would import again
+none = Output(folder=pathlib.Path(outputs) / "none")
+onnx_estimate(folder, none, OnnxRequest())  # imports what every run would import again
 for number in range(1, 100, 2):
     if os.fork() == 0:
         plain, count = os.fsync, 0
@@ -292,7 +294,7 @@ def test_a_disk_that_is_full_in_the_middle_can_be_resumed_from(models: Models, t
 
 def test_an_export_killed_at_any_moment_ends_with_the_same_bytes(mixtral: Path, models: Models, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, mixtral, tmp_path],
+        [*fork_server.python(), "-c", KILLED, mixtral, tmp_path],
         capture_output=True,
         text=True,
         check=False,

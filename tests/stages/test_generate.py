@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import onnxruntime
 import pytest
 import tiny_models
@@ -31,7 +33,7 @@ from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages import generate
 from moepress.stages.export import export_stage
 from moepress.stages.generate import stop_tokens
-from moepress.stages.groundwork import Output, model_folder
+from moepress.stages.places import Output, model_folder
 
 PROMPT = "def main():"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -281,6 +283,7 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_closed_pipe_ends_without_a_word() -> None:
-    line = f"({sys.executable} -m moepress generate demo 'def' --max-new-tokens 400 | head -c 1 >/dev/null) 2>&1"
+    python = shlex.join(fork_server.python())
+    line = f"({python} -m moepress generate demo 'def' --max-new-tokens 400 | head -c 1 >/dev/null) 2>&1"
     found = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert found.stdout == ""

@@ -101,8 +101,8 @@ def test_a_gpu_of_one_s_own_is_held_against_the_model(tmp_path: Path) -> None:
     assert [row["fits"][-1]["verdict"] for row in found["counts"]] == ["fits"] * len(found["counts"])
     code, printed, _ = command("inspect", "demo", "--targets-file", file)
     assert code == 0
-    assert len([line for line in printed.splitlines() if line.startswith("Mine ")]) == 2
-    assert "tg128, batch 1, projected, not measured" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("Mine ")]) == 1
+    assert "tg128, batch 1) with the most experts that fit, projected" in printed
 
 
 def test_what_lies_beside_the_experts_of_r1_is_worked_out(inspected: Inspected) -> None:

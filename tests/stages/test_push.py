@@ -13,7 +13,7 @@ from hub_client import client, contents, empty_cache, forget, moepress, run_comm
 from hub_server import READER, WRITER, Hub
 from stage_runs import command
 
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 from moepress.stages.push import Push
 
 SMALL = ["--tokens", "512", "--window", "32", "--max-memory", "1GiB"]

@@ -15,8 +15,8 @@ from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import Calibration, Machine, Output
-from moepress.stages.making import QuantizeRequest, quantize_stage
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.stages.repair import load_repairs, prune_repaired_stage, repair_stage
 from moepress.stages.run.recipe import make_recipe
 from moepress.stages.run.run import run_recipe

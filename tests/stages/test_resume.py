@@ -1,28 +1,28 @@
 """Real processes, killed while they work and resumed: the result has the bytes of an uninterrupted run."""
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+import fork_server
 import pytest
 import tiny_models
+from fork_client import Child
 from stage_runs import add_tokenizer, command, content
 
 from moepress.calibration.profile import load_profile
 from moepress.compress.pruning.plan import make_plan, plan_text
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.runs.journal import JOURNAL, partial_folder
+from moepress.runs.files import JOURNAL
+from moepress.runs.output import partial_folder
 
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: see conftest.py
 LAYERS = 5
-HEARS_SIGINT = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); import moepress.cli as c; c.main()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +67,10 @@ def finish(arguments: Sequence[str]) -> None:
     assert code == 0, errors
 
 
-def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    """Under `nice`: on a busy machine what is watched must not outrun the one that watches. Where the tests run in the
-    background of a shell, SIGINT is ignored, and a child would inherit that."""
-    return subprocess.Popen(
-        ["nice", "-n", "10", sys.executable, "-c", HEARS_SIGINT, *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ALONE,
-    )
+def start(arguments: Sequence[str], errors: IO[str] | None = None) -> Child:
+    """With a niceness: on a busy machine what is watched must not outrun the one that watches."""
+    stderr = None if errors is None else errors.fileno()
+    return fork_server.start(["-m", "moepress", *arguments], stderr=stderr, niceness=10)
 
 
 def lines(out: Path) -> int:
@@ -89,12 +83,14 @@ def lines(out: Path) -> int:
 
 def interrupt(arguments: Sequence[str], out: Path, at_line: int, how: signal.Signals) -> tuple[int, str]:
     """Send a signal as soon as the journal has so many lines; exit code and stderr of the process."""
-    process = start([*arguments, "-o", str(out)])
-    while process.poll() is None and lines(out) < at_line:
-        time.sleep(0.0005)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
+    with tempfile.TemporaryFile("w+") as errors:
+        process = start([*arguments, "-o", str(out)], errors)
+        while process.poll() is None and lines(out) < at_line:
+            time.sleep(0.0005)
+        process.send_signal(how)
+        code = process.wait(timeout=60)
+        errors.seek(0)
+        return code, errors.read()
 
 
 def resume(arguments: Sequence[str], out: Path) -> None:
@@ -155,12 +151,13 @@ def test_a_resumed_run_that_is_interrupted_exits_130_and_can_be_resumed(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--seed", "7"], "seed was 0, now 7"),
-        (["--bits", "8", "--group-size", "32"], r'scheme was {"bits": 4'),
-        (["--include", "dense"], "include was"),
-        (["--tokens", "256"], "corpus was"),
-        (["--dtype", "bfloat16"], 'dtype was "float32", now "bfloat16"'),
-        (["--max-memory", "100MiB"], "memory_bytes was"),
+        (["--seed", "7"], "--seed was 0, now 7"),
+        (["--bits", "8", "--group-size", "32"], "--bits was 4, now 8"),
+        (["--match", "original"], "--match (auto follows --bits) was own, now original"),
+        (["--include", "dense"], "--include was shared, now dense shared"),
+        (["--tokens", "256"], "the calibration text is another one (--calibration, --domain, --tokens, --window"),
+        (["--dtype", "bfloat16"], "--dtype was float32, now bfloat16"),
+        (["--max-memory", "100MiB"], "--max-memory was "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -199,7 +196,7 @@ def test_a_resume_with_another_model_is_refused(work: Work, killed: Killed, tmp_
     arguments = [str(model) if a == str(work.model) else a for a in work.arguments["profile"]]
     code, _, errors = command(*arguments, "-o", out, "--resume")
     assert code == 2
-    assert "model was" in errors
+    assert "the model is another one, or its files changed" in errors
 
 
 def test_a_resume_of_an_export_of_another_artifact_is_refused(work: Work, killed: Killed, tmp_path: Path) -> None:
@@ -210,7 +207,7 @@ def test_a_resume_of_an_export_of_another_artifact_is_refused(work: Work, killed
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     code, _, errors = command("export", artifact, "--to", "gptq", "-o", out, "--resume")
     assert code == 2
-    assert "artifact was" in errors
+    assert "the model is another one, or its files changed" in errors
 
 
 def test_a_finished_piece_that_was_changed_is_refused(work: Work, killed: Killed, tmp_path: Path) -> None:
@@ -234,9 +231,8 @@ def test_twenty_random_kills_change_nothing(work: Work, tmp_path: Path, name: st
         while process.poll() is None and lines(out) < at_line:
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 0.03))  # about as long as a piece of these takes
-        process.kill()
-        process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
         if out.exists():  # it got through; the next one starts anew
             assert content(out) == work.whole[name]
             shutil.rmtree(out)

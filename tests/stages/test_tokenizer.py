@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
-from moepress.stages.groundwork import Calibration, load_corpus, load_tokenizer
+from moepress.stages.groundwork import load_corpus, load_tokenizer
+from moepress.stages.places import Calibration
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.stages.validate import tokenizer_folder
 

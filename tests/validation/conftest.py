@@ -19,7 +19,7 @@ from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.stages.export import onnx_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import Quality
 

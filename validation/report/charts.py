@@ -5,9 +5,9 @@ from math import isfinite
 from typing import Any
 
 from moepress.validation.quality.results import Estimate, ThroughputRow
+from moepress.validation.report.cells import size_text, without_version
 from moepress.validation.report.drawing import INK, mark, new_figure, short, styled, svg
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import size_text, without_version
 
 Series = tuple[int, str, Sequence[Estimate | None]]
 """Number of its colour, name, a value for each row of the chart."""

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from moepress.validation.report.cells import Table, size_text
 from moepress.validation.report.heatmap import FULL_SHARE
 from moepress.validation.report.plots import bits_name
 from moepress.validation.report.schema import Choice, Report, Usage
-from moepress.validation.report.tables import Table, size_text, tables
+from moepress.validation.report.tables import tables
 
 PARTS, USAGE, CHOICE = "Size by part", "Use of the experts", "What else would have been possible"
 

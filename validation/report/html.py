@@ -3,12 +3,13 @@
 import re
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moepress.runs.text import printable
 from moepress.validation.report.contents import contents
+from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.pictures import pictures
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import headlines, warnings
 from moepress.validation.report.wording import imprint, plain_words
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ def _bound(text: str) -> str:
     return re.sub(r"(?<=\d) (?=[kMGT]?B\b|%)", "\N{NO-BREAK SPACE}", text)
 
 
+def _safe(value: Any) -> Any:
+    """Text from files without control characters, which no page may hold; markup of our own stays."""
+    return printable(value, lines=True) if type(value) is str else value
+
+
 @cache
 def _template() -> "Template":
     from jinja2 import Environment, StrictUndefined
 
     source = files("moepress.validation.report").joinpath("report.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        source
-    )
+    return Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_safe
+    ).from_string(source)

@@ -2,9 +2,11 @@
 
 from html import escape
 
+from moepress.runs.text import printable
+from moepress.validation.report.cells import Table
 from moepress.validation.report.contents import contents
+from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import Table, headlines, warnings
 from moepress.validation.report.wording import imprint, plain_words
 
 
@@ -45,7 +47,7 @@ def plain_text(text: str) -> str:
     """Text on one line that Markdown shows as it is: no markup, no new table cell, no HTML."""
     for sign in "\\`*_[]|#":
         text = text.replace(sign, f"\\{sign}")
-    return escape(" ".join(text.split()), quote=False)
+    return escape(printable(" ".join(text.split())), quote=False)
 
 
 def _code(text: str, language: str) -> str:

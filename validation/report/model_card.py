@@ -16,10 +16,11 @@ from moepress.converters.onnx.folder import is_onnx
 from moepress.hub.snapshot import origin_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import read_json
+from moepress.runs.parsing import parse_yaml
 from moepress.validation.quality.results import QualityRow
+from moepress.validation.report.cells import number_text, percent_text, size_text
 from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import number_text, percent_text, size_text
 
 CARD_NAME = "README.md"
 Format = Literal["compressed-tensors", "gptq", "onnx"]
@@ -67,13 +68,16 @@ _MIXED = (
 )
 
 
-def model_card(report: Report, source: Checkpoint, layout: Format, *, mixed: bool = False) -> str:
+def model_card(
+    report: Report, source: Checkpoint, layout: Format, *, stored_bytes: int | None = None, mixed: bool = False
+) -> str:
     """The card of a pressed model; the same report gives the same text, and nothing in it depends on the clock.
 
     Args:
-        report: of the run; its subjects but ONNX exports are the table.
+        report: of the run.
         source: the original, whose licence is carried over.
-        layout: of the folder.
+        layout: of the folder; the table ends with the folder's own row.
+        stored_bytes: of its weights; None for what the report says.
         mixed: bits differ by layer.
     """
     front = _front_matter(report, source, layout)
@@ -83,8 +87,8 @@ def model_card(report: Report, source: Checkpoint, layout: Format, *, mixed: boo
         f"# {plain_text(report.title or source.folder.resolve().name)}, pressed with moepress",
         f"{name}, made smaller with moepress {report.tool_version}. " + _made(report),
         "## Before and after",
-        _table(report),
-        f"Perplexity: lower is better; ± is one standard error over windows. {_measured(report)}",
+        _table(report, layout, stored_bytes),
+        _remark(report, layout) + _measured(report),
         "Perplexity alone misses damage: test it on your own task.",
         "## How to load it",
         _MIXED if mixed and layout == "compressed-tensors" else _LOADING[layout],
@@ -149,8 +153,8 @@ def card_metadata(folder: Path) -> dict[str, Any]:
         return {}
     found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        front = yaml.safe_load(found[1]) if found else {}
-    except (yaml.YAMLError, ValueError, RecursionError):  # somebody else's file; the card says that it is unknown
+        front = parse_yaml(found[1]) if found else {}
+    except ValueError:  # somebody else's file; the card says that it is unknown
         return {}
     return front if isinstance(front, dict) else {}
 
@@ -192,15 +196,27 @@ def _made(report: Report) -> str:
     return " ".join(steps)
 
 
-def _table(report: Report) -> str:
+def _remark(report: Report, layout: Format) -> str:
+    """What stands in the folder's row that was not measured on the folder itself."""
+    if layout == "gptq":
+        return (
+            "This folder holds the codes and scales of the `compressed-tensors` folder of the same run in another "
+            "layout; its quality was measured there. "
+        )
+    if layout == "onnx" and not any(subject.onnx for subject in report.subjects):
+        return "The quality was measured on the folder that this one was exported from. "
+    return ""
+
+
+def _table(report: Report, layout: Format, stored_bytes: int | None) -> str:
     rows = ["| Model | Size | Change | Perplexity | KL divergence | Same top-1 |", "|---|---:|---:|---:|---:|---:|"]
-    first = report.subjects[0]
-    for subject in report.subjects:
-        if subject.onnx:
-            continue
-        row = report.overall(subject.label)
-        change = "–" if subject is first else percent_text(subject.stored_bytes / first.stored_bytes - 1, digits=0)
-        cells = [plain_text(subject.label), size_text(subject.stored_bytes), change, *_quality(row)]
+    first, plain = report.subjects[0], [subject for subject in report.subjects if not subject.onnx]
+    own = next((s for s in reversed(report.subjects) if s.onnx), plain[-1]) if layout == "onnx" else plain[-1]
+    for subject in (*plain[:-1], own):
+        size = stored_bytes if subject is own and stored_bytes is not None else subject.stored_bytes
+        change = "–" if subject is first else percent_text(size / first.stored_bytes - 1, digits=0)
+        name = plain_text(subject.label) + (", this folder" if subject is own else "")
+        cells = [name, size_text(size), change, *_quality(report.overall(subject.label))]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -217,7 +233,8 @@ def _measured(report: Report) -> str:
     quality = report.quality
     text = "the small default text of moepress" if quality.embedded else "text of its maker"
     digest = f"SHA-256 of the windows `{quality.digest}`"
-    return f"Measured on {text}: {quality.windows} windows of {quality.window} tokens, {digest}."
+    legend = "Perplexity: lower is better; ± is one standard error over windows."
+    return f"{legend} Measured on {text}: {quality.windows} windows of {quality.window} tokens, {digest}."
 
 
 def _licence(front: Mapping[str, Any], folder: Path) -> str:

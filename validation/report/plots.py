@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from moepress.compress.budget.search import Alternative
+from moepress.validation.report.cells import size_text
 from moepress.validation.report.drawing import INK, mark, new_figure, styled, svg
 from moepress.validation.report.schema import Choice, Quantization
-from moepress.validation.report.tables import size_text
 
 _SHAPES = ("o", "s", "^", "D", "v", "P")
 

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from moepress.hub.snapshot import origin_of
-from moepress.runs.journal import sha256_of, write_atomically
+from moepress.runs.files import sha256_of, write_atomically
 from moepress.runs.progress import track
 from moepress.validation.report.schema import Report
 
@@ -40,7 +40,7 @@ def provenance(
     """
     models = {name: model_files(folder) for name, folder in inputs.items()}
     total = sum(map(len, models.values())) + len(outputs)
-    with track("SHA-256", total) as advance:
+    with track("SHA-256", total, unit="bytes") as advance:
         return {
             "schema_version": "1.0",
             "tool": {"name": "moepress", "version": report.tool_version},

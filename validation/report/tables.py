@@ -1,111 +1,23 @@
 """The report as headline and tables of text, the same for Markdown, HTML and the terminal."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from moepress.validation.quality.results import Estimate, QualityRow, ThroughputRow
-from moepress.validation.report.schema import ExpertName, Report, SubjectInfo
+from moepress.validation.report.cells import (
+    NONE,
+    Table,
+    experts_text,
+    number_text,
+    parameters_text,
+    percent_text,
+    size_change,
+    size_text,
+    text_kind,
+    without_version,
+)
+from moepress.validation.report.schema import ExpertName, Report
 from moepress.validation.speed.projection import interval_text
 from moepress.validation.speed.results import TargetFit, Targets
-
-_MINUS, _NONE = "−", "–"
-BLINDNESS = (
-    "Perplexity alone misses damage: a pruned model may keep it and still lose much of its skill at tasks such as "
-    "arithmetic. Try the result on your own task before you rely on it."
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A table of text. The first column names the rows; `numeric` columns are set to the right.
-
-    Attributes:
-        title: heading.
-        header: one text for each column.
-        rows: each as long as the header.
-        note: a paragraph that says how to read it.
-        numeric: number of columns at the right end that hold numbers.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    numeric: int = 0
-
-    def is_numeric(self, column: int) -> bool:
-        """Whether a column is set to the right."""
-        return column >= len(self.header) - self.numeric
-
-
-def size_text(size_bytes: int) -> str:
-    """Bytes in decimal units, as download pages give them: 9.3 MB."""
-    if size_bytes < 1000:
-        return f"{size_bytes} B"
-    value, unit = size_bytes / 1000, "kB"
-    for larger in ("MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.{0 if value >= 99.95 else 1}f} {unit}"
-
-
-def percent_text(share: float, *, digits: int = 1) -> str:
-    """A change as `+2.1 %`, with a true minus sign."""
-    text = f"{abs(share) * 100:.{digits}f}"
-    sign = "±" if float(text) == 0 else "+" if share > 0 else _MINUS
-    return f"{sign}{text} %"
-
-
-def number_text(estimate: Estimate, digits: int) -> str:
-    """`25.10 ± 0.31`."""
-    error = "" if estimate.error is None else f" ± {estimate.error:.{digits}f}"
-    value = round(estimate.value, digits) + 0.0  # no minus zero
-    return f"{value:.{digits}f}{error}".replace("-", _MINUS)
-
-
-def headlines(report: Report) -> tuple[str, ...]:
-    """One sentence for each compared subject: size and perplexity.
-
-    The last one (what the user takes home) comes first, exports to ONNX of the same weights behind the others.
-    """
-    first = report.subjects[0]
-    before = report.overall(first.label).perplexity.value
-    title = report.title or first.label
-    if len(report.subjects) == 1:
-        return (f"{title}: {size_text(first.stored_bytes)}, perplexity {before:.3g}",)
-    lines = []
-    for subject in sorted(report.subjects[:0:-1], key=lambda subject: subject.onnx):
-        row = report.overall(subject.label)
-        name = title if len(report.subjects) == 2 else f"{title}, {subject.label}"
-        change = row.perplexity.value / before - 1
-        size = f"{size_text(first.stored_bytes)} → {size_text(subject.stored_bytes)} ({_size_change(first, subject)})"
-        quality = f"perplexity {percent_text(change)} ({before:.3g} → {row.perplexity.value:.3g})"
-        lines.append(f"{name}: {size}, {quality}")
-    return tuple(lines)
-
-
-def warnings(report: Report) -> tuple[str, ...]:
-    """What the reader must know before believing the numbers: the caller's notes, the corpus's, and our own."""
-    found = [*report.notes, *report.quality.notes]
-    if report.quality.embedded:
-        found.append("Measured on the small default text of moepress: for a decision, evaluate on text of your own.")
-    if report.calibration is not None and report.calibration.embedded:
-        found.append(
-            "Calibrated on the small default text of moepress: use text of your own domain for better results."
-        )
-    if report.quantization is not None and report.quantization.fallback_experts:
-        count = len(report.quantization.fallback_experts)
-        found.append(
-            f"{count} {'expert was' if count == 1 else 'experts were'} rounded to nearest: no tokens came there, or "
-            "the solver failed."
-        )
-    if len(report.subjects) > 1:
-        found.append(BLINDNESS)
-    if any(row.scope == "domain" and row.windows < 2 for row in report.quality.rows):
-        found.append("A domain has a single window, so its numbers and the means have no standard error.")
-    return tuple(found)
 
 
 def tables(report: Report) -> tuple[Table, ...]:
@@ -142,8 +54,8 @@ def _quality_in_short(report: Report) -> Table:
             cells.append(f"{found.perplexity.value:.2f}{change}")
         rows.append(tuple(cells))
     overall = [report.quality.row(label) for label in labels]
-    kl = [_NONE if row.paired is None else number_text(Estimate(value=row.paired.kl.value), 4) for row in overall]
-    same = [_NONE if row.paired is None else f"{row.paired.same_top1.value:.1%}" for row in overall]
+    kl = [NONE if row.paired is None else number_text(Estimate(value=row.paired.kl.value), 4) for row in overall]
+    same = [NONE if row.paired is None else f"{row.paired.same_top1.value:.1%}" for row in overall]
     rows += [("KL divergence", *kl), ("same top-1", *same)]
     return Table(title="Perplexity", header=("Text", *labels), rows=tuple(rows), numeric=len(labels))
 
@@ -159,37 +71,16 @@ def _speed_in_short(report: Report) -> Table:
     return Table(title="Speed", header=header, rows=tuple(rows), numeric=2)
 
 
-def without_version(runtime: str) -> str:
-    """A runtime's name alone."""
-    return re.sub(r" [\d.]+\S*$", "", runtime)
-
-
-def _size_change(first: SubjectInfo, subject: SubjectInfo) -> str:
-    return percent_text(subject.stored_bytes / first.stored_bytes - 1, digits=0) if first.stored_bytes else _NONE
-
-
 def _sizes(report: Report) -> Table:
     rows = []
     for subject in report.subjects:
-        change = _NONE if subject is report.subjects[0] else _size_change(report.subjects[0], subject)
-        experts = _experts_text(subject.experts_per_layer)
-        bits = _NONE if subject.bits is None else f"{subject.bits:.2f}"
-        parameters = _parameters_text(subject.parameters)
+        change = NONE if subject is report.subjects[0] else size_change(report.subjects[0], subject)
+        experts = experts_text(subject.experts_per_layer)
+        bits = NONE if subject.bits is None else f"{subject.bits:.2f}"
+        parameters = parameters_text(subject.parameters)
         rows.append((subject.label, size_text(subject.stored_bytes), change, parameters, experts, bits))
     header = ("Model", "On disk", "Change", "Parameters", "Experts per layer", "Bits per weight")
     return Table(title="Size", header=header, rows=tuple(rows), numeric=5)
-
-
-def _parameters_text(count: int) -> str:
-    if not count:
-        return _NONE
-    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
-
-
-def _experts_text(count: int | tuple[int, int] | None) -> str:
-    if isinstance(count, tuple):
-        return f"{count[0]} to {count[1]}"
-    return _NONE if count is None else str(count)
 
 
 def _perplexity(report: Report) -> Table:
@@ -236,9 +127,9 @@ def _divergence(report: Report) -> Table:
 
 
 def _divergence_row(row: QualityRow) -> tuple[str, ...]:
-    bits = _NONE if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
+    bits = NONE if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}"
     if row.paired is None:
-        return (row.subject, row.domain, _NONE, _NONE, _NONE, bits)
+        return (row.subject, row.domain, NONE, NONE, NONE, bits)
     same = row.paired.same_top1
     share = Estimate(value=same.value * 100, error=None if same.error is None else same.error * 100)
     return (
@@ -265,10 +156,10 @@ def _throughput(report: Report) -> Table:
 
 
 def _throughput_row(row: ThroughputRow) -> tuple[str, ...]:
-    speed = _NONE
+    speed = NONE
     if row.tokens_per_second is not None:
         speed = number_text(row.tokens_per_second, 0 if row.tokens_per_second.value >= 1000 else 1)
-    ratio = _NONE if row.ratio is None else number_text(row.ratio, 2)
+    ratio = NONE if row.ratio is None else number_text(row.ratio, 2)
     runtime = ", ".join(filter(None, (row.runtime, row.provider, row.dtype)))
     return (row.subject, runtime, row.test, row.note or "", speed, ratio)
 
@@ -300,7 +191,7 @@ def _pruning(report: Report) -> tuple[Table, ...]:
         note += f" Keep sets from different parts of the text agree by {pruning.keep_set_stability * 100:.0f} %."
     rows = [(d.domain, f"{d.gate_mass_lost * 100:.1f} %", f"{d.reap_mass_lost * 100:.1f} %") for d in pruning.domains]
     header = ("Text", "Routing weight lost", "Weighted output lost")
-    return (Table(title="Pruning", header=header, rows=tuple(rows) or ((_NONE,) * 3,), note=note, numeric=2),)
+    return (Table(title="Pruning", header=header, rows=tuple(rows) or ((NONE,) * 3,), note=note, numeric=2),)
 
 
 def _quantization(report: Report) -> tuple[Table, ...]:
@@ -311,7 +202,7 @@ def _quantization(report: Report) -> tuple[Table, ...]:
     note += f"With too few tokens of their own: {_experts(made.unsupported_experts)}."
     rows = [(str(layer.layer), f"{layer.mean_relative_error:.4f}") for layer in made.layers]
     header = ("Layer", "Mean relative error")
-    return (Table(title="Quantization", header=header, rows=tuple(rows) or ((_NONE,) * 2,), note=note, numeric=1),)
+    return (Table(title="Quantization", header=header, rows=tuple(rows) or ((NONE,) * 2,), note=note, numeric=1),)
 
 
 def _experts(experts: Sequence[ExpertName]) -> str:
@@ -380,18 +271,18 @@ def _conditions(report: Report) -> Table:
         ("Context", f"{quality.window} tokens"),
         ("Evaluated", f"{quality.windows} windows, {quality.tokens} predicted tokens"),
         ("Special tokens", quality.bos_policy),
-        ("Evaluation text", _text_kind(quality.embedded)),
+        ("Evaluation text", text_kind(quality.embedded)),
         ("Evaluation digest", quality.digest),
         *_computed(report),
     ]
     calibration = report.calibration
     if calibration is not None:
-        sources = ", ".join(calibration.sources) or _NONE
+        sources = ", ".join(calibration.sources) or NONE
         seed = "" if calibration.seed is None else f", seed {calibration.seed}"
         rows += [
-            ("Calibration text", f"{sources}; {_text_kind(calibration.embedded)}"),
+            ("Calibration text", f"{sources}; {text_kind(calibration.embedded)}"),
             ("Calibration tokens", f"{calibration.tokens}{seed}"),
-            ("Calibration digest", calibration.digest or _NONE),
+            ("Calibration digest", calibration.digest or NONE),
         ]
     if report.environment is not None:
         versions = ", ".join(f"{name} {version}" for name, version in report.environment.versions.items())
@@ -411,7 +302,3 @@ def _computed(report: Report) -> list[tuple[str, str]]:
     return [(f"Computed: {', '.join(labels)}", runtime) for runtime, labels in models.items()] or [
         ("Computed", f"{report.quality.dtype} on {report.quality.device}")
     ]
-
-
-def _text_kind(embedded: bool) -> str:
-    return "the small default text that comes with moepress" if embedded else "given by the user"

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from moepress.runs.text import printable
+from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.schema import Report
-from moepress.validation.report.tables import console_tables, headlines, warnings
+from moepress.validation.report.tables import console_tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +24,7 @@ def print_tables(report: Report, console: "Console") -> None:
         for column, name in enumerate(table.header):
             drawn.add_column(literal(name), justify="right" if table.is_numeric(column) else "left")
         for row in table.rows:
-            drawn.add_row(*(literal(cell) for cell in row))
+            drawn.add_row(*(literal(printable(cell)) for cell in row))
         console.print(drawn, highlight=False)
     console.print()
     for note in warnings(report):

@@ -2,8 +2,8 @@
 
 from moepress.validation.quality.results import Estimate
 from moepress.validation.quality.thresholds import SIGMAS
+from moepress.validation.report.cells import percent_text, size_text
 from moepress.validation.report.schema import Report, SubjectInfo
-from moepress.validation.report.tables import percent_text, size_text
 
 
 def plain_words(report: Report) -> tuple[str, ...]:

@@ -4,12 +4,16 @@ The bounds are chosen so that published measurements of llama.cpp lie inside;
 `tests/validation/speed/test_projection.py` has them with their sources.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moepress.models.families.family import Part, Shape
-from moepress.models.forward.inventory import Weight
+
+if TYPE_CHECKING:
+    from moepress.models.forward.inventory import Weight
 
 PROMPT, DECODE = 512, 128
 BANDWIDTH_SHARES = (0.7, 0.9)
@@ -72,6 +76,8 @@ def load_of(parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: i
         shape: its config's.
         cache_bytes_per_token: of its KV cache.
     """
+    from moepress.models.forward.inventory import Weight  # here, so that the table of GPUs costs no torch
+
     # Tied embeddings are read as the head.
     unread = {Part.MTP} | ({Part.EMBEDDINGS} if Part.LM_HEAD in parts else set())
     used = {part: weight for part, weight in parts.items() if part not in unread}

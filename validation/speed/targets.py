@@ -1,6 +1,7 @@
 """GPUs that people own, and whether a model fits into one."""
 
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress.errors import InvalidInputError, UsageError
+from moepress.runs.files import read_text
+from moepress.runs.text import suggestion
 from moepress.validation.speed.projection import Interval, Load, project
 
 TABLE = Path(__file__).with_name("targets.toml")
@@ -66,7 +69,7 @@ def load_targets(file: Path = TABLE) -> tuple[Target, ...]:
         InvalidInputError: it cannot be read, is not TOML, a field is wrong, or two cards have the same id.
     """
     try:
-        table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        table = _Table.model_validate(tomllib.loads(read_text(file)))
     except OSError as error:
         remedy = "restore it" if file == TABLE else "give a TOML file with a [[target]] table for each GPU"
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; {remedy}.") from error
@@ -96,16 +99,31 @@ def all_targets(own: Path | None = None) -> tuple[Target, ...]:
 
 
 def target_of(name: str, own: Path | None = None) -> Target:
-    """The GPU of that id.
+    """The GPU of that id, or with that name as shops write it, `RTX 4090`.
 
     Raises:
-        UsageError: there is none; the message names those that there are.
+        UsageError: there is none, or several cards are sold under that name; the message says which there are.
         InvalidInputError: the user's own file can not be used.
     """
     targets = {target.id: target for target in all_targets(own)}
-    if name not in targets:
-        raise UsageError(f"--target {name} is not in the table; it has {', '.join(targets)}.")
-    return targets[name]
+    if name in targets:
+        return targets[name]
+    asked = _plain(name)
+    found = [t for t in targets.values() if asked in {_plain(t.id), _plain(t.name)}]
+    sold = re.compile(re.escape(asked) + r"-(sxm|\d+gb)")  # what follows tells sizes apart, not cards
+    found = found or [t for t in targets.values() if sold.fullmatch(_plain(t.id))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"--target {name} may be {' or '.join(t.id for t in found)}; say which.")
+    near = suggestion(name, targets)
+    raise UsageError(f"--target {name} is not in the table{near}; it has {', '.join(targets)}.")
+
+
+def _plain(name: str) -> str:
+    """A card's name without its maker, in the form of an id."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(word for word in words if word not in {"nvidia", "geforce", "amd", "radeon", "intel"})
 
 
 class Verdict(StrEnum):

@@ -100,7 +100,7 @@ def time_group(group: Sequence[Candidate], repetitions: int) -> list[Timed]:
         except Exception as error:  # runtimes refuse models with exception types of their own
             reasons[place] = f"{_name(candidate)} can not load it ({first_line(error)})"
     samples: dict[int, Samples] = {place: {} for place in loaded}
-    with track("throughput", (repetitions + 1) * sum(len(model.tests) for model in loaded.values())) as advance:
+    with track("throughput", (repetitions + 1) * sum(len(m.tests) for m in loaded.values()), unit="tests") as advance:
         for repetition in range(repetitions + 1):
             for place, model in loaded.items():
                 for test, (tokens, run) in model.tests.items():

@@ -36,9 +36,10 @@ from moepress.converters.safetensors.scheme import SUPPORTED_BITS
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import legal_counts
 from moepress.models.forward.inventory import cache_bytes
-from moepress.stages.groundwork import Calibration, Machine, Output
-from moepress.stages.making import QuantizeRequest, profile_stage, quantize_stage
+from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, plan_within
+from moepress.stages.profile import profile_stage
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.validation.speed.targets import Verdict, fit, load_targets
 
 SMALL = Calibration(tokens=4096, window=128)

@@ -16,19 +16,21 @@ from typing import Any
 from moepress.calibration.hessian import hessian_for
 from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.stages import groundwork, making
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.profile import profile_estimate, profile_stage
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 
-CALIBRATION = groundwork.Calibration(tokens=4_096, window=256)
-MACHINE = groundwork.Machine(device="cpu", memory_bytes=96 << 20)
+CALIBRATION = Calibration(tokens=4_096, window=256)
+MACHINE = Machine(device="cpu", memory_bytes=96 << 20)
 SCHEME = Scheme(bits=4, group_size=128)
 REQUESTS = {
-    "quantize": making.QuantizeRequest(scheme=SCHEME),
-    "original": making.QuantizeRequest(scheme=SCHEME, hessian=hessian_for("original", SCHEME.bits, {})),
-    "everything": making.QuantizeRequest(
+    "quantize": QuantizeRequest(scheme=SCHEME),
+    "original": QuantizeRequest(scheme=SCHEME, hessian=hessian_for("original", SCHEME.bits, {})),
+    "everything": QuantizeRequest(
         scheme=SCHEME, hessian=hessian_for("original", SCHEME.bits, {}), include=frozenset(Include)
     ),
 }
-MACHINES = {"everything": groundwork.Machine(device="cpu", memory_bytes=512 << 20)}  # so that all tokens can wait
+MACHINES = {"everything": Machine(device="cpu", memory_bytes=512 << 20)}  # so that all tokens can wait
 
 
 def peak_resident_bytes() -> int:
@@ -72,15 +74,15 @@ def watched(folder: Path, work: Any) -> dict[str, float]:
 def main() -> None:
     model, work = sys.argv[1], Path(sys.argv[2])
     work.mkdir()
-    place = groundwork.Output(folder=work / "profile")
-    profile = asdict(making.profile_estimate(model, CALIBRATION, MACHINE))
+    place = Output(folder=work / "profile")
+    profile = asdict(profile_estimate(model, CALIBRATION, MACHINE))
     found = {
-        "profile": [profile, watched(work, lambda: making.profile_stage(model, place, CALIBRATION, MACHINE))],
+        "profile": [profile, watched(work, lambda: profile_stage(model, place, CALIBRATION, MACHINE))],
     }
 
     def quantize(folder: Path, name: str, *, dry_run: bool) -> dict[str, Any]:
-        machine, place = MACHINES.get(name, MACHINE), groundwork.Output(folder=folder / "out")
-        return making.quantize_stage(model, place, None, REQUESTS[name], CALIBRATION, machine, dry_run=dry_run)
+        machine, place = MACHINES.get(name, MACHINE), Output(folder=folder / "out")
+        return quantize_stage(model, place, None, REQUESTS[name], CALIBRATION, machine, dry_run=dry_run)
 
     for name in REQUESTS:
         folder = work / name

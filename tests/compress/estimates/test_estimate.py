@@ -42,7 +42,8 @@ from moepress.models.forward.inventory import inventory
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, open_stream
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages import groundwork, making
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.profile import profile_stage
 
 CPU = torch.device("cpu")
 G128 = Scheme(bits=4, group_size=128)
@@ -289,9 +290,9 @@ def test_a_profile_that_the_disk_cannot_hold_is_refused_before_any_work(
 ) -> None:
     there = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: there._replace(free=1000))
-    place, text = groundwork.Output(folder=tmp_path / "profile"), groundwork.Calibration(tokens=1024, window=64)
+    place, text = Output(folder=tmp_path / "profile"), Calibration(tokens=1024, window=64)
     with pytest.raises(MoepressError, match=r"has 0\.0 GiB free and the output needs about"):
-        making.profile_stage("demo", place, text, groundwork.Machine())
+        profile_stage("demo", place, text, Machine())
     assert list(tmp_path.iterdir()) == []
 
 

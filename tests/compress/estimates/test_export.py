@@ -18,7 +18,7 @@ from moepress.converters.safetensors.artifact import Artifact, open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.stages.export import export_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 
 MLPS = (Include.SHARED, Include.DENSE)  # the tiny attention has widths that GPTQ does not pack
 EVERYTHING = tuple(Include)

@@ -24,7 +24,8 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError, UsageError
 from moepress.models.families.family import layer_of
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages import groundwork, making
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 
 WINDOWS = tiny_models.windows(256, count=6, length=16)
 EVERYTHING = tuple(Include)
@@ -219,13 +220,13 @@ def test_a_resume_with_other_bits_by_layer_is_refused(tiny_copy: Callable[..., P
     text.write_text("The cat sat on the mat, and the dog said no. " * 40)
 
     def quantize(bits: dict[int, int], *, resume: bool) -> dict[str, Any]:
-        return making.quantize_stage(
+        return quantize_stage(
             str(model),
-            groundwork.Output(folder=tmp_path / "q", resume=resume),
+            Output(folder=tmp_path / "q", resume=resume),
             None,
-            making.QuantizeRequest(scheme=G32, layer_bits=bits),
-            groundwork.Calibration(domains=(f"one={text}",), tokens=256, window=16),
-            groundwork.Machine(device="cpu", memory_bytes=64 << 20),
+            QuantizeRequest(scheme=G32, layer_bits=bits),
+            Calibration(domains=(f"one={text}",), tokens=256, window=16),
+            Machine(device="cpu", memory_bytes=64 << 20),
             max_pieces=1,
         )
 

@@ -16,8 +16,8 @@ from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.pieces import Allowance, SpentError, piece_names, plan_chunks
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.runs.journal import partial_folder
-from moepress.stages import making
+from moepress.runs.output import partial_folder
+from moepress.stages import quantize as stage
 
 SMALL_PIECES = 6 * 7680 + 1  # six experts of 3 * 64 * 64 weights at 4 bits, planned as 5
 
@@ -103,7 +103,7 @@ def test_a_resume_with_pieces_of_another_size_is_refused(
 ) -> None:
     arguments = quantizing(model)
     assert command(*arguments, "-o", tmp_path / "out", "--max-pieces", "2")[0] == 0
-    monkeypatch.setattr(making, "PIECE_BYTES", 1 << 30)
+    monkeypatch.setattr(stage, "PIECE_BYTES", 1 << 30)
     code, _, errors = command(*arguments, "-o", tmp_path / "out", "--resume")
     assert code == 2
     assert "piece_bytes was 268435456, now 1073741824" in errors

@@ -39,7 +39,7 @@ from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Scratch, Stream, add_experts, first_step, open_stream, read_ahead
 from moepress.models.storage.checkpoint import Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
-from moepress.runs.journal import Piece
+from moepress.runs.pieces import Piece
 
 G16 = Scheme(bits=4, group_size=16)
 EVERYTHING = tuple(Include)
@@ -295,7 +295,7 @@ class Rounded:
 
     def __init__(self, base: Source, scheme: Scheme) -> None:
         self.base, self.scheme = base, scheme
-        self.config, self.family, self.shapes = base.config, base.family, base.shapes
+        self.config, self.family, self.outline, self.shapes = base.config, base.family, base.outline, base.shapes
 
     def read(self, name: str) -> Tensor:
         tensor = self.base.read(name)
@@ -313,7 +313,8 @@ class Rounded:
 def test_quantizing_the_demo_model_beats_rounding_to_nearest(tmp_path: Path) -> None:
     from moepress.calibration.corpus import build_corpus, evaluation_windows
     from moepress.calibration.sources import embedded_sources
-    from moepress.stages.groundwork import load_tokenizer, model_folder
+    from moepress.stages.groundwork import load_tokenizer
+    from moepress.stages.places import model_folder
 
     folder, scheme = model_folder("demo"), Scheme(bits=3, group_size=64)
     tokenizer = load_tokenizer(folder)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest, search_scales
-from moepress.compress.gptq.solver import PLAIN, Solved, SolverOptions, solve
+from moepress.compress.gptq.options import PLAIN, SolverOptions
+from moepress.compress.gptq.solver import Solved, solve
 from moepress.converters.safetensors.scheme import Scheme
 
 SCHEME = Scheme(bits=3, group_size=16)

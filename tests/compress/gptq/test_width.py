@@ -15,7 +15,8 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 from moepress.calibration.hessian import gram, shrink
 from moepress.compress.gptq.grid import dequantize
-from moepress.compress.gptq.solver import Solved, SolverOptions, solve
+from moepress.compress.gptq.options import SolverOptions
+from moepress.compress.gptq.solver import Solved, solve
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.artifact import dense, open_artifact
 from moepress.converters.safetensors.scheme import Scheme

@@ -27,8 +27,9 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.groundwork import Calibration, Machine, Output
-from moepress.stages.making import QuantizeRequest, prune_stage, quantize_stage
+from moepress.stages.places import Calibration, Machine, Output
+from moepress.stages.prune import prune_stage
+from moepress.stages.quantize import QuantizeRequest, quantize_stage
 
 GROUPED = Shape(
     layers=3,

@@ -26,8 +26,8 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import is_fused, router_disk_names
 from moepress.models.storage.safetensors_file import read_bytes
-from moepress.stages.groundwork import Output
-from moepress.stages.making import prune_stage
+from moepress.stages.places import Output
+from moepress.stages.prune import prune_stage
 
 every_key = pytest.mark.parametrize("key", tiny_models.KEYS)
 every_form = pytest.mark.parametrize("fused", [False, True], ids=["per-expert", "fused"])

@@ -40,7 +40,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Part
 from moepress.stages.export import export_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 
 EXACT = 1e-4  # relative, of fp32 with fp32 activations; 1e-6 is what was seen
 

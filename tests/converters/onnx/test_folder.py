@@ -21,7 +21,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.models.families.family import Part
 from moepress.stages.export import onnx_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 
 LAYER = "model.layer-001.data"
 

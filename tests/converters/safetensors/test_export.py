@@ -19,7 +19,7 @@ from moepress.errors import UnsupportedError, UsageError
 from moepress.models.families.family import Part, part_of
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.export import export_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 
 KEYS = ("deepseek_v3", "deepseek_v2", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
 WINDOWS = tiny_models.windows(256, count=3, length=16)

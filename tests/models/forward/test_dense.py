@@ -20,7 +20,7 @@ from moepress.models.forward.dense import dense_bytes, load_dense
 from moepress.models.storage.checkpoint import Source, SourceView, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.stages.export import export_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 
 WINDOWS = tiny_models.windows(256, count=2, length=20)
 

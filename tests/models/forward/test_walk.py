@@ -10,8 +10,8 @@ import tiny_models
 import torch
 from stage_runs import keep_of
 
-import moepress.models.forward as forward_module
 from moepress.errors import InvalidInputError, UsageError
+from moepress.models.forward import streamed
 from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import (
     Limits,
@@ -103,6 +103,6 @@ def test_rows_of_a_large_embedding_table_are_those_of_the_whole_one(
     model = StreamedModel(source, device=CPU, dtype=torch.float32)
     tokens = torch.tensor([[5, 5, 299, 0], [7, 299, 1, 5]])
     whole = model.embed(tokens)
-    monkeypatch.setattr(forward_module, "_TABLE_BYTES", 0)
+    monkeypatch.setattr(streamed, "_TABLE_BYTES", 0)
     assert torch.equal(model.embed(tokens), whole)
     assert not torch.equal(whole[0, 0], whole[0, 2])

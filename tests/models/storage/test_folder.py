@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.folder import INDEX, SINGLE, load_config
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 
 Factory = Callable[..., Path]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

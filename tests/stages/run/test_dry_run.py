@@ -13,9 +13,9 @@ from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages import validate
-from moepress.stages.groundwork import Calibration, Machine, Output, model_folder
-from moepress.stages.making import profile_stage
+from moepress.stages.places import Calibration, Machine, Output, model_folder
 from moepress.stages.plan import plan_within
+from moepress.stages.profile import profile_stage
 from moepress.stages.run import run
 from moepress.stages.run.dry_run import BUDGET_NOTE, estimate_recipe
 from moepress.stages.run.recipe import budget_request, make_recipe, wish_of

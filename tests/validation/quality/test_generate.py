@@ -19,7 +19,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from moepress.converters.safetensors.artifact import open_source
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.dense import load_dense
-from moepress.stages.groundwork import model_folder
+from moepress.stages.places import model_folder
 from moepress.validation.quality.generate import (
     Decoder,
     Sampling,

@@ -11,8 +11,10 @@ from moepress.calibration.corpus import EvaluationCorpus
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.validation.quality.measure import Subject, hidden_pass, measure, score_tokens
+from moepress.models.storage.outline import outline_of
+from moepress.validation.quality.measure import Subject, hidden_pass, measure
 from moepress.validation.quality.results import ALL_WINDOWS, DOMAIN_MEAN, Quality
+from moepress.validation.quality.scores import score_tokens
 
 
 def run(subjects: Sequence[Subject], corpus: EvaluationCorpus, folder: Path, memory_bytes: int = 1 << 30) -> Quality:
@@ -103,7 +105,8 @@ def test_buffers_on_disk_give_the_same_numbers_and_are_removed(
 def test_vocabularies_of_different_sizes_are_refused(
     demo: Checkpoint, subjects: Sequence[Subject], corpus: EvaluationCorpus, tmp_path: Path
 ) -> None:
-    wider = dataclasses.replace(demo, config={**demo.config, "vocab_size": 4096})
+    config = {**demo.config, "vocab_size": 4096}
+    wider = dataclasses.replace(demo, config=config, outline=outline_of(demo.family, config, demo.shapes))
     other = dataclasses.replace(subjects[0], label="wider", source=wider)
     with pytest.raises(InvalidInputError, match=r"demo has a vocabulary of 2048 and wider one of 4096"):
         run((subjects[0], other), corpus, tmp_path)
@@ -121,7 +124,8 @@ def test_two_subjects_of_one_name_are_refused(
 def test_nan_logits_are_refused(subjects: Sequence[Subject], corpus: EvaluationCorpus, tmp_path: Path) -> None:
     class Broken:
         def __init__(self, base: Checkpoint) -> None:
-            self.config, self.family, self.shapes, self.read_row = base.config, base.family, base.shapes, base.read_row
+            self.config, self.family, self.outline, self.shapes = base.config, base.family, base.outline, base.shapes
+            self.read_row = base.read_row
             self.base = base
 
         def read(self, name: str) -> torch.Tensor:

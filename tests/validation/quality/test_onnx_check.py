@@ -24,7 +24,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError
 from moepress.models.families.family import Part
 from moepress.stages.export import onnx_stage
-from moepress.stages.groundwork import Output
+from moepress.stages.places import Output
 from moepress.validation.quality.onnx_check import Checked, check_export, genai_greedy, own_logits
 from moepress.validation.quality.onnx_session import Decoding, open_session
 

@@ -17,9 +17,10 @@ from moepress.errors import InvalidInputError
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.stages.validate import onnx_subject, open_subject, subject_of, tokenizer_folder
-from moepress.validation.quality.measure import Subject, measure, score_tokens
+from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.onnx_session import Decoding, open_session, read_logits
 from moepress.validation.quality.results import Quality
+from moepress.validation.quality.scores import score_tokens
 
 
 def run(subjects: Sequence[Subject], corpus: EvaluationCorpus, folder: Path) -> Quality:

@@ -62,13 +62,30 @@ def test_the_body_says_how_it_was_made_and_what_it_cost(demo: Checkpoint, report
     assert "8 of 16 routed experts stay in each layer, chosen by `reap`" in text
     assert "4,096 tokens, seed 3, SHA-256 of the windows `abcd`" in text
     rows = [line for line in text.splitlines() if line.startswith(("| demo", "| pruned", "| copy"))]
-    assert [row.split(" | ")[:3] for row in rows] == [["| demo", "9.3 MB", "–"], ["| pruned", "3.1 MB", "−67 %"]]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| demo", "9.3 MB", "–"],
+        ["| pruned, this folder", "3.1 MB", "−67 %"],
+    ]
     assert f"{report.overall('pruned').perplexity.value:.2f} ±" in rows[1]
     assert "AutoModelForCausalLM.from_pretrained" in text
     assert "whose folder has no card that names it" in text
     assert report.created is not None
     assert report.created not in text
     assert text == model_card(report, demo, "compressed-tensors")
+
+
+def test_each_export_has_a_row_of_its_own(demo: Checkpoint, report: Report) -> None:
+    gptq = model_card(report, demo, "gptq", stored_bytes=3_300_000)
+    assert "| pruned, this folder | 3.3 MB |" in gptq
+    assert "its quality was measured there" in gptq
+    measured = model_card(report, demo, "onnx")
+    assert "| copy, this folder | " in measured
+    assert "exported from" not in measured
+    assert "| copy" not in gptq
+    plain = report.model_copy(update={"subjects": report.subjects[:-1]})
+    onnx = model_card(plain, demo, "onnx", stored_bytes=4_000_000)
+    assert "| pruned, this folder | 4.0 MB |" in onnx
+    assert "The quality was measured on the folder that this one was exported from." in onnx
 
 
 def test_each_layout_says_how_it_is_loaded(demo: Checkpoint, report: Report) -> None:

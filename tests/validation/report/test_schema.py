@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.stages.making import Machine
+from moepress.stages.places import Machine
 from moepress.stages.validate import Evaluation, subject_of, validate_stage
 from moepress.validation.quality.thresholds import Thresholds
 from moepress.validation.report.schema import schema_text

@@ -1,7 +1,7 @@
 import pytest
 
 from moepress.validation.quality.results import Estimate
-from moepress.validation.report.tables import number_text, percent_text, size_text
+from moepress.validation.report.cells import number_text, percent_text, size_text
 
 
 @pytest.mark.parametrize(

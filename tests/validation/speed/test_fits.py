@@ -9,7 +9,7 @@ from moepress.converters.safetensors.artifact import Artifact, open_artifact
 from moepress.models.families.family import Part
 from moepress.models.forward.inventory import cache_bytes, weigh
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.stages.groundwork import Machine
+from moepress.stages.places import Machine
 from moepress.stages.validate import Evaluation, subject_of, validate_stage
 from moepress.validation.report.markdown import markdown
 from moepress.validation.report.schema import Report

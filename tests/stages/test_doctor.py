@@ -15,7 +15,8 @@ import torch
 from other_sites import ONNX_RUNTIME, add_gutted_onnxruntime, add_metadata, other_site, python_in
 from stage_runs import command
 
-from moepress.commands.doctor import (
+from moepress.converters.onnx.runtime import Runtime, Session
+from moepress.stages.doctor import (
     PACKAGES,
     Device,
     Disk,
@@ -29,7 +30,6 @@ from moepress.commands.doctor import (
     notes_of,
     reason_of,
 )
-from moepress.converters.onnx.runtime import Runtime, Session
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 # Of onnxruntime-gpu 1.31.1 on a machine without a GPU.

@@ -1,0 +1,121 @@
+"""`moepress export`: the command, and what an ONNX export made and its self-check found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moepress.commands.console import emit, note, quiet_libraries, say, upload
+from moepress.commands.options import (
+    dry_run_option,
+    json_option,
+    model_argument,
+    onnx_options,
+    output_options,
+    push_options,
+    talk_options,
+)
+from moepress.commands.parsed import all_default, push_of
+from moepress.commands.tables import human_bytes, plain_console, plain_table
+from moepress.errors import UsageError
+
+if TYPE_CHECKING:
+    from moepress.converters.onnx.export import OnnxRequest
+    from moepress.stages.export import OnnxResult
+    from moepress.stages.places import Output
+    from moepress.stages.push import Push
+
+
+@click.command()
+@model_argument("artifact")
+@output_options("Folder for the export.")
+@click.option(
+    "--to", "target", required=True, type=click.Choice(["gptq", "compressed-tensors", "onnx"]), help="The format."
+)
+@onnx_options
+@push_options
+@dry_run_option
+@talk_options
+@json_option
+def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool, **options: Any) -> None:
+    """Write a quantized ARTIFACT in another format. Codes do not change; nothing is solved again.
+
+    gptq and compressed-tensors take a quantized folder. onnx takes any folder: quantized, pruned, or the original,
+    whose experts then stay dense. Its result runs in ONNX Runtime and onnxruntime-genai, and is held against ARTIFACT
+    before it appears. --for, --experts, --accuracy-level, --no-check and --dry-run belong to onnx.
+
+    \b
+    Example:  moepress export quantized --to gptq -o quantized-gptq
+              moepress export quantized --to onnx -o quantized-onnx
+              moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
+    """
+    from moepress.runs.output import check_output
+    from moepress.stages.places import Output, local_folders
+
+    place = Output(folder=output, resume=resume, force=force)
+    check_output(output, local_folders(artifact), resume=resume, force=force)  # before anything heavy is imported
+    push = push_of(options)
+    if target == "onnx":
+        _export_onnx(artifact, place, push, options, as_json=as_json)
+        return
+    if not all_default("preset", "kernel", "accuracy_level", "no_check", "dry_run"):
+        raise UsageError("--for, --experts, --accuracy-level, --no-check and --dry-run go with --to onnx only.")
+    from moepress.stages.export import export_stage
+
+    result = export_stage(artifact, place, target)
+    note(*result.notes)
+    if as_json:
+        emit({"output": str(output), **asdict(result)})
+    else:
+        say(f"{output}: {result.modules} matrices in {target} layout, {human_bytes(result.bytes_after)}")
+    upload(push, output, artifact, as_json=as_json)
+
+
+def _export_onnx(artifact: str, place: Output, push: Push | None, options: Mapping[str, Any], *, as_json: bool) -> None:
+    quiet_libraries()
+    from moepress.stages.export import onnx_estimate, onnx_stage
+
+    request = _onnx_of(options)
+    if options["dry_run"]:
+        emit(onnx_estimate(artifact, place, request))
+        return
+    result = onnx_stage(artifact, place, request, check=not options["no_check"])
+    note(*result.notes)
+    emit({"output": str(place.folder), **asdict(result)}) if as_json else _print_onnx(result, place.folder)
+    upload(push, place.folder, artifact, as_json=as_json)
+
+
+def _onnx_of(options: Mapping[str, Any]) -> OnnxRequest:
+    """The ONNX model that --for, --experts and --accuracy-level describe."""
+    from moepress.converters.onnx.runtime import require_onnx
+
+    require_onnx()  # before the module below, which imports it
+    from moepress.converters.onnx.export import OnnxRequest
+
+    return OnnxRequest(
+        preset=options["preset"], kernel=options["kernel"], accuracy_level=int(options["accuracy_level"])
+    )
+
+
+def _print_onnx(result: OnnxResult, folder: Path) -> None:
+    """What `export --to onnx` made, and what its self-check found."""
+    console = plain_console()
+    console.print(f"{folder}: ONNX, {result.nodes} nodes, {human_bytes(result.bytes_after)}")
+    found = result.checked
+    if found is None:
+        return
+    prefill, decode = found.tokens
+    console.print(f"checked against {found.compared_with}, in a session on {', '.join(found.providers)}:")
+    table = plain_table("tokens", "largest difference, of the largest logit")
+    table.add_row(f"{prefill} prefill", f"{found.prefill_error:.1e}")
+    table.add_row(f"{decode} decode", f"{found.decode_error:.1e}")
+    console.print(table)
+    console.print(f"same most likely token: {found.same_top1:.0%}")
+    if found.genai_same is not None:
+        console.print(f"onnxruntime-genai goes on with the same greedy tokens: {'yes' if found.genai_same else 'no'}")
+    for line in found.notes:
+        console.print(f"Note: {line}.")

@@ -1,0 +1,194 @@
+"""`moepress inspect`: the command, and what it found as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moepress.commands.completers import complete_targets
+from moepress.commands.console import emit, quiet_libraries
+from moepress.commands.options import json_option, model_argument, targets_file_option
+from moepress.commands.tables import human_bytes, plain_console, plain_table, print_estimates, rough_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@click.command()
+@model_argument()
+@click.option("--tokens", type=click.IntRange(1), help="Calibration tokens to plan for.  [default: 131072]")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens in the KV cache.  [default: 8192, or the model's context]"
+)
+@click.option("--target", metavar="GPU", shell_complete=complete_targets, help="Only this GPU of `moepress targets`.")
+@targets_file_option
+@json_option
+def inspect(
+    model: str, tokens: int | None, context: int | None, target: str | None, targets_file: Path | None, as_json: bool
+) -> None:
+    """Tell what MODEL is and what pressing it takes: which GPU holds the result, family, experts, sizes by part, the
+    expert counts that can stay and those to try first, time, memory and disk on this machine.
+
+    Reads headers, and some weights to time the disk; writes nothing. All times are projected.
+
+    \b
+    Example:  moepress inspect demo
+              moepress inspect MODEL --tokens 262144 --context 32768
+              moepress inspect MODEL --target "RTX 4090"
+              moepress inspect MODEL --targets-file my-gpus.toml
+    """
+    from moepress.hub.snapshot import headers_only
+    from moepress.stages.places import model_folder
+    from moepress.validation.speed.targets import all_targets, target_of
+
+    all_targets(targets_file) if target is None else target_of(
+        target, targets_file
+    )  # what is not there is refused before anything heavy is imported, on the hub too
+    with headers_only():
+        model_folder(model)
+    quiet_libraries()
+    from moepress.stages.inspect import inspect_model
+
+    with headers_only():
+        found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file, only=target)
+    emit(found) if as_json else _print_inspection(found)
+
+
+def _print_inspection(found: Mapping[str, Any]) -> None:
+    """The answer first, then what it rests on."""
+    console = plain_console(markup=True)
+    _print_title(console, found)
+    for sentence in found["targets"]["answer"]:
+        console.print(sentence)
+    _print_fits(console, found["targets"], found["scheme"])
+    _print_inventory(console, found)
+    _print_counts(console, found)
+    _print_machine(console, found)
+
+
+def _print_machine(console: Console, found: Mapping[str, Any]) -> None:
+    machine, estimates = found["machine"], found["estimates"]
+    read = f"{machine['read_bytes_per_second'] / 1e6:,.0f} MB/s"
+    console.print(
+        f"\n[bold]This machine[/bold]  {machine['cores']} cores, layers on {machine['device']}: "
+        f"{machine['forward_flops'] / 1e9:,.0f} GFLOP/s, disk {read} {'' if machine['read_measured'] else '(assumed)'}"
+    )
+    if machine["busy"]:
+        console.print(
+            f"Note: other processes took {machine['others_share']:.0%} of the cores while this machine was measured; "
+            "on a quiet one the times are shorter."
+        )
+    free = f"{human_bytes(machine['free_memory_bytes'])} memory and {human_bytes(machine['free_disk_bytes'])} disk"
+    calibration, scheme = found["calibration"], found["scheme"]
+    console.print(
+        f"free: {free}; for {calibration['tokens']:,} tokens, {estimates['experts']} experts, {scheme['bits']} bit "
+        f"g{scheme['group_size']}:"
+    )
+    print_estimates({name: row for name, row in estimates.items() if name != "experts"})
+    most = max(row["disk_bytes"] for name, row in estimates.items() if name != "experts")
+    if most > machine["free_disk_bytes"]:
+        console.print(f"Note: the disk of this folder is too small: {rough_bytes(most)} are needed.")
+
+
+def _print_counts(console: Console, found: Mapping[str, Any]) -> None:
+    if found["recommended_expert_counts"]:
+        console.print("worth trying first:")
+        for row in found["recommended_expert_counts"]:
+            console.print(f"  {row['experts']} experts ({row['share']:.0%}): {'; '.join(row['reasons'])}")
+    calibration = found["calibration"]
+    console.print(
+        f"{calibration['tokens']:,} calibration tokens give {calibration['tokens_per_expert']:,.0f} to an expert, on "
+        f"average.{' ' + calibration['note'] if calibration['note'] else ''}"
+    )
+
+
+def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str, Any]) -> None:
+    counts = found["counts"]
+    console.print(
+        f"\n[bold]Which GPU holds it[/bold]  experts {scheme['bits']} bit g{scheme['group_size']}, the rest 16 bit; KV "
+        f"cache of {found['context']:,} tokens: {human_bytes(found['cache_bytes'])}"
+    )
+    least = next((n for n, row in enumerate(counts) if any(fit["tg128"] for fit in row["fits"])), None)
+    speed = [] if least is None else ["tokens/s"]
+    table = plain_table("experts that stay", "memory", *(str(row["experts"]) for row in counts), *speed)
+    table.add_row("weights and cache", "", *(human_bytes(row["needed_bytes"]) for row in counts), *("" for _ in speed))
+    for index, target in enumerate(found["table"]):
+        label = target["name"] + ("" if target["kind"] == "gaming" else " *")
+        cells = [_cell(row["fits"][index]) for row in counts]
+        if least is not None:
+            cells.append(_speed(next((r["fits"][index]["tg128"] for r in counts if r["fits"][index]["tg128"]), None)))
+        table.add_row(label, f"{target['memory_gib']:g} GiB", *cells)
+    console.print(table)
+    console.print(
+        f"fits: {found['reserve']:.0%} of the memory stay free for activations and the runtime; tight: "
+        f"{found['tight_reserve']:.0%}, a shorter context helps; -n GiB: so much is lacking for that; *: no gaming GPU"
+    )
+    if speed:
+        console.print("tokens/s: decoding (tg128, batch 1) with the most experts that fit, projected; --json has all")
+
+
+def _speed(found: Mapping[str, Any] | None) -> str:
+    from moepress.validation.speed.projection import interval_text
+
+    return "-" if found is None else interval_text(found["low"], found["high"])
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    lacking = row["lacking_bytes"] / 2**30
+    return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
+
+
+def _print_title(console: Console, found: Mapping[str, Any]) -> None:
+    from rich.markup import escape
+
+    console.print(f"[bold]{escape(found['model'])}[/bold]  {found['family']} ({found['architecture']})")
+
+
+def _print_inventory(console: Console, found: Mapping[str, Any]) -> None:
+    """What the model is, part by part."""
+    kinds = found["layer_kinds"]
+    console.print("\n[bold]The model[/bold]")
+    groups = f", {found['groups']} groups ({found['top_groups']} used)" if found["groups"] > 1 else ""
+    console.print(f"{found['layers']} layers: {kinds['moe']} with experts, {kinds['dense']} dense")
+    console.print(f"{found['experts']} routed experts of width {found['expert_width']}, top-{found['top_k']}{groups}")
+    console.print(f"hidden {found['hidden']}, vocabulary {found['vocabulary']}, context {found['context']}")
+    dtypes = ", ".join(f"{name} {human_bytes(size)}" for name, size in found["dtype_bytes"].items())
+    console.print(f"{found['shards']} {'shard' if found['shards'] == 1 else 'shards'}: {dtypes}")
+    table = plain_table("part", "parameters", "size", "share")
+    for part, row in found["parts"].items():
+        share = row["bytes"] / max(found["bytes"], 1)
+        table.add_row(part, _human_count(row["parameters"]), human_bytes(row["bytes"]), f"{share:.1%}")
+    table.add_row("all", _human_count(found["parameters"]), human_bytes(found["bytes"]), "")
+    console.print(table)
+    console.print(f"active per token: {_human_count(found['active_parameters'])} parameters")
+    console.print(f"expert counts that can stay: {_ranges(found['legal_expert_counts'])}")
+    if found["legal_expert_counts_degrouped"]:
+        console.print(f"with --groups degroup: {_ranges(found['legal_expert_counts_degrouped'])}")
+    console.print(f"never quantized: {', '.join(found['never_quantized'])}")
+    if found["mtp_layers"]:
+        console.print("The multi-token-prediction layer is dropped, or kept by `prune --mtp keep`.")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 4, 8 as 1-4, 8; evenly spaced runs as `8, 16, ... 64`."""
+    if not numbers:
+        return "none"
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(numbers) > 4 and len(steps) == 1:
+        step = steps.pop()
+        if step == 1:
+            return f"{numbers[0]}-{numbers[-1]}"
+        return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]} (multiples of {step})"
+    return ", ".join(map(str, numbers))
+
+
+def _human_count(number: int) -> str:
+    """A number of parameters: 671.0 B, 4.6 M."""
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return str(number)

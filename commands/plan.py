@@ -1,0 +1,125 @@
+"""`moepress plan`: the command, and what a plan keeps and costs as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moepress.commands.console import emit, note
+from moepress.commands.options import (
+    budget_options,
+    force_option,
+    include_option,
+    json_option,
+    scheme_options,
+    selection_options,
+    targets_file_option,
+)
+from moepress.commands.parsed import plan_of
+from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moepress.compress.budget.search import Budget
+    from moepress.compress.pruning.plan import Plan
+
+
+@click.command()
+@click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@selection_options
+@budget_options
+@targets_file_option
+@click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
+@scheme_options
+@include_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
+@force_option
+@json_option
+def plan(profiles: tuple[Path, ...], output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
+    """Decide from PROFILES which experts stay; print what each domain loses and the size before and after.
+
+    Instant, and pure: the same profile and options give the same plan. The plan is JSON that can be read and edited.
+    With --budget or --target it chooses the experts and the bits that lose least, by estimate, and shows what else
+    there is.
+
+    \b
+    Example:  moepress plan profile --keep 0.75 -o plan.json
+              moepress plan profile --experts 8 --domain-weight python=1 --domain-weight german=0 -o plan.json
+              moepress plan profile --budget 12GiB -o plan.json
+              moepress plan profile --target rtx-4060-ti-16gb --context 8192 -o plan.json
+    """
+    from moepress.runs.files import check_file, write_atomically
+    from moepress.stages.places import require_profiles
+
+    if output is not None:
+        check_file(output, "-o", force=force)
+    require_profiles(profiles)  # before anything heavy is imported
+    from moepress.compress.pruning.plan import plan_text
+    from moepress.stages.plan import load_profiles
+    from moepress.validation.rules.check import planned_notes
+
+    seen = load_profiles(profiles)
+    made = plan_of(seen, options, quantized=not options["no_quantization"])
+    note(*planned_notes(made, seen.config))
+    if output is not None:
+        write_atomically(output, plan_text(made))
+    emit(made.model_dump(mode="json")) if as_json else _print_plan(made, output)
+
+
+def _print_plan(plan: Plan, file: Path | None) -> None:
+    """What a plan keeps and what it costs."""
+    console = plain_console()
+    share = plan.experts / plan.experts_before
+    console.print(
+        f"{plan.experts} of {plan.experts_before} experts stay in each of {len(plan.keep)} layers ({share:.0%}), "
+        f"by {plan.criterion.value}"
+    )
+    if plan.prunes:
+        table = plain_table("domain", "weight", "gate mass lost", "reap-sum mass lost")
+        for domain, loss in plan.loss.items():
+            weight = f"{plan.domain_weights[domain]:g}"
+            table.add_row(domain, weight, f"{loss.gate_mass:.1%}", f"{loss.reap_sum_mass:.1%}")
+        console.print(table)
+        console.print(
+            f"stability: two halves of the calibration text agree on {plan.stability:.1%} of the kept experts"
+        )
+    protected = sum(map(len, plan.protected.values()))
+    if protected:
+        console.print(f"protected: {protected} experts with outstanding activations are never pruned")
+    sizes = plan.sizes
+    change = sizes.after_bytes / sizes.before_bytes - 1
+    scheme = f", {plan.quantization.bits} bit g{plan.quantization.group_size}" if plan.quantization else ""
+    console.print(
+        f"size: {human_bytes(sizes.before_bytes)} -> about {human_bytes(sizes.after_bytes)} ({change:+.0%}{scheme})"
+    )
+    if plan.budget is not None:
+        _print_alternatives(console, plan, plan.budget)
+    for line in plan.notes:
+        console.print(f"Note: {line}")
+    if plan.calibration.get("embedded"):
+        console.print(EMBEDDED_NOTE)
+    if file is not None:
+        console.print(f"Plan written to {file}")
+
+
+def _print_alternatives(console: Console, plan: Plan, budget: Budget) -> None:
+    """What the budget is made of, and what else there is; the estimated loss is a share of the experts' output."""
+    parts = [f"budget: {human_bytes(budget.limit_bytes)}" + (f" of {budget.target}" if budget.target else "")]
+    if budget.reserve_bytes:
+        share = budget.reserve_bytes / budget.limit_bytes
+        parts.append(f"- {human_bytes(budget.reserve_bytes)} reserve ({share:.0%})")
+    if budget.cache_bytes:
+        parts.append(f"- {human_bytes(budget.cache_bytes)} KV cache ({budget.context} tokens)")
+    left = f" = {human_bytes(budget.weight_bytes)}" if len(parts) > 1 else ""
+    console.print(" ".join(parts) + left + " for the weights")
+    table = plain_table("experts", "bits", "weights", "estimated loss", "fits", "")
+    for row in plan.alternatives:
+        bits = "as stored" if row.bits is None else f"{row.bits:.2f} by layer" if row.mixed else f"{row.bits:g}"
+        fits, chosen = "yes" if row.fits else "no", "chosen" if row.chosen else ""
+        table.add_row(str(row.experts), bits, human_bytes(row.weight_bytes), f"{row.loss:.3%}", fits, chosen)
+    console.print(table)
+    if plan.layer_bits:
+        console.print("bits by layer: " + ", ".join(f"{layer}: {bits}" for layer, bits in plan.layer_bits.items()))

@@ -1,0 +1,183 @@
+"""`moepress quantize`: the command, and what it made as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moepress.commands.console import emit, note, quiet_libraries, show_estimates, upload
+from moepress.commands.options import (
+    calibration_options,
+    dry_run_option,
+    include_option,
+    json_option,
+    machine_options,
+    match_option,
+    model_argument,
+    mtp_option,
+    output_options,
+    push_options,
+    scheme_options,
+    talk_options,
+    timings_option,
+)
+from moepress.commands.parsed import all_default, calibration_of, includes_of, machine_of, mtp_of, push_of
+from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
+from moepress.errors import UsageError
+
+if TYPE_CHECKING:
+    from moepress.calibration.hessian import HessianOptions
+    from moepress.compress.gptq.include import Include
+    from moepress.compress.pruning.plan import Plan
+    from moepress.stages.quantize import QuantizeRequest
+
+
+@click.command()
+@model_argument()
+@output_options("Folder for the quantized model.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
+@scheme_options
+@include_option
+@match_option
+@mtp_option
+@click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
+@calibration_options
+@machine_options
+@push_options
+@timings_option
+@dry_run_option
+@talk_options
+@json_option
+def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Path | None, **options: Any) -> None:
+    """Quantize MODEL with GPTQ, pruned by a plan where one is given; the calibration text flows through the pruned,
+    already quantized layers.
+
+    The routed experts are quantized, and what --include adds; router, norms, embeddings and what a runtime trips over
+    stay as they are. The result is a compressed-tensors folder that transformers and vLLM load.
+
+    A large model may be quantized in several sittings: --max-pieces ends each after so many pieces (of about 256 MiB of
+    the result), and the folder appears with the last one.
+
+    \b
+    Example:  moepress quantize demo --bits 4 --group-size 64 -o quantized
+              moepress quantize MODEL --plan plan.json --include attention --include shared -o pressed
+              moepress quantize MODEL --plan plan.json -o pressed --max-pieces 20 --resume
+    """
+    from moepress.calibration.sources import parse_sources
+    from moepress.commands.timings import check_timings, timed
+    from moepress.runs.output import check_output
+    from moepress.stages.places import Output, local_folders, require_file
+
+    inputs = local_folders(model)  # wrong paths are refused before anything heavy is imported
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
+    check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
+    if plan_file is not None:
+        require_file(plan_file)
+    parse_sources(options["calibration"], options["domain"])
+    push = push_of(options)
+    quiet_libraries()
+    from moepress.compress.pruning.plan import load_plan
+    from moepress.stages.quantize import quantize_stage
+
+    made = load_plan(plan_file) if plan_file else None
+    request = _request_of(made, options)
+    with timed("quantize", options["timings"], device=options["device"]):
+        result = quantize_stage(
+            model,
+            Output(folder=output, resume=resume, force=force),
+            made,
+            request,
+            calibration_of(options),
+            machine_of(options),
+            mtp=mtp_of(options),
+            max_pieces=options["max_pieces"],
+            dry_run=options["dry_run"],
+        )
+    if options["dry_run"]:
+        show_estimates({"quantize": result}, as_json=options["as_json"])
+        return
+    _show_quantized(result, output, as_json=options["as_json"])
+    if result["finished"]:
+        upload(push, output, model, as_json=options["as_json"])
+
+
+def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
+    """What is asked of `quantize`: the plan's bits and parts, unless options name others, of which a note tells."""
+    from moepress.converters.safetensors.scheme import Scheme
+    from moepress.stages.quantize import QuantizeRequest
+
+    scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
+    layer_bits: Mapping[int, int] = {}
+    if plan is not None and plan.quantization is not None and all_default("bits", "group_size"):
+        scheme, layer_bits = plan.quantization.scheme(), plan.layer_bits
+    elif plan is not None and plan.layer_bits:
+        note("--bits or --group-size was given: the plan's bits by layer are left aside.")
+    include, notes = _includes_for(plan, options)
+    note(*notes)
+    hessian = _hessian_of(options, scheme.bits, layer_bits)
+    return QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian)
+
+
+def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -> None:
+    if not result["finished"]:
+        done = f"{result['pieces_done']} of {result['pieces']} pieces are done"
+        note(f"{done}; repeat the command with --resume to go on.")
+    if as_json:
+        emit(result)
+        return
+    if not result["finished"]:
+        return
+    note(*result["notes"])
+    _print_quantized(result, output)
+
+
+def _includes_for(plan: Plan | None, options: Mapping[str, Any]) -> tuple[frozenset[Include], list[str]]:
+    """The parts that `quantize` adds: the plan's, unless --include names others; and what to say of that.
+
+    Raises:
+        UsageError: less is included than the plan's budget counts on.
+    """
+    given = includes_of(options)
+    if plan is None or not given or given == set(plan.include) or (plan.budget is None and not plan.include):
+        return (given or frozenset(plan.include if plan is not None else ())), []
+    planned = " ".join(f"--include {part}" for part in plan.include) or "no --include"
+    if plan.budget is not None and not given >= set(plan.include):
+        raise UsageError(f"The plan fits its budget with {planned}; leave --include out here, or plan again with it.")
+    return given, [f"The plan was made for {planned}: the sizes that it states are not those of this result."]
+
+
+def _hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, int]) -> HessianOptions:
+    """How tokens are weighed in Hessians, with the targets that --match names for so many bits."""
+    from moepress.calibration.hessian import hessian_for
+
+    return hessian_for(options["match"], bits, layer_bits)
+
+
+def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:
+    """What `quantize` made."""
+    from moepress.compress.gptq.schemes import bits_text
+
+    console = plain_console()
+    scheme = result["scheme"]
+    bits = bits_text(result.get("layer_bits", {"": scheme["bits"]}).values())
+    before, after = result["bytes_before"], result["bytes_after"]
+    console.print(
+        f"{folder}: {bits} g{scheme['group_size']}, {human_bytes(before)} -> {human_bytes(after)} "
+        f"({after / before - 1:+.0%})"
+    )
+    table = plain_table("layer", "relative error")
+    for layer, error in result["layer_error"].items():
+        table.add_row(layer, f"{error:.3%}")
+    console.print(table)
+    for title, key in (
+        ("saw no token and use the pooled Hessian", "experts_without_tokens"),
+        ("were rounded to nearest", "experts_rounded"),
+    ):
+        found = sum(map(len, result[key].values()))
+        if found:
+            console.print(f"Note: {found} experts {title}.")
+    if result["calibration"]["embedded"]:
+        console.print(EMBEDDED_NOTE)

@@ -1,0 +1,163 @@
+"""`moepress run`: the command, and its options as values of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moepress.commands.completers import complete_list
+from moepress.commands.console import emit, note, quiet_libraries, show_estimates, show_report, upload
+from moepress.commands.options import (
+    budget_options,
+    calibration_options,
+    dry_run_option,
+    evaluation_options,
+    include_option,
+    json_option,
+    machine_options,
+    match_option,
+    model_argument,
+    output_options,
+    parse_weights,
+    push_options,
+    repair_option,
+    scheme_options,
+    selection_options,
+    talk_options,
+    targets_file_option,
+    timings_option,
+)
+from moepress.commands.parsed import all_default, push_of, repair_of, thresholds_of
+from moepress.errors import UsageError
+from moepress.runs.byte_sizes import parse_bytes
+
+_RECIPE_OPTIONS = (
+    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match"),
+    *("target", "context", "mixed_bits"),
+    *("calibration", "domain", "tokens", "window", "seed"),
+    *("data", "data_domain", "max_windows", "device", "dtype"),
+)
+
+
+@click.command()
+@model_argument(required=False)
+@output_options("Folder for the run: model/, exports/, profile/, plan.json, report.html, ...")
+@click.option(
+    "--recipe", "recipe_file", type=click.Path(path_type=Path), help="A YAML recipe; options given here win over it."
+)
+@selection_options
+@budget_options
+@targets_file_option
+@repair_option
+@scheme_options
+@include_option
+@match_option
+@calibration_options
+@evaluation_options
+@click.option(
+    "--to",
+    "formats",
+    shell_complete=complete_list("gptq", "onnx"),
+    help="Further formats, with commas between them: gptq, onnx.",
+)
+@machine_options
+@push_options
+@timings_option
+@dry_run_option
+@talk_options
+@json_option
+def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file: Path | None, **options: Any) -> None:
+    """The whole job: profile, plan, quantize, export, validate, report. `run demo` shows it on the embedded model.
+
+    Without --keep and --experts, three quarters of the experts stay; with --budget or --target experts and bits are
+    chosen so that the result fits at the least estimated loss. OUT/recipe.yaml holds all that was used.
+
+    \b
+    Example:  moepress run demo -o out --keep 0.75 --bits 4
+              moepress run MODEL -o out --calibration my-text/ --keep 0.5 --to gptq,onnx --max-ppl-increase 5%
+              moepress run MODEL -o out --calibration my-text/ --target rtx-4060-ti-16gb --context 8192
+              moepress run --recipe out/recipe.yaml -o again
+    """
+    from moepress.commands.timings import check_timings, timed
+    from moepress.hub.snapshot import headers_only
+    from moepress.runs.output import check_output
+
+    values = _values(model, recipe_file, options)
+    quiet_libraries()
+    from moepress.stages.places import local_folders
+    from moepress.stages.run.dry_run import estimate_recipe
+    from moepress.stages.run.recipe import check_recipe, make_recipe, runtime_notes
+    from moepress.stages.run.run import run_recipe
+
+    recipe = make_recipe(values)
+    inputs = local_folders(recipe.model)
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
+    check_output(output, inputs, resume=resume, force=force, in_place=True)
+    push = push_of(options)
+    with headers_only():
+        note(*runtime_notes(recipe))
+        if options["dry_run"]:
+            found = estimate_recipe(recipe, output, resume=resume)
+            emit(found.plain()) if options["as_json"] else show_estimates(found.stages, as_json=False)
+            return
+        if not inputs:
+            check_recipe(recipe)  # all that can be refused is, before a model of the hub is downloaded
+    with timed("run", options["timings"], device=recipe.device):
+        report = run_recipe(recipe, output, resume=resume, force=force)
+    if push is not None and any(outcome.state == "missed" for outcome in report.thresholds):
+        note(f"Nothing is pushed to {push.repo}, for a threshold was missed.")
+    show_report(report, output, as_json=options["as_json"])
+    upload(push, output / "model", recipe.model, as_json=options["as_json"])
+
+
+def _values(model: str | None, recipe_file: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's values and those given here, which win; wrong paths among them are refused, and nothing heavy is
+    imported.
+    """
+    from moepress.calibration.sources import parse_sources
+    from moepress.stages.places import local_folders
+    from moepress.stages.run.file import load_recipe
+
+    values = load_recipe(recipe_file) if recipe_file else {}
+    values |= _recipe_values(options) | ({"model": model} if model else {})
+    if "model" not in values:
+        raise UsageError("Say which model: moepress run MODEL -o OUT, or a recipe that names one.")
+    if isinstance(values["model"], str):  # anything else is wrong, and a recipe's own check says so
+        local_folders(values["model"])
+    parse_sources(options["calibration"], options["domain"])
+    parse_sources(options["data"], options["data_domain"])
+    return values
+
+
+def _recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were really given on the command line, as recipe values."""
+    values = {name: options[name] for name in _RECIPE_OPTIONS if not all_default(name)}
+    if "keep" in values and "experts" not in values:
+        values["experts"] = None
+    if "experts" in values and "keep" not in values:
+        values["keep"] = None
+    if not all_default("domain_weight"):
+        values["domain_weight"] = parse_weights(options["domain_weight"])
+    if not all_default("repair"):
+        values["repair"] = sorted(repair_of(options))
+    if not all_default("formats"):
+        values["to"] = _formats(options["formats"])
+    if not all_default("no_throughput"):
+        values["throughput"] = not options["no_throughput"]
+    if not all_default("targets_file"):
+        values["targets_file"] = str(options["targets_file"])
+    for name, option in (("max_memory", "--max-memory"), ("budget", "--budget")):
+        if not all_default(name):
+            values[name] = parse_bytes(options[name], option)
+    return values | thresholds_of(options)
+
+
+def _formats(text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    for target in found:
+        if target not in ("gptq", "onnx"):
+            raise UsageError(f"--to {target} is not there; run exports to gptq and onnx, beside compressed-tensors.")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,51 @@
+"""`moepress targets`: the table of GPUs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moepress.commands.console import emit
+from moepress.commands.options import json_option, targets_file_option
+from moepress.commands.tables import plain_console, plain_table
+
+
+@click.command()
+@targets_file_option
+@json_option
+def targets(targets_file: Path | None, as_json: bool) -> None:
+    """List the GPUs that `inspect`, `validate` and --target know, with those of --targets-file.
+
+    That file has one table for each GPU; `pcie` and `uncertain` may be left out, `kind` may also be unified or
+    reference:
+
+    \b
+      [[target]]
+      id = "two-3090"
+      name = "2 x RTX 3090"
+      kind = "gaming"
+      memory_gib = 48
+      bandwidth_gb_per_second = 936
+      fp16_tflops = 71.2
+
+    \b
+    Example:  moepress targets
+              moepress targets --targets-file my-gpus.toml --json
+    """
+    from moepress.validation.speed.targets import all_targets
+
+    rows = [target.model_dump() for target in all_targets(targets_file)]
+    emit({"targets": rows}) if as_json else _print_targets(rows)
+
+
+def _print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
+    """The table of GPUs; target -> a `Target` as plain data."""
+    table = plain_table("id", "GPU", "kind", "GiB", "GB/s", "TFLOPS")
+    for row in targets:
+        flops = f"{'~' if row['uncertain'] else ''}{row['fp16_tflops']:g}"
+        speed = f"{row['bandwidth_gb_per_second']:g}"
+        table.add_row(row["id"], row["name"], row["kind"], f"{row['memory_gib']:g}", speed, flops)
+    console = plain_console(markup=True)
+    console.print(table)
+    console.print("TFLOPS: fp16 on tensor cores, dense, accumulating in fp32; ~: less certain")

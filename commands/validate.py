@@ -1,0 +1,106 @@
+"""`moepress validate`: the command, and its options as an evaluation."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moepress.commands.console import quiet_libraries, show_report
+from moepress.commands.options import (
+    evaluation_options,
+    force_option,
+    json_option,
+    machine_options,
+    model_argument,
+    talk_options,
+    targets_file_option,
+)
+from moepress.commands.parsed import machine_of, thresholds_of
+
+if TYPE_CHECKING:
+    from moepress.stages.validate import Evaluation
+
+
+@click.command()
+@model_argument("before")
+@model_argument("after")
+@evaluation_options
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Tokens in the KV cache of the report's table of GPUs.  [default: 8192, or the model's context]",
+)
+@targets_file_option
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for report.html, report.md, report.json, junit.xml and provenance.json.",
+)
+@force_option
+@machine_options
+@talk_options
+@json_option
+def validate(before: str, after: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
+    """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
+    tokens per second on this machine.
+
+    BEFORE and AFTER are folders: original, pruned, compressed-tensors, GPTQ or ONNX, which ONNX Runtime runs. Ends with
+    3 when a threshold is missed by more than two sigma.
+
+    \b
+    Example:  moepress validate demo pressed --max-ppl-increase 3% -o report
+              moepress validate pressed pressed-onnx --no-throughput
+    """
+    from moepress.calibration.sources import parse_sources
+    from moepress.stages.places import display_name, local_folders, model_folder
+
+    inputs = local_folders(before, after)  # wrong paths are refused before anything heavy is imported
+    parse_sources(options["data"], options["data_domain"])
+    quiet_libraries()
+    from moepress.stages import validate
+    from moepress.validation.report.files import write_report
+    from moepress.validation.report.provenance import provenance, write_provenance
+
+    if output is not None:
+        validate.check_report_folder(output, inputs, force=force)
+    folders = [model_folder(name) for name in (before, after)]
+    subjects = [validate.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
+    with tempfile.TemporaryDirectory(prefix="moepress-") as work:
+        report = validate.validate_stage(
+            subjects,
+            validate.tokenizer_folder(folders),
+            _evaluation_of(options),
+            machine_of(options),
+            Path(work),
+            title=" and ".join(map(display_name, folders, (before, after))),
+            commands=(shlex.join(["moepress", *sys.argv[1:]]),),
+        )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_report(report, output)
+        write_provenance(output, provenance(report, dict(zip(("before", "after"), folders, strict=True)), {}))
+    show_report(report, output, as_json=as_json)
+
+
+def _evaluation_of(options: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that --data, --max-windows and the thresholds describe."""
+    from moepress.stages.validate import Evaluation
+    from moepress.validation.quality.thresholds import Thresholds
+
+    return Evaluation(
+        data=options["data"],
+        domains=options["data_domain"],
+        window=options.get("window"),
+        max_windows=options["max_windows"],
+        throughput=not options["no_throughput"],
+        context=options["context"],
+        targets_file=options["targets_file"],
+        thresholds=Thresholds(**thresholds_of(options)),
+    )

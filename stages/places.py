@@ -1,0 +1,146 @@
+"""Where a stage works, as plain data: the machine, the text, the output; a model's folder by its name; and paths that
+are not there, refused before anything heavy is imported.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
+from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
+from moepress.models.storage.misnamed import misnamed
+from moepress.runs.files import open_plain
+
+DEMO = "demo"
+DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where and within what a stage runs.
+
+    Attributes:
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or float16; what the forward pass computes in.
+        memory_bytes: what may be used; None for half of what is free.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What the model is fed.
+
+    Attributes:
+        sources: files, folders or data sets; none at all means the embedded text.
+        domains: NAME=PATH.
+        tokens: how many in all; None for the default.
+        window: tokens per sequence; None for the model's context, at most 2048.
+        seed: chooses the windows.
+    """
+
+    sources: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    tokens: int | None = None
+    window: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """Where a stage writes, and what it may do to what is there."""
+
+    folder: Path
+    resume: bool = False
+    force: bool = False
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: a path, `demo` for the embedded one, or an id on the hub, downloaded where it has to be.
+
+    Raises:
+        InvalidInputError: there is no such model.
+        MoepressError: it is on the hub and cannot be downloaded.
+    """
+    found = _place(name)
+    return found if isinstance(found, Path) else snapshot(found)
+
+
+def local_folders(*names: str) -> list[Path]:
+    """The folders of those models that are no ids on the hub, for checks before anything is downloaded.
+
+    Raises:
+        InvalidInputError: there is no such model.
+    """
+    return [found for found in map(_place, names) if isinstance(found, Path)]
+
+
+def _place(name: str) -> Path | HubModel:
+    folder = Path(name)
+    if name == DEMO and not folder.exists():
+        import moepress.models.demo as demo
+
+        return Path(demo.__file__).parent
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise _refused_file(folder)
+    model = hub_model(name)
+    if model is None or folder.exists():
+        raise InvalidInputError(
+            f"{name} is not a folder; give the folder of a Hugging Face model, its id on the hub (owner/name), or "
+            "`demo`."
+        )
+    return model
+
+
+def _refused_file(file: Path) -> MoepressError:
+    try:
+        other = misnamed(file)
+    except OSError as error:
+        return InvalidInputError(f"Cannot read {file}: {error.strerror or error}.")
+    if other is not None:
+        return UnsupportedError(other)
+    return InvalidInputError(f"{file} is a file, not a folder; give the folder that it lies in.")
+
+
+def display_name(folder: Path, given: str) -> str:
+    """A model's name for people: `demo`, its id on the hub, or its folder's name."""
+    origin = origin_of(folder)
+    if origin is not None:
+        return origin.repo
+    return DEMO if given == DEMO else folder.resolve().name
+
+
+def require_profiles(folders: Sequence[Path]) -> None:
+    """Refuse folders that are no profiles, before what reads profiles is imported.
+
+    Raises:
+        InvalidInputError: as `load_profile` would.
+    """
+    for folder in folders:
+        if not (folder / "profile.json").is_file():
+            raise InvalidInputError(f"{folder} has no profile.json; give a folder made by `moepress profile`.")
+
+
+def require_file(file: Path) -> None:
+    """Refuse a file that cannot be read, before what reads it is imported.
+
+    Raises:
+        InvalidInputError: as `read_json` would.
+    """
+    try:
+        open_plain(file).close()
+    except OSError as error:
+        raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
+
+
+def context_notes(tokens: int | None, context: int) -> list[str]:
+    """What to know of a KV cache for more tokens than a model was made for."""
+    if tokens is None or tokens <= context:
+        return []
+    said = f"The context of {tokens:,} tokens exceeds the model's own of {context:,}"
+    return [f"{said}: a runtime takes it only with an extended rope, stated in config.json."]

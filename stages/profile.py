@@ -1,0 +1,95 @@
+"""profile: the model over calibration text, and what is written down of how it uses its experts."""
+
+from dataclasses import replace
+
+from moepress.calibration.collect import collect, drop_hidden
+from moepress.calibration.corpus import Corpus
+from moepress.calibration.profile import Profile, describe_corpus, fingerprint, save_profile
+from moepress.compress.budget.bit_losses import bit_loss_probe
+from moepress.compress.estimates.estimate import Estimate
+from moepress.compress.estimates.figures import figures_of
+from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.profile import estimate_profile
+from moepress.compress.estimates.rates import measure_rates
+from moepress.models.forward.inventory import inventory
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.inside import watched
+from moepress.runs.output import check_output
+from moepress.stages.groundwork import announce, free_disk, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
+
+
+def profile_stage(
+    model_name: str,
+    output: Output,
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    leave_one_out: bool = True,
+    bit_losses: bool = True,
+    allow_nonfinite: bool = False,
+) -> Profile:
+    """Run the model over calibration text and write its profile."""
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
+    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    announce(checkpoint)
+    shape = checkpoint.shape
+    corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+    model = streamed(checkpoint, machine)
+    work = _profile_workload(corpus, machine, output)
+    require_room(output, estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out).disk_bytes)
+    digest = fingerprint(checkpoint)
+    settings = {
+        "command": "profile",
+        "model": digest,
+        "leave_one_out": leave_one_out,
+        "bit_losses": bit_losses,
+        "seed": calibration.seed,
+    }
+    probe = bit_loss_probe(checkpoint.config) if bit_losses else None
+    with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
+        statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
+        profile = Profile(
+            model=digest,
+            model_name=display_name(folder, model_name),
+            family=checkpoint.family.name,
+            config=checkpoint.config,
+            shape=shape,
+            domains=corpus.domains,
+            layers=checkpoint.outline.moe_layers,
+            calibration=describe_corpus(corpus, calibration.seed),
+            inventory=inventory(checkpoint),
+            statistics=statistics,
+        )
+        save_profile(profile, run.folder)
+        run.require_ready()
+        drop_hidden(run)
+        run.finish()
+    return profile
+
+
+def profile_estimate(
+    model_name: str,
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    leave_one_out: bool = True,
+    bit_losses: bool = True,
+    output: Output | None = None,
+) -> Estimate:
+    """What `profile` would take; without an output its disk is taken to have room."""
+    folder = model_folder(model_name)
+    checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
+    corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
+    work = _profile_workload(corpus, machine, output)
+    rates = measure_rates(checkpoint, work.device, work.dtype)
+    return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out, bit_losses=bit_losses)
+
+
+def _profile_workload(corpus: Corpus, machine: Machine, output: Output | None) -> Workload:
+    tokens, window = corpus.windows.numel(), corpus.windows.shape[1]
+    work = workload(machine, tokens=tokens, window=window, domains=len(corpus.domains))
+    return work if output is None else replace(work, free_bytes=free_disk(output)[1])

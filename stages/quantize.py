@@ -1,0 +1,139 @@
+"""quantize: GPTQ over the model, pruned by a plan where there is one, to a compressed-tensors folder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from moepress.calibration.hessian import HessianOptions
+from moepress.calibration.profile import describe_corpus, fingerprint
+from moepress.compress.estimates.figures import figures_of
+from moepress.compress.estimates.quantize import estimate_quantize
+from moepress.compress.estimates.rates import measure_rates
+from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.options import SolverOptions
+from moepress.compress.gptq.pieces import PIECE_BYTES
+from moepress.compress.gptq.pipeline import quantize
+from moepress.compress.gptq.schemes import check_scheme, model_dtype, scale_value_dtype, settle_bits
+from moepress.compress.pruning.plan import Plan
+from moepress.compress.pruning.repaired import Repairs, repaired_source
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.storage.checkpoint import Source, open_checkpoint
+from moepress.models.storage.experts import prune_source
+from moepress.models.storage.inside import watched
+from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
+from moepress.runs.output import check_output
+from moepress.stages.groundwork import announce, checked_plan, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeRequest:
+    """Options of `quantize`; `layer_bits` are those of layers that do not have the scheme's."""
+
+    scheme: Scheme
+    layer_bits: Mapping[int, int] = field(default_factory=dict)
+    include: frozenset[Include] = frozenset()
+    hessian: HessianOptions = field(default_factory=HessianOptions)
+    solver: SolverOptions = field(default_factory=SolverOptions)
+
+
+def quantize_stage(
+    model_name: str,
+    output: Output,
+    plan: Plan | None,
+    request: QuantizeRequest,
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    mtp: Mtp = Mtp.DROP,
+    repairs: Repairs | None = None,
+    max_pieces: int | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Quantize the model, pruned by the plan where there is one, to a compressed-tensors folder.
+
+    With `max_pieces` it stops after so many new pieces: the result then says `"finished": False` and how far it is,
+    there is no folder yet, and a resume goes on. `repairs` were made for the same plan, see `repair.repair_stage`.
+    """
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
+    checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
+    if mtp is Mtp.KEEP:
+        refuse_quantized_mtp(checkpoint)
+    shape = checkpoint.shape
+    if plan is not None:
+        checked_plan(checkpoint, plan)
+    prunes = plan is not None and plan.prunes
+    source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and prunes else checkpoint
+    source = source if repairs is None else repaired_source(source, repairs)
+    stored = model_dtype(checkpoint.config)
+    scheme, layer_bits = settle_bits(source, request.scheme, request.layer_bits, request.include)
+    options = QuantizeOptions(
+        scheme=scheme,
+        layer_bits=layer_bits,
+        scale_dtype=scale_value_dtype(stored),
+        stored_dtype=stored,
+        hessian=request.hessian,
+        solver=request.solver,
+    )
+    check_scheme(source, scheme, request.include)
+    corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+    model = streamed(source, machine)
+    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
+    estimate = estimate_quantize(
+        checkpoint,
+        figures_of(checkpoint),
+        plan.experts if plan else shape.experts,
+        scheme,
+        work,
+        measure_rates(checkpoint, work.device, work.dtype) if dry_run else None,
+        include=request.include,
+        layer_bits=layer_bits,
+        original_targets=request.hessian.asymmetry > 0,
+        balanced=request.hessian.least_tokens > 0,
+    )
+    if dry_run:
+        return asdict(estimate)
+    require_room(output, estimate.disk_bytes)
+    digest = fingerprint(checkpoint) if plan is None else plan.model
+    settings = {
+        "command": "quantize",
+        "model": digest,
+        "keep": {str(layer): kept for layer, kept in plan.keep.items()} if plan and prunes else None,
+        "groups": plan.groups.value if plan and prunes else None,
+        "repair": None if repairs is None else repairs.digest,
+        "scheme": asdict(scheme),
+        "layer_bits": {str(layer): bits for layer, bits in layer_bits.items()} or None,
+        "include": sorted(request.include),
+        "hessian": asdict(request.hessian),
+        "solver": asdict(request.solver),
+        "seed": calibration.seed,
+        "piece_bytes": PIECE_BYTES,
+    }
+    summary = {
+        "model": digest,
+        "model_name": display_name(folder, model_name),
+        "source_notes": list(checkpoint.notes),
+        "calibration": describe_corpus(corpus, calibration.seed),
+        "experts_before": shape.experts,
+        "experts": plan.experts if plan else shape.experts,
+        "repair": None if repairs is None else repairs.model_dump(mode="json", exclude={"calibration"}),
+        "hessian": settings["hessian"],
+        "solver": settings["solver"],
+    }
+    with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
+        result = quantize(
+            model,
+            corpus,
+            run,
+            limits,
+            options=options,
+            include=request.include,
+            companions=folder,
+            summary=summary,
+            max_pieces=max_pieces,
+        )
+    return {"bytes_before": checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}

@@ -1,0 +1,148 @@
+"""From logits to scores of every token, and from these to the rows of the result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moepress.calibration.corpus import EvaluationCorpus
+from moepress.runs.progress import track
+from moepress.validation.quality.divergence import paired, same_top1, token_kl
+from moepress.validation.quality.perplexity import (
+    bits_per_byte,
+    equal_weights,
+    exponential,
+    one_domain,
+    pooled_weights,
+    stratified_mean,
+    token_nll,
+    window_means,
+)
+from moepress.validation.quality.results import ALL_WINDOWS, DOMAIN_MEAN, QualityRow, Scope
+
+LOGITS_BYTES = 256 << 20  # all [R, V] arrays of a chunk together
+_ARRAYS = 8  # fp32 [R, V] arrays alive at once: four of logits, two of log-probabilities, two inside the KL
+
+
+Reader = Callable[[int], Tensor]
+"""Gives the logits [R, V] of the next R positions, counted through all windows without their last tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """A model that is ready to give its logits.
+
+    Attributes:
+        reader: begins at the first position, each time it is called.
+        runtime: what computes them, in words.
+    """
+
+    reader: Callable[[], Reader]
+    runtime: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What is kept of each predicted token.
+
+    Attributes:
+        nll: fp32 [N, T - 1], nats.
+        kl: fp32 [N, T - 1], nats, against the reference; None for the reference.
+        same: bool [N, T - 1], same most likely token as the reference.
+    """
+
+    nll: Tensor
+    kl: Tensor | None
+    same: Tensor | None
+
+
+def score_tokens(
+    subject: Pass,
+    reference: Pass | None,
+    windows_NT: Tensor,
+    *,
+    logits_bytes: int = LOGITS_BYTES,
+    title: str = "scores",
+) -> TokenScores:
+    """Read the logits of a few positions at a time and keep three numbers for each.
+
+    Args:
+        subject: the model.
+        reference: the model to compare with, or None.
+        windows_NT: int64 [N, T], the tokens; position t predicts token t + 1.
+        logits_bytes: bound for all arrays with the vocabulary's length.
+        title: of the progress bar.
+    """
+    windows, length = windows_NT.shape
+    shape, total = (windows, length - 1), windows * (length - 1)
+    nll = torch.empty(total)
+    kl, same = torch.empty(total), torch.empty(total, dtype=torch.bool)
+    targets, start = windows_NT[:, 1:].reshape(-1), 0
+    read, read_reference = subject.reader(), reference.reader() if reference is not None else None
+    step = 1  # the first row tells the size of the vocabulary
+    with track(title, total, unit="tokens") as advance:
+        while start < total:
+            count = min(step, total - start)
+            chunk = slice(start, start + count)
+            log_probabilities = torch.log_softmax(read(count), dim=-1)
+            nll[chunk] = token_nll(log_probabilities, targets[chunk].to(log_probabilities.device)).cpu()
+            if read_reference is not None:
+                before = torch.log_softmax(read_reference(count), dim=-1).to(log_probabilities.device)
+                kl[chunk] = token_kl(before, log_probabilities).cpu()
+                same[chunk] = same_top1(before, log_probabilities).cpu()
+            start += count
+            advance(count)
+            step = max(1, logits_bytes // (4 * _ARRAYS * log_probabilities.shape[1]))
+    if reference is None:
+        return TokenScores(nll=nll.view(shape), kl=None, same=None)
+    return TokenScores(nll=nll.view(shape), kl=kl.view(shape), same=same.view(shape))
+
+
+def quality_rows(
+    label: str, corpus: EvaluationCorpus, scores: TokenScores, reference: TokenScores | None
+) -> list[QualityRow]:
+    """One row for each domain, one for all windows, one for the mean over domains where there are several.
+
+    Args:
+        label: of the subject.
+        corpus: the windows that the scores belong to.
+        scores: the subject's.
+        reference: the reference's; None: the subject is the reference.
+    """
+    names, count = corpus.domains, len(corpus.domains)
+    cuts: list[tuple[str, Scope, list[float]]] = [(n, "domain", one_domain(d, count)) for d, n in enumerate(names)]
+    cuts.append((ALL_WINDOWS, "all", pooled_weights(corpus.domain_index, count)))
+    if count > 1:
+        cuts.append((DOMAIN_MEAN, "domain-mean", equal_weights(count)))
+    return [_row(label, corpus, scores, reference, *cut) for cut in cuts]
+
+
+def _row(
+    label: str,
+    corpus: EvaluationCorpus,
+    scores: TokenScores,
+    reference: TokenScores | None,
+    domain: str,
+    scope: Scope,
+    weights: list[float],
+) -> QualityRow:
+    index, means = corpus.domain_index, window_means(scores.nll)
+    against = None
+    if reference is not None and scores.kl is not None and scores.same is not None:
+        delta = means - window_means(reference.nll)
+        against = paired(delta, window_means(scores.kl), scores.same, index, weights)
+    nll, per_window = stratified_mean(means, index, weights), scores.nll.shape[1]
+    windows = sum(int((index == d).sum()) for d, weight in enumerate(weights) if weight)
+    byte_weights = None if scope == "all" else weights
+    return QualityRow(
+        subject=label,
+        domain=domain,
+        scope=scope,
+        windows=windows,
+        tokens=windows * per_window,
+        nll=nll,
+        perplexity=exponential(nll),
+        bits_per_byte=bits_per_byte(means, per_window, corpus.window_bytes, index, byte_weights),
+        paired=against,
+    )

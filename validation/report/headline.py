@@ -1,0 +1,52 @@
+"""The report in its first lines, and what a reader should know beside the figures."""
+
+from moepress.validation.report.cells import percent_text, size_change, size_text
+from moepress.validation.report.schema import Report
+
+BLINDNESS = (
+    "Perplexity alone misses damage: a pruned model may keep it and still lose much of its skill at tasks such as "
+    "arithmetic. Try the result on your own task before you rely on it."
+)
+
+
+def headlines(report: Report) -> tuple[str, ...]:
+    """One sentence for each compared subject: size and perplexity.
+
+    The last one (what the user takes home) comes first, exports to ONNX of the same weights behind the others.
+    """
+    first = report.subjects[0]
+    before = report.overall(first.label).perplexity.value
+    title = report.title or first.label
+    if len(report.subjects) == 1:
+        return (f"{title}: {size_text(first.stored_bytes)}, perplexity {before:.3g}",)
+    lines = []
+    for subject in sorted(report.subjects[:0:-1], key=lambda subject: subject.onnx):
+        row = report.overall(subject.label)
+        name = title if len(report.subjects) == 2 else f"{title}, {subject.label}"
+        change = row.perplexity.value / before - 1
+        size = f"{size_text(first.stored_bytes)} → {size_text(subject.stored_bytes)} ({size_change(first, subject)})"
+        quality = f"perplexity {percent_text(change)} ({before:.3g} → {row.perplexity.value:.3g})"
+        lines.append(f"{name}: {size}, {quality}")
+    return tuple(lines)
+
+
+def warnings(report: Report) -> tuple[str, ...]:
+    """What the reader must know before believing the numbers: the caller's notes, the corpus's, and our own."""
+    found = [*report.notes, *report.quality.notes]
+    if report.quality.embedded:
+        found.append("Measured on the small default text of moepress: for a decision, evaluate on text of your own.")
+    if report.calibration is not None and report.calibration.embedded:
+        found.append(
+            "Calibrated on the small default text of moepress: use text of your own domain for better results."
+        )
+    if report.quantization is not None and report.quantization.fallback_experts:
+        count = len(report.quantization.fallback_experts)
+        found.append(
+            f"{count} {'expert was' if count == 1 else 'experts were'} rounded to nearest: no tokens came there, or "
+            "the solver failed."
+        )
+    if len(report.subjects) > 1:
+        found.append(BLINDNESS)
+    if any(row.scope == "domain" and row.windows < 2 for row in report.quality.rows):
+        found.append("A domain has a single window, so its numbers and the means have no standard error.")
+    return tuple(found)
