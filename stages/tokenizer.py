@@ -62,8 +62,10 @@ def read_tokenizer(folder: Path) -> Read:
         except Exception as second:
             raise _unreadable(folder, second) from second
         why = "needs code of its own, which is not run" if _needs_code(folder) else _reason(error)
-        notes = (f"The tokenizer class that {folder} names can not be had ({why}); {FILE} is used alone.",)
-    if raw is None or not tokenizer.is_fast:
+        notes = (f"transformers can not make the tokenizer that {folder} names ({why}); its {FILE} is used alone.",)
+    if raw is not None and not tokenizer.is_fast:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    if raw is None:
         return Read(tokenizer=tokenizer, notes=notes)
     return Read(tokenizer=tokenizer, notes=(*notes, *_by_file(folder, tokenizer, raw)))
 
@@ -75,8 +77,7 @@ def _reason(error: Exception) -> str:
 def _unreadable(folder: Path, error: Exception) -> InvalidInputError:
     return InvalidInputError(
         f"{folder} has no tokenizer that transformers can read ({_reason(error)}); put the tokenizer files of the "
-        "original "
-        "model into it."
+        "original model into it."
     )
 
 

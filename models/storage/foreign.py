@@ -66,7 +66,10 @@ def stated_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
 def stored_method(stored: Mapping[str, Stored]) -> tuple[str, Stored] | None:
     """The quantization that tensors show, and the first that shows it; None for plain and block-scaled fp8 weights."""
     for name, entry in stored.items():
-        for sign in _SIGNS:
+        usual = name.endswith((".weight", ".bias", SCALE))  # nearly all of what may be a hundred thousand names
+        if usual and entry.dtype in PLAIN_DTYPES:
+            continue
+        for sign in (_scaled,) if usual and entry.dtype == FP8 else _SIGNS:
             found = sign(name, entry, stored)
             if found:
                 return found, entry
