@@ -183,6 +183,8 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     """
     import tempfile
 
+    from moepress.models.storage.inside import watched
+    from moepress.runs.inputs import require_unchanged
     from moepress.stages import groundwork, validate
     from moepress.validation.report.files import write_report
     from moepress.validation.report.provenance import provenance, write_provenance
@@ -191,6 +193,7 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     if output is not None:
         validate.check_report_folder(output, groundwork.local_folders(before, after), force=force)
     folders = [groundwork.model_folder(name) for name in (before, after)]
+    seen = [watched(folder) for folder in folders]
     subjects = [validate.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:
         report = validate.validate_stage(
@@ -202,6 +205,8 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
             title=" and ".join(map(groundwork.display_name, folders, (before, after))),
             commands=(shlex.join(["moepress", *sys.argv[1:]]),),
         )
+    for stamps in seen:
+        require_unchanged(stamps)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_report(report, output)

@@ -195,10 +195,10 @@ def test_an_output_that_another_process_writes_exits_6(folder: Path, tmp_path: P
     assert content(work) == before
 
 
-def test_an_output_that_cannot_be_made_exits_1_naming_it(folder: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_made_exits_2_naming_it(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     result = command("prune", "demo", "--plan", folder / "plan.json", "-o", tmp_path / "file" / "out")
-    assert str(tmp_path / "file") in refused(result, 1)
+    assert str(tmp_path / "file") in refused(result, 2)
 
 
 def parsed(result: tuple[int, str, str]) -> dict[str, Any]:

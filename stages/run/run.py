@@ -32,15 +32,7 @@ from moepress.errors import UsageError
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.inside import watched
-from moepress.runs.journal import (
-    JOURNAL,
-    Run,
-    check_output,
-    open_run,
-    previous_settings,
-    sha256_of,
-    write_atomically,
-)
+from moepress.runs.journal import JOURNAL, Run, check_output, open_run, previous_settings, sha256_of, write_atomically
 from moepress.runs.output import is_ours
 from moepress.runs.progress import note
 from moepress.stages.export import export_stage, onnx_stage
