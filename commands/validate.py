@@ -64,6 +64,8 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     inputs = local_folders(before, after)  # wrong paths are refused before anything heavy is imported
     parse_sources(options["data"], options["data_domain"])
     quiet_libraries()
+    from moepress.models.storage.inside import watched
+    from moepress.runs.inputs import require_unchanged
     from moepress.stages import validate
     from moepress.validation.report.files import write_report
     from moepress.validation.report.provenance import provenance, write_provenance
@@ -71,6 +73,7 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     if output is not None:
         validate.check_report_folder(output, inputs, force=force)
     folders = [model_folder(name) for name in (before, after)]
+    seen = [watched(folder) for folder in folders]
     subjects = [validate.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:
         report = validate.validate_stage(
@@ -82,6 +85,8 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
             title=" and ".join(map(display_name, folders, (before, after))),
             commands=(shlex.join(["moepress", *sys.argv[1:]]),),
         )
+    for stamps in seen:
+        require_unchanged(stamps)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_report(report, output)

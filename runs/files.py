@@ -180,8 +180,12 @@ def sha256_of(file: Path) -> str:
 
 
 def sync_file(file: Path) -> None:
-    """Flush a file to the disk."""
-    with file.open("rb") as stream:
+    """Flush a file to the disk, which may tell only now that it is full.
+
+    Raises:
+        MoepressError: it is.
+    """
+    with room_for(file, resumable=True), file.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
@@ -266,7 +270,8 @@ def room_for(file: Path, needed_bytes: int | None = None, *, resumable: bool = F
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise disk_full(error, file, needed_bytes, resumable=resumable) from error
+        known = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else file
+        raise disk_full(error, known, needed_bytes, resumable=resumable) from error
 
 
 def disk_full(error: OSError, file: Path, needed_bytes: int | None, *, resumable: bool) -> MoepressError:
@@ -276,10 +281,19 @@ def disk_full(error: OSError, file: Path, needed_bytes: int | None, *, resumable
     free = mib_text(shutil.disk_usage(place).free)
     needed = f", {mib_text(needed_bytes)} needed" if needed_bytes is not None else ""
     again = "repeat with --resume" if resumable else "repeat the command"
+    what, hint = _FULL[error.errno or 0], "make room there"
+    if error.errno == errno.EFBIG:
+        hint = "raise the limit (ulimit -f) or write to another disk,"
+    elif error.errno == errno.ENOSPC and hasattr(os, "statvfs") and 0 == os.statvfs(place).f_favail < _files_of(place):
+        what, hint = "holds as many files as it can", "delete some there"
     return MoepressError(
-        f"{file} could not be written: the disk at {mount_of(place)} {_FULL[error.errno or 0]} ({free} free{needed}); "
-        f"make room there and {again}."
+        f"{file} could not be written: the disk at {mount_of(place)} {what} ({free} free{needed}); {hint} and {again}."
     )
+
+
+def _files_of(place: Path) -> int:
+    """How many files a disk can hold; 0 where it does not count them."""
+    return int(os.statvfs(place).f_files)
 
 
 def full_disk_of(error: OSError) -> MoepressError:

@@ -37,5 +37,5 @@ def require_unchanged(before: Stamps) -> None:
 def _said(file: Path, what: str) -> str:
     return (
         f"{file} {what} while the output was made, which may hold some of both; restore it and repeat with --resume, "
-        "which compares the whole model, or with --force to start anew."
+        "which holds it against what was begun with, or with --force to start anew."
     )

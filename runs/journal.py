@@ -58,6 +58,7 @@ from moepress.runs.placing import (
     require_same,
     settle,
     settle_in_place,
+    throw_away,
 )
 from moepress.runs.rows import append, damaged, read_rows
 from moepress.runs.settings import changes
@@ -166,6 +167,13 @@ class Run:
         sync_tree(self.folder, {self.path(piece) for piece in self.pieces.values()})
         put_in_place(self.out, self.folder, self.before)
 
+    def throw_away(self) -> None:
+        """Delete all that was made: it is wrong, so there is nothing to go on with."""
+        throw_away(self.folder)
+        self.pieces.clear()
+        release_lock(self.folder)
+        self.folder.rmdir()
+
     def complete(self) -> None:
         """End a run folder, which is its own work folder: everything on the disk, and what it replaces deleted.
 
@@ -243,7 +251,7 @@ def _open_beside(out: Path, head: Mapping[str, Any], *, resume: bool, force: boo
         take_lock(folder)
         recovered = recover(out)
         if force and not resume:
-            shutil.rmtree(folder)
+            throw_away(folder)
     folder.mkdir(exist_ok=True)
     take_lock(folder)
     return folder, force or recovered

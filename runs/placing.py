@@ -13,7 +13,8 @@ so at every moment the old or the new output is whole, and nothing is deleted th
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,22 @@ def settle_in_place(out: Path, partial: Path) -> None:
         discard(out, _ending(out))
 
 
+def throw_away(folder: Path, keep: Collection[str] = ()) -> None:
+    """Delete what is in a work folder; last its journal, so that a kill meanwhile leaves what the next run knows.
+
+    Args:
+        folder: a work folder or run folder, locked by this process.
+        keep: names that stay, besides the lock.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == JOURNAL):
+        if path.name in (LOCK, *keep):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def empty_run_folder(out: Path, head: Mapping[str, Any]) -> None:
     """Throw away what an unfinished run has left in its folder; what it had set aside stays noted.
 
@@ -211,6 +228,4 @@ def empty_run_folder(out: Path, head: Mapping[str, Any]) -> None:
     row = _ending(out)
     lines = [head, row] if row else [head]
     write_atomically(out / JOURNAL, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
-    listed = {name: facts for name, facts in (contents(out) or {}).items() if name not in (JOURNAL, LOCK)}
-    for below in sorted(listed, key=lambda name: name.count("/"), reverse=True):
-        (out / below).unlink() if listed[below] else (out / below).rmdir()
+    throw_away(out, keep=(JOURNAL,))

@@ -1,6 +1,5 @@
 """export as functions: what was quantized or pruned, in the form that another runtime reads."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +136,7 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
             try:
                 found = check_export(source, run.folder)
             except MoepressError:
-                shutil.rmtree(run.folder)  # it is wrong, so there is nothing to go on with
+                run.throw_away()
                 raise
         run.finish()
     notes = [*made.notes, *([f"Not checked in full: {found}."] if isinstance(found, str) else [])]

@@ -14,6 +14,7 @@ from typing import Any
 from moepress import __version__
 from moepress.errors import MoepressError, UsageError
 from moepress.hub.snapshot import hub_model, library_bars, library_errors, reason_of
+from moepress.models.storage.inside import require_inside
 from moepress.runs.files import JOURNAL, LOCK, TEMPORARY, write_atomically
 from moepress.runs.progress import note
 from moepress.stages.places import model_folder
@@ -104,10 +105,13 @@ def push_folder(push: Push, folder: Path, base: str) -> str:
         base: the model that it was made of, for the card.
 
     Raises:
+        InvalidInputError: a link leads out of the folder.
         MoepressError: the upload failed; the folder stays, and the message has the command that repeats the upload.
     """
     if not (folder / CARD_NAME).exists():
         write_atomically(folder / CARD_NAME, plain_card(folder, model_folder(base)))
+    for file in sorted(folder.rglob("*")):
+        require_inside(folder, file)  # a link that somebody put there would publish what it leads to
     failures: tuple[type[Exception], ...] = (*library_errors(), RuntimeError)
     try:
         return _upload(push, folder)

@@ -205,10 +205,16 @@ def test_a_folder_without_permission_is_refused_before_any_work() -> None:
         (root / "locked" / "own").mkdir(parents=True)
         (root / "locked" / "own").chmod(0o777)
         (root / "closed").mkdir(mode=0o700)
-        new, own, closed = as_nobody(root / "locked" / "out", root / "locked" / "own", root / "closed" / "out")
+        (root / "sticky").mkdir()
+        (root / "sticky").chmod(0o1777)
+        (root / "sticky" / "root's").mkdir(mode=0o777)
+        names = ("locked/out", "locked/own", "closed/out", "sticky/out", "sticky/root's")
+        new, own, closed, shared, stuck = as_nobody(*(root / name for name in names))
     assert "locked may not be written to; choose another folder" in new
     assert "locked may not be written to; write to a folder inside of it" in own
     assert "can not be used (Permission denied)" in closed
+    assert shared == "allowed"
+    assert "belongs to another user and can not be replaced" in stuck
 
 
 def as_nobody(*outs: Path) -> list[str]:

@@ -193,6 +193,25 @@ def test_a_run_folder_that_is_unfinished_is_thrown_away_by_force(out: Path) -> N
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+def test_a_kill_while_an_unfinished_run_is_thrown_away_leaves_what_the_next_run_knows(out: Path) -> None:
+    step, killed = 0, True
+    while killed:
+        step += 1
+        shutil.rmtree(out.parent, ignore_errors=True)
+        lay(partial_folder(out), {JOURNAL: '{"settings": {"seed": 1}}\n', "b.txt": "b", "c/d.txt": "d", "zz": "z"})
+
+        def work(arm: Callable[[], None]) -> None:
+            arm()
+            make(out, force=True)
+
+        killed = killed_at(step, work)
+        if killed and texts(out) != NEW:
+            make(out, force=True)
+        assert texts(out) == NEW
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert step > 30
+
+
 def put_file(folder: Path, name: str = "mine.txt") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("years of work")

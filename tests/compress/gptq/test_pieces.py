@@ -106,7 +106,7 @@ def test_a_resume_with_pieces_of_another_size_is_refused(
     monkeypatch.setattr(stage, "PIECE_BYTES", 1 << 30)
     code, _, errors = command(*arguments, "-o", tmp_path / "out", "--resume")
     assert code == 2
-    assert "piece_bytes was 268435456, now 1073741824" in errors
+    assert "the size of pieces is another one" in errors
 
 
 def test_pieces_of_r1_are_a_few_experts(tmp_path: Path) -> None:
