@@ -11,6 +11,7 @@ OUT/report.{html,md,json}, junit.xml, provenance.json
 """
 
 import itertools
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -308,7 +309,7 @@ def _report(
         quantization=quantization_section(quantized, artifact.scheme, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
         notes=(*plan.notes, *onnx.notes),
-        commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
+        commands=(f"moepress run {shlex.quote(recipe.model)} --recipe recipe.yaml -o OUT",),
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
     write_report(report, setup.out)
