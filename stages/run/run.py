@@ -11,6 +11,7 @@ OUT/report.{html,md,json}, junit.xml, provenance.json
 """
 
 import itertools
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -335,7 +336,7 @@ def _report(
             *onnx.notes,
             *(f"Calibration: {note}." for note in quantized["calibration"]["notes"]),
         ),
-        commands=(f"moepress run {recipe.model} --recipe recipe.yaml -o OUT",),
+        commands=(f"moepress run {shlex.quote(recipe.model)} --recipe recipe.yaml -o OUT",),
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
     run.require_ready()

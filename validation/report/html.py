@@ -30,7 +30,7 @@ def html(report: Report) -> str:
         pictures=pictures(report),
         folded_rows=_FOLDED_ROWS,
         dash=NONE,
-        bound=_bound,
+        bound=_cell,
         commands="\n".join(report.commands),
         recipe=report.recipe,
         imprint=imprint(report),
@@ -38,8 +38,13 @@ def html(report: Report) -> str:
 
 
 def _bound(text: str) -> str:
-    """The text with numbers bound to their units, so that no line breaks between them."""
+    """The text with numbers bound to their units and errors, so that no line breaks between them."""
     return re.sub(r"(?<=\d) (?=[kMGT]?B\b|%)|(?<=\d) (?=± ?\d)|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", text)
+
+
+def _cell(text: str) -> str:
+    """The same, and both ends of an interval bound to each other."""
+    return re.sub(r"(?<=\d)-(?=\d)", "-\N{WORD JOINER}", _bound(text))
 
 
 def _safe(value: Any) -> Any:

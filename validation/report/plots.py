@@ -24,6 +24,7 @@ def layer_error_chart(made: Quantization, *, broad: bool = False) -> str:
         axes.plot(layers, errors, color=mark(1), linewidth=1, marker="o", markersize=4)
         axes.set_ylim(0, max(errors) * 1.15 or 1)
         axes.xaxis.set_major_locator(MaxNLocator(min(12, max(1, len(layers))), integer=True))
+        axes.yaxis.set_major_formatter(lambda error, _: f"{error:g}")
         axes.set_xlabel("layer")
         spoken = (
             f"Line chart of the mean relative quantization error of {len(layers)} layers: from {min(errors):.3g} to "

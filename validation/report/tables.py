@@ -157,7 +157,7 @@ def _throughput(report: Report) -> Table:
         f"pp: reading a prompt of that many tokens; tg: writing that many tokens; batch 1, {measured.repetitions} "
         f"repetitions after a warm-up, mean ± standard deviation; ratio: to the first model in the same runtime, ± "
         f"standard error. transformers computes the logits of the prompt's last token only, the others those of all "
-        f"tokens. {measured.device}, {measured.threads} threads."
+        f"tokens. {measured.device}, {measured.threads} {'thread' if measured.threads == 1 else 'threads'}."
     )  # fmt: skip
     header = ("Model", "Runtime", "Test", "Tokens per second", "Ratio")
     marks, remarks = lettered(map(_remarks, () if measured is None else measured.rows))

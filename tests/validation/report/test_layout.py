@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moepress.stages.run.recipe import Recipe, evaluation_of
 from moepress.stages.validate import subject_of
 from moepress.validation.quality.results import (
     Continuation,
@@ -154,6 +155,8 @@ def test_the_target_of_the_user_stands_first_and_is_marked(report: Report) -> No
     assert len(table.rows) == len(load_targets())
     assert html(report).count('<tr class="marked"') == 1
     assert "| **RTX 4090 (your target)** |" in markdown(report)
+    recipe = Recipe(model="demo", target="rtx-4090")
+    assert evaluation_of(recipe).target == "rtx-4090", "of a recipe and of run --target alike"
     assert report.targets is not None
     plain = report.model_copy(update={"targets": report.targets.model_copy(update={"chosen": None})})
     assert "your target" not in html(plain)

@@ -63,15 +63,15 @@ def test_validate_s_report_has_the_table(demo: Checkpoint, artifact: Path, tmp_p
         "bandwidth_gb_per_second = 10\nfp16_tflops = 1\n"
     )
     subjects = [subject_of("before", demo), subject_of("after", open_artifact(artifact))]
-    evaluation = Evaluation(window=32, max_windows=1, throughput=False, targets_file=own, context=64)
+    evaluation = Evaluation(window=32, max_windows=1, throughput=False, targets_file=own, context=64, target="My GPU")
     report = validate_stage(subjects, demo.folder, evaluation, Machine(device="cpu"), tmp_path)
     assert Report.model_validate_json(report.model_dump_json()) == report
     assert report.targets is not None
     assert report.targets.context == 64
-    assert report.targets.table[-1].id == "mine"
+    assert report.targets.table[-1].id == report.targets.chosen == "mine"
     text = markdown(report)
     assert "## Which GPU holds it (projected)" in text
-    (row,) = (line for line in text.splitlines() if line.startswith(r"| My \| GPU |"))
+    (row,) = (line for line in text.splitlines() if line.startswith(r"| **My \| GPU (your target)** |"))
     assert row.count("no, ") == (report.targets.rows[-1].verdict is Verdict.NO) + 1
     (row,) = (line for line in text.splitlines() if line.startswith("| RTX 4090 |"))
     assert row.count("fits; tg ") == 2
