@@ -24,4 +24,22 @@ def load_recipe(file: Path) -> dict[str, Any]:
         raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error
     if not isinstance(found, dict):
         raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")
-    return found
+    return {key: _near(value, file.parent) if key in _PLACES else value for key, value in found.items()}
+
+
+_PLACES = ("model", "calibration", "domain", "data", "data_domain", "targets_file")
+
+
+def _near(value: Any, folder: Path) -> Any:
+    """Relative paths that are there beside the recipe, as they are from here; others, and what is none, stay."""
+    if isinstance(value, list):
+        return [_near(each, folder) for each in value]
+    if not isinstance(value, str) or not value or value == "demo" or "\x00" in value or len(value) > 4096:
+        return value
+    name, equals, place = value.partition("=") if "=" in value else ("", "", value)
+    beside = folder / place
+    try:
+        there = bool(place) and not Path(place).is_absolute() and beside.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    return f"{name}{equals}{beside}" if there else value

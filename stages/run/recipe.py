@@ -1,10 +1,12 @@
 """The recipe of a run: its fields and defaults, and all that can be wrong with it, found before any work."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moepress.compress.budget.search import most_common
@@ -223,6 +225,8 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
         model = str(origin_of(checkpoint.folder) or recipe.model)
     values = {
         "model": model,
+        **{name: tuple(map(_absolute, getattr(recipe, name))) for name in _PLACES},
+        "targets_file": None if recipe.targets_file is None else _absolute(recipe.targets_file),
         "tokens": recipe.tokens or (EMBEDDED_TOKENS if embedded else DEFAULT_TOKENS),
         "window": recipe.window or min(checkpoint.shape.context, DEFAULT_WINDOW),
         "criterion": criterion,
@@ -231,6 +235,42 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
         "max_memory": memory_bytes,
     }
     return recipe.model_copy(update=values)
+
+
+_PLACES = ("calibration", "domain", "data", "data_domain")
+"""Fields that hold paths, `NAME=PATH` among them; a resume from another folder means the same files."""
+
+
+def _absolute(given: str) -> str:
+    """A path that is there, from the root; what is none, such as a data set's id, as it is."""
+    return _moved(given, lambda path: str(path.resolve()))
+
+
+def _moved(given: str, to: Callable[[Path], str]) -> str:
+    name, equals, place = (
+        given.partition("=") if "=" in given and not Path(given).expanduser().exists() else ("", "", given)
+    )
+    path = Path(place).expanduser()
+    return f"{name}{equals}{to(path)}" if place and path.exists() else given
+
+
+def recipe_text(recipe: Recipe, asked: Recipe, out: Path) -> str:
+    """recipe.yaml: what was used, but the machine as it was asked for, so that another one may choose; paths from
+    its own folder, so that it can be moved with what it names, and tells nothing of this machine.
+    """
+
+    def near(path: Path) -> str:
+        try:
+            return Path(os.path.relpath(path.resolve(), out.resolve())).as_posix()
+        except ValueError:  # another drive
+            return str(path)
+
+    values = recipe.model_dump(mode="json")
+    values |= {name: getattr(asked, name) for name in ("device", "dtype", "max_memory")}
+    values |= {name: [_moved(place, near) for place in values[name]] for name in _PLACES}
+    for name in ("model", "targets_file"):
+        values[name] = values[name] and _moved(values[name], near)
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def as_before(recipe: Recipe, model: Any) -> Recipe:

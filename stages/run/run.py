@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from moepress import __version__
 from moepress.calibration.hessian import hessian_for
@@ -34,6 +33,7 @@ from moepress.errors import UsageError
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.inside import watched
+from moepress.runs.byte_sizes import size_text
 from moepress.runs.files import JOURNAL, sha256_of, write_atomically
 from moepress.runs.journal import Run, open_run
 from moepress.runs.output import check_output, is_ours
@@ -54,6 +54,7 @@ from moepress.stages.run.recipe import (
     calibration_of,
     check_recipe,
     evaluation_of,
+    recipe_text,
     resolve,
     settled,
     wish_of,
@@ -110,8 +111,11 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     inputs = watched(model_folder(recipe.model))
     checkpoint, count, criterion = check_recipe(recipe)
     # Batch sizes depend on the memory, and the last bits of the result on them.
-    recipe = resolve(
-        recipe, checkpoint, criterion, recipe.max_memory or before.get("recipe.max_memory") or default_memory()
+    asked, recipe = (
+        recipe,
+        resolve(
+            recipe, checkpoint, criterion, recipe.max_memory or before.get("recipe.max_memory") or default_memory()
+        ),
     )
     settings: dict[str, Any] = {"command": "run", "moepress": __version__, "model": fingerprint(checkpoint)}
     settings |= {f"recipe.{k}": v for k, v in recipe.model_dump(mode="json", exclude=set(LATE_FIELDS)).items()}
@@ -121,7 +125,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
     setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
     with open_run(out, settings, resume=resume, force=force, in_place=True, inputs=inputs) as run:
-        write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        write_atomically(out / "recipe.yaml", recipe_text(recipe, asked, out))
         number, of = itertools.count(1), 3 + bool(recipe.repair) + bool(recipe.to)  # a plan is made in no time
         with stage(next(number), of):
             profile = _profile(setup, run)
@@ -254,18 +258,22 @@ def _exports(setup: _Setup, run: Run) -> _Onnx:
     lack = None if (exports / "onnx-before").exists() else no_room(recipe.model, setup.out)
     if lack is not None:
         return _Onnx(after=exports / "onnx", notes=(*notes, lack))
-    notes += _export_onnx(setup, run, "onnx-before", recipe.model)
-    return _Onnx(after=exports / "onnx", before=exports / "onnx-before", notes=notes)
+    before = exports / "onnx-before"
+    notes += _export_onnx(setup, run, before.name, recipe.model)
+    size = size_text(sum(file.stat().st_size for file in before.iterdir()))
+    notes += (f"exports/{before.name} ({size}) is the original in ONNX, made only to be timed; it can be deleted.",)
+    return _Onnx(after=exports / "onnx", before=before, notes=notes)
 
 
 def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, ...]:
     from moepress.converters.onnx.export import OnnxRequest
 
     folder, done = setup.out / "exports" / name, run.done(f"export-{name}")
-    if done is None:
+    passing = name == "onnx-before"  # a user may have deleted it: it is made again where it is wanted again
+    if done is None or (passing and not folder.exists()):
         made = None if _is_made(folder) else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
         notes = [f"exports/{name}: {note}" for note in made.notes] if made else []
-        run.mark(f"export-{name}", {"notes": notes}, folder=f"exports/{name}")
+        run.mark(f"export-{name}", {"notes": notes}, folder=None if passing else f"exports/{name}")
     return tuple(run.pieces[f"export-{name}"].note["notes"])
 
 
