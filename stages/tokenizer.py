@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path) -> Read:
         InvalidInputError: there is none, or a file of it is broken.
         UnsupportedError: it needs code of the folder, or a package that is not installed.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     check_files(folder)
     _require_files(folder)
@@ -57,17 +57,24 @@ def read_tokenizer(folder: Path) -> Read:
     except Exception as error:  # transformers raises many types here
         if raw is None:
             raise _unreadable(folder, error) from error
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        except Exception as second:
-            raise _unreadable(folder, second) from second
+        tokenizer = _of_file(folder)
         why = "needs code of its own, which is not run" if _needs_code(folder) else _reason(error)
         notes = (f"transformers can not make the tokenizer that {folder} names ({why}); its {FILE} is used alone.",)
     if raw is not None and not tokenizer.is_fast:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = _of_file(folder)
     if raw is None:
         return Read(tokenizer=tokenizer, notes=notes)
     return Read(tokenizer=tokenizer, notes=(*notes, *_by_file(folder, tokenizer, raw)))
+
+
+def _of_file(folder: Path) -> Any:
+    """The tokenizer that transformers makes of tokenizer.json alone, whatever class the config names."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types here
+        raise _unreadable(folder, error) from error
 
 
 def _reason(error: Exception) -> str:
