@@ -20,7 +20,9 @@ __all__ = ["MADE_FOR", "RULES", "Checked", "Rule", "check_folder", "findings", "
 _SERVERS = "vLLM 0.33, SGLang 0.5.23 (read)"
 _VLLM, _SGLANG, _TRANSFORMERS = "vLLM 0.33 (read)", "SGLang 0.5.23 (read)", "transformers 5.23 (tried)"
 _ALL = "vLLM 0.33, SGLang 0.5.23, llama.cpp (read), transformers 5.23 (tried)"
-_ALL_STATED = "loaders of vLLM 0.33 and SGLang 0.5.23 (read), bug reports of both (sglang 7593, 23841)"
+_STATED = "bug reports (sglang 7593, 23841) and how such loaders work; not run here"
+_REGISTRIES = "vLLM's and SGLang's registries (read); llama.cpp by what its users report"
+_HEADS = "vLLM's loaders (read), transformers 5.23 (tried); the others by how they work"
 _ORT, _ORT_CUDA = "ONNX Runtime 1.31 and 1.32 on the CPU (tried)", "ONNX Runtime's documents of July 2026 for CUDA"
 
 MADE_FOR: Mapping[Kind, tuple[Runtime, ...]] = {
@@ -49,9 +51,9 @@ RULES: tuple[Rule, ...] = (
     _rule("layout", codes.layout, "what each runtime's loader is for"),
     _rule("one-set-of-weights", stated.one_set, _TRANSFORMERS),
     _rule("tensor-names", stated.tensor_names, _TRANSFORMERS),
-    _rule("quantization-stated", stated.quantization, _ALL_STATED),
-    _rule("architectures", stated.architectures, "vLLM 0.33, SGLang 0.5.23, llama.cpp (read)"),
-    _rule("tied-head", stated.tied_head, _ALL),
+    _rule("quantization-stated", stated.quantization, _STATED),
+    _rule("architectures", stated.architectures, _REGISTRIES),
+    _rule("tied-head", stated.tied_head, _HEADS),
     _rule("index", complete.index, "loaders of vLLM, SGLang and llama.cpp (read), transformers 5.23 (tried)"),
     _rule("experts-complete", complete.experts_complete, _ALL),
     _rule("expert-names", model.expert_names, _TRANSFORMERS),

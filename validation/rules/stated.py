@@ -19,7 +19,7 @@ def quantization(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             what=f"config.json states a quantization ({method}), and no tensor is quantized",
             happens=dict.fromkeys(_SERVERS, (Effect.WRONG, "takes the weights for codes whose scales it never finds"))
-            | dict.fromkeys(_BY_MODULE, (Effect.WRONG, "builds quantized layers and starts their scales at random"))
+            | {Runtime.GPTQMODEL: (Effect.WRONG, "builds quantized layers and starts their scales at random")}
             | {Runtime.LLAMA_CPP: (Effect.REFUSES, "its converter looks for scales that are not there")},
             mend="remove the quantization from config.json (prune and quantize of moepress do)",
         )

@@ -65,7 +65,7 @@ def test_a_quantization_that_no_tensor_has(copy: Copies) -> None:
     folder = copy("original")
     stated = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     edit_json(folder / "config.json", lambda config: config.update(quantization_config=stated))
-    expected = dict.fromkeys((*SERVERS, *BY_MODULE), WRONG) | {Runtime.LLAMA_CPP: REFUSES}
+    expected = dict.fromkeys((*SERVERS, Runtime.GPTQMODEL), WRONG) | {Runtime.LLAMA_CPP: REFUSES}
     assert found(folder, "quantization-stated") == expected
 
 
