@@ -125,24 +125,40 @@ def compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def prepared(message: dict[str, Any], *, asks_for_none: bool) -> dict[str, Any]:
+def prepared(message: dict[str, Any]) -> dict[str, Any]:
     """A message as templates expect it: reasoning under all its names, arguments that are object and text in one."""
     reasoning = next((message[key] for key in REASONING_FIELDS if message.get(key) is not None), None)
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    calls = []
     for call in message.get("tool_calls") or ():
-        function = call["function"]
-        stated = function.get("arguments")
-        values = stated
+        function, values = dict(call["function"]), call["function"].get("arguments")
+        stated = values
         if isinstance(stated, str):
             with suppress(ValueError, RecursionError):
                 values = json.loads(stated)
         if isinstance(values, dict):
             text = stated if isinstance(stated, str) else json.dumps(values, ensure_ascii=False)
             function["arguments"] = Arguments(values, text)
-    if asks_for_none and message.get("tool_calls"):
-        message.setdefault("content", None)
-    return message
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def ways(messages: list[dict[str, Any]], template: str) -> list[list[dict[str, Any]]]:
+    """The messages, with what templates differ in: the content of a call that has none is missing, null or empty.
+
+    transformers leaves it out; DeepSeek's own templates then write no call, for they ask whether it is none; and some
+    of those that ask fail on none nevertheless.
+    """
+    asks = _ASKS_FOR_NONE.search(template) is not None
+    bare = [bool(m.get("tool_calls")) and (not m.get("content") if asks else "content" not in m) for m in messages]
+    if not any(bare):
+        return [messages]
+    missing: dict[str, Any] = {}
+    fills: list[dict[str, Any]]
+    fills = [{"content": None}, {"content": ""}, missing] if asks else [missing, {"content": ""}, {"content": None}]
+    without = [{k: v for k, v in m.items() if k != "content"} if b else m for m, b in zip(messages, bare, strict=True)]
+    return [[{**m, **fill} if b else m for m, b in zip(without, bare, strict=True)] for fill in fills]
 
 
 def written(request: dict[str, Any], chat: dict[str, Any], most_chars: int) -> str:
@@ -152,13 +168,22 @@ def written(request: dict[str, Any], chat: dict[str, Any], most_chars: int) -> s
         ValueError: it is longer than `most_chars`.
         Exception: whatever a template raises.
     """
-    template = request["template"]
-    asks_for_none = _ASKS_FOR_NONE.search(template) is not None
-    messages = [prepared(message, asks_for_none=asks_for_none) for message in chat["messages"]]
-    values = {"messages": messages, "tools": chat["tools"], "documents": None}
-    values |= {"add_generation_prompt": request["add_generation_prompt"], **request["variables"]}
+    template = compiled(request["template"])
+    values = {"tools": chat["tools"], "documents": None, "add_generation_prompt": request["add_generation_prompt"]}
+    values |= request["variables"]
+    first: Exception | None = None
+    for messages in ways([prepared(message) for message in chat["messages"]], request["template"]):
+        try:
+            return _joined(template, {**values, "messages": messages}, most_chars)
+        except Exception as error:  # as above
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _joined(template: jinja2.Template, values: dict[str, Any], most_chars: int) -> str:
     pieces, chars = [], 0
-    for piece in compiled(template).generate(values):
+    for piece in template.generate(values):
         pieces.append(piece)
         chars += len(piece)
         if chars > most_chars:

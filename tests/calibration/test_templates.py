@@ -80,7 +80,11 @@ def test_arguments_of_a_call_suit_templates_that_want_an_object_and_those_that_w
 def test_a_template_that_asks_for_a_null_content_gets_one(tokenizer: Any) -> None:
     asks = "{% if messages[0]['content'] is none %}call{% else %}text{% endif %}"
     assert render(tokenizer, asks, [CALL]) == "call"
+    assert render(tokenizer, asks, [{**CALL, "content": ""}]) == "call"
     assert render(tokenizer, "{{ messages[0].content }}", [CALL]) == ""
+    fails = "{% if 'x' in messages[0].content %}x{% elif messages[0].content is none %}{% else %}call{% endif %}"
+    assert render(tokenizer, fails, [CALL]) == "call"
+    assert render(tokenizer, "{{ messages[0].content + 'call' }}", [CALL]) == "call"
 
 
 @pytest.mark.parametrize(
