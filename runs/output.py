@@ -101,7 +101,8 @@ def _check_output(
     if unfinished and not (resume or force):
         raise UsageError(f"{out} holds a run; pass --resume to go on with it, or --force to start anew.")
     if full and not (force or unfinished):
-        raise UsageError(f"The output {out} is not empty; choose another name, or pass --force to replace it.")
+        beside = " beside --resume" if resume and partial.exists() else ""
+        raise UsageError(f"The output {out} is not empty; choose another name, or pass --force{beside} to replace it.")
     if full and not (begun or unfinished or is_ours(target)):
         raise not_ours(out)
     if not in_place and os.path.lexists(partial):
@@ -139,7 +140,7 @@ def _check_place(out: Path, target: Path, *, moves: bool, full: bool) -> None:
     if not place.is_dir():
         raise UsageError(f"The output {out} would lie in {place}, which is no folder; choose another name.")
     for folder in (*([place] if moves or not target.exists() else []), *([target] if full or not moves else [])):
-        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        if folder.exists() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             why = "is on a read-only file system" if _is_read_only(folder) else "may not be written to"
             hint = inside if moves and target.exists() and os.access(target, os.W_OK) else "choose another folder"
             raise UsageError(f"The output {out}: {folder} {why}; {hint}.")

@@ -142,6 +142,15 @@ def test_a_kill_at_every_step_of_a_first_output_is_gone_on_with(out: Path) -> No
         assert step > 10
 
 
+def test_a_resume_of_a_replacement_that_was_killed_before_says_that_it_needs_force_too(out: Path) -> None:
+    lay(out)
+    assert killed_at(3, lambda arm: make(out, force=True, before_end=arm))
+    with pytest.raises(UsageError, match="pass --force beside --resume to replace it"):
+        make(out, resume=True)
+    make(out, resume=True, force=True)
+    assert texts(out) == NEW
+
+
 def test_a_resume_goes_on_without_force_once_the_old_output_was_set_aside(out: Path) -> None:
     found = 0
     for step in range(1, 60):

@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_in_the_middle_can_be_resumed_from(models: Models, t
     assert "repeat with --resume" in said
     assert sorted(file.name for file in partial_folder(out).glob("*.data")) == ["model.embedding.data"]
     assert "unfinished run; pass --resume" in refused(2, folder, out, "--no-check")
-    assert "kernel was" in refused(2, folder, out, "--resume", "--experts", "loop", "--no-check")
+    assert "--experts was qmoe, now loop" in refused(2, folder, out, "--resume", "--experts", "loop", "--no-check")
     exported(folder, out, "--resume", "--no-check")
     assert content(out) == content(whole)
 
