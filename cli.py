@@ -83,12 +83,19 @@ def main() -> NoReturn:
 
 def _last_words(error: Exception, attempt: Attempt) -> str:
     """What to say of an error that nobody raised on purpose: the machine's, or else a bug."""
+    from moepress.runs.files import full_disk_of, is_full
+    from moepress.runs.memory import is_out_of_memory
+
     if attempt.debug:
         say(printable("".join(traceback.format_exception(error)), lines=True), err=True)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return "The device ran out of memory; give a smaller --max-memory and repeat with --resume or --force."
-    if isinstance(error, MemoryError):
-        return "The memory is full; give a smaller --max-memory and repeat with --resume or --force."
+    if is_out_of_memory(error):
+        place = "device" if type(error).__name__ == "OutOfMemoryError" else "machine"  # torch's, not imported here
+        return (
+            f"The {place} ran out of memory; give a smaller --max-memory, or fewer --tokens, and repeat with --resume "
+            "or --force."
+        )
+    if isinstance(error, OSError) and is_full(error):
+        return str(full_disk_of(error))
     if isinstance(error, OSError):
         return f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume."
     return describe(error, attempt)

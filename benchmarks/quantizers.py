@@ -83,6 +83,7 @@ def run_tool(tool: str, task: Task, out: Path, windows: Path) -> dict[str, Any]:
     """
     report, log, timings = (out.parent / f"{out.name}.{kind}" for kind in ("json", "log", "timings"))
     command = _moepress(task, out, timings) if tool == "moepress" else _peer(tool, task, out, windows)
+    timings.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "CUDA_VISIBLE_DEVICES": ""}  # all on the CPU
     environment.pop("OMP_WAIT_POLICY", None)  # each tool's own: passive waiting makes llm-compressor half as fast
     with log.open("w") as said:

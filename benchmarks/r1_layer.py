@@ -33,7 +33,8 @@ from r1_scaling import Term, Work, by_phase, human, layer_of, project_quantize, 
 from setting import RESULTS, machine, save, texts
 
 from moepress.compress.estimates.rates import matmul_rate, read_rate
-from moepress.runs.journal import JOURNAL, partial_folder
+from moepress.runs.files import JOURNAL
+from moepress.runs.output import partial_folder
 
 STAGES = ("profile", "prune", "quantize")
 INTERVAL_SECONDS = 0.2
@@ -69,6 +70,7 @@ def peaks_of(command: Sequence[str]) -> dict[str, Any]:
 def run_stage(stage: str, arguments: Sequence[str], runs: Path, checkpoint: Path) -> dict[str, Any]:
     """One moepress command with --timings and --json, from a cold cache."""
     timings = runs / f"timings-{stage}.json"
+    timings.unlink(missing_ok=True)
     forget(checkpoint)
     print(f"moepress {' '.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "moepress", *arguments, "--timings", str(timings), "--json"]

@@ -6,20 +6,23 @@ Shapes: N windows, T tokens in a window, D domains.
 import hashlib
 import json
 import random
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from moepress.calibration.sources import Document, Source, Tokenizer, read_documents, source_files
+from moepress.calibration.evaluation import evaluation_part
+from moepress.calibration.pools import Pool
+from moepress.calibration.sources import Source
+from moepress.calibration.templates import ChatTemplate
+from moepress.calibration.tokens import TokenFile, Tokenizer
 from moepress.errors import InvalidInputError, UsageError
 
 CANDIDATE_FACTOR = 8  # windows are chosen among about this many times the tokens that a domain has to give
-ROOM_BYTES = 4  # text read for each token wanted, about what a token covers
-CUT_MARGIN = 64  # tokens before a cut in the text that the cut may have changed
+NO_OFFSETS_NOTE = "bytes are counted on decoded tokens: this tokenizer gives no offsets"
+MAPPED_BYTES = 64 << 20  # windows beyond this are in a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,25 +74,6 @@ class EvaluationCorpus(Corpus):
     bytes_exact: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _EvaluationPart:
-    """One domain of an EvaluationCorpus."""
-
-    windows: torch.Tensor
-    window_bytes: torch.Tensor
-    documents: int
-    any_rendered: bool
-
-
-@dataclass(slots=True, kw_only=True)
-class _Pool:
-    """What was read of one domain: tokens packed end to end."""
-
-    tokens: "array[int]" = field(default_factory=lambda: array("q"))
-    documents: int = 0
-    any_rendered: bool = False
-
-
 def build_corpus(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
@@ -123,7 +107,13 @@ def build_corpus(
     room_tokens = (
         max(CANDIDATE_FACTOR * -(-total // len(groups)), 2 * total) * window
     )  # one domain may have to give all
-    pools = {domain: _read_pool(group, tokenizer, room_tokens, seed) for domain, group in groups.items()}
+    store = TokenFile()
+    with ChatTemplate(tokenizer) as chat:
+        pools = {
+            domain: Pool(domain, group, tokenizer, chat, store, room_tokens=room_tokens, window=window, seed=seed)
+            for domain, group in groups.items()
+        }
+    notes = [note for pool in pools.values() for note in pool.notes]
     for domain, pool in pools.items():
         _require_window(domain, len(pool.tokens), window)
     available = [len(pool.tokens) // window for pool in pools.values()]
@@ -138,7 +128,7 @@ def build_corpus(
         bos_policy=_bos_policy(tokenizer, any_rendered=any(pool.any_rendered for pool in pools.values())),
         documents=tuple(pool.documents for pool in pools.values()),
         tokens_per_domain=tuple(count * window for count in counts),
-        notes=_shortfall_notes(tuple(groups), available, counts, total, window),
+        notes=(*notes, *_shortfall_notes(tuple(groups), available, counts, total, window)),
     )
     corpus.require_vocabulary(vocab_size)
     return corpus
@@ -172,7 +162,13 @@ def evaluation_windows(
     if window < 2 or (max_windows is not None and max_windows < 1):
         raise UsageError("evaluation needs windows of at least 2 tokens, and at least one window.")
     groups = _by_domain(sources)
-    parts = [_evaluation_part(domain, group, tokenizer, window, max_windows) for domain, group in groups.items()]
+    with ChatTemplate(tokenizer) as chat:
+        parts = [
+            evaluation_part(domain, group, tokenizer, chat, window=window, max_windows=max_windows)
+            for domain, group in groups.items()
+        ]
+    for domain, part in zip(groups, parts, strict=True):
+        _require_window(domain, part.tokens, window)
     windows = torch.cat([part.windows for part in parts])
     domain_index = torch.repeat_interleave(torch.tensor([len(part.windows) for part in parts]))
     corpus = EvaluationCorpus(
@@ -184,7 +180,7 @@ def evaluation_windows(
         bos_policy=_bos_policy(tokenizer, any_rendered=any(part.any_rendered for part in parts)),
         documents=tuple(part.documents for part in parts),
         tokens_per_domain=tuple(part.windows.numel() for part in parts),
-        notes=() if tokenizer.is_fast else ("bytes are counted on decoded tokens: this tokenizer gives no offsets",),
+        notes=(*(() if tokenizer.is_fast else (NO_OFFSETS_NOTE,)), *(note for part in parts for note in part.notes)),
         window_bytes=torch.cat([part.window_bytes for part in parts]),
         bytes_exact=tokenizer.is_fast,
     )
@@ -220,33 +216,6 @@ def _require_window(domain: str, tokens: int, window: int) -> None:
         )
 
 
-def _paths(group: Sequence[Source]) -> list[tuple[Path, bool]]:
-    return [(path, source.embedded) for source in group for path in source_files(source)]
-
-
-def _token_ids(tokenizer: Tokenizer, text: str, *, rendered: bool = False) -> list[int]:
-    """The ids of one document; `verbose=False`: one that is longer than the model's context is no mistake here."""
-    ids: list[int] = tokenizer(text, add_special_tokens=not rendered, verbose=False)["input_ids"]
-    return ids
-
-
-def _read_pool(group: Sequence[Source], tokenizer: Tokenizer, room_tokens: int, seed: int) -> _Pool:
-    """Reads documents of one domain until about `room_tokens` are there, its files in an order that the seed gives."""
-    paths = _paths(group)
-    random.Random(f"files:{seed}:{group[0].domain}").shuffle(paths)
-    pool = _Pool()
-    for path, embedded in paths:
-        limit_bytes = ROOM_BYTES * room_tokens
-        for document in read_documents(path, tokenizer, embedded=embedded, limit_bytes=limit_bytes):
-            if document.text.strip():
-                pool.tokens.extend(_token_ids(tokenizer, document.text, rendered=document.rendered))
-                pool.documents += 1
-                pool.any_rendered |= document.rendered
-            if len(pool.tokens) >= room_tokens:
-                return pool
-    return pool
-
-
 def _shares(available: Sequence[int], total: int) -> list[int]:
     """Deals `total` windows out in equal parts; what one domain lacks is dealt to the others that have more."""
     counts = [0] * len(available)
@@ -261,18 +230,26 @@ def _shares(available: Sequence[int], total: int) -> list[int]:
     return counts
 
 
-def _choose(
-    pools: dict[str, _Pool], counts: Sequence[int], window: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _choose(pools: dict[str, Pool], counts: Sequence[int], window: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws windows of each domain's end-to-end cut without repeats: int64 [N, T], and their domains, int64 [N]."""
     chosen = []
     for (domain, pool), count in zip(pools.items(), counts, strict=True):
-        cut = torch.frombuffer(pool.tokens, dtype=torch.int64)[: len(pool.tokens) // window * window].view(-1, window)
-        drawn = random.Random(f"windows:{seed}:{domain}").sample(range(len(cut)), count)
-        chosen.append(cut[torch.tensor(drawn)])
+        cut = pool.tokens[: len(pool.tokens) // window * window].reshape(-1, window)
+        chosen.append((cut, random.Random(f"windows:{seed}:{domain}").sample(range(len(cut)), count)))
     places = sorted(((k + 0.5) / count, d, k) for d, count in enumerate(counts) for k in range(count))
-    windows = torch.stack([chosen[d][k] for _, d, k in places])
-    return windows, torch.tensor([d for _, d, _ in places], dtype=torch.int64)
+    windows = _empty(len(places), window)
+    for place, (_, d, k) in enumerate(places):
+        cut, drawn = chosen[d]
+        windows[place] = cut[drawn[k]]
+    return torch.from_numpy(windows), torch.tensor([d for _, d, _ in places], dtype=torch.int64)
+
+
+def _empty(count: int, window: int) -> "np.ndarray[tuple[int, int], np.dtype[np.int64]]":
+    """Room for windows; mapped from a temporary file where they are many."""
+    if count * window * 8 <= MAPPED_BYTES:
+        return np.empty((count, window), dtype=np.int64)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype=np.int64, mode="w+", shape=(count, window))
 
 
 def _shortfall_notes(
@@ -299,75 +276,8 @@ def _bos_policy(tokenizer: Tokenizer, *, any_rendered: bool) -> str:
 
 def _digest(windows: torch.Tensor, domain_index: torch.Tensor, domains: tuple[str, ...]) -> str:
     header = json.dumps({"shape": list(windows.shape), "domains": domains}).encode()
-    parts = [part.contiguous().numpy().astype("<i8").tobytes() for part in (windows, domain_index)]
-    return hashlib.sha256(b"\0".join([header, *parts])).hexdigest()
-
-
-def _evaluation_part(
-    domain: str, group: Sequence[Source], tokenizer: Tokenizer, window: int, max_windows: int | None
-) -> _EvaluationPart:
-    """The windows of one domain, and their bytes."""
-    ids, ends, read = _tokenize_joined(group, tokenizer, None if max_windows is None else max_windows * window)
-    _require_window(domain, len(ids), window)
-    count = min(len(ids) // window, max_windows or len(ids))
-    windows = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
-    return _EvaluationPart(
-        windows=windows,
-        window_bytes=_window_bytes(windows, ends, tokenizer),
-        documents=len(read),
-        any_rendered=any(document.rendered for document in read),
-    )
-
-
-def _tokenize_joined(
-    group: Sequence[Source], tokenizer: Tokenizer, wanted: int | None
-) -> tuple[list[int], np.ndarray | None, list[Document]]:
-    """One domain's text in one call: its ids, the byte where each token ends (None: no offsets), its documents."""
-    limit_bytes = None if wanted is None else ROOM_BYTES * (2 * wanted + CUT_MARGIN)
-    while True:
-        documents, was_cut = _read_joined(group, tokenizer, limit_bytes)
-        text = "\n\n".join(document.text for document in documents)
-        special = not any(document.rendered for document in documents)
-        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        if wanted is None or limit_bytes is None or not was_cut or len(ids) >= wanted + CUT_MARGIN:
-            break
-        limit_bytes *= 4  # tokens here cover more text than usual
-    return ids, _end_bytes(text, encoded["offset_mapping"]) if tokenizer.is_fast else None, documents
-
-
-def _read_joined(group: Sequence[Source], tokenizer: Tokenizer, limit_bytes: int | None) -> tuple[list[Document], bool]:
-    """The documents of one domain, and whether the limit left some text unread."""
-    documents: list[Document] = []
-    room = limit_bytes
-    for document in _documents(group, tokenizer, limit_bytes):
-        documents.append(document)
-        if room is not None:
-            room -= len(document.text.encode()) + len("\n\n")
-            if room < CUT_MARGIN:  # not 0: a limit inside a character gives a few bytes less
-                return documents, True
-    return documents, False
-
-
-def _documents(group: Sequence[Source], tokenizer: Tokenizer, limit_bytes: int | None) -> Iterator[Document]:
-    for path, embedded in _paths(group):
-        yield from read_documents(path, tokenizer, embedded=embedded, limit_bytes=limit_bytes)
-
-
-def _end_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """int64 [tokens]: the UTF-8 byte of the text where each token ends; special tokens end where the last one did."""
-    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
-    byte_at = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(widths)])
-    ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
-    return byte_at[np.maximum.accumulate(ends)]
-
-
-def _window_bytes(windows: torch.Tensor, ends: np.ndarray | None, tokenizer: Tokenizer) -> torch.Tensor:
-    """int64 [N]: UTF-8 bytes from the end of each window's first token to the end of its last; windows int64 [N, T]."""
-    count, window = windows.shape
-    if ends is not None:
-        cut = torch.from_numpy(ends[: count * window].copy()).view(count, window)
-        return cut[:, -1] - cut[:, 0]
-    texts = [(tokenizer.decode(row), tokenizer.decode(row[:1])) for row in windows.tolist()]
-    return torch.tensor([len(whole.encode()) - len(first.encode()) for whole, first in texts], dtype=torch.int64)
+    found = hashlib.sha256(header)
+    for part in (windows, domain_index):
+        found.update(b"\0")
+        found.update(part.contiguous().view(-1).numpy().astype("<i8", copy=False).data)
+    return found.hexdigest()

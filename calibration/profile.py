@@ -10,21 +10,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moepress.calibration.accumulators import ACCUMULATORS
+from moepress.calibration.accumulators import ACCUMULATORS, TOTALS
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Shape, shape_of
+from moepress.models.families.family import Part, Shape, shape_of
 from moepress.models.families.table import family_of
 from moepress.models.storage.folder import read_json
-from moepress.models.storage.safetensors_file import read_array, read_header
+from moepress.models.storage.inside import check_files
+from moepress.models.storage.safetensors_file import Stored, read_array, read_header
 from moepress.models.storage.writer import array_entry, write_json, write_shard
-from moepress.runs.journal import sha256_of
+from moepress.runs.files import open_plain, sha256_of
 from moepress.runs.phases import phase
+from moepress.runs.text import cut
 
 if TYPE_CHECKING:
     from moepress.calibration.corpus import Corpus
@@ -86,7 +89,7 @@ def fingerprint(checkpoint: "Checkpoint | Artifact") -> str:
         if size <= _HASHED_WHOLE_BYTES:
             digest.update(_whole_digest(path, size, path.stat().st_mtime_ns).encode())
             continue
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             for index in range(256):
                 stream.seek(size * index // 256)
                 digest.update(stream.read(4096))
@@ -121,6 +124,7 @@ def save_profile(profile: Profile, folder: Path) -> None:
         for layer in profile.layers
         for name, value in sorted(profile.statistics[layer].items())
     ]
+    (folder / STATISTICS).unlink(missing_ok=True)  # a link of that name would not be followed
     write_shard(folder / STATISTICS, entries)
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -143,54 +147,121 @@ def load_profile(folder: Path) -> Profile:
     Raises:
         InvalidInputError: the folder is not a profile, or statistics are missing from it.
     """
+    if folder.is_dir():
+        check_files(folder)
     if not (folder / DESCRIPTION).is_file():
         raise InvalidInputError(f"{folder} has no {DESCRIPTION}; give a folder made by `moepress profile`.")
-    found = read_json(folder / DESCRIPTION)
-    if found.get("schema_version") != SCHEMA_VERSION:
-        raise InvalidInputError(
-            f"{folder / DESCRIPTION} has schema version {found.get('schema_version')!r} and this moepress reads "
-            f"{SCHEMA_VERSION}; profile the model again."
-        )
+    found = _description(folder / DESCRIPTION)
+    family = family_of(found.config)
+    shape = shape_of(family, found.config)
+    if any(layer >= shape.layers for layer in found.layers):
+        raise InvalidInputError(f"{folder / DESCRIPTION} has layers that its config has not; profile the model again.")
     entries = read_header(folder / STATISTICS)
-    try:
-        config, layers, domains = found["config"], tuple(found["layers"]), tuple(found["domains"])
-        family = family_of(config)
-        shape = shape_of(family, config)
-        statistics = {
-            layer: {name: read_array(entries[f"layers.{layer}.{name}"]) for name in _names(entries, layer)}
-            for layer in layers
-        }
-        for layer in layers:
-            for name in ACCUMULATORS:
-                if statistics[layer][name].shape != (len(domains), SHARDS, shape.experts):
-                    raise InvalidInputError(f"{folder / STATISTICS}: layers.{layer}.{name} has the wrong shape.")
-            _check_bit_losses(folder, layer, statistics[layer])
-        return Profile(
-            model=found["model"],
-            model_name=found["model_name"],
-            family=family.name,
-            config=config,
-            shape=shape,
-            domains=domains,
-            layers=layers,
-            calibration=found["calibration"],
-            inventory=found["inventory"],
-            statistics=statistics,
+    return Profile(
+        model=found.model,
+        model_name=found.model_name,
+        family=family.name,
+        config=found.config,
+        shape=shape,
+        domains=found.domains,
+        layers=found.layers,
+        calibration=found.calibration,
+        inventory={part.value: dict(row) for part, row in found.inventory.items()},
+        statistics={layer: _statistics(folder, entries, layer, found, shape.experts) for layer in found.layers},
+    )
+
+
+class _Weight(BaseModel):
+    """Of one part of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    parameters: int = Field(ge=0, lt=1 << 63)
+    bytes: int = Field(ge=0, lt=1 << 63)
+
+
+class _Description(BaseModel):
+    """profile.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Literal["1.0"]
+    model: str
+    model_name: str
+    config: dict[str, Any]
+    domains: tuple[str, ...] = Field(min_length=1)
+    layers: tuple[Annotated[int, Field(ge=0, lt=1 << 31, strict=True)], ...] = Field(min_length=1)
+    calibration: dict[str, Any]
+    inventory: dict[Part, _Weight]
+
+
+def _description(file: Path) -> _Description:
+    """Read and check profile.json.
+
+    Raises:
+        InvalidInputError: naming the first field that is wrong.
+    """
+    found = read_json(file)
+    version = found.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise InvalidInputError(
+            f"{file} has schema version {cut(version)} and this moepress reads {SCHEMA_VERSION}; profile the model "
+            "again."
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InvalidInputError(f"{folder} is not a whole profile ({error!r}); profile the model again.") from error
+    try:
+        made = _Description.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidInputError(f"{file} is not sound: {where}: {first['msg']}; profile the model again.") from error
+    for name, values in (("domains", made.domains), ("layers", made.layers)):
+        if len(set(values)) < len(values):
+            raise InvalidInputError(f"{file} names one of its {name} twice; profile the model again.")
+    _check_calibration(file, made)
+    return made
+
+
+def _check_calibration(file: Path, made: _Description) -> None:
+    """What plans and reports read of it; of merged profiles other things are there."""
+    tokens, notes = made.calibration.get("tokens", 0), made.calibration.get("notes", [])
+    sound = isinstance(tokens, int) and 0 <= tokens < 1 << 63
+    if not sound or not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise InvalidInputError(f"{file}: its calibration is not what a profile holds; profile the model again.")
+
+
+def _statistics(
+    folder: Path, entries: Mapping[str, Stored], layer: int, found: _Description, experts: int
+) -> dict[str, Statistic]:
+    """One layer's accumulators and totals, whole, finite and of the right shape."""
+    rows, whole, totals = {}, (len(found.domains), SHARDS, experts), (len(found.domains), SHARDS)
+    for name in _names(entries, layer):
+        entry = entries[f"layers.{layer}.{name}"]
+        wanted = whole if name in ACCUMULATORS else totals if name in TOTALS else None
+        if entry.dtype != "F64" or (wanted is not None and entry.shape != wanted):
+            raise InvalidInputError(
+                f"{folder / STATISTICS}: {entry.name} is {entry.dtype} {list(entry.shape)}, and F64 "
+                f"{'' if wanted is None else list(wanted)} is wanted; profile the model again."
+            )
+        rows[name] = read_array(entry)
+        if not bool(np.isfinite(rows[name]).all()) or (wanted is not None and bool((rows[name] < 0).any())):
+            raise InvalidInputError(f"{folder / STATISTICS}: {entry.name} holds no sums; profile the model again.")
+    lacking = [name for name in (*ACCUMULATORS, *TOTALS) if name not in rows]
+    if lacking:
+        raise InvalidInputError(f"{folder / STATISTICS} lacks layers.{layer}.{lacking[0]}; profile the model again.")
+    _check_bit_losses(folder, layer, rows)
+    return rows
 
 
 def _check_bit_losses(folder: Path, layer: int, found: Mapping[str, Statistic]) -> None:
     if BIT_LOSSES not in found:
         return
     losses = found[BIT_LOSSES]
-    sound = losses.shape == (len(SUPPORTED_BITS),) and found[BIT_TOKENS].shape == (1,)
-    if not sound or not bool(np.isfinite(losses).all()):
+    tokens = found.get(BIT_TOKENS)
+    if losses.shape != (len(SUPPORTED_BITS),) or tokens is None or tokens.shape != (1,):
         raise InvalidInputError(f"{folder / STATISTICS}: layers.{layer}.{BIT_LOSSES} is not what a profile holds.")
 
 
-def _names(entries: Mapping[str, object], layer: int) -> list[str]:
+def _names(entries: Mapping[str, Stored], layer: int) -> list[str]:
     prefix = f"layers.{layer}."
     return [name.removeprefix(prefix) for name in entries if name.startswith(prefix)]
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepress import __version__
-from moepress.runs.journal import JOURNAL, TRACEBACK, partial_folder
+from moepress.runs.files import JOURNAL
+from moepress.runs.journal import TRACEBACK
+from moepress.runs.output import partial_folder
 from moepress.runs.phases import place_of
 from moepress.runs.text import printable
 

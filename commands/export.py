@@ -53,7 +53,7 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
               moepress export quantized --to onnx -o quantized-onnx
               moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
     """
-    from moepress.runs.journal import check_output
+    from moepress.runs.output import check_output
     from moepress.stages.places import Output, local_folders
 
     place = Output(folder=output, resume=resume, force=force)

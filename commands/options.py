@@ -75,6 +75,7 @@ targets_file_option: Decorator = click.option(
     metavar="FILE",
     help="Your own GPUs, TOML in the form of `moepress targets -h`; a row with an id of the table takes its place.",
 )
+force_option: Decorator = click.option("--force", is_flag=True, help="Replace a file of that name.")
 nonfinite_option: Decorator = click.option(
     "--allow-nonfinite", is_flag=True, help="Go on with NaN or Inf in the weights."
 )
@@ -143,7 +144,7 @@ calibration_options: Decorator = _stack(
         "--calibration",
         multiple=True,
         metavar="FILE|DIR|DATASET",
-        help="Text the experts are judged by: .txt, .jsonl, .parquet, a folder, or a hub data set. Repeatable. "
+        help="Text the experts are judged by: .txt, .json(l), .csv, .parquet, a folder, or a hub data set. Repeatable. "
         "Without it the embedded demo text is used, and the result says so.",
     ),
     click.option(

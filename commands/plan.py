@@ -10,6 +10,7 @@ import click
 from moepress.commands.console import emit, note
 from moepress.commands.options import (
     budget_options,
+    force_option,
     include_option,
     json_option,
     scheme_options,
@@ -18,7 +19,6 @@ from moepress.commands.options import (
 )
 from moepress.commands.parsed import plan_of
 from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
-from moepress.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 @scheme_options
 @include_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
+@force_option
 @json_option
-def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **options: Any) -> None:
+def plan(profiles: tuple[Path, ...], output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Decide from PROFILES which experts stay; print what each domain loses and the size before and after.
 
     Instant, and pure: the same profile and options give the same plan. The plan is JSON that can be read and edited.
@@ -50,11 +51,11 @@ def plan(profiles: tuple[Path, ...], output: Path | None, as_json: bool, **optio
               moepress plan profile --budget 12GiB -o plan.json
               moepress plan profile --target rtx-4060-ti-16gb --context 8192 -o plan.json
     """
-    from moepress.runs.journal import write_atomically
+    from moepress.runs.files import check_file, write_atomically
     from moepress.stages.places import require_profiles
 
-    if output is not None and (output.is_dir() or not output.resolve().parent.is_dir()):
-        raise UsageError(f"-o {output} is not a file in a folder that exists; write for example -o plan.json.")
+    if output is not None:
+        check_file(output, "-o", force=force)
     require_profiles(profiles)  # before anything heavy is imported
     from moepress.compress.pruning.plan import plan_text
     from moepress.stages.plan import load_profiles

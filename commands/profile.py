@@ -57,11 +57,11 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     from moepress.calibration.sources import parse_sources
     from moepress.commands.timings import check_timings, timed
     from moepress.hub.snapshot import headers_only
-    from moepress.runs.journal import check_output
+    from moepress.runs.output import check_output
     from moepress.stages.places import Output, local_folders
 
     inputs = local_folders(model)  # wrong paths are refused before anything heavy is imported
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
     calibration, machine = calibration_of(options), machine_of(options)
     parse_sources(calibration.sources, calibration.domains)

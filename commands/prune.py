@@ -62,11 +62,11 @@ def prune(model: str, output: Path, resume: bool, force: bool, plan_file: Path |
               moepress prune demo --plan plan.json --repair gain -o repaired
     """
     from moepress.commands.timings import check_timings, timed
-    from moepress.runs.journal import check_output
+    from moepress.runs.output import check_output
     from moepress.stages.places import Output, local_folders
 
     inputs = local_folders(model)  # wrong paths are refused before anything heavy is imported
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
     _check_choice(plan_file, options)
     push = push_of(options)

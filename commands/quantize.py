@@ -68,11 +68,11 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     """
     from moepress.calibration.sources import parse_sources
     from moepress.commands.timings import check_timings, timed
-    from moepress.runs.journal import check_output
+    from moepress.runs.output import check_output
     from moepress.stages.places import Output, local_folders, require_file
 
     inputs = local_folders(model)  # wrong paths are refused before anything heavy is imported
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force)  # before a model of the hub is downloaded
     if plan_file is not None:
         require_file(plan_file)
@@ -130,7 +130,7 @@ def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -
         return
     if not result["finished"]:
         return
-    note(*result["notes"])
+    note(*result["notes"], *(f"Calibration: {found}." for found in result["calibration"]["notes"]))
     _print_quantized(result, output)
 
 

@@ -83,7 +83,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
     """
     from moepress.commands.timings import check_timings, timed
     from moepress.hub.snapshot import headers_only
-    from moepress.runs.journal import check_output
+    from moepress.runs.output import check_output
 
     values = _values(model, recipe_file, options)
     quiet_libraries()
@@ -94,7 +94,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
 
     recipe = make_recipe(values)
     inputs = local_folders(recipe.model)
-    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"])
+    check_timings(options["timings"], output, inputs, dry_run=options["dry_run"], force=force)
     check_output(output, inputs, resume=resume, force=force, in_place=True)
     push = push_of(options)
     with headers_only():

@@ -10,11 +10,14 @@ from typing import Any
 
 from moepress import __version__
 from moepress.errors import UsageError
-from moepress.runs.journal import partial_folder, write_atomically
+from moepress.runs.files import check_file, write_atomically
+from moepress.runs.output import partial_folder
 from moepress.runs.phases import Clock, phase, recording
 
 
-def check_timings(file: Path | None, output: Path, inputs: Sequence[Path] = (), *, dry_run: bool = False) -> None:
+def check_timings(
+    file: Path | None, output: Path, inputs: Sequence[Path] = (), *, dry_run: bool = False, force: bool = False
+) -> None:
     """Refuse a place for the timings that could not be written, or that would change an output; before any work.
 
     Args:
@@ -22,6 +25,7 @@ def check_timings(file: Path | None, output: Path, inputs: Sequence[Path] = (), 
         output: the folder of -o.
         inputs: model folders; what lies in them goes along into outputs.
         dry_run: nothing is to be written.
+        force: a file that is there may be replaced.
 
     Raises:
         UsageError: with what to do instead.
@@ -30,12 +34,11 @@ def check_timings(file: Path | None, output: Path, inputs: Sequence[Path] = (), 
         return
     if dry_run:
         raise UsageError("--dry-run does nothing that could be timed; leave out --timings.")
-    target = file.resolve()
+    target = file.parent.resolve() / file.name  # a link at its name is replaced, not followed
     for folder in (output, partial_folder(output), *inputs):
         if folder.resolve() in (target, *target.parents):
             raise UsageError(f"--timings {file} lies inside {folder}; choose a file outside of it.")
-    if file.is_dir() or not target.parent.is_dir():
-        raise UsageError(f"--timings {file} is not a file in a folder that exists; write for example timings.json.")
+    check_file(file, "--timings", force=force)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import click
 from moepress.commands.console import quiet_libraries, show_report
 from moepress.commands.options import (
     evaluation_options,
+    force_option,
     json_option,
     machine_options,
     model_argument,
@@ -42,10 +43,11 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder for report.html, report.md, report.json, junit.xml and provenance.json.",
 )
+@force_option
 @machine_options
 @talk_options
 @json_option
-def validate(before: str, after: str, output: Path | None, as_json: bool, **options: Any) -> None:
+def validate(before: str, after: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
     """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
     tokens per second on this machine.
 
@@ -67,7 +69,7 @@ def validate(before: str, after: str, output: Path | None, as_json: bool, **opti
     from moepress.validation.report.provenance import provenance, write_provenance
 
     if output is not None:
-        validate.check_report_folder(output, inputs)
+        validate.check_report_folder(output, inputs, force=force)
     folders = [model_folder(name) for name in (before, after)]
     subjects = [validate.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:

@@ -29,7 +29,8 @@ from moepress.runs.progress import note
 
 INDEX, SINGLE, GRAPH = "model.safetensors.index.json", "model.safetensors", "model.onnx"
 BESIDE = (
-    *("config.json", "generation_config.json", "quantize_config.json", "genai_config.json", "moepress.json"),
+    *("config.json", "generation_config.json", "genai_config.json", "moepress.json"),
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "adapter_config.json"),
     *("tokenizer*.json", "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*"),
@@ -137,18 +138,26 @@ def needed_files(repo: str, names: Mapping[str, Any], index: Path | None) -> lis
         index: the downloaded index of a sharded model.
 
     Raises:
-        InvalidInputError: there are no safetensors and no ONNX model.
+        InvalidInputError: there are no safetensors and no ONNX model, or two sets of safetensors.
     """
     beside = [name for name in names if any(fnmatch(name, pattern) for pattern in BESIDE)]
     if index is not None:
-        weights = [INDEX, *(name for name in _shards(index) if name in names)]
+        shards = _shards(index)
+        if SINGLE in names and shards != {SINGLE}:
+            raise InvalidInputError(
+                f"{repo} on the hub holds two sets of weights, {SINGLE} and the shards that {INDEX} names: "
+                "transformers loads the one, vLLM and SGLang the other; download the right one and give its folder."
+            )
+        weights = [INDEX, *(name for name in shards if name in names)]
     elif SINGLE in names:
         weights = [SINGLE]
     elif GRAPH in names:
         weights = [name for name in names if name.endswith((".onnx", ".data", ".onnx_data"))]
     else:
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
-        what = f"only pickles ({pickles[0]}), which can run code and are refused" if pickles else "no weights"
+        files = sorted(name for name in names if name.endswith(".gguf"))
+        what = f"only GGUF files ({files[0]})" if files else "no weights"
+        what = f"only pickles ({pickles[0]}), which can run code and are refused" if pickles else what
         raise InvalidInputError(
             f"{repo} on the hub has {what}; name a repository with {SINGLE}, {INDEX} or {GRAPH} at its root."
         )

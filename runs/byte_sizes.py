@@ -36,3 +36,9 @@ def parse_share(text: str) -> float:
     """
     plain = text.strip()
     return float(plain.removesuffix("%").strip()) / 100 if plain.endswith("%") else float(plain)
+
+
+def mib_text(size: int) -> str:
+    """Bytes as MiB, for comparing two sizes in one sentence; one decimal below 100."""
+    mib = size / 2**20
+    return f"{mib:.1f} MiB" if mib < 100 else f"{mib:,.0f} MiB"

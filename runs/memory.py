@@ -1,11 +1,17 @@
-"""Freed memory goes back to the system: what Python's collector and glibc would keep."""
+"""Memory: freed, it goes back to the system, whatever Python's collector and glibc would keep; where it runs out, a
+batch is done in halves.
+"""
 
 import ctypes
+import errno
 import functools
 import gc
 import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from moepress.runs.phases import phase
+from moepress.runs.progress import note
 
 _MAPPED_BYTES = 4 << 20
 _ARENAS = 2
@@ -41,6 +47,45 @@ def release_memory() -> None:
         trim = getattr(_libc(), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, the system's, torch's of a device or of the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    said = ("can't allocate memory", "DefaultCPUAllocator", "not enough memory", "out of memory", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(words in text for words in said)
+
+
+def in_halves(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], what: str) -> Sequence[Result]:
+    """What `work` gives for a batch; where memory runs out it is called once more for each half.
+
+    Args:
+        items: the batch.
+        work: changes nothing before it has all of its result, which is one entry for each item or part.
+        what: the items, for a note.
+    """
+    try:
+        return work(items)
+    except (MemoryError, RuntimeError) as error:
+        if len(items) < 2 or not is_out_of_memory(error):
+            raise
+    release_memory()  # here, where nothing holds the frames of what failed
+    _tell(f"Memory ran out with {len(items)} {what} at once, which are done in two halves; last bits may differ.")
+    half = (len(items) + 1) // 2
+    return [*work(items[:half]), *work(items[half:])]
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    note(text)  # once, however many batches there are
 
 
 @functools.cache

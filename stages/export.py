@@ -7,6 +7,7 @@ from typing import Any
 
 from moepress import __version__
 from moepress.calibration.profile import fingerprint
+from moepress.compress.estimates.export import layout_bytes
 from moepress.compress.gptq.include import Include, linear_groups
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
 from moepress.converters.safetensors.artifact import open_artifact, open_source
@@ -14,8 +15,10 @@ from moepress.converters.safetensors.export import Exported, Target, check_targe
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.runs.journal import check_output, open_run
-from moepress.stages.groundwork import require_room
+from moepress.models.storage.inside import watched
+from moepress.runs.journal import open_run
+from moepress.runs.output import check_output
+from moepress.stages.groundwork import announce, require_room
 from moepress.stages.places import Output, model_folder
 
 
@@ -59,12 +62,15 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     """Lay a quantized folder out in another format."""
     folder = model_folder(artifact_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     artifact = open_artifact(folder)
+    announce(artifact)
     if artifact.layout == target:
         raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
     check_target(artifact, target)
+    require_room(output, layout_bytes(artifact, target))
     settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
-    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         return export(artifact, target, run)
 
 
@@ -108,7 +114,9 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
 
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     source = open_source(folder)
+    announce(source)
     decoder = plan_onnx(source, request)
     require_room(output, onnx_bytes(decoder))
     settings = {
@@ -120,7 +128,7 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
         "kernel": request.kernel,
         "accuracy_level": request.accuracy_level,
     }
-    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         made = write_onnx(source, decoder, request, run)
         found: Any = None
         if check:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from moepress.calibration.records import Conversation
+from moepress.calibration.templates import ChatTemplate, Refused
 from moepress.converters.onnx.folder import is_onnx, open_onnx
 from moepress.converters.onnx.runtime import installed_version
 from moepress.converters.safetensors.artifact import open_source
@@ -16,7 +18,7 @@ from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.folder import read_json
-from moepress.stages.groundwork import load_tokenizer
+from moepress.stages.groundwork import announce, load_tokenizer
 from moepress.stages.places import Machine, model_folder
 from moepress.validation.quality.generate import (
     Decoder,
@@ -110,6 +112,7 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     source = open_source(folder)
+    announce(source)
     config = hf_config(source.config)
     return Runnable(
         context=int(config.max_position_embeddings),
@@ -215,17 +218,17 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
         raise UsageError("The prompt is not valid UTF-8 text; give it in UTF-8.") from error
     if not chat:
         return list(tokenizer(prompt)["input_ids"])
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("The model's tokenizer has no chat template; leave --chat out and write the prompt as text.")
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
+    with ChatTemplate(tokenizer) as template:
+        if not template.there:
+            raise UsageError(
+                "The model's tokenizer has no chat template; leave --chat out and write the prompt as text."
+            )
+        said = Conversation(messages=[{"role": "user", "content": prompt}])
+        (text,) = template.render([said], add_generation_prompt=True)
+    if isinstance(text, Refused):
         raise InvalidInputError(
-            f"The tokenizer's chat template can not be used ({error}); mend it, or leave --chat out."
-        ) from error
+            f"The tokenizer's chat template can not be used ({text.reason}); mend it, or leave --chat out."
+        )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
 
 

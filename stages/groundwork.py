@@ -3,8 +3,9 @@ room on the disk, and a run that can be gone on with.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +17,104 @@ from moepress.calibration.profile import fingerprint
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.pruning.plan import Plan, check_plan
-from moepress.errors import InvalidInputError, MoepressError
+from moepress.converters.safetensors.artifact import Artifact
+from moepress.errors import MoepressError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
 from moepress.models.storage.checkpoint import Checkpoint, Source
-from moepress.runs.journal import Run, open_run, partial_folder, previous_settings
+from moepress.runs.byte_sizes import mib_text
+from moepress.runs.files import mount_of
+from moepress.runs.inputs import Stamps
+from moepress.runs.journal import Run, open_run
+from moepress.runs.output import partial_folder
 from moepress.runs.phases import phase
+from moepress.runs.progress import note
+from moepress.runs.rows import first_settings
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, Machine, Output
+from moepress.stages.tokenizer import read_tokenizer
+
+MOST_TOKENS = 1 << 30
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; code from the folder is never run.
+    """The model's tokenizer (`stages.tokenizer`); what is to be said of it is said on stderr.
 
     Raises:
-        InvalidInputError: there is none, or transformers cannot read it.
+        InvalidInputError: there is none, or a file of it is broken.
+        UnsupportedError: it needs code of the folder, or a package that is not installed.
     """
-    from transformers import AutoTokenizer
+    found = read_tokenizer(folder)
+    _say(folder, found.notes)
+    return found.tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types here
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".:")
-        raise InvalidInputError(
-            f"{folder} has no tokenizer that transformers can read ({reason}); put the tokenizer files of the original "
-            "model into it."
-        ) from error
+
+def announce(source: Checkpoint | Artifact) -> None:
+    """Say on stderr what was noted when a folder was opened; once, however many stages open it."""
+    _say(source.folder, source.notes)
+
+
+def _say(folder: Path, notes: Sequence[str]) -> None:
+    new = [text for text in notes if (folder, text) not in _ANNOUNCED]
+    _ANNOUNCED.update((folder, text) for text in new)
+    note(*new)
+
+
+_ANNOUNCED: set[tuple[Path, str]] = set()
+
+
+def require_context(option: str, tokens: int | None, context: int) -> None:
+    """Refuse sequences that are longer than those a model was made for.
+
+    Raises:
+        UsageError: with the model's context.
+    """
+    if tokens is not None and tokens > context:
+        raise UsageError(
+            f"{option} {tokens} exceeds the model's context of {context} tokens (max_position_embeddings in "
+            "config.json); give no more than that."
+        )
 
 
 @phase("start")
 def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabulary: int) -> Corpus:
-    """Tokenized calibration windows."""
+    """Tokenized calibration windows.
+
+    Raises:
+        UsageError: the model has no context for such a window, or there are more tokens than any text has.
+        InvalidInputError: the text can not be read.
+    """
+    require_context("--window", calibration.window, context)
+    if calibration.tokens is not None and calibration.tokens > MOST_TOKENS:
+        raise UsageError(
+            f"--tokens {calibration.tokens} are more than {MOST_TOKENS:,}; some hundred thousand are usual, the "
+            f"default is {DEFAULT_TOKENS:,}."
+        )
     sources = parse_sources(calibration.sources, calibration.domains)
     tokens = calibration.tokens or (DEFAULT_TOKENS if sources else EMBEDDED_TOKENS)
-    return build_corpus(
+    found = read_tokenizer(folder)
+    _say(folder, found.notes)
+    corpus = build_corpus(
         sources or embedded_sources("calibration"),
-        load_tokenizer(folder),
+        found.tokenizer,
         tokens=tokens,
         window=calibration.window or min(context, DEFAULT_WINDOW),
         seed=calibration.seed,
         vocab_size=vocabulary,
     )
+    return replace(corpus, notes=(*corpus.notes, *(text.rstrip(".") for text in found.notes)))
 
 
 @contextmanager
 def model_run(
-    output: Output, model: StreamedModel, corpus: Corpus, machine: Machine, settings: Mapping[str, Any]
+    output: Output,
+    model: StreamedModel,
+    corpus: Corpus,
+    machine: Machine,
+    settings: Mapping[str, Any],
+    inputs: Stamps | None = None,
 ) -> Iterator[tuple[Run, Limits]]:
     """Open a run that depends on a forward pass: batch sizes are part of the settings, and a resume keeps them."""
-    before = previous_settings(partial_folder(output.folder)) if output.resume else {}
+    before = first_settings(partial_folder(output.folder)) if output.resume else {}
     memory = machine.memory_bytes or before.get("memory_bytes")
     window = int(corpus.windows.shape[1])
     limits = choose_limits(model.shape, window, memory, before.get("batch_windows"), model.device)
@@ -77,7 +128,7 @@ def model_run(
         "batch_windows": limits.batch_windows,
         **settings,
     }
-    with open_run(output.folder, every, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, every, resume=output.resume, force=output.force, inputs=inputs) as run:
         yield run, limits
 
 
@@ -114,8 +165,8 @@ def require_room(output: Output, disk_bytes: int) -> None:
     parent, free = free_disk(output)
     if free < disk_bytes and not output.resume:
         raise MoepressError(
-            f"{parent} has {free / 2**30:.1f} GiB free and the output needs about "
-            f"{disk_bytes / 2**30:.1f} GiB; make room or write to another disk."
+            f"The disk at {mount_of(parent)} has {mib_text(free)} free and the output {output.folder} needs about "
+            f"{mib_text(disk_bytes)}; make room or write to another disk."
         )
 
 

@@ -24,8 +24,8 @@ from moepress.models.families.family import Part, Shape, legal_counts
 from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.stages.groundwork import workload
-from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, model_folder
+from moepress.stages.groundwork import announce, workload
+from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, context_notes, model_folder
 from moepress.validation.speed.projection import FORMULAS, Load, load_of
 from moepress.validation.speed.targets import (
     DEFAULT_CONTEXT,
@@ -72,6 +72,7 @@ def inspect_model(
     """
     targets = all_targets(targets_file) if only is None else (target_of(only, targets_file),)
     checkpoint = open_checkpoint(model_folder(model_name))
+    announce(checkpoint)
     check_tensors(
         checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=checkpoint.folder
     )
@@ -184,7 +185,8 @@ def target_fits(
         "counts": rows,
         "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache),
     }
-    return found | {"answer": answer(found, targets, _making_bytes(checkpoint, figures, scheme))}
+    said = answer(found, targets, _making_bytes(checkpoint, figures, scheme))
+    return found | {"answer": [*said, *context_notes(context, shape.context)]}
 
 
 def pressed_load(figures: Figures, sizes: Mapping[Part, int], count: int, cache_bytes_per_token: int) -> Load:

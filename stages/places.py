@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepress.errors import InvalidInputError
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
+from moepress.models.storage.misnamed import misnamed
+from moepress.runs.files import open_plain
 
 DEMO = "demo"
 DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
@@ -84,6 +86,8 @@ def _place(name: str) -> Path | HubModel:
         return Path(demo.__file__).parent
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise _refused_file(folder)
     model = hub_model(name)
     if model is None or folder.exists():
         raise InvalidInputError(
@@ -91,6 +95,16 @@ def _place(name: str) -> Path | HubModel:
             "`demo`."
         )
     return model
+
+
+def _refused_file(file: Path) -> MoepressError:
+    try:
+        other = misnamed(file)
+    except OSError as error:
+        return InvalidInputError(f"Cannot read {file}: {error.strerror or error}.")
+    if other is not None:
+        return UnsupportedError(other)
+    return InvalidInputError(f"{file} is a file, not a folder; give the folder that it lies in.")
 
 
 def display_name(folder: Path, given: str) -> str:
@@ -119,7 +133,14 @@ def require_file(file: Path) -> None:
         InvalidInputError: as `read_json` would.
     """
     try:
-        with file.open("rb"):
-            pass
+        open_plain(file).close()
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
+
+
+def context_notes(tokens: int | None, context: int) -> list[str]:
+    """What to know of a KV cache for more tokens than a model was made for."""
+    if tokens is None or tokens <= context:
+        return []
+    said = f"The context of {tokens:,} tokens exceeds the model's own of {context:,}"
+    return [f"{said}: a runtime takes it only with an extended rope, stated in config.json."]

@@ -17,6 +17,7 @@ from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Shape, legal_counts
 from moepress.models.forward.inventory import cache_bytes
+from moepress.stages.places import context_notes
 from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, target_of
 
 FEW_BITS_NOTE = (
@@ -203,6 +204,7 @@ def _notes(profile: Profile, chosen: Candidate, group_size: int, budget: Budget)
         notes.append(MIXED_NOTE)
     if widths & {2, 3}:
         notes.append(FEW_BITS_NOTE)
+    notes += context_notes(budget.context, profile.shape.context)
     measured = probe_scheme(profile.shape, SUPPORTED_BITS[0]).group_size
     if widths and group_size != measured:
         notes.append(f"The losses by bits were measured with groups of {measured}, not of {group_size}.")

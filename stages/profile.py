@@ -13,8 +13,9 @@ from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import measure_rates
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.runs.journal import check_output
-from moepress.stages.groundwork import free_disk, load_corpus, model_run, require_room, streamed, workload
+from moepress.models.storage.inside import watched
+from moepress.runs.output import check_output
+from moepress.stages.groundwork import announce, free_disk, load_corpus, model_run, require_room, streamed, workload
 from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
 
 
@@ -31,7 +32,9 @@ def profile_stage(
     """Run the model over calibration text and write its profile."""
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    announce(checkpoint)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
@@ -46,7 +49,7 @@ def profile_stage(
         "seed": calibration.seed,
     }
     probe = bit_loss_probe(checkpoint.config) if bit_losses else None
-    with model_run(output, model, corpus, machine, settings) as (run, limits):
+    with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
         statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
         profile = Profile(
             model=digest,
@@ -61,6 +64,7 @@ def profile_stage(
             statistics=statistics,
         )
         save_profile(profile, run.folder)
+        run.require_ready()
         drop_hidden(run)
         run.finish()
     return profile
@@ -78,6 +82,7 @@ def profile_estimate(
     """What `profile` would take; without an output its disk is taken to have room."""
     folder = model_folder(model_name)
     checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
     work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)

@@ -11,9 +11,11 @@ from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries, prune
 from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp
-from moepress.runs.journal import check_output, open_run
-from moepress.stages.groundwork import checked_plan, require_room
+from moepress.runs.journal import open_run
+from moepress.runs.output import check_output
+from moepress.stages.groundwork import announce, checked_plan, require_room
 from moepress.stages.places import Output, model_folder
 
 
@@ -29,11 +31,13 @@ def prune_stage(
     """Rewrite the checkpoint without the experts that the plan leaves out."""
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     checked_plan(checkpoint, plan)
     keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
     size = planned_bytes(planned_entries(checkpoint, keep))  # known to the byte before any is written
     if dry_run:
+        announce(checkpoint)
         rates = measure_rates(checkpoint, torch.device("cpu"), torch.float32)
         return asdict(estimate_prune(size, rates))
     require_room(output, size)
@@ -46,5 +50,5 @@ def prune_stage(
         "mtp": mtp.value,
         "allow_nonfinite": allow_nonfinite,
     }
-    with open_run(output.folder, settings, resume=output.resume, force=output.force) as run:
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         return prune(checkpoint, plan, run, mtp=mtp)

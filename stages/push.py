@@ -14,7 +14,7 @@ from typing import Any
 from moepress import __version__
 from moepress.errors import MoepressError, UsageError
 from moepress.hub.snapshot import hub_model, library_bars, library_errors, reason_of
-from moepress.runs.journal import JOURNAL, LOCK, TEMPORARY, write_atomically
+from moepress.runs.files import JOURNAL, LOCK, TEMPORARY, write_atomically
 from moepress.runs.progress import note
 from moepress.stages.places import model_folder
 from moepress.validation.report.model_card import CARD_NAME, plain_card

@@ -20,9 +20,10 @@ from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
-from moepress.runs.journal import check_output
-from moepress.stages.groundwork import checked_plan, load_corpus, model_run, require_room, streamed, workload
+from moepress.runs.output import check_output
+from moepress.stages.groundwork import announce, checked_plan, load_corpus, model_run, require_room, streamed, workload
 from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
 
 
@@ -57,7 +58,9 @@ def quantize_stage(
     """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder)
+    announce(checkpoint)
     if mtp is Mtp.KEEP:
         refuse_quantized_mtp(checkpoint)
     shape = checkpoint.shape
@@ -113,6 +116,7 @@ def quantize_stage(
     summary = {
         "model": digest,
         "model_name": display_name(folder, model_name),
+        "source_notes": list(checkpoint.notes),
         "calibration": describe_corpus(corpus, calibration.seed),
         "experts_before": shape.experts,
         "experts": plan.experts if plan else shape.experts,
@@ -120,7 +124,7 @@ def quantize_stage(
         "hessian": settings["hessian"],
         "solver": settings["solver"],
     }
-    with model_run(output, model, corpus, machine, settings) as (run, limits):
+    with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
         result = quantize(
             model,
             corpus,

@@ -24,8 +24,11 @@ from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp
-from moepress.runs.journal import Run, check_output
+from moepress.runs.files import put, read_text
+from moepress.runs.journal import Run
+from moepress.runs.output import check_output
 from moepress.stages.groundwork import checked_plan, load_corpus, model_run, require_room, streamed, workload
 from moepress.stages.places import Calibration, Machine, Output, model_folder
 
@@ -65,6 +68,7 @@ def prune_repaired_stage(
     """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
     check_repair(checkpoint, plan.experts, parts)
     checked_plan(checkpoint, plan)
@@ -82,7 +86,7 @@ def prune_repaired_stage(
         "mtp": mtp.value,
         "allow_nonfinite": allow_nonfinite,
     }
-    with model_run(output, streams[0], corpus, machine, settings) as (run, limits):
+    with model_run(output, streams[0], corpus, machine, settings, inputs) as (run, limits):
         repairs = _find(streams, plan, parts, corpus, calibration, run, limits)
         return prune(checkpoint, plan, run, mtp=mtp, repairs=repairs)
 
@@ -98,6 +102,7 @@ def repair_stage(
     """Find the repairs without writing a pruned model: a folder with `repair.json`, for `quantize_stage` to use."""
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
     checkpoint = open_checkpoint(folder)
     check_repair(checkpoint, plan.experts, parts)
     checked_plan(checkpoint, plan)
@@ -106,9 +111,10 @@ def repair_stage(
     require_room(output, estimate_repair(figures_of(checkpoint), work).disk_bytes)
     streams = _streams(checkpoint, plan, machine)
     settings = _settings("repair", plan, parts, calibration)
-    with model_run(output, streams[0], corpus, machine, settings) as (run, limits):
+    with model_run(output, streams[0], corpus, machine, settings, inputs) as (run, limits):
         repairs = _find(streams, plan, parts, corpus, calibration, run, limits)
-        (run.folder / REPAIR_FILE).write_text(repairs.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        put(run.folder / REPAIR_FILE, (repairs.model_dump_json(indent=1) + "\n").encode())
+        run.require_ready()
         drop_walk(run)
         run.finish()
     return repairs
@@ -122,7 +128,7 @@ def load_repairs(folder: Path) -> Repairs:
     """
     file = folder / REPAIR_FILE
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"Cannot read {file} ({error}); repair again.") from error
     return parse_repairs(text, file)

@@ -21,17 +21,21 @@ from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx.runtime import require_onnxruntime, session_providers
 from moepress.converters.safetensors.artifact import Artifact, open_source
-from moepress.errors import InvalidInputError, MoepressError, UsageError
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
 from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits, default_memory
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
-from moepress.stages.groundwork import load_tokenizer
-from moepress.stages.places import DEFAULT_WINDOW, Machine
+from moepress.runs.output import check_writable, resolve_output
+from moepress.runs.rows import holds_journal
+from moepress.stages.groundwork import announce, load_tokenizer, require_context
+from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.stages.shown import checks_section, environment, samples_section, subject_info
+from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Subject, measure, vocabulary_of
 from moepress.validation.quality.thresholds import Thresholds, judge
+from moepress.validation.report.files import JSON_NAME, foreign_files
 from moepress.validation.report.places import without_places
 from moepress.validation.report.schema import Report
 from moepress.validation.speed.fits import fits_section
@@ -84,6 +88,7 @@ def load_evaluation(
 
 def evaluation_corpus(folder: Path, evaluation: Evaluation, *, context: int, vocabulary: int) -> EvaluationCorpus:
     """The windows that an evaluation describes, for a model of that context and vocabulary, tokenizer in `folder`."""
+    require_context("--window", evaluation.window, context)
     return load_evaluation(
         folder,
         evaluation.data,
@@ -102,7 +107,9 @@ def open_subject(label: str, folder: Path) -> Subject:
         UnsupportedError: it is an ONNX folder, and onnx or ONNX Runtime is not installed.
     """
     if not is_onnx(folder):
-        return subject_of(label, open_source(folder))
+        source = open_source(folder)
+        announce(source)
+        return subject_of(label, source)
     require_onnxruntime()
     return onnx_subject(label, open_onnx(folder))
 
@@ -137,11 +144,11 @@ def tokenizer_folder(folders: Sequence[Path]) -> Path:
     Raises:
         InvalidInputError: none has one; of the first folder.
     """
-    first: InvalidInputError | None = None
+    first: MoepressError | None = None
     for folder in folders:
         try:
-            load_tokenizer(folder)
-        except InvalidInputError as error:
+            read_tokenizer(folder)
+        except (InvalidInputError, UnsupportedError) as error:
             first = first or error
         else:
             return folder
@@ -171,18 +178,32 @@ def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan, repairs: Repa
     )
 
 
-def check_report_folder(folder: Path, models: Sequence[Path]) -> None:
-    """Refuse a place for a report that is a file, a model, or a folder with other things in it.
+def check_report_folder(folder: Path, models: Sequence[Path], *, force: bool = False) -> None:
+    """Refuse a place for a report that is a file, a model, a run, or a folder with other things in it. A report that is
+    there is written again.
+
+    Args:
+        folder: where the report is to be.
+        models: what it is about.
+        force: files that have the names of a report's may be replaced.
 
     Raises:
         UsageError: with what to do instead.
     """
-    target = folder.resolve()
+    target = resolve_output(folder)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"The output {folder} is a file; give the name of a folder for the report.")
     if any(target == m.resolve() or m.resolve() in target.parents for m in models):
         raise UsageError(f"The output {folder} lies inside a model's folder; choose another one.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
+    check_writable(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if holds_journal(folder):
+        raise UsageError(f"The output {folder} is a run's folder, with a report of its own; choose another folder.")
+    foreign = foreign_files(folder)
+    if foreign and not force:
+        raise UsageError(f"{foreign[0]} is not of a report of moepress; choose another folder, or pass --force.")
+    if not (force or (folder / JSON_NAME).exists()):
         raise UsageError(f"The output {folder} holds other files; choose another folder for the report.")
 
 
@@ -231,7 +252,6 @@ def validate_stage(
         vocabulary=vocabulary_of(subjects[0].source),
     )
     window = int(corpus.windows.shape[1])
-    _check_contexts(folders, window)
     quality = measure(
         subjects,
         corpus,
@@ -241,7 +261,8 @@ def validate_stage(
         scratch_folder=work,
         onnx_device=provider,
     )
-    timed, samples, notes = None, None, tuple(sections.pop("notes", ()))
+    notes = (*sections.pop("notes", ()), *context_notes(evaluation.context, _context(subjects[0])))
+    timed, samples = None, None
     if evaluation.throughput:
         with_folder = [s for s in (subjects[0], *also_timed, *subjects[1:]) if s.folder is not None]
         bench = Bench(device=device, dtype=choose_dtype("auto", device), onnx_device=provider)
@@ -316,14 +337,6 @@ def _check_onnx(folders: Sequence[OnnxFolder], device: str) -> None:
             raise MoepressError(
                 f"{folder.folder} has {folder.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "
                 "free; a session holds the whole model. Free some memory, or use a larger machine."
-            )
-
-
-def _check_contexts(folders: Sequence[OnnxFolder], window: int) -> None:
-    for folder in folders:
-        if window > folder.context:
-            raise UsageError(
-                f"--window {window} exceeds the {folder.context} tokens that {folder.folder} has room for."
             )
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,8 @@ gc.unfreeze = lambda: None  # or `settle` would look through all that is set asi
 os.fsync = lambda _file: None  # no test outlives a power cut; processes of their own do wait for the disk
 os.environ.pop("GITHUB_STEP_SUMMARY", None)  # or every validate of a test would write to the summary of our own CI
 # What is remembered of models in a cache must not come from, or go to, that of the person who runs the tests.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moepress-tests-")
+_cache = tempfile.TemporaryDirectory(prefix="moepress-tests-")  # removed as the process ends
+os.environ["XDG_CACHE_HOME"] = _cache.name
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other, minutes in all where tests run in parallel
 
 TinyFactory = Callable[..., Path]
@@ -64,3 +66,23 @@ def tiny_copy(tiny_model: TinyFactory, tmp_path: Path) -> TinyFactory:
         return folder
 
     return get
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many spoiled inputs are tried, and of which seed."""
+    parser.addoption("--inputs", type=int, default=300, help="spoiled inputs that tests/faults tries in all")
+    parser.addoption("--seed", default="0", help="of the spoiled inputs; `random` takes a new one and prints it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A random seed is drawn once, for all processes, and printed, so that what it found can be repeated."""
+    if config.option.seed == "random":
+        config.option.seed = str(random.SystemRandom().randrange(1 << 32))
+        print(f"spoiled inputs: --inputs {config.option.inputs} --seed {config.option.seed}")
+
+
+@pytest.fixture(scope="session")
+def fuzz(request: pytest.FixtureRequest) -> tuple[int, int]:
+    """How many inputs, and the seed; the same in all processes of a parallel run."""
+    inputs, seed = request.config.getoption("--inputs"), request.config.getoption("--seed")
+    return int(inputs), int(seed)

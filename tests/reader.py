@@ -77,9 +77,12 @@ class Reader:
     def run(self, line: str) -> None:
         """Run a command of a document; where it makes something, as if for the first time."""
         words = shlex.split(re.split(r" >>? ", line)[0])[1:]  # whatever stdout is sent to, the test holds it
-        place = next((Path(words[n + 1]) for n, word in enumerate(words[:-1]) if word in {"-o", "--output"}), None)
-        if place is not None and place.is_dir() and not {"--resume", "--force"} & set(words):
-            shutil.rmtree(place)
+        outputs = {"-o", "--output", "--timings"}
+        for place in (Path(words[n + 1]) for n, word in enumerate(words[:-1]) if word in outputs):
+            if place.is_dir() and not {"--resume", "--force"} & set(words):
+                shutil.rmtree(place)
+            elif place.is_file():
+                place.unlink()
         self._publish(words)
         short = SHORT.get(words[0], TEXT if "--repair" in words else ())
         code, printed, errors = command(*words, *short)

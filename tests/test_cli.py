@@ -20,7 +20,7 @@ from stage_runs import command, content
 from moepress.cli import cli
 from moepress.compress.pruning.plan import COLLAPSE_NOTE
 from moepress.models.families.table import FAMILIES
-from moepress.runs.journal import JOURNAL
+from moepress.runs.files import JOURNAL
 from moepress.stages.places import model_folder
 
 SMALL = ["--tokens", "512", "--window", "32"]
@@ -197,10 +197,10 @@ def test_an_output_that_another_process_writes_exits_6(folder: Path, tmp_path: P
     assert content(work) == before
 
 
-def test_an_output_that_cannot_be_made_exits_1_naming_it(folder: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_made_is_refused_naming_it(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     result = command("prune", "demo", "--plan", folder / "plan.json", "-o", tmp_path / "file" / "out")
-    assert str(tmp_path / "file") in refused(result, 1)
+    assert str(tmp_path / "file") in refused(result, 2)
 
 
 def parsed(result: tuple[int, str, str]) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def _weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
         return values * 0.1
     if "embed_tokens" in name or "lm_head" in name:
         return values * 0.5
-    return values * like.shape[-1] ** -0.5  # keeps the scale of what passes through
+    return values * max(like.shape[-1], 1) ** -0.5  # keeps the scale of what passes through
 
 
 def make(

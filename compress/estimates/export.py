@@ -16,6 +16,7 @@ from moepress.compress.estimates.footprint import libraries_bytes
 from moepress.compress.estimates.rates import Rates
 from moepress.compress.gptq.pieces import PIECE_BYTES
 from moepress.converters.onnx.weights import block_size
+from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part
 
@@ -50,6 +51,19 @@ def gptq_bytes(figures: Figures, pressed: Pressed) -> int:
         number * (_gptq_matrix(rows, columns, scheme) - matrix_bytes(rows, columns, scheme, scale))
         for rows, columns, scheme, number in _matrices(figures, pressed)
     )
+
+
+def layout_bytes(artifact: Artifact, target: str) -> int:
+    """Bytes of all tensors of a quantized folder in another layout: of GPTQ exactly, else a little more."""
+    total = 0
+    for name, shape in artifact.shapes.items():
+        if not artifact.is_quantized(name):
+            total += artifact.stored[name].bytes
+        elif target == "gptq":
+            total += _gptq_matrix(shape[0], shape[1], artifact.scheme_of(name))
+        else:
+            total += matrix_bytes(shape[0], shape[1], artifact.scheme_of(name), 2)
+    return total
 
 
 def onnx_bytes_after(original_bytes: int, figures: Figures, pressed: Pressed, *, bias: bool) -> int:

@@ -48,7 +48,8 @@ def linear_groups(
     wanted, groups = set(include), list[LinearGroup]()
     by_part: dict[Part, list[str]] = {}
     for name in source.outline.names_by_layer.get(layer, []) if names is None else names:
-        if len(source.shapes[name]) != 2 or not name.endswith(".weight"):
+        shape = source.shapes[name]
+        if len(shape) != 2 or 0 in shape or not name.endswith(".weight"):  # a shared expert may have no width at all
             continue
         by_part.setdefault(part_of(source.family, name, layers), []).append(name)
     for part, kind in _PARTS.items():

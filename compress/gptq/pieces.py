@@ -8,7 +8,7 @@ from typing import Any
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import is_fused
-from moepress.runs.journal import Piece
+from moepress.runs.pieces import Piece
 
 # What a killed run may lose, what --max-pieces counts, and what is held in memory until it is written. 256 MiB are 9
 # experts of DeepSeek-R1 at 4 bits, and 29 files for each of its layers.

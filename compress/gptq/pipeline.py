@@ -6,6 +6,7 @@ stopped after as many pieces as were asked for, finds its finished pieces, takes
 solving, and so ends with the same bytes.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -60,13 +61,15 @@ from moepress.models.forward.walk import (
     open_stream,
     read_ahead,
 )
+from moepress.models.storage.experts import Expert
 from moepress.models.storage.mtp import mtp_note
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
 from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
-from moepress.runs.journal import Piece, Run
-from moepress.runs.memory import release_memory
+from moepress.runs.journal import Run
+from moepress.runs.memory import in_halves, release_memory
 from moepress.runs.phases import in_layer, phase
+from moepress.runs.pieces import Piece
 from moepress.runs.progress import track
 
 _FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
@@ -254,9 +257,9 @@ def _do_chunk(
             loaded = dict(itertools.islice(weights, job.at_once))
             if done is None:
                 assert pooled is not None
-                hessian, sample, originals = pooled
-                options = job.options.of_layer(layer)
-                solved = solve_experts(job.stream, layer, loaded, positions, hessian, sample, options, originals)
+                solved: Sequence[CodedExpert] = in_halves(
+                    batch, functools.partial(_solve, job, layer, loaded, positions, pooled), "experts"
+                )
             else:
                 solved = [_read_expert(job, stored, layer, expert) for expert in batch]
             if job.reference is not None:
@@ -272,6 +275,19 @@ def _do_chunk(
             release_memory()
     if done is None:
         _write_piece(job, piece, [tensor_entry(name, tensor) for name, tensor in tensors.items()], note)
+
+
+def _solve(
+    job: Job,
+    layer: int,
+    loaded: Mapping[int, Expert],
+    positions: Sequence[tuple[Tensor, Tensor]],
+    pooled: tuple[Tensor, Tensor, Originals | None],
+    experts: Sequence[int],
+) -> list[CodedExpert]:
+    """Those experts of a batch."""
+    weights, (hessian, sample, originals) = {expert: loaded[expert] for expert in experts}, pooled
+    return solve_experts(job.stream, layer, weights, positions, hessian, sample, job.options.of_layer(layer), originals)
 
 
 def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[str, Any]) -> None:
@@ -405,6 +421,7 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
     note = {"moepress": __version__, "stage": "quantize", "include": sorted(job.include), **result}
     note["scheme"] = {"bits": options.scheme.bits, "group_size": options.scheme.group_size}
     write_json(run.folder / "moepress.json", note | dict(summary))
+    run.require_ready()
     for name in [p for p in run.pieces if p.startswith("hidden-")]:
         run.drop(name)
     run.finish()

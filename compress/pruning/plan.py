@@ -27,6 +27,7 @@ from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape, require_legal
 from moepress.models.storage.folder import read_json
+from moepress.models.storage.inside import require_own
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 COLLAPSE_NOTE = (
@@ -229,7 +230,10 @@ def load_plan(file: Path) -> Plan:
         InvalidInputError: it is not a plan, or its keep lists contradict each other.
     """
     try:
+        require_own(file)
         plan = Plan.model_validate(read_json(file))
+    except OSError as error:
+        raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

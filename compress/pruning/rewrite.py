@@ -78,7 +78,7 @@ def prune(
         "experts": plan.experts,
         "mtp_keep": {str(layer): kept for layer, kept in predicting.items()},
         "copied": copied,
-        "notes": mtp_note(dropped, predicting, plan.experts_before),
+        "notes": [*checkpoint.notes, *mtp_note(dropped, predicting, plan.experts_before)],
     }
     if repairs is not None:
         result["repair"] = repairs.model_dump(mode="json")
@@ -86,6 +86,7 @@ def prune(
         run.folder / "moepress.json", {"moepress": __version__, "stage": "prune", **result, "plan": _summary(plan)}
     )
     if repairs is not None:
+        run.require_ready()
         drop_walk(run)
     run.finish()
     return result

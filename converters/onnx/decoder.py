@@ -115,7 +115,8 @@ def layer_file(layer: int) -> str:
 def _require_tensors(build: Build, layers: int) -> None:
     """What every decoder has; experts are checked where they are used."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
-    expected = {name for name in build.model.state_dict() if ".experts." not in name and ".mlp.gate." not in name}
+    stored = {name for name, tensor in build.model.state_dict().items() if tensor.numel()}
+    expected = {name for name in stored if ".experts." not in name and ".mlp.gate." not in name}
     names += [n for n in sorted(expected) if n.startswith("model.layers.") and int(n.split(".")[2]) < layers]
     require_whole(build.weights.source, names)
 

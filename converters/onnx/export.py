@@ -28,6 +28,7 @@ from moepress.errors import UnsupportedError
 from moepress.models.families.family import layer_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.writer import copy_companions, write_json
+from moepress.runs.files import rewrite
 from moepress.runs.journal import Run
 from moepress.runs.progress import track
 
@@ -126,7 +127,8 @@ def _write(entries: Any, path: Path) -> None:
 
 
 def _bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    with rewrite(path) as stream:
+        stream.write(data)
 
 
 def _write_beside(

@@ -18,7 +18,8 @@ from typing import Any
 
 from moepress.converters.onnx.runtime import require_onnx
 from moepress.errors import InvalidInputError
-from moepress.models.storage.folder import in_hub_cache, load_config, read_json
+from moepress.models.storage.folder import load_config, read_json
+from moepress.models.storage.inside import in_hub_cache
 
 MODEL, GENAI_CONFIG, SUMMARY = "model.onnx", "genai_config.json", "moepress.json"
 _FLOAT, _FLOAT16, _EXTERNAL = 1, 10, 1

@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from moepress import __version__
 from moepress.models.storage.writer import Entry
+from moepress.runs.files import rewrite, room_for
 
 OPSET, CONTRIB_OPSET, IR_VERSION = 23, 1, 11  # what ONNX Runtime 1.31 knows
 CONTRIB = "com.microsoft"
@@ -125,7 +126,7 @@ def file_bytes(entries: Sequence[Entry]) -> int:
 
 def write_weights(file: Path, entries: Sequence[Entry]) -> None:
     """Write a file of weights as a stream; needs the memory of one chunk of one weight."""
-    with file.open("wb") as stream:
+    with room_for(file, file_bytes(entries), resumable=True), rewrite(file) as stream:
         for entry, begin in layout(entries):
             stream.write(bytes(begin - stream.tell()))
             for chunk in entry.data():

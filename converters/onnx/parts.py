@@ -42,8 +42,8 @@ class Build:
         return self.graph.node("Cast", [value], name, to=to)
 
     def has(self, name: str) -> bool:
-        """Whether the folder has that tensor."""
-        return name in self.weights.source.shapes
+        """Whether the folder has that tensor, with anything in it: a shared expert may have no width."""
+        return 0 not in self.weights.source.shapes.get(name, (0,))
 
 
 def linear(build: Build, file: str, disk_name: str, value: str, scope: str) -> str:

@@ -13,9 +13,11 @@ from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family
 from moepress.models.families.table import family_of
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint, require_finite
-from moepress.models.storage.folder import load_config, open_shards
+from moepress.models.storage.folder import load_config, open_shards, unread_weights
+from moepress.models.storage.foreign import refuse_foreign
 from moepress.models.storage.outline import Outline, outline_of
 from moepress.models.storage.safetensors_file import Stored
+from moepress.models.storage.settled import leftover_quantization, settle
 from moepress.models.storage.tensors import read_row, read_tensor
 
 
@@ -32,15 +34,16 @@ class Artifact:
 
     Attributes:
         folder: where it lies.
-        config: config.json, parsed.
+        config: config.json, parsed and settled (`storage.settled`).
         family: the row of the family table.
         outline: what config and names say.
-        stored: every tensor in every shard.
+        stored: every tensor in every shard, but those that are dropped.
         shards: shard file names.
         shapes: the dense tensors that `read` gives.
         schemes: bits and group size, with the modules they are for; one for all Linears unless bits are mixed.
         layout: `compressed-tensors` or `gptq`.
         suffixes: the quantized tensors that stand for one weight.
+        notes: what was settled or is left out, for people.
         exact: `read` multiplies in fp32 instead of the scales' dtype, as runtimes do that keep the codes.
     """
 
@@ -54,6 +57,7 @@ class Artifact:
     schemes: compressed_tensors_config.Groups
     layout: str
     suffixes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     exact: bool = False
 
     @property
@@ -140,6 +144,7 @@ def open_artifact(folder: Path) -> Artifact:
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if not isinstance(quantization, dict) or method not in _SUFFIXES:
+        refuse_foreign(folder, config, open_shards(folder)[0])  # names what it is, where that shows
         raise UnsupportedError(
             f"{folder} is not in a quantized layout that moepress reads (compressed-tensors or gptq, not {method!r}); "
             "make one with `moepress quantize`."
@@ -149,25 +154,33 @@ def open_artifact(folder: Path) -> Artifact:
         schemes: compressed_tensors_config.Groups = ((("Linear",), scheme),)
     else:
         schemes, _ignored = compressed_tensors_config.parse_groups(quantization)
-    stored, shards = open_shards(folder)
+    every, shards = open_shards(folder)
+    if leftover_quantization(config, every):
+        raise UnsupportedError(
+            f"{folder}: config.json states a quantization ({method}) and no tensor is quantized; remove it from "
+            "config.json, or take the folder that it was made for."
+        )
+    family, unread = family_of(config), unread_weights(folder, shards, every)
+    settled = settle(family, config, every)
+    stored = settled.stored
     suffixes = _SUFFIXES[method]
     first = f".{suffixes[0]}"
     shapes = {n: e.shape for n, e in stored.items() if not n.endswith(tuple(f".{s}" for s in suffixes))}
     for name, entry in stored.items():
         if name.endswith(first):
             shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, schemes[0][1], method)
-    family = family_of(config)
     return Artifact(
         folder=folder,
-        config=config,
+        config=settled.config,
         family=family,
-        outline=outline_of(family, config, shapes),
+        outline=outline_of(family, settled.config, shapes),
         stored=stored,
         shards=shards,
         shapes=shapes,
         schemes=schemes,
         layout=method,
         suffixes=suffixes,
+        notes=(*unread, *settled.notes),
     )
 
 
@@ -194,9 +207,10 @@ def _dense_shape(
 
 def open_source(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint | Artifact:
     """Open any folder that moepress can run: plain, fp8, compressed-tensors or GPTQ."""
-    quantization = load_config(folder).get("quantization_config")
+    config = load_config(folder)
+    quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method in _SUFFIXES:
+    if method in _SUFFIXES and not leftover_quantization(config, open_shards(folder)[0]):
         return open_artifact(folder)
     return open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
 

@@ -1,12 +1,13 @@
 """What moepress needs to know of an architecture: one frozen row per family, and pure functions that read it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from moepress.errors import InvalidInputError, UsageError
+from moepress.models.families.routing_keys import COUNT_NAMES, RoutingKey, require_routing
 
 Config = Mapping[str, Any]
 
@@ -67,6 +68,7 @@ class Family:
         never_quantize: Linear names that stay as they are, because a runtime trips over them.
         float32: suffixes of tensors that stay fp32 whatever the model's dtype.
         mtp: the family can carry multi-token-prediction layers behind the last decoder layer.
+        keys: the routing keys that its forward pass reads, and what their values may be.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Family:
     never_quantize: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     mtp: bool = False
+    keys: tuple[RoutingKey, ...] = ()
 
     def module_name(self, disk_name: str) -> str:
         """The name in transformers' module tree of a tensor on disk."""
@@ -136,6 +139,26 @@ def layer_of(disk_name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def strange_prefix(names: Iterable[str]) -> str | None:
+    """What is to be said of names that all lie under another prefix than `model.`, or None."""
+    for name in names:
+        if layer_of(name) is not None:
+            return None
+    found = next((m for name in names if (m := re.fullmatch(r"(.*?)layers\.\d+\.(.+)", name))), None)
+    if found is None:
+        return None
+    if not found[1]:
+        return (
+            f"its tensors have no `model.` before their names ({found[0]}), as a model saved without its head has "
+            "them; "
+            "load it with AutoModelForCausalLM in transformers where lm_head is, and save it again"
+        )
+    return (
+        f"its tensors have the prefix `{found[1]}` in place of `model.` ({found[0]}), as the language half of a larger "
+        "model has them; save the causal language model alone, with its own config.json"
+    )
+
+
 def part_of(family: Family, disk_name: str, layers: int) -> Part:
     """Which part of the model a tensor belongs to; `layers` is `num_hidden_layers`."""
     name = family.module_name(disk_name)
@@ -179,12 +202,19 @@ def experts_key(family: Family, config: Config) -> str:
     )
 
 
+def with_experts(config: Config, count: int) -> dict[str, Any]:
+    """The config with another number of routed experts, under every name that it states the number by."""
+    return dict(config) | {key: count for key in COUNT_NAMES if key in config}
+
+
 def shape_of(family: Family, config: Config) -> Shape:
     """Read the numbers that moepress works with.
 
     Raises:
-        InvalidInputError: a key is missing, or its value is not a sensible positive integer.
+        InvalidInputError: a key is missing, or its value is none that the forward pass can compute with.
+        UnsupportedError: the config asks for a routing that transformers' forward pass does not do.
     """
+    require_routing(family, config, experts_key(family, config))
     groups = _integer(config, family.groups_key, default=1) if family.groups_key else 1
     top_groups = _integer(config, family.top_groups_key, default=1) if family.top_groups_key else 1
     return Shape(

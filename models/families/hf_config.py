@@ -8,7 +8,8 @@ from moepress.errors import InvalidInputError
 from moepress.runs.text import one_line
 
 # A classifier's labels: transformers makes a dictionary of `num_labels` entries, whatever that number is.
-DROPPED_KEYS = {"quantization_config", "auto_map", "num_labels", "id2label", "label2id"}
+# A dtype is no part of what a model is, and some spellings of it are errors of torch.
+DROPPED_KEYS = {"quantization_config", "auto_map", "num_labels", "id2label", "label2id", "dtype", "torch_dtype"}
 
 
 def hf_config(config: Mapping[str, Any]) -> Any:

@@ -1,7 +1,22 @@
 """The table of supported families. A new model is a row here and a line in tests/tiny_models.py."""
 
+from typing import Any
+
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Config, Family, RouterRule
+from moepress.models.families.routing_keys import COUNT_NAMES, RoutingKey, Sort
+
+
+def _key(name: str, sort: Sort, default: Any, neutral: Any = ..., **more: Any) -> RoutingKey:
+    return RoutingKey(name=name, sort=sort, default=default, neutral=default if neutral is ... else neutral, **more)
+
+
+_RENORMALISE = _key("norm_topk_prob", Sort.FLAG, default=False)
+_DENSE_BY_LIST = (
+    _key("decoder_sparse_step", Sort.COUNT, 1),
+    _key("mlp_only_layers", Sort.LAYERS, None, nullable=True),
+)
+_MTP_LAYERS = _key("num_nextn_predict_layers", Sort.NUMBER, None, nullable=True)
 
 _MLA_ATTENTION = (("q_proj", "q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj",), ("kv_b_proj",), ("o_proj",))
 
@@ -24,6 +39,15 @@ DEEPSEEK_V3 = Family(
     never_quantize=("kv_b_proj",),
     float32=("e_score_correction_bias",),
     mtp=True,
+    keys=(
+        _key("n_group", Sort.COUNT, 8, neutral=1),
+        _key("topk_group", Sort.COUNT, 4, neutral=1),
+        _key("norm_topk_prob", Sort.FLAG, default=True, neutral=False),
+        _key("routed_scaling_factor", Sort.SCALE, 2.5, neutral=1.0),
+        _key("n_shared_experts", Sort.NUMBER, 1),
+        _key("first_k_dense_replace", Sort.NUMBER, 3),
+        _MTP_LAYERS,
+    ),
 )
 
 DEEPSEEK_V2 = Family(
@@ -36,6 +60,14 @@ DEEPSEEK_V2 = Family(
     top_groups_key="topk_group",
     attention_groups=_MLA_ATTENTION,
     never_quantize=("kv_b_proj",),
+    keys=(
+        _key("topk_method", Sort.CHOICE, "greedy", choices=("greedy", "group_limited_greedy")),
+        _key("n_group", Sort.COUNT, None, nullable=True),
+        _key("topk_group", Sort.COUNT, None, nullable=True),
+        _key("routed_scaling_factor", Sort.SCALE, 1.0),
+        _key("n_shared_experts", Sort.NUMBER, 2),
+        _key("first_k_dense_replace", Sort.NUMBER, 0),
+    ),
 )
 
 QWEN3_MOE = Family(
@@ -44,6 +76,7 @@ QWEN3_MOE = Family(
     experts_keys=("num_experts", "num_local_experts"),  # transformers 5 saves the second
     rule=RouterRule(scoring="softmax", renormalise_key="norm_topk_prob"),
     expert_width_key="moe_intermediate_size",
+    keys=(_RENORMALISE, *_DENSE_BY_LIST),
 )
 
 QWEN2_MOE = Family(
@@ -52,6 +85,7 @@ QWEN2_MOE = Family(
     experts_keys=("num_experts",),
     rule=RouterRule(scoring="softmax", renormalise_key="norm_topk_prob"),
     expert_width_key="moe_intermediate_size",
+    keys=(_RENORMALISE, *_DENSE_BY_LIST, _key("shared_expert_intermediate_size", Sort.NUMBER, 5632)),
 )
 
 MIXTRAL = Family(
@@ -74,6 +108,7 @@ OLMOE = Family(
     experts_keys=("num_experts",),
     rule=RouterRule(scoring="softmax", renormalise_key="norm_topk_prob"),
     expert_width_key="intermediate_size",
+    keys=(_RENORMALISE,),
 )
 
 FAMILIES = {row.name: row for row in (DEEPSEEK_V3, DEEPSEEK_V2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE)}
@@ -89,6 +124,23 @@ def family_of(config: Config) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str):
         raise InvalidInputError("config.json has no model_type; point moepress at the folder of a Hugging Face model.")
-    if name not in FAMILIES:
-        raise UnsupportedError(f"Model type {name!r} is not supported; supported are {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
+    if name in FAMILIES:
+        return FAMILIES[name]
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and inner.get("model_type") in FAMILIES:
+        raise UnsupportedError(
+            f"Model type {name[:80]!r} holds a {inner['model_type']} model beside other parts, such as a vision "
+            "encoder; "
+            "moepress presses the language model alone: save that, with its own config.json."
+        )
+    stated = {*config, *(inner if isinstance(inner, dict) else ())}
+    if not stated & {*COUNT_NAMES, *_OTHER_COUNTS}:
+        raise UnsupportedError(
+            f"Model type {name[:80]!r} is dense: config.json states no experts, and moepress presses "
+            "mixture-of-experts "
+            f"models ({', '.join(FAMILIES)})."
+        )
+    raise UnsupportedError(f"Model type {name[:80]!r} is not supported; supported are {', '.join(FAMILIES)}.")
+
+
+_OTHER_COUNTS = ("moe_num_experts", "num_moe_experts", "n_experts", "ffn_config", "num_experts_per_tok")

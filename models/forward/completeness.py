@@ -7,11 +7,12 @@ from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, layer_of
 from moepress.models.families.router import router_of
 from moepress.models.forward.expected import Expected, built, expected_of, remember
+from moepress.models.storage.settled import CACHE_SCALES
 
 if TYPE_CHECKING:
     from moepress.models.storage.checkpoint import Source
 
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", *CACHE_SCALES)
 
 
 def check_tensors(
@@ -53,7 +54,8 @@ def _problems(
         if name.endswith(_IGNORED_SUFFIXES) or tied or _is_mtp(family, shape.layers, name, disk):
             del found[name]
     renames = _renames_on_disk(family, disk)
-    problems = [f"{_disk_name(renames, name)} is missing" for name in sorted(expected.keys() - found.keys())]
+    missing = [name for name in sorted(expected.keys() - found.keys()) if 0 not in expected[name]]  # nothing is nothing
+    problems = [f"{_disk_name(renames, name)} is missing" for name in missing]
     problems += [f"{disk[name]} belongs to no part of the model" for name in sorted(found.keys() - expected.keys())]
     problems += [f"{name} is there twice" for name in sorted(shapes.keys() - disk.values())]
     problems += [

@@ -56,6 +56,7 @@ def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> A
                 )  # held by no name: one at a time
             weights |= {f"{block}.gate_up_proj": gate_up, f"{block}.down_proj": down}
             advance(1)
+    weights |= {n: torch.empty(s, dtype=dtype) for n, s in shapes.items() if 0 in s and n not in weights}
     missing = set(model.load_state_dict(weights, strict=False, assign=True).missing_keys)
     assert missing <= {"lm_head.weight"}, f"not filled: {sorted(missing)}"
     if missing:  # tied, as check_tensors has seen

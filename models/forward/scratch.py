@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from moepress.errors import MoepressError
+from moepress.runs.byte_sizes import mib_text
+from moepress.runs.files import mount_of, temporary_for
 from moepress.runs.phases import phase
 
 _MAPPED_SHARE, _LEAST_MAPPED_BYTES = 8, 16 << 20
@@ -146,18 +148,20 @@ class Scratch:
         return fits
 
     def _file(self, name: str, size: int) -> FileIO:
-        path = self.files[name] = self.folder / f"{self.name}-{name}.tmp"
-        with suppress(PermissionError):
-            path.unlink(missing_ok=True)  # a buffer of that name before this one keeps its content
-        file = FileIO(path, "w+")
+        if name in self.files:
+            with suppress(PermissionError):
+                self.files[name].unlink(missing_ok=True)  # a buffer of that name before this one keeps its content
+        path = self.files[name] = temporary_for(self.folder / f"{self.name}-{name}")
+        file = FileIO(path, "x+")
         try:
             _reserve(file, size)
         except OSError as error:
             file.close()
             path.unlink(missing_ok=True)
             raise MoepressError(
-                f"{self.folder} has no room for a scratch file of {size / 2**30:.1f} GiB ({error.strerror}); "
-                "make room, give more --max-memory or fewer --tokens."
+                f"The disk at {mount_of(self.folder)} has {mib_text(self.free_bytes())} free and a scratch file in "
+                f"{self.folder} needs {mib_text(size)} ({error.strerror}); make room, give more --max-memory or fewer "
+                "--tokens."
             ) from error
         return file
 

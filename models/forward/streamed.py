@@ -148,6 +148,9 @@ class StreamedModel:
             else:
                 with phase("read", size=stored_bytes(self.source, disk_name)):
                     weights[name] = self._read(disk_name)
+        weights |= {
+            n: t.new_empty(t.shape, device=self.device) for n, t in empty_of(module).items() if n not in weights
+        }
         module.load_state_dict(weights, strict=True, assign=True)
         stray = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
         assert not stray, f"not materialised: {stray}"
@@ -254,6 +257,11 @@ def _skeleton(source: Source, counts: Mapping[int, int]) -> Any:
         for layer in (layer for layer, own in counts.items() if own == count):
             model.model.layers[layer] = other.model.layers[layer]
     return model
+
+
+def empty_of(module: nn.Module) -> dict[str, Tensor]:
+    """Its tensors without an element, such as a shared expert of width 0, which a checkpoint may leave out."""
+    return {name: tensor for name, tensor in module.state_dict().items() if tensor.numel() == 0}
 
 
 def _hidden(output: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Walk a streamed model layer by layer over many windows, within a memory limit."""
 
+import functools
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from moepress.models.forward.scratch import Rows
 from moepress.models.forward.scratch import Scratch as Scratch  # a walk cannot be opened without one
 from moepress.models.forward.streamed import Routed, StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.storage.experts import Expert
-from moepress.runs.memory import release_memory, settle
+from moepress.runs.memory import in_halves, release_memory, settle
 from moepress.runs.phases import beside, phase
 from moepress.runs.progress import track
 
@@ -171,11 +172,21 @@ def first_step(stream: Stream, layer: int) -> bool:
     flops = layer_flops(model.skeleton.model.layers[layer], model.config, stream.tokens, length)
     with phase("forward", flops=flops):
         for batch in torch.split(stream.hidden, stream.limits.batch_windows):
-            output, routed = model.run_layer(layer, batch.to(model.device))
-            store(stream, batch, output, routed, start)
-            start += batch.shape[0]
+            for part, output, routed in in_halves(
+                range(len(batch)), functools.partial(_run_windows, model, layer, batch), "windows"
+            ):
+                store(stream, part, output, routed, start)
+                start += part.shape[0]
     stream.forget()
     return routed is not None
+
+
+def _run_windows(
+    model: StreamedModel, layer: int, batch: Tensor, rows: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Routed | None]]:
+    """Those windows of a batch, and what a layer gives for them."""
+    part = batch[rows[0] : rows[-1] + 1]
+    return [(part, *model.run_layer(layer, part.to(model.device)))]
 
 
 def store(stream: Stream, batch: Tensor, output: Tensor, routed: Routed | None, start: int) -> None:

@@ -9,17 +9,26 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.families.family import Family, Shape, illegal_count, layer_of, shape_of
+from moepress.models.families.family import Family, Shape, illegal_count, layer_of, shape_of, strange_prefix
+from moepress.models.families.routing_keys import is_moe_layer, layer_keys
 from moepress.models.families.table import family_of
-from moepress.models.storage.folder import load_config, open_shards
+from moepress.models.storage.folder import load_config, open_shards, unread_weights
+from moepress.models.storage.foreign import (
+    FP8,
+    PLAIN_DTYPES,
+    SCALE,
+    leftover_sidecars,
+    refuse_foreign,
+    stated_block,
+    stated_method,
+)
 from moepress.models.storage.fp8 import dequantize_blocks, is_finite
 from moepress.models.storage.outline import Outline, outline_of
 from moepress.models.storage.safetensors_file import Stored
+from moepress.models.storage.settled import settle
 from moepress.models.storage.tensors import read_row, read_tensor
 
-_SCALE = ".weight_scale_inv"
 _CHECKED_AT_ONCE = 1 << 22  # elements
-_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Source(Protocol):
@@ -95,13 +104,14 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        config: config.json, parsed.
+        config: config.json, parsed and settled (`storage.settled`).
         family: its row in the table.
         outline: what config and names say.
-        stored: every tensor in every shard, by name.
+        stored: every tensor in every shard, by name, but those that are dropped.
         shards: shard file names in order of their names.
         shapes: the dense tensors that `read` gives (block scales of fp8 weights are not among them).
         block: rows and columns of an fp8 block, or None.
+        notes: what was settled or is left out, for people.
     """
 
     folder: Path
@@ -113,6 +123,7 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
     block: tuple[int, int] | None = None
     allow_nonfinite: bool = field(default=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -187,20 +198,23 @@ def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoin
     """
     config = load_config(folder)
     family = family_of(config)
-    block = fp8_block(config)
     shape_of(family, config)  # refuses what no header need be read for
-    stored, shards = open_shards(folder)
-    shapes = {name: entry.shape for name, entry in stored.items() if not name.endswith(_SCALE)}
+    every, shards = open_shards(folder)
+    refuse_foreign(folder, config, every)
+    unread = unread_weights(folder, shards, every)
+    settled = settle(family, config, every)
+    stored, block = settled.stored, fp8_block(settled.config)
+    shapes = {name: entry.shape for name, entry in stored.items() if not name.endswith(SCALE)}
     for name, entry in stored.items():
-        if name.endswith(_SCALE):
+        if name.endswith(SCALE):
             _check_scale(entry, stored)
         else:
             _check_storage(entry, stored, block)
-    outline = outline_of(family, config, shapes)
-    require_bounded(family, outline.shape, shapes, folder)
+    outline = outline_of(family, settled.config, shapes)
+    require_bounded(family, settled.config, outline.shape, shapes, folder)
     return Checkpoint(
         folder=folder,
-        config=config,
+        config=settled.config,
         family=family,
         outline=outline,
         stored=stored,
@@ -208,22 +222,23 @@ def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoin
         shapes=shapes,
         block=block,
         allow_nonfinite=allow_nonfinite,
+        notes=(*unread, *leftover_sidecars(folder), *settled.notes),
     )
 
 
 def _check_scale(scale: Stored, stored: Mapping[str, Stored]) -> None:
-    weight = stored.get(scale.name.removesuffix("_scale_inv"))
-    if weight is None or weight.dtype != "F8_E4M3":
+    weight = stored.get(scale.name.removesuffix(SCALE))
+    if weight is None or weight.dtype != FP8:
         raise InvalidInputError(f"{scale.file}: {scale.name} belongs to no fp8 weight; restore the original folder.")
 
 
 def _check_storage(entry: Stored, stored: Mapping[str, Stored], block: tuple[int, int] | None) -> None:
     """Refuse what is neither a plain floating-point tensor nor an fp8 matrix with its block scales."""
-    if entry.dtype in _PLAIN_DTYPES:
+    if entry.dtype in PLAIN_DTYPES:
         return
-    if entry.dtype != "F8_E4M3":
+    if entry.dtype != FP8:
         raise InvalidInputError(
-            f"{entry.file}: {entry.name} has dtype {entry.dtype}, but weights are {', '.join(_PLAIN_DTYPES)} or "
+            f"{entry.file}: {entry.name} has dtype {entry.dtype}, but weights are {', '.join(PLAIN_DTYPES)} or "
             "block-scaled F8_E4M3; restore the original folder."
         )
     scale = stored.get(f"{entry.name}_scale_inv")
@@ -233,20 +248,26 @@ def _check_storage(entry: Stored, stored: Mapping[str, Stored], block: tuple[int
             "missing; restore the original folder."
         )
     wanted = tuple(-(-n // b) for n, b in zip(entry.shape, block, strict=True)) if len(entry.shape) == 2 else None
-    if scale.shape != wanted or scale.dtype not in _PLAIN_DTYPES:
+    if scale.shape != wanted or scale.dtype not in PLAIN_DTYPES:
         raise InvalidInputError(
             f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}, which does not fit {entry.name} "
             f"{list(entry.shape)} in blocks of {block[0]} x {block[1]}; restore the original folder."
         )
 
 
-def require_bounded(family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def require_bounded(
+    family: Family, config: Mapping[str, Any], shape: Shape, shapes: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
     """Hold the numbers of a config against the tensors that are there, before anything is built by those numbers.
 
     Raises:
-        InvalidInputError: there are fewer layers than the config states, or the routers have other sizes.
+        InvalidInputError: there are fewer layers than the config states, the routers have other sizes or lie in other
+            layers, or all names have another prefix.
     """
     names = {family.module_name(name): name for name in shapes}
+    prefix = strange_prefix(names)
+    if prefix is not None:
+        raise InvalidInputError(f"{folder}: {prefix}.")
     there = {layer_of(name) for name in names} - {None}
     if shape.layers > len(there):
         raise InvalidInputError(
@@ -255,10 +276,11 @@ def require_bounded(family: Family, shape: Shape, shapes: Mapping[str, tuple[int
     illegal = illegal_count(shape, shape.experts)
     if illegal is not None:
         raise InvalidInputError(f"{folder}: config.json states {shape.experts} experts, but {illegal}; restore it.")
-    router, found = family.module_name(family.router[0]), False
+    router, found, dense = family.module_name(family.router[0]), False, list[int]()
     for layer in range(shape.layers):
         name = names.get(router.format(layer=layer))
         if name is None:
+            dense.append(layer)
             continue
         found = True
         if shapes[name] != (shape.experts, shape.hidden):
@@ -268,6 +290,14 @@ def require_bounded(family: Family, shape: Shape, shapes: Mapping[str, tuple[int
             )
     if not found:
         raise InvalidInputError(f"{folder} has no router ({family.router[0]}); give a mixture-of-experts model.")
+    wrong = [layer for layer in range(shape.layers) if is_moe_layer(family, config, layer) == (layer in set(dense))]
+    if wrong:
+        stated, held = ("dense", "a router") if wrong[0] not in dense else ("a layer of experts", "no router")
+        raise InvalidInputError(
+            f"{folder}: by config.json layer {wrong[0]} is {stated} ({layer_keys(family, config)}), and the shards "
+            "hold "
+            f"{held} for it; mend config.json, or download the shards again."
+        )
 
 
 def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -276,14 +306,10 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     Raises:
         UnsupportedError: another quantization method.
     """
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    block = quantization.get("weight_block_size") if method == "fp8" else None
-    if isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block):
-        return block[0], block[1]
+    method, block = stated_method(config), stated_block(config)
+    if method is None or block is not None:
+        return block
     raise UnsupportedError(
-        f"The model is already quantized ({method or 'unknown method'}); start from its original bf16, fp16, fp32 or "
-        "fp8 block-scaled folder."
+        f"The model is already quantized ({method}); start from its original bf16, fp16, fp32 or fp8 block-scaled "
+        "folder."
     )

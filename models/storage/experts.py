@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.models.families.family import Family, experts_key, layer_of
+from moepress.models.families.family import Family, experts_key, layer_of, with_experts
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.outline import Outline, outline_of
 
@@ -123,9 +123,8 @@ def pruned_config(
     family: Family, config: Mapping[str, Any], count: int, *, degroup: bool = False, keep_mtp: bool = False
 ) -> dict[str, Any]:
     """The config of a model that keeps `count` experts in every layer; only keys that are there are changed."""
-    out = dict(config)
     experts_key(family, config)  # refuses a config without any
-    out |= {key: count for key in family.experts_keys if key in config}
+    out = with_experts(config, count)
     if degroup and family.groups_key and family.top_groups_key:
         out[family.groups_key] = out[family.top_groups_key] = 1
     if config.get("num_nextn_predict_layers") and not keep_mtp:

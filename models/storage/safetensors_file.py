@@ -4,7 +4,6 @@ Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endia
 the data. The library maps whole files, which counts as resident memory; moepress reads byte ranges instead.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepress.errors import InvalidInputError
+from moepress.models.storage.misnamed import misnamed
+from moepress.runs.files import open_plain
+from moepress.runs.parsing import parse_json
 
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
+_BY_BITS = {
+    64: ("F64", "I64", "U64", "C64"),
+    32: ("F32", "I32", "U32"),
+    16: ("F16", "BF16", "I16", "U16"),
+    8: ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"),
+    6: ("F6_E2M3", "F6_E3M2"),
+    4: ("F4",),
 }
-"""Sizes of the dtypes that are read, by their names in a header."""
+ITEM_BITS = {name: bits for bits, names in _BY_BITS.items() for name in names}
+"""Sizes of the dtypes of the format, by their names in a header; not all are read (`foreign`)."""
 _HEADER_LIMIT_BYTES = 100_000_000  # the library's own limit
 
 
@@ -59,15 +56,17 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
+                if other := misnamed(file):
+                    raise InvalidInputError(other)
                 raise _broken(file, f"its header claims {length} bytes and the file has {size}")
             raw = stream.read(length)
     except OSError as error:
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; restore the file.") from error
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = parse_json(raw.decode("utf-8"), _no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"its header is not valid: {error}") from error
     if not isinstance(header, dict):
@@ -99,12 +98,12 @@ def _entry(file: Path, name: str, row: Any, start: int) -> Stored:
         dtype, shape, (begin, end) = row["dtype"], row["shape"], row["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(file, f"the entry of {name!r} lacks dtype, shape or data_offsets") from error
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise _broken(file, f"{name} has the unknown dtype {dtype!r}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
         raise _broken(file, f"the entry of {name} holds something other than sizes")
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+    if 8 * (end - begin) != math.prod(shape) * ITEM_BITS[dtype]:
         raise _broken(file, f"{name} claims {end - begin} bytes, which is not the size of {dtype} {shape}")
     return Stored(name=name, file=file, dtype=dtype, shape=tuple(shape), begin=start + begin, end=start + end)
 
@@ -123,10 +122,10 @@ def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> byte
     buffer = bytearray(length)
     view, got = memoryview(buffer), 0
     try:
-        with entry.file.open("rb", buffering=0) as stream:
+        with open_plain(entry.file, buffering=0) as stream:
             stream.seek(entry.begin + begin)
             while got < length:
-                count = stream.readinto(view[got:])
+                count = stream.readinto(view[got:])  # type: ignore[attr-defined]
                 if not count:
                     raise _broken(entry.file, f"it ends inside {entry.name}")
                 got += count

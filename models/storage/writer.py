@@ -1,7 +1,6 @@
 """Write safetensors shards as streams, and the files around them."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepress.models.storage.folder import INDEX, SINGLE
+from moepress.models.storage.foreign import SIDECARS
+from moepress.models.storage.inside import is_carried, require_inside
+from moepress.runs.files import open_plain, put, rewrite, room_for
 
-# What belongs to a model besides its weights; everything else in the folder stays behind. Code that the config names
-# in auto_map goes along as bytes and is never run here.
-_CARRIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".md", ".py"}
 _NOT_CARRIED = {"config.json", "__init__.py", INDEX, "README.md", "moepress.json", "metrics.json", "training.json"}
+_NOT_CARRIED |= set(SIDECARS)  # they speak of other weights than those that are written; exports write their own
+_TEMPLATES = "additional_chat_templates"
 
 Chunk = bytes | bytearray | memoryview
 
@@ -41,6 +42,9 @@ def write_shard(file: Path, entries: Iterable[Entry]) -> None:
     """Write a safetensors file in the order given; needs the memory of one entry.
 
     The header is padded with spaces to a multiple of 8 bytes, as the format's own library does.
+
+    Raises:
+        MoepressError: the disk is full.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -54,7 +58,7 @@ def write_shard(file: Path, entries: Iterable[Entry]) -> None:
         position += entry.bytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with file.open("wb") as stream:
+    with room_for(file, 8 + len(raw) + position, resumable=True), rewrite(file) as stream:
         stream.write(len(raw).to_bytes(8, "little"))
         stream.write(raw)
         for entry in entries:
@@ -69,22 +73,39 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
     if set(weight_map.values()) == {SINGLE}:
         return
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    put(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file as Hugging Face does: two spaces, sorted keys."""
-    file.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    put(file, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation config and licence as bytes; returns the names copied."""
+    """Copy tokenizer, chat template, generation config and licence as bytes; returns the names copied.
+
+    Raises:
+        InvalidInputError: one is a link that leads out of the folder, or no plain file.
+    """
     copied = []
     for file in sorted(source.iterdir()):
-        licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         if not file.is_file() or file.name in _NOT_CARRIED or file.name.endswith(".index.json"):
             continue
-        if licence or file.suffix in _CARRIED_SUFFIXES:
-            shutil.copyfile(file, target / file.name)
+        if is_carried(file.name):
+            require_inside(source, file)
+            with open_plain(file) as stream:
+                put(target / file.name, stream.read())
             copied.append(file.name)
+    return copied + _copy_templates(source, target)
+
+
+def _copy_templates(source: Path, target: Path) -> list[str]:
+    """The further chat templates of transformers' tokenizers, the one folder that belongs to a model."""
+    copied = []
+    for file in sorted((source / _TEMPLATES).glob("*.jinja")):
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        require_inside(source, file)
+        with open_plain(file) as stream:
+            put(target / _TEMPLATES / file.name, stream.read())
+        copied.append(f"{_TEMPLATES}/{file.name}")
     return copied

@@ -4,6 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from moepress.errors import InvalidInputError
+from moepress.models.storage.inside import require_own
+from moepress.runs.files import read_text
+from moepress.runs.parsing import parse_yaml
+from moepress.runs.text import one_line
 
 
 def load_recipe(file: Path) -> dict[str, Any]:
@@ -12,12 +16,11 @@ def load_recipe(file: Path) -> dict[str, Any]:
     Raises:
         InvalidInputError: it cannot be read or is not a mapping.
     """
-    import yaml
-
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
+        require_own(file)
+        found = parse_yaml(read_text(file))
+    except (OSError, ValueError) as error:  # text that is no UTF-8 is a ValueError
+        why = one_line(error)
         raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error
     if not isinstance(found, dict):
         raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")

@@ -52,6 +52,7 @@ def _share(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(_bytes)]
+Count = Annotated[int, Field(ge=1, lt=1 << 40)]
 Share = Annotated[float, BeforeValidator(_share)]
 
 
@@ -64,20 +65,20 @@ class Recipe(BaseModel):
     model: str
     calibration: tuple[str, ...] = ()
     domain: tuple[str, ...] = ()
-    tokens: int | None = Field(default=None, ge=1)
-    window: int | None = Field(default=None, ge=2)
-    seed: int = 0
+    tokens: Count | None = None
+    window: int | None = Field(default=None, ge=2, lt=1 << 40)
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     keep: Share | None = None
-    experts: int | None = None
+    experts: int | None = Field(default=None, lt=1 << 40)
     criterion: Criterion | None = None
     domain_weight: dict[str, float] = {}
     groups: Groups = Groups.BALANCED
-    bits: int | None = None
-    group_size: int | None = None
+    bits: int | None = Field(default=None, lt=1 << 40)
+    group_size: int | None = Field(default=None, lt=1 << 40)
     budget: Bytes | None = Field(default=None, ge=1)
     target: str | None = None
     targets_file: str | None = None
-    context: int | None = Field(default=None, ge=1)
+    context: Count | None = None
     mixed_bits: bool = False
     include: tuple[Include, ...] = ()
     match: Literal["auto", "own", "original"] = "auto"
@@ -85,7 +86,7 @@ class Recipe(BaseModel):
     to: tuple[Literal["gptq", "onnx"], ...] = ()
     data: tuple[str, ...] = ()
     data_domain: tuple[str, ...] = ()
-    max_windows: int | None = Field(default=None, ge=1)
+    max_windows: Count | None = None
     throughput: bool = True
     max_ppl_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)

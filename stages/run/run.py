@@ -30,10 +30,15 @@ from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
 from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import UsageError
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
-from moepress.runs.journal import Run, check_output, open_run, previous_settings, write_atomically
+from moepress.models.storage.inside import watched
+from moepress.runs.files import JOURNAL, sha256_of, write_atomically
+from moepress.runs.journal import Run, open_run
+from moepress.runs.output import check_output, is_ours
 from moepress.runs.progress import note, stage
+from moepress.runs.rows import first_settings
 from moepress.stages.export import export_stage, onnx_stage
 from moepress.stages.groundwork import load_corpus
 from moepress.stages.places import Machine, Output, model_folder
@@ -60,7 +65,7 @@ from moepress.stages.validate import (
     subject_of,
     validate_stage,
 )
-from moepress.validation.report.files import write_report
+from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance
 from moepress.validation.report.schema import Report
@@ -99,9 +104,10 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         UsageError: an option or the expert count is not legal, or the output is taken.
         InvalidInputError: model or text are not sound.
     """
-    before = previous_settings(out) if resume else {}
+    before = first_settings(out) if resume else {}
     recipe = as_before(recipe, before.get("recipe.model"))
     check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
+    inputs = watched(model_folder(recipe.model))
     checkpoint, count, criterion = check_recipe(recipe)
     # Batch sizes depend on the memory, and the last bits of the result on them.
     recipe = resolve(
@@ -114,7 +120,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     settings["corpus"] = corpus.digest  # a text may change under its name; the stages that read it may be finished
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
     setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
-    with open_run(out, settings, resume=resume, force=force, in_place=True) as run:
+    with open_run(out, settings, resume=resume, force=force, in_place=True, inputs=inputs) as run:
         write_atomically(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         number, of = itertools.count(1), 3 + bool(recipe.repair) + bool(recipe.to)  # a plan is made in no time
         with stage(next(number), of):
@@ -130,21 +136,36 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
             with stage(next(number), of):
                 exported = _exports(setup, run)
         with stage(next(number), of):
-            return _report(setup, run, (profile, plan), repairs, quantized, exported)
+            report = _report(setup, run, (profile, plan), repairs, quantized, exported)
+        run.complete()
+        return report
 
 
 def _stage_output(setup: _Setup, name: str) -> Output:
     return Output(folder=setup.out / name, resume=True)
 
 
+def _is_made(folder: Path) -> bool:
+    """Whether a stage's folder is there and whole, though its line in the journal is not: killed in between.
+
+    Raises:
+        UsageError: somebody else has made it.
+    """
+    if not folder.exists() or (folder / JOURNAL).exists():  # then the stage has to end it
+        return False
+    if folder.name != "repair" and not is_ours(folder):
+        raise UsageError(f"{folder} is not what this run makes there; move it away.")
+    return True
+
+
 def _profile(setup: _Setup, run: Run) -> Profile:
     folder = setup.out / "profile"
-    if run.done("profile") is None and not folder.exists():
+    if run.done("profile") is None and not _is_made(folder):
         recipe = setup.recipe
         budgeted, place = budget_request(recipe) is not None, _stage_output(setup, "profile")
         profile_stage(recipe.model, place, calibration_of(recipe), setup.machine, bit_losses=budgeted)
     if run.done("profile") is None:
-        run.mark("profile")
+        run.mark("profile", folder="profile")
     return load_profile(folder)
 
 
@@ -179,11 +200,11 @@ def _text(path: Path, text: str) -> None:
 
 def _repair(setup: _Setup, run: Run, plan: Plan) -> Repairs:
     recipe, folder = setup.recipe, setup.out / "repair"
-    if run.done("repair") is None and not folder.exists():
+    if run.done("repair") is None and not _is_made(folder):
         parts = frozenset(recipe.repair)
         repair_stage(recipe.model, _stage_output(setup, "repair"), plan, parts, calibration_of(recipe), setup.machine)
     if run.done("repair") is None:
-        run.mark("repair")
+        run.mark("repair", folder="repair")
     return load_repairs(folder)
 
 
@@ -193,7 +214,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
     if done is not None:
         return done.note
     folder = setup.out / "model"
-    if folder.exists():  # killed between the stage's end and its line in the journal
+    if _is_made(folder):
         from moepress.models.storage.folder import read_json
 
         result: Mapping[str, Any] = read_json(folder / "moepress.json")
@@ -213,9 +234,8 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
             setup.machine,
             repairs=repairs,
         )
-    run.mark(
-        "model", {k: result[k] for k in ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")}
-    )
+    kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
+    run.mark("model", {k: result[k] for k in kept}, folder="model")
     return run.pieces["model"].note
 
 
@@ -223,9 +243,9 @@ def _exports(setup: _Setup, run: Run) -> _Onnx:
     recipe, exports = setup.recipe, setup.out / "exports"
     for target in recipe.to:
         if target != "onnx" and run.done(f"export-{target}") is None:
-            if not (exports / target).exists():
+            if not _is_made(exports / target):
                 export_stage(str(setup.out / "model"), Output(folder=exports / target, resume=True), target)
-            run.mark(f"export-{target}")
+            run.mark(f"export-{target}", folder=f"exports/{target}")
     if "onnx" not in recipe.to:
         return _Onnx()
     notes = _export_onnx(setup, run, "onnx", str(setup.out / "model"))
@@ -243,8 +263,9 @@ def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, .
 
     folder, done = setup.out / "exports" / name, run.done(f"export-{name}")
     if done is None:
-        made = None if folder.exists() else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
-        run.mark(f"export-{name}", {"notes": [f"exports/{name}: {note}" for note in made.notes] if made else []})
+        made = None if _is_made(folder) else onnx_stage(model, Output(folder=folder, resume=True), OnnxRequest())
+        notes = [f"exports/{name}: {note}" for note in made.notes] if made else []
+        run.mark(f"export-{name}", {"notes": notes}, folder=f"exports/{name}")
     return tuple(run.pieces[f"export-{name}"].note["notes"])
 
 
@@ -282,8 +303,9 @@ def _report(
     shape, text = original.shape, evaluation_of(recipe)
     late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
     done = run.done("report")
-    if done is not None and done.note == late:
-        return Report.model_validate_json((setup.out / "report.json").read_text(encoding="utf-8"))
+    file = setup.out / JSON_NAME
+    if done is not None and file.is_file() and done.note == late | {JSON_NAME: sha256_of(file)}:
+        return Report.model_validate_json(file.read_text(encoding="utf-8"))
     artifact = open_artifact(setup.out / "model")
     subjects = [subject_of("original", original)]
     if plan.prunes:
@@ -308,13 +330,19 @@ def _report(
         choice=choice_section(plan),
         quantization=quantization_section(quantized, artifact.scheme, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
-        notes=(*plan.notes, *onnx.notes),
+        notes=(
+            *original.notes,
+            *plan.notes,
+            *onnx.notes,
+            *(f"Calibration: {note}." for note in quantized["calibration"]["notes"]),
+        ),
         commands=(f"moepress run {shlex.quote(recipe.model)} --recipe recipe.yaml -o OUT",),
         recipe=(setup.out / "recipe.yaml").read_text(encoding="utf-8"),
     )
+    run.require_ready()
     write_report(report, setup.out)
     _describe(setup, report, original, artifact)
-    run.mark("report", late)
+    run.mark("report", late | {JSON_NAME: sha256_of(file)})
     return report
 
 

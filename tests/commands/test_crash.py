@@ -13,7 +13,8 @@ from stage_runs import add_tokenizer, command, content
 from moepress.commands import crash
 from moepress.commands.crash import LONGEST, Attempt, describe, text_of
 from moepress.runs import journal
-from moepress.runs.journal import TRACEBACK, open_run, partial_folder
+from moepress.runs.journal import TRACEBACK, open_run
+from moepress.runs.output import partial_folder
 from moepress.runs.phases import in_layer, phase
 from moepress.runs.text import printable
 from moepress.stages import check as check_module
@@ -168,7 +169,7 @@ def test_full_memory_is_no_bug(temporary: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(check_module, "check_folder", raises(MemoryError()))
     code, _, errors = command("check", "demo")
     assert code == 1
-    assert errors.startswith("Error: The memory is full; ")
+    assert errors.startswith("Error: The machine ran out of memory; ")
     assert tracebacks(temporary) == []
 
 

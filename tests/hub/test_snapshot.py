@@ -13,7 +13,7 @@ from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 from stage_runs import add_tokenizer, command
 
 from moepress.errors import InvalidInputError, MoepressError
-from moepress.hub.snapshot import HubModel, headers_only, hub_model, origin_of
+from moepress.hub.snapshot import INDEX, SINGLE, HubModel, headers_only, hub_model, needed_files, origin_of
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.places import model_folder
 
@@ -158,7 +158,7 @@ def test_a_folder_that_is_here_wins(hub: Hub, demo: dict[str, bytes], tmp_path: 
     monkeypatch.chdir(tmp_path)
     hub.add("maker/demo", demo)
     assert model_folder("maker/demo") == Path("maker/demo")
-    assert "maker/file is not a folder" in refusal("maker/file")
+    assert "maker/file is a file, not a folder" in refusal("maker/file")
     assert hub.requests == []
 
 
@@ -286,3 +286,18 @@ def test_the_library_s_shared_blobs_are_read(hub: Hub, sharded: dict[str, bytes]
     link.symlink_to(outside)
     with pytest.raises(InvalidInputError, match="leads out of the folder"):
         open_checkpoint(folder)
+
+
+def test_two_sets_of_weights_are_refused_before_a_download(tmp_path: Path) -> None:
+    index = tmp_path / INDEX
+    index.write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    names = dict.fromkeys((INDEX, SINGLE, "model-00001-of-00001.safetensors", "config.json"), 1)
+    with pytest.raises(InvalidInputError, match="two sets of weights"):
+        needed_files("org/model", names, index)
+    del names[SINGLE]
+    assert SINGLE not in needed_files("org/model", names, index)
+
+
+def test_a_repository_of_gguf_files_is_named_for_what_it_is() -> None:
+    with pytest.raises(InvalidInputError, match=r"only GGUF files \(model-q4\.gguf\)"):
+        needed_files("org/model", {"model-q4.gguf": 1, "config.json": 1}, None)

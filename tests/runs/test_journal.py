@@ -13,17 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moepress.errors import InvalidInputError, MoepressError, OutputLockedError, UsageError
-from moepress.runs.journal import (
-    JOURNAL,
-    LOCK,
-    Run,
-    check_output,
-    open_run,
-    partial_folder,
-    previous_settings,
-    sha256_of,
-    write_atomically,
-)
+from moepress.runs.files import JOURNAL, LOCK, sha256_of, temporary_for
+from moepress.runs.journal import Run, open_run
+from moepress.runs.output import check_output, partial_folder
+from moepress.runs.rows import first_settings
 
 SETTINGS: dict[str, Any] = {"model": "abc", "keep": 12, "criterion": "reap"}
 
@@ -42,6 +35,13 @@ def unfinished(out: Path, *pieces: str) -> Path:
         for piece in pieces:
             put(run, piece, piece * 3, {"from": piece})
     return partial_folder(out)
+
+
+def old_output(out: Path) -> None:
+    """An output of an earlier run."""
+    out.mkdir()
+    (out / "moepress.json").write_text('{"moepress": "0.1.0", "stage": "prune"}')
+    (out / "old.txt").write_text("old")
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_torn_last_line_is_dropped(out: Path, torn: bytes) -> None:
     journal = unfinished(out, "a") / JOURNAL
     whole = journal.read_bytes()
     journal.write_bytes(whole + torn)
-    assert previous_settings(journal.parent) == SETTINGS
+    assert first_settings(journal.parent) == SETTINGS
     assert journal.read_bytes() == whole + torn  # only the run that holds the lock mends it
     with open_run(out, SETTINGS, resume=True) as run:
         assert set(run.pieces) == {"a"}
@@ -119,8 +119,8 @@ def test_a_resume_with_changed_settings_is_refused_by_name(out: Path) -> None:
     with pytest.raises(UsageError) as caught, open_run(out, changed, resume=True):
         pass
     message = str(caught.value)
-    assert "keep was 12, now 8" in message
-    assert "seed was null, now 1" in message
+    assert "--keep was 12, now 8" in message
+    assert "--seed was not given, now 1" in message
     assert "criterion" not in message
     assert caught.value.exit_code == 2
     assert not (partial_folder(out) / LOCK).exists()
@@ -252,7 +252,7 @@ def test_finish_leaves_only_the_pieces(out: Path, tmp_path: Path) -> None:
         run.finish(keep_journal=tmp_path / "kept.jsonl")
     assert [p.name for p in out.iterdir()] == ["a.txt"]
     assert not partial_folder(out).exists()
-    assert json.loads((tmp_path / "kept.jsonl").read_text().splitlines()[0]) == {"settings": SETTINGS}
+    assert json.loads((tmp_path / "kept.jsonl").read_text().splitlines()[0])["settings"] == SETTINGS
 
 
 def test_finish_fills_an_empty_folder(out: Path) -> None:
@@ -264,8 +264,7 @@ def test_finish_fills_an_empty_folder(out: Path) -> None:
 
 
 def test_finish_replaces_a_full_folder_as_a_whole(out: Path) -> None:
-    out.mkdir()
-    (out / "old.txt").write_text("old")
+    old_output(out)
     with open_run(out, SETTINGS, force=True) as run:
         put(run, "a", "text")
         assert (out / "old.txt").read_text() == "old"  # the old output stays until the new one is whole
@@ -275,8 +274,7 @@ def test_finish_replaces_a_full_folder_as_a_whole(out: Path) -> None:
 
 
 def test_a_run_killed_while_finishing_can_still_be_finished(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out.mkdir()
-    (out / "old.txt").write_text("old")
+    old_output(out)
 
     def kill(*_arguments: object, **_keywords: object) -> None:
         raise KeyboardInterrupt
@@ -303,18 +301,19 @@ def test_a_run_killed_while_finishing_can_still_be_finished(out: Path, monkeypat
 
 def test_our_orphan_temporary_files_are_swept_and_no_others(out: Path) -> None:
     folder = unfinished(out, "a")
-    (folder / "b.txt.tmp").write_text("half")
-    (folder / "scratch-hidden.tmp").write_text("half")
-    (folder / "notes.md").write_text("mine")
-    foreign = [out.parent / "download.tmp", out.parent / "out.partial.tmp", folder / "sub"]
-    foreign[2].mkdir()
-    foreign.append(foreign[2] / "deep.tmp")
-    for file in (foreign[0], foreign[1], foreign[3]):
+    ours = temporary_for(folder / "b.txt")
+    ours.write_text("half")
+    (folder / "sub").mkdir()
+    foreign = [
+        *(out.parent / name for name in ("download.tmp", "out.partial.tmp")),
+        *(folder / name for name in ("notes.md", "b.txt.tmp", "scratch-hidden.tmp", "sub/deep.tmp")),
+        folder / "b.txt.0123456789abcdef-01234567.tmp",  # of another run
+    ]
+    for file in foreign:
         file.write_text("others'")
     with open_run(out, SETTINGS, resume=True):
-        assert not list(folder.glob("*.tmp"))
-        assert (folder / "notes.md").read_text() == "mine"
-        assert all(path.exists() for path in foreign)
+        assert not ours.exists()
+        assert all(path.read_text() == "others'" for path in foreign)
 
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"force": True}, {}])
@@ -375,61 +374,3 @@ def test_an_in_place_run_is_gone_on_with_and_keeps_its_journal(out: Path) -> Non
     check_output(out, [], resume=True, in_place=True)
     with open_run(out, SETTINGS, resume=True, in_place=True) as run:
         assert run.done("profile")
-
-
-class TestCheckOutput:
-    def refusal(self, out: Path, *inputs: Path, resume: bool = False, force: bool = False) -> str:
-        with pytest.raises(UsageError) as caught:
-            check_output(out, list(inputs), resume=resume, force=force)
-        return str(caught.value)
-
-    def test_a_new_name_is_fine(self, out: Path, tmp_path: Path) -> None:
-        source = tmp_path / "model"
-        source.mkdir()
-        check_output(out, [source], resume=False, force=False)
-        out.mkdir()
-        check_output(out, [source], resume=False, force=False)
-
-    def test_the_output_may_not_lie_inside_an_input(self, tmp_path: Path) -> None:
-        source = tmp_path / "model"
-        source.mkdir()
-        link = tmp_path / "link"
-        link.symlink_to(source)
-        for inside in (source, source / "out", source / "deep" / "out", link / "out", tmp_path / "x" / ".." / "model"):
-            assert "lies inside the input" in self.refusal(inside, source, force=True)
-
-    def test_the_output_may_not_hold_an_input(self, tmp_path: Path) -> None:
-        source = tmp_path / "models" / "model"
-        source.mkdir(parents=True)
-        assert "holds the input" in self.refusal(tmp_path / "models", source, force=True)
-        assert "not empty" in self.refusal(tmp_path / "models", source)
-
-    def test_a_file_is_refused(self, out: Path) -> None:
-        out.write_text("")
-        assert "is a file" in self.refusal(out, force=True)
-
-    def test_a_full_folder_needs_force(self, out: Path) -> None:
-        out.mkdir()
-        (out / "old.txt").write_text("")
-        assert "not empty" in self.refusal(out)
-        assert "not empty" in self.refusal(out, resume=True)
-        assert "--force will not replace it" in self.refusal(out, force=True)
-        (out / "config.json").write_text("{}")
-        assert "--force will not replace it" in self.refusal(out, force=True)  # it may be anybody's model
-        (out / "moepress.json").write_text("{}")
-        assert "not empty" in self.refusal(out)
-        check_output(out, [], resume=False, force=True)
-
-    def test_an_unfinished_run_needs_resume_or_force(self, out: Path) -> None:
-        unfinished(out, "a")
-        assert "pass --resume to go on, or --force" in self.refusal(out)
-        check_output(out, [], resume=True, force=False)
-        check_output(out, [], resume=False, force=True)
-
-
-def test_a_small_file_is_replaced_at_once(tmp_path: Path) -> None:
-    file = tmp_path / "plan.json"
-    file.write_text("old")
-    write_atomically(file, "nëw")
-    assert file.read_bytes() == "nëw".encode()
-    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part
-from moepress.runs.journal import partial_folder
+from moepress.runs.output import partial_folder
 
 # Runs the export again and again, each time killed at another moment: as the n-th write reaches the disk.
 KILLED = """

@@ -19,7 +19,8 @@ from stage_runs import add_tokenizer, command, content
 from moepress.calibration.profile import load_profile
 from moepress.compress.pruning.plan import make_plan, plan_text
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.runs.journal import JOURNAL, partial_folder
+from moepress.runs.files import JOURNAL
+from moepress.runs.output import partial_folder
 
 LAYERS = 5
 
@@ -150,12 +151,13 @@ def test_a_resumed_run_that_is_interrupted_exits_130_and_can_be_resumed(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--seed", "7"], "seed was 0, now 7"),
-        (["--bits", "8", "--group-size", "32"], r'scheme was {"bits": 4'),
-        (["--include", "dense"], "include was"),
-        (["--tokens", "256"], "corpus was"),
-        (["--dtype", "bfloat16"], 'dtype was "float32", now "bfloat16"'),
-        (["--max-memory", "100MiB"], "memory_bytes was"),
+        (["--seed", "7"], "--seed was 0, now 7"),
+        (["--bits", "8", "--group-size", "32"], "--bits was 4, now 8"),
+        (["--match", "original"], "--match (auto follows --bits) was own, now original"),
+        (["--include", "dense"], "--include was shared, now dense shared"),
+        (["--tokens", "256"], "the calibration text is another one (--calibration, --domain, --tokens, --window"),
+        (["--dtype", "bfloat16"], "--dtype was float32, now bfloat16"),
+        (["--max-memory", "100MiB"], "--max-memory was "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -194,7 +196,7 @@ def test_a_resume_with_another_model_is_refused(work: Work, killed: Killed, tmp_
     arguments = [str(model) if a == str(work.model) else a for a in work.arguments["profile"]]
     code, _, errors = command(*arguments, "-o", out, "--resume")
     assert code == 2
-    assert "model was" in errors
+    assert "the model is another one, or its files changed" in errors
 
 
 def test_a_resume_of_an_export_of_another_artifact_is_refused(work: Work, killed: Killed, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_a_resume_of_an_export_of_another_artifact_is_refused(work: Work, killed
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     code, _, errors = command("export", artifact, "--to", "gptq", "-o", out, "--resume")
     assert code == 2
-    assert "artifact was" in errors
+    assert "the model is another one, or its files changed" in errors
 
 
 def test_a_finished_piece_that_was_changed_is_refused(work: Work, killed: Killed, tmp_path: Path) -> None:

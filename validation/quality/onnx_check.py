@@ -17,6 +17,7 @@ from moepress.errors import MoepressError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Checkpoint, Source
+from moepress.runs.files import put, temporary_for
 from moepress.validation.quality.onnx_session import Decoding, OnnxModel, open_session
 
 PREFILL, DECODE = 24, 8  # tokens
@@ -24,7 +25,6 @@ EXACT_LIMIT = 1e-3  # relative error of fp32 with fp32 activations; tests ask fo
 HALF_LIMIT = 0.02  # median relative error of a token in an fp16 graph, which gives a tenth of it
 INT8_LIMIT = 0.05  # the same with 2-bit experts, whose CPU kernel rounds activations to int8
 LEAST_SAME = 0.7  # share of tokens with the same top-1, where activations are rounded: near ties may fall otherwise
-_TWIN = "check.onnx.tmp"  # the graph with fp32 activations, beside the one that is checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +101,13 @@ def _exact_session(folder: OnnxFolder, device: str) -> tuple[OnnxModel, tuple[st
     """A session with fp32 activations wherever the CPU can: what int8 rounds away would hide faults."""
     if not folder.int8_activations:
         return open_session(folder, device), ()
-    onnx, twin = require_onnx(), folder.folder / _TWIN
+    onnx, twin = require_onnx(), temporary_for(folder.folder / "check.onnx")  # fp32 activations, beside what is checked
     model = onnx.load(str(folder.folder / MODEL), load_external_data=False)
     for attribute in (a for node in model.graph.node for a in node.attribute if a.name == "accuracy_level"):
         attribute.i = 0
     try:
-        twin.write_bytes(model.SerializeToString())
-        session = open_session(folder, device, file=_TWIN)
+        put(twin, model.SerializeToString())
+        session = open_session(folder, device, file=twin.name)
     finally:
         twin.unlink(missing_ok=True)
     return session, ("checked with accuracy level 0, the same weights; `moepress validate` tells what int8 costs",)

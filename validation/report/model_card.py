@@ -16,6 +16,7 @@ from moepress.converters.onnx.folder import is_onnx
 from moepress.hub.snapshot import origin_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import read_json
+from moepress.runs.parsing import parse_yaml
 from moepress.validation.quality.results import QualityRow
 from moepress.validation.report.cells import number_text, percent_text, share_text, size_text
 from moepress.validation.report.markdown import plain_text
@@ -152,8 +153,8 @@ def card_metadata(folder: Path) -> dict[str, Any]:
         return {}
     found = re.match(r"\ufeff?---\r?\n(.*?)\r?\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        front = yaml.safe_load(found[1]) if found else {}
-    except (yaml.YAMLError, ValueError, RecursionError):  # somebody else's file; the card says that it is unknown
+        front = parse_yaml(found[1]) if found else {}
+    except ValueError:  # somebody else's file; the card says that it is unknown
         return {}
     return front if isinstance(front, dict) else {}
 

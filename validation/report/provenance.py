@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from moepress.hub.snapshot import origin_of
-from moepress.runs.journal import sha256_of, write_atomically
+from moepress.runs.files import sha256_of, write_atomically
 from moepress.runs.progress import track
 from moepress.validation.report.schema import Report
 

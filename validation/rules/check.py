@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress.compress.pruning.plan import Plan
-from moepress.validation.rules import codes, complete, graphs, model
+from moepress.validation.rules import codes, complete, graphs, model, stated
 from moepress.validation.rules.facts import Facts, Kind, facts_to_be, planned_facts, read_facts
 from moepress.validation.rules.findings import Finding, Problem, Runtime
 
@@ -20,6 +20,7 @@ __all__ = ["MADE_FOR", "RULES", "Checked", "Rule", "check_folder", "findings", "
 _SERVERS = "vLLM 0.33, SGLang 0.5.23 (read)"
 _VLLM, _SGLANG, _TRANSFORMERS = "vLLM 0.33 (read)", "SGLang 0.5.23 (read)", "transformers 5.23 (tried)"
 _ALL = "vLLM 0.33, SGLang 0.5.23, llama.cpp (read), transformers 5.23 (tried)"
+_ALL_STATED = "loaders of vLLM 0.33 and SGLang 0.5.23 (read), bug reports of both (sglang 7593, 23841)"
 _ORT, _ORT_CUDA = "ONNX Runtime 1.31 and 1.32 on the CPU (tried)", "ONNX Runtime's documents of July 2026 for CUDA"
 
 MADE_FOR: Mapping[Kind, tuple[Runtime, ...]] = {
@@ -46,6 +47,11 @@ def _rule(name: str, look: Callable[[Facts], Iterator[Problem]], source: str) ->
 
 RULES: tuple[Rule, ...] = (
     _rule("layout", codes.layout, "what each runtime's loader is for"),
+    _rule("one-set-of-weights", stated.one_set, _TRANSFORMERS),
+    _rule("tensor-names", stated.tensor_names, _TRANSFORMERS),
+    _rule("quantization-stated", stated.quantization, _ALL_STATED),
+    _rule("architectures", stated.architectures, "vLLM 0.33, SGLang 0.5.23, llama.cpp (read)"),
+    _rule("tied-head", stated.tied_head, _ALL),
     _rule("index", complete.index, "loaders of vLLM, SGLang and llama.cpp (read), transformers 5.23 (tried)"),
     _rule("experts-complete", complete.experts_complete, _ALL),
     _rule("expert-names", model.expert_names, _TRANSFORMERS),

@@ -37,8 +37,9 @@ def layout(facts: Facts) -> Iterator[Problem]:
         yield Problem(what=what, happens=happens, mend=f"{before}`moepress export FOLDER --to gptq`")
     if facts.kind is Kind.OTHER:
         method = facts.quantization.get("quant_method")
+        named = f"quantization_config names {method!r}, which is neither compressed-tensors nor gptq"
         yield Problem(
-            what=f"quantization_config names {method!r}, which is neither compressed-tensors nor gptq",
+            what=named if facts.form is None else f"the weights are stored as {facts.form}",
             happens=dict.fromkeys(_HF, (_REFUSES, "is not known to read it for experts")),
             mend=_AGAIN,
         )

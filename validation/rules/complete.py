@@ -86,7 +86,7 @@ def experts_complete(facts: Facts) -> Iterator[Problem]:
 
 def all_tensors(facts: Facts) -> Iterator[Problem]:
     """Everything besides the experts is there too, in the shape that the config states."""
-    if facts.kind is Kind.OTHER or facts.stored is None:
+    if facts.kind is Kind.OTHER or facts.stored is None or facts.prefix is not None:
         return
     own, counts = (index, experts_complete, complete_codes), (count_in_config, equal_counts, legal_count, whole_groups)
     if any(problem for rule in (*own, expert_names, *counts) for problem in rule(facts)):

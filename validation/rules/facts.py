@@ -16,9 +16,10 @@ from moepress.converters.onnx.folder import is_onnx
 from moepress.converters.safetensors import compressed_tensors_config, gptq_config
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Family, Shape, experts_key, shape_of
+from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts
 from moepress.models.families.table import family_of
-from moepress.models.storage.folder import INDEX, load_config, read_json
+from moepress.models.storage.folder import INDEX, OWN_NAMES, load_config, no_weights, read_json
+from moepress.models.storage.foreign import stored_method
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.validation.rules.onnx_facts import Graph, read_graph
 
@@ -83,6 +84,8 @@ class Facts:
         index: the index and the shards; None before anything was written, and for ONNX.
         quantize_config: quantize_config.json; None where it is not there.
         graph: of an ONNX model.
+        form: how weights are quantized or stored that no layout here is for, in words.
+        prefix: what is to be said of tensors whose names have another prefix than the family's.
         tensor_parallel, expert_parallel: over how many devices it is to be spread.
     """
 
@@ -98,6 +101,8 @@ class Facts:
     index: Index | None = None
     quantize_config: Mapping[str, Any] | None = None
     graph: Graph | None = None
+    form: str | None = None
+    prefix: str | None = None
     tensor_parallel: int = 1
     expert_parallel: int = 1
 
@@ -189,10 +194,13 @@ def read_facts(folder: Path, *, tensor_parallel: int = 1, expert_parallel: int =
     if not isinstance(quantization, dict):
         raise InvalidInputError(f"{folder / 'config.json'}: quantization_config is no object; restore the file.")
     kind = _kind(quantization)
+    foreign = stored_method(stored) if kind in (Kind.PLAIN, Kind.OTHER) else None
     file = folder / QUANTIZE_CONFIG
     return Facts(
         place=str(folder),
-        kind=kind,
+        kind=kind if foreign is None else Kind.OTHER,
+        form=None if foreign is None else foreign[0],
+        prefix=strange_prefix({family.module_name(name): name for name in stored}),
         config=config,
         family=family,
         shape=shape,
@@ -233,7 +241,7 @@ def facts_to_be(
 ) -> Facts:
     """The facts of a model with so many experts, in that scheme; `layer_bits` where it differs by layer."""
     family = family_of(config)
-    changed = {**config, experts_key(family, config): experts}
+    changed = with_experts(config, experts)
     changed.pop("quantization_config", None)
     if degroup and family.groups_key and family.top_groups_key:
         changed |= {family.groups_key: 1, family.top_groups_key: 1}
@@ -270,9 +278,9 @@ def _read_shards(folder: Path) -> tuple[dict[str, Stored], Index]:
     weight_map = read_json(folder / INDEX).get("weight_map") if there else {}
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise InvalidInputError(f"{folder / INDEX} has no sound weight_map; restore it.")
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith(OWN_NAMES))
     if not files:
-        raise InvalidInputError(f"{folder} holds neither safetensors nor model.onnx; give the folder of a model.")
+        raise no_weights(folder)
     stored: dict[str, Stored] = {}
     for file in files:
         stored |= read_header(file)

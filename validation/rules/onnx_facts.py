@@ -8,7 +8,8 @@ from typing import Any
 from moepress.converters.onnx.folder import GENAI_CONFIG, MODEL
 from moepress.converters.onnx.runtime import require_onnx
 from moepress.errors import InvalidInputError
-from moepress.models.storage.folder import in_hub_cache, read_json
+from moepress.models.storage.folder import read_json
+from moepress.models.storage.inside import in_hub_cache
 
 _EXTERNAL = 1
 _OPERATORS = ("QMoE", "MatMulNBits", "MoE")

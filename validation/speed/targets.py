@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress.errors import InvalidInputError, UsageError
+from moepress.runs.files import read_text
 from moepress.runs.text import suggestion
 from moepress.validation.speed.projection import Interval, Load, project
 
@@ -68,7 +69,7 @@ def load_targets(file: Path = TABLE) -> tuple[Target, ...]:
         InvalidInputError: it cannot be read, is not TOML, a field is wrong, or two cards have the same id.
     """
     try:
-        table = _Table.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        table = _Table.model_validate(tomllib.loads(read_text(file)))
     except OSError as error:
         remedy = "restore it" if file == TABLE else "give a TOML file with a [[target]] table for each GPU"
         raise InvalidInputError(f"Cannot read {file}: {error.strerror or error}; {remedy}.") from error

@@ -16,7 +16,7 @@ from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.pieces import Allowance, SpentError, piece_names, plan_chunks
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.runs.journal import partial_folder
+from moepress.runs.output import partial_folder
 from moepress.stages import quantize as stage
 
 SMALL_PIECES = 6 * 7680 + 1  # six experts of 3 * 64 * 64 weights at 4 bits, planned as 5

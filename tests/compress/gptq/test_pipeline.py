@@ -39,7 +39,7 @@ from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Scratch, Stream, add_experts, first_step, open_stream, read_ahead
 from moepress.models.storage.checkpoint import Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
-from moepress.runs.journal import Piece
+from moepress.runs.pieces import Piece
 
 G16 = Scheme(bits=4, group_size=16)
 EVERYTHING = tuple(Include)

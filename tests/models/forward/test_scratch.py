@@ -16,8 +16,9 @@ def test_a_buffer_lies_in_memory_until_half_of_the_limit_is_used(tmp_path: Path)
     second = scratch.tensor("second", (10, 20), torch.float32)
     third = scratch.tensor("third", (50,), torch.float32)
     empty = scratch.tensor("empty", (0, 20), torch.float32)
-    assert [f.name for f in tmp_path.iterdir()] == ["scratch-second.tmp"]
-    assert (tmp_path / "scratch-second.tmp").stat().st_size == 800
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("scratch-second.")
+    assert file.stat().st_size == 800
     for buffer in (first, second, third, empty):
         buffer.fill_(3)
         assert (buffer == 3).all()
@@ -84,6 +85,6 @@ def test_pages_that_were_forgotten_are_not_resident_and_keep_their_content(tmp_p
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere room is not reserved")
 def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
     scratch = Scratch(tmp_path, 0)
-    with pytest.raises(MoepressError, match="no room for a scratch file of"):
+    with pytest.raises(MoepressError, match=r"free and a scratch file in .* needs 4,294,967,296 MiB"):
         scratch.rows("huge", 1 << 40, 1 << 10, torch.float32)
     assert list(tmp_path.iterdir()) == []

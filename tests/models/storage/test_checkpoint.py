@@ -403,8 +403,10 @@ def test_a_scale_without_an_fp8_weight_is_refused(tiny_copy: Factory) -> None:
     assert f"{EXPERT}_scale_inv belongs to no fp8 weight" in refusal(folder)
 
 
-def test_other_ways_of_quantization_are_unsupported(folder: Path) -> None:
-    for quantization in ({"quant_method": "gptq"}, {"quant_method": "fp8"}, "fp8", {"weight_block_size": [128, 128]}):
+def test_fp8_of_another_kind_than_blocks_is_unsupported(tiny_copy: Factory) -> None:
+    folder = tiny_copy("deepseek_v3")
+    tiny_models.to_fp8(folder)
+    for quantization in ({"quant_method": "fp8"}, "fp8", {"weight_block_size": [128, 128]}):
         tiny_models.edit_config(folder, quantization_config=quantization)
         with pytest.raises(UnsupportedError, match="start from its original") as caught:
             open_checkpoint(folder)

@@ -29,7 +29,7 @@ from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.mtp import Mtp, mtp_keep_sets
 from moepress.models.storage.safetensors_file import read_bytes
-from moepress.runs.journal import partial_folder
+from moepress.runs.output import partial_folder
 from moepress.stages.places import Output
 from moepress.stages.prune import prune_stage
 

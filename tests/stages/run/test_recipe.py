@@ -15,7 +15,9 @@ from moepress.compress.pruning.plan import load_plan
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.errors import InvalidInputError, MoepressError, UsageError
-from moepress.runs.journal import open_run, partial_folder, sha256_of
+from moepress.runs.files import sha256_of
+from moepress.runs.journal import open_run
+from moepress.runs.output import partial_folder
 from moepress.stages import validate
 from moepress.stages.run import run
 from moepress.stages.run.file import load_recipe
@@ -133,12 +135,12 @@ def test_text_that_changed_under_its_name_is_noticed_by_the_resume_of_a_finished
     second = run_recipe(make_recipe(small), tmp_path / "out", resume=True)
     assert first.quality.digest != second.quality.digest
     learnt.write_text("All that glitters is not gold. " * 100)
-    with pytest.raises(UsageError, match="corpus was"):
+    with pytest.raises(UsageError, match="the calibration text is another one"):
         run_recipe(make_recipe(small), tmp_path / "out", resume=True)
 
 
 def test_a_resume_with_another_setting_is_refused_by_its_name(finished: Path) -> None:
-    with pytest.raises(UsageError, match=r"recipe\.keep was 0\.75, now 0\.5"):
+    with pytest.raises(UsageError, match=r"--keep was 0\.75, now 0\.5"):
         run_recipe(make_recipe(SMALL | {"keep": 0.5}), finished, resume=True)
     assert (finished / "model").is_dir()
 
@@ -234,7 +236,8 @@ def test_three_quarters_stay_unless_told_otherwise() -> None:
 
 def test_a_finished_run_says_so_in_its_journal(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "journal.jsonl").read_text().splitlines()]
-    assert [row["piece"] for row in rows[1:]] == ["profile", "plan", "model", "export-gptq", "report"]
+    assert [row.get("piece") for row in rows[1:]] == ["profile", "plan", "model", "export-gptq", "report", None]
+    assert rows[-1] == {"finished": True}
     assert yaml.safe_load((finished / "recipe.yaml").read_text())["model"] == "demo"
 
 

@@ -113,7 +113,7 @@ def test_what_is_no_model_folder_is_one_sentence(outputs: Outputs, tmp_path: Pat
     for place, said in (
         (tmp_path / "nothing", "is not a folder"),
         (tmp_path / "empty", "has no config.json"),
-        (folder, "holds neither safetensors nor model.onnx"),
+        (folder, "holds neither model.safetensors nor model.safetensors.index.json"),
     ):
         code, printed, errors = command("check", place)
         assert (code, printed, errors.count("\n")) == (4, "", 1)
