@@ -43,8 +43,9 @@ def _bound(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """The same, and both ends of an interval bound to each other."""
-    return re.sub(r"(?<=\d)-(?=\d)", "-\N{WORD JOINER}", _bound(text))
+    """The same, and both ends of an interval bound to each other and to the test that they are of."""
+    text = re.sub(r"\b(tg|pp) (?=\d)", "\\1\N{NO-BREAK SPACE}", _bound(text))
+    return re.sub(r"(?<=\d)-(?=\d)", "-\N{WORD JOINER}", text)
 
 
 def _safe(value: Any) -> Any:
