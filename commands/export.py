@@ -19,7 +19,7 @@ from moepress.commands.options import (
     push_options,
     talk_options,
 )
-from moepress.commands.parsed import all_default, push_of
+from moepress.commands.requests import all_default, push_of
 from moepress.commands.tables import human_bytes, plain_console, plain_table
 from moepress.errors import UsageError
 

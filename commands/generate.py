@@ -38,7 +38,7 @@ def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     local_folders(model)  # a wrong path is refused before anything heavy is imported
     quiet_libraries()
     from moepress.stages import generate
-    from moepress.validation.quality.generate import Sampling
+    from moepress.validation.quality.decoding import Sampling
 
     request = generate.Request(
         prompt=_prompt_of_stdin() if prompt == "-" else prompt,

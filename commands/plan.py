@@ -17,7 +17,7 @@ from moepress.commands.options import (
     selection_options,
     targets_file_option,
 )
-from moepress.commands.parsed import plan_of
+from moepress.commands.requests import plan_of
 from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
 
 if TYPE_CHECKING:

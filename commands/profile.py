@@ -20,7 +20,7 @@ from moepress.commands.options import (
     talk_options,
     timings_option,
 )
-from moepress.commands.parsed import calibration_of, machine_of
+from moepress.commands.requests import calibration_of, machine_of
 from moepress.commands.tables import EMBEDDED_NOTE, plain_console, plain_table
 
 if TYPE_CHECKING:

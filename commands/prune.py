@@ -24,7 +24,7 @@ from moepress.commands.options import (
     talk_options,
     timings_option,
 )
-from moepress.commands.parsed import all_default, calibration_of, machine_of, mtp_of, plan_of, push_of, repair_of
+from moepress.commands.requests import all_default, calibration_of, machine_of, mtp_of, plan_of, push_of, repair_of
 from moepress.commands.tables import human_bytes
 from moepress.errors import UsageError
 

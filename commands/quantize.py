@@ -24,7 +24,7 @@ from moepress.commands.options import (
     talk_options,
     timings_option,
 )
-from moepress.commands.parsed import all_default, calibration_of, includes_of, machine_of, mtp_of, push_of
+from moepress.commands.requests import all_default, calibration_of, includes_of, machine_of, mtp_of, push_of
 from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
 from moepress.errors import UsageError
 
@@ -158,7 +158,7 @@ def _hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, 
 
 def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:
     """What `quantize` made."""
-    from moepress.compress.gptq.schemes import bits_text
+    from moepress.compress.gptq.layer_bits import bits_text
 
     console = plain_console()
     scheme = result["scheme"]

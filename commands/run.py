@@ -30,7 +30,7 @@ from moepress.commands.options import (
     targets_file_option,
     timings_option,
 )
-from moepress.commands.parsed import all_default, push_of, repair_of, thresholds_of
+from moepress.commands.requests import all_default, push_of, repair_of, thresholds_of
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
@@ -119,7 +119,7 @@ def _values(model: str | None, recipe_file: Path | None, options: Mapping[str, A
     """
     from moepress.calibration.sources import parse_sources
     from moepress.stages.places import local_folders
-    from moepress.stages.run.file import load_recipe
+    from moepress.stages.run.recipe_file import load_recipe
 
     values = load_recipe(recipe_file) if recipe_file else {}
     values |= _recipe_values(options) | ({"model": model} if model else {})

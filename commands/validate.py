@@ -21,7 +21,7 @@ from moepress.commands.options import (
     talk_options,
     targets_file_option,
 )
-from moepress.commands.parsed import machine_of, thresholds_of
+from moepress.commands.requests import machine_of, thresholds_of
 
 if TYPE_CHECKING:
     from moepress.stages.validate import Evaluation

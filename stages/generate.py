@@ -20,7 +20,7 @@ from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.folder import read_json
 from moepress.stages.groundwork import announce, load_tokenizer
 from moepress.stages.places import Machine, model_folder
-from moepress.validation.quality.generate import (
+from moepress.validation.quality.decoding import (
     Decoder,
     Sampling,
     TextStream,

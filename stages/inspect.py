@@ -21,8 +21,8 @@ from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.models.families.family import Part, Shape, legal_counts
-from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
+from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.stages.groundwork import announce, workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, context_notes, model_folder

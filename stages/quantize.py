@@ -11,10 +11,10 @@ from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.layer_bits import check_scheme, model_dtype, scale_value_dtype, settle_bits
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.pieces import PIECE_BYTES
 from moepress.compress.gptq.pipeline import quantize
-from moepress.compress.gptq.schemes import check_scheme, model_dtype, scale_value_dtype, settle_bits
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.safetensors.scheme import Scheme

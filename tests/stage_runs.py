@@ -18,8 +18,8 @@ from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import Profile, describe_corpus, fingerprint
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.layer_bits import model_dtype, scale_value_dtype
 from moepress.compress.gptq.pipeline import quantize
-from moepress.compress.gptq.schemes import model_dtype, scale_value_dtype
 from moepress.compress.pruning.plan import Plan, Quantization, Sizes
 from moepress.compress.pruning.rewrite import prune
 from moepress.compress.pruning.scoring import Criterion, Groups

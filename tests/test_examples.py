@@ -21,8 +21,8 @@ from action_runner import EXPRESSION, Job
 
 from moepress.cli import cli
 from moepress.stages.places import model_folder
-from moepress.stages.run.file import load_recipe
 from moepress.stages.run.recipe import make_recipe
+from moepress.stages.run.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"

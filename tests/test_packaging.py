@@ -144,7 +144,7 @@ def test_importing_the_command_line_imports_nothing_heavy(modules: list[str]) ->
 def test_places_and_recipe_files_cost_no_torch() -> None:
     """Commands refuse wrong paths with these alone."""
     code = (
-        "import sys, moepress.stages.places, moepress.stages.run.file, moepress.calibration.sources\n"
+        "import sys, moepress.stages.places, moepress.stages.run.recipe_file, moepress.calibration.sources\n"
         "print(*{'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")

@@ -18,7 +18,7 @@ from torch import Tensor
 from moepress.calibration.hessian import gram
 from moepress.compress.budget.sizes import probe_scheme
 from moepress.compress.gptq.experts import CodedExpert, QuantizeOptions, experts_at_once, pooled_inputs, solve_experts
-from moepress.compress.gptq.schemes import model_dtype, scale_value_dtype
+from moepress.compress.gptq.layer_bits import model_dtype, scale_value_dtype
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.models.families.family import Shape
 from moepress.models.forward.streamed import apply_expert, tokens_of

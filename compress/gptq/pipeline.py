@@ -33,6 +33,7 @@ from moepress.compress.gptq.experts import (
     solve_experts,
 )
 from moepress.compress.gptq.include import Include, LinearGroup, linear_groups, unquantized_modules
+from moepress.compress.gptq.layer_bits import check_scheme, config_groups, mixed_note
 from moepress.compress.gptq.linears import solve_head, solve_linears, solve_stepping, steps_fit
 from moepress.compress.gptq.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
 from moepress.compress.gptq.reference import (
@@ -47,7 +48,6 @@ from moepress.compress.gptq.reference import (
     save_original,
     step_original,
 )
-from moepress.compress.gptq.schemes import check_scheme, config_groups, mixed_note
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config
 from moepress.models.families.family import Part, layer_of, part_of
 from moepress.models.forward.costs import stored_bytes

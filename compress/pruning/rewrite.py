@@ -14,7 +14,7 @@ from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repair_walk import drop_walk
 from moepress.compress.pruning.repaired import Edits, Repairs, edits_of, scaled
 from moepress.models.families.family import layer_of
-from moepress.models.forward.completeness import check_mtp, check_tensors
+from moepress.models.forward.tensor_check import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, nonfinite
 from moepress.models.storage.experts import is_fused, mtp_layers, prune_source, pruned_config, router_disk_names
 from moepress.models.storage.mtp import Mtp, mtp_keep_sets, mtp_note

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moepress.errors import MoepressError
-from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import Expert, read_expert
 from moepress.runs.progress import track

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family
-from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import (
     Expert,

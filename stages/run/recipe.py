@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from moepress.compress.budget.search import most_common
 from moepress.compress.budget.sizes import included_linears
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.schemes import check_scheme
+from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.pruning.plan import count_from_keep
 from moepress.compress.pruning.repair import Repair
 from moepress.compress.pruning.scoring import Criterion, Groups, default_criterion, domain_weights

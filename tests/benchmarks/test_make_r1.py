@@ -13,7 +13,7 @@ from r1_models import SMALL, make_r1, small_r1
 from stage_runs import content, corpus_of, in_torch, profile_of
 from tiny_models import windows
 
-from moepress.models.forward.completeness import check_mtp, check_tensors
+from moepress.models.forward.tensor_check import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.tensors import read_tensor
 from moepress.stages.groundwork import load_tokenizer

@@ -140,7 +140,7 @@ def planned(folder: Path) -> None:
 
 
 def recipe_read(folder: Path) -> None:
-    from moepress.stages.run.file import load_recipe
+    from moepress.stages.run.recipe_file import load_recipe
 
     make_recipe(load_recipe(folder / "recipe.json"))
 

@@ -17,13 +17,13 @@ from moepress.calibration.accumulators import ACCUMULATORS
 from moepress.calibration.profile import SHARDS, Profile, Statistic, fingerprint
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include, unquantized_modules
+from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.gptq.pieces import piece_names, plan_chunks
-from moepress.compress.gptq.schemes import check_scheme
 from moepress.compress.pruning.plan import check_plan, make_plan
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.models.forward.completeness import check_tensors
 from moepress.models.forward.inventory import describe, inventory
+from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp

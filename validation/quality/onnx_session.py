@@ -199,7 +199,7 @@ def read_logits(model: OnnxModel, windows_NT: Tensor) -> Callable[[int], Tensor]
 
 
 class OnnxDecoder:
-    """A session as a `Decoder` of `validation.quality.generate`: one sequence, its own cache."""
+    """A session as a `Decoder` of `validation.quality.decoding`: one sequence, its own cache."""
 
     def __init__(self, model: OnnxModel) -> None:
         self.context, self.vocabulary, self.provider = model.folder.context, model.folder.vocabulary, model.provider

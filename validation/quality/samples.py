@@ -11,7 +11,7 @@ from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import MoepressError
 from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.runs.progress import track
-from moepress.validation.quality.generate import Decoder, Sampling, TextStream, TorchDecoder, generate
+from moepress.validation.quality.decoding import Decoder, Sampling, TextStream, TorchDecoder, generate
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.onnx_session import OnnxDecoder, open_session
 from moepress.validation.quality.results import Continuation, Sample, Samples

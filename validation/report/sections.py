@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepress.calibration.profile import Profile
-from moepress.compress.gptq.schemes import bits_text
+from moepress.compress.gptq.layer_bits import bits_text
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.validation.report.schema import (

@@ -12,7 +12,7 @@ from moepress.compress.budget.sizes import included_linears
 from moepress.compress.estimates.export import Pressed, gptq_bytes, onnx_bytes_after
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.schemes import settle_bits
+from moepress.compress.gptq.layer_bits import settle_bits
 from moepress.converters.onnx.export import OnnxRequest, plan_onnx
 from moepress.converters.safetensors.artifact import Artifact, open_artifact
 from moepress.converters.safetensors.scheme import Scheme

@@ -17,7 +17,7 @@ from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.gptq import pieces
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.schemes import config_groups, mixed_note, settle_bits
+from moepress.compress.gptq.layer_bits import config_groups, mixed_note, settle_bits
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.export import check_target
 from moepress.converters.safetensors.scheme import Scheme

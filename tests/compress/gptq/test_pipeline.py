@@ -28,8 +28,8 @@ from moepress.compress.gptq import experts, pieces, pipeline
 from moepress.compress.gptq.experts import QuantizeOptions, pooled_hessian, pooled_inputs, solve_experts
 from moepress.compress.gptq.grid import absmax_scales, round_to_nearest
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.gptq.pieces import layer_report
-from moepress.compress.gptq.schemes import check_scheme
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.models.families.table import FAMILIES
-from moepress.models.forward.completeness import check_tensors
+from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import read_expert
 from moepress.models.storage.folder import INDEX, SINGLE, load_config, read_json

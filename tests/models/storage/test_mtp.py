@@ -24,7 +24,7 @@ from stage_runs import (
 from moepress.compress.pruning.plan import plan_text
 from moepress.compress.pruning.scoring import Groups
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.forward.completeness import check_mtp, check_tensors
+from moepress.models.forward.tensor_check import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.mtp import Mtp, mtp_keep_sets

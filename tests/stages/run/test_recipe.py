@@ -20,8 +20,8 @@ from moepress.runs.journal import open_run
 from moepress.runs.output import partial_folder
 from moepress.stages import validate
 from moepress.stages.run import run
-from moepress.stages.run.file import load_recipe
 from moepress.stages.run.recipe import check_recipe, make_recipe
+from moepress.stages.run.recipe_file import load_recipe
 from moepress.stages.run.run import run_recipe
 from moepress.validation.report.schema import Report
 from moepress.validation.rules.check import planned_notes

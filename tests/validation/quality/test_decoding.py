@@ -20,7 +20,7 @@ from moepress.converters.safetensors.artifact import open_source
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.dense import load_dense
 from moepress.stages.places import model_folder
-from moepress.validation.quality.generate import (
+from moepress.validation.quality.decoding import (
     Decoder,
     Sampling,
     TextStream,

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from moepress.converters.safetensors.scheme import PER_CHANNEL
 from moepress.errors import InvalidInputError
-from moepress.models.forward.completeness import check_tensors
+from moepress.models.forward.tensor_check import check_tensors
+from moepress.validation.rules.experts import count_in_config, equal_counts, expert_names, legal_count, whole_groups
 from moepress.validation.rules.facts import SUFFIXES, Facts, Kind, Width
 from moepress.validation.rules.findings import Effect, Happens, Problem, Runtime, first
-from moepress.validation.rules.model import count_in_config, equal_counts, expert_names, legal_count, whole_groups
 
 _FOLDERS = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
 _UNLOADED = "may not notice it, and computes with weights that were never loaded"
