@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moepress.calibration.corpus import Corpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import describe_corpus, fingerprint
+from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
@@ -18,7 +20,7 @@ from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.models.storage.checkpoint import Source, open_checkpoint
+from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
@@ -63,56 +65,20 @@ def quantize_stage(
     announce(checkpoint)
     if mtp is Mtp.KEEP:
         refuse_quantized_mtp(checkpoint)
-    shape = checkpoint.shape
     if plan is not None:
         checked_plan(checkpoint, plan)
-    prunes = plan is not None and plan.prunes
-    source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and prunes else checkpoint
-    source = source if repairs is None else repaired_source(source, repairs)
-    stored = model_dtype(checkpoint.config)
-    scheme, layer_bits = settle_bits(source, request.scheme, request.layer_bits, request.include)
-    options = QuantizeOptions(
-        scheme=scheme,
-        layer_bits=layer_bits,
-        scale_dtype=scale_value_dtype(stored),
-        stored_dtype=stored,
-        hessian=request.hessian,
-        solver=request.solver,
-    )
-    check_scheme(source, scheme, request.include)
+    source = _seen(checkpoint, plan, repairs)
+    options = _options(source, request)
+    check_scheme(source, options.scheme, request.include)
+    shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(source, machine)
-    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
-    estimate = estimate_quantize(
-        checkpoint,
-        figures_of(checkpoint),
-        plan.experts if plan else shape.experts,
-        scheme,
-        work,
-        measure_rates(checkpoint, work.device, work.dtype) if dry_run else None,
-        include=request.include,
-        layer_bits=layer_bits,
-        original_targets=request.hessian.asymmetry > 0,
-        balanced=request.hessian.least_tokens > 0,
-    )
+    estimate = _estimate(checkpoint, plan, options, request, corpus, machine, timed=dry_run)
     if dry_run:
         return asdict(estimate)
     require_room(output, estimate.disk_bytes)
     digest = fingerprint(checkpoint) if plan is None else plan.model
-    settings = {
-        "command": "quantize",
-        "model": digest,
-        "keep": {str(layer): kept for layer, kept in plan.keep.items()} if plan and prunes else None,
-        "groups": plan.groups.value if plan and prunes else None,
-        "repair": None if repairs is None else repairs.digest,
-        "scheme": asdict(scheme),
-        "layer_bits": {str(layer): bits for layer, bits in layer_bits.items()} or None,
-        "include": sorted(request.include),
-        "hessian": asdict(request.hessian),
-        "solver": asdict(request.solver),
-        "seed": calibration.seed,
-        "piece_bytes": PIECE_BYTES,
-    }
+    settings = {"command": "quantize", "model": digest, **_settings(plan, options, request, repairs, calibration.seed)}
     summary = {
         "model": digest,
         "model_name": display_name(folder, model_name),
@@ -137,3 +103,67 @@ def quantize_stage(
             max_pieces=max_pieces,
         )
     return {"bytes_before": checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}
+
+
+def _seen(checkpoint: Checkpoint, plan: Plan | None, repairs: Repairs | None) -> Source:
+    """The model that is quantized: pruned by the plan, and repaired, without being written."""
+    pruned = plan is not None and plan.prunes
+    source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and pruned else checkpoint
+    return source if repairs is None else repaired_source(source, repairs)
+
+
+def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:
+    stored = model_dtype(source.config)
+    scheme, layer_bits = settle_bits(source, request.scheme, request.layer_bits, request.include)
+    return QuantizeOptions(
+        scheme=scheme,
+        layer_bits=layer_bits,
+        scale_dtype=scale_value_dtype(stored),
+        stored_dtype=stored,
+        hessian=request.hessian,
+        solver=request.solver,
+    )
+
+
+def _estimate(
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    options: QuantizeOptions,
+    request: QuantizeRequest,
+    corpus: Corpus,
+    machine: Machine,
+    *,
+    timed: bool,
+) -> Estimate:
+    work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
+    return estimate_quantize(
+        checkpoint,
+        figures_of(checkpoint),
+        plan.experts if plan else checkpoint.shape.experts,
+        options.scheme,
+        work,
+        measure_rates(checkpoint, work.device, work.dtype) if timed else None,
+        include=request.include,
+        layer_bits=options.layer_bits,
+        original_targets=request.hessian.asymmetry > 0,
+        balanced=request.hessian.least_tokens > 0,
+    )
+
+
+def _settings(
+    plan: Plan | None, options: QuantizeOptions, request: QuantizeRequest, repairs: Repairs | None, seed: int
+) -> dict[str, Any]:
+    """All that the codes depend on besides the model and the text."""
+    pruned = plan if plan is not None and plan.prunes else None
+    return {
+        "keep": {str(layer): kept for layer, kept in pruned.keep.items()} if pruned else None,
+        "groups": pruned.groups.value if pruned else None,
+        "repair": None if repairs is None else repairs.digest,
+        "scheme": asdict(options.scheme),
+        "layer_bits": {str(layer): bits for layer, bits in options.layer_bits.items()} or None,
+        "include": sorted(request.include),
+        "hessian": asdict(request.hessian),
+        "solver": asdict(request.solver),
+        "seed": seed,
+        "piece_bytes": PIECE_BYTES,
+    }

@@ -34,11 +34,13 @@ from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.stages.shown import checks_section, environment, samples_section, subject_info
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Subject, measure, vocabulary_of
+from moepress.validation.quality.results import Throughput
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.files import JSON_NAME, foreign_files
 from moepress.validation.report.places import without_places
 from moepress.validation.report.schema import Report
 from moepress.validation.speed.fits import fits_section
+from moepress.validation.speed.results import Targets
 from moepress.validation.speed.target_here import target_here
 from moepress.validation.speed.targets import Target, all_targets, target_of
 from moepress.validation.speed.throughput import measure_throughput
@@ -264,9 +266,7 @@ def validate_stage(
     notes = (*sections.pop("notes", ()), *context_notes(evaluation.context, _context(subjects[0])))
     timed, samples = None, None
     if evaluation.throughput:
-        with_folder = [s for s in (subjects[0], *also_timed, *subjects[1:]) if s.folder is not None]
-        bench = Bench(device=device, dtype=choose_dtype("auto", device), onnx_device=provider)
-        timed = measure_throughput(with_folder, bench)
+        timed = _timed([subjects[0], *also_timed, *subjects[1:]], device, provider)
         samples, lack = samples_section(
             subjects, corpus, load_tokenizer(tokenizer), device=device, dtype=dtype, onnx_device=provider
         )
@@ -280,14 +280,7 @@ def validate_stage(
         quality=quality,
         throughput=timed,
         thresholds=judge(evaluation.thresholds, quality.rows),
-        targets=fits_section(
-            [(s.label, s.source) for s in subjects if s.folder is not None],
-            targets,
-            evaluation.context,
-            here=_gpu_here(device, targets),
-            throughput=timed,
-            chosen=target_of(evaluation.target, evaluation.targets_file).id if evaluation.target else None,
-        ),
+        targets=_gpus(subjects, targets, evaluation, device, timed),
         samples=samples,
         checks=checks,
         notes=(*notes, *unchecked),
@@ -295,6 +288,30 @@ def validate_stage(
         **sections,
     )
     return without_places(report)
+
+
+def _timed(subjects: Sequence[Subject], device: torch.device, provider: str) -> Throughput:
+    """Tokens per second of those that lie on the disk."""
+    bench = Bench(device=device, dtype=choose_dtype("auto", device), onnx_device=provider)
+    return measure_throughput([s for s in subjects if s.folder is not None], bench)
+
+
+def _gpus(
+    subjects: Sequence[Subject],
+    targets: Sequence[Target],
+    evaluation: Evaluation,
+    device: torch.device,
+    timed: Throughput | None,
+) -> Targets:
+    """Which GPU holds them, the user's own marked."""
+    return fits_section(
+        [(s.label, s.source) for s in subjects if s.folder is not None],
+        targets,
+        evaluation.context,
+        here=_gpu_here(device, targets),
+        throughput=timed,
+        chosen=target_of(evaluation.target, evaluation.targets_file).id if evaluation.target else None,
+    )
 
 
 def _gpu_here(device: torch.device, targets: Sequence[Target]) -> Target | None:
