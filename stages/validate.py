@@ -302,7 +302,7 @@ def _gpus(
     evaluation: Evaluation,
     device: torch.device,
     timed: Throughput | None,
-) -> Targets:
+) -> Targets | None:
     """Which GPU holds them, the user's own marked."""
     return fits_section(
         [(s.label, s.source) for s in subjects if s.folder is not None],
