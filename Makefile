@@ -6,12 +6,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 INSTALL_INPUTS := pyproject.toml constraints.txt __init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test gates unit test-slow clean
+.PHONY: help venv dev demo test gates unit test-slow test-faults clean
 
 help:
 	@echo "make demo       run moepress on its embedded model, from profile to report, into demo-out"
 	@echo "make test       all gates (ruff, mypy, import-linter) and the tests"
-	@echo "make test-slow  the tests that take longer"
+	@echo "make test-slow  the tests that take longer      make test-faults   10,000 spoiled inputs and kills"
 	@echo "make gates      the gates alone        make unit   the tests alone"
 	@echo "make venv       install moepress into .venv   make dev   with the tools for tests"
 	@echo "make clean      remove all that these made"
@@ -54,6 +54,10 @@ unit: dev
 
 test-slow: dev
 	$(BIN)/pytest -m slow
+
+# Ten thousand spoiled inputs of a seed that is printed, and the kills; `make test` has a short part of a fixed seed.
+test-faults: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/faults --inputs 10000 --seed random -m "slow or not slow"
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-out demo-out.partial
