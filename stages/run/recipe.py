@@ -254,9 +254,9 @@ def _moved(given: str, to: Callable[[Path], str]) -> str:
     return f"{name}{equals}{to(path)}" if place and path.exists() else given
 
 
-def recipe_text(recipe: Recipe, asked: Recipe, out: Path) -> str:
-    """recipe.yaml: what was used, but the machine as it was asked for, so that another one may choose; paths from
-    its own folder, so that it can be moved with what it names, and tells nothing of this machine.
+def portable(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """A recipe as plain JSON with paths as they are from `out`, so that they can be moved with it, and tell nothing of
+    this machine.
     """
 
     def near(path: Path) -> str:
@@ -266,10 +266,13 @@ def recipe_text(recipe: Recipe, asked: Recipe, out: Path) -> str:
             return str(path)
 
     values = recipe.model_dump(mode="json")
-    values |= {name: getattr(asked, name) for name in ("device", "dtype", "max_memory")}
     values |= {name: [_moved(place, near) for place in values[name]] for name in _PLACES}
-    for name in ("model", "targets_file"):
-        values[name] = values[name] and _moved(values[name], near)
+    return values | {name: values[name] and _moved(values[name], near) for name in ("model", "targets_file")}
+
+
+def recipe_text(recipe: Recipe, asked: Recipe, out: Path) -> str:
+    """recipe.yaml: what was used, but the machine as it was asked for, so that another one may choose."""
+    values = portable(recipe, out) | {name: getattr(asked, name) for name in ("device", "dtype", "max_memory")}
     return yaml.safe_dump(values, sort_keys=False)
 
 

@@ -54,6 +54,7 @@ from moepress.stages.run.recipe import (
     calibration_of,
     check_recipe,
     evaluation_of,
+    portable,
     recipe_text,
     resolve,
     settled,
@@ -367,5 +368,5 @@ def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Art
             card = model_card(report, original, layout, stored_bytes=size, mixed=len(artifact.schemes) > 1)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
-    settings = setup.recipe.model_dump(mode="json")
+    settings = portable(setup.recipe, setup.out)
     write_provenance(setup.out, provenance(report, {"original": original.folder}, made, settings))
