@@ -8,10 +8,8 @@ solving, and so ends with the same bytes.
 
 import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +30,20 @@ from moepress.compress.gptq.experts import (
     pooled_inputs,
     solve_experts,
 )
-from moepress.compress.gptq.include import Include, LinearGroup, linear_groups, unquantized_modules
+from moepress.compress.gptq.include import Include, linear_groups, unquantized_modules
+from moepress.compress.gptq.job import (
+    Job,
+    expert_tensors,
+    outer_entry,
+    packed,
+    plain,
+    read_expert,
+    read_linears,
+)
 from moepress.compress.gptq.layer_bits import check_scheme, config_groups, mixed_note
 from moepress.compress.gptq.linears import solve_head, solve_linears, solve_stepping, steps_fit
 from moepress.compress.gptq.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
 from moepress.compress.gptq.reference import (
-    Reference,
     add_originals,
     check_original,
     drop_original,
@@ -48,14 +54,11 @@ from moepress.compress.gptq.reference import (
     save_original,
     step_original,
 )
-from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config
-from moepress.models.families.family import Part, layer_of, part_of
-from moepress.models.forward.costs import stored_bytes
+from moepress.converters.safetensors import compressed_tensors_config
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import (
     Limits,
     Scratch,
-    Stream,
     add_output,
     first_step,
     open_stream,
@@ -63,37 +66,13 @@ from moepress.models.forward.walk import (
 )
 from moepress.models.storage.experts import Expert
 from moepress.models.storage.mtp import mtp_note
-from moepress.models.storage.safetensors_file import Stored, read_header
-from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import tensor_entry
 from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import in_halves, release_memory
 from moepress.runs.phases import in_layer, phase
-from moepress.runs.pieces import Piece
 from moepress.runs.progress import track
-
-_FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """All that stays the same during one run of `quantize`."""
-
-    stream: Stream
-    reference: Reference | None
-    run: Run
-    options: QuantizeOptions
-    include: frozenset[Include]
-    chunks: Mapping[int, Sequence[Sequence[int]]]
-    piece_names: Mapping[str, str]
-    names: Mapping[int | None, Sequence[str]]
-    at_once: int
-    allowance: Allowance
-
-    @property
-    def originals(self) -> Stream | None:
-        """The original model's stream, if it is walked."""
-        return None if self.reference is None else self.reference.stream
 
 
 def quantize(
@@ -204,7 +183,7 @@ def _quantize_layer(job: Job, layer: int) -> None:
         if done is None:
             coded, errors = solve_linears(stream, job.options.of_layer(layer), layer, groups, job.originals)
         else:
-            coded, errors = _read_linears(job, done, groups), {}
+            coded, errors = read_linears(job, done, groups), {}
         model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
         routed = first_step(stream, layer)
     if reference is not None:
@@ -261,7 +240,7 @@ def _do_chunk(
                     batch, functools.partial(_solve, job, layer, loaded, positions, pooled), "experts"
                 )
             else:
-                solved = [_read_expert(job, stored, layer, expert) for expert in batch]
+                solved = [read_expert(job, stored, layer, expert) for expert in batch]
             if job.reference is not None:
                 add_originals(job.reference, layer, loaded, theirs)
             del loaded
@@ -270,7 +249,7 @@ def _do_chunk(
                 with phase("forward"):
                     add_output(job.stream, job.stream.flat(), coded.expert(model), tokens, slots, layer, coded.middle)
                 if done is None:
-                    tensors |= _expert_tensors(job, layer, expert, coded)
+                    tensors |= expert_tensors(job, layer, expert, coded)
                     note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
             release_memory()
     if done is None:
@@ -300,20 +279,6 @@ def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[s
     job.allowance.spend()
 
 
-def _expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dict[str, Tensor]:
-    names = job.stream.model.family.expert_names(layer, expert)
-    tensors: dict[str, Tensor] = {}
-    for name, matrix in zip(names, (coded.gate, coded.up, coded.down), strict=True):
-        tensors |= _packed(job, name, matrix)
-    return tensors
-
-
-def _packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
-    module, scheme = name.removesuffix(".weight"), job.options.scheme_of(layer_of(name))
-    with phase("pack"):
-        return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
-
-
 def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
     """Everything of a layer but its routed experts: quantized where asked for, else as stored (fp8 becomes bf16)."""
     source, tensors = job.stream.model.source, dict[str, Tensor]()
@@ -321,17 +286,10 @@ def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[s
         if ".experts." in source.family.module_name(name):
             continue
         if name in linears:
-            tensors |= _packed(job, name, linears[name])
+            tensors |= packed(job, name, linears[name])
         else:
-            tensors[name] = _plain(job, name)
+            tensors[name] = plain(job, name)
     return tensors
-
-
-def _plain(job: Job, name: str) -> Tensor:
-    source, tensor = job.stream.model.source, _read(job, name)
-    may_be_fp8 = part_of(source.family, name, job.stream.model.shape.layers) in _FP8_PARTS and tensor.ndim == 2
-    dequantized = may_be_fp8 and tensor.dtype == torch.float32 and "quantization_config" in source.config
-    return tensor.to(job.options.stored_dtype) if dequantized else tensor
 
 
 def _write_outer(job: Job) -> None:
@@ -342,54 +300,11 @@ def _write_outer(job: Job) -> None:
     for name in job.names.get(None, []):
         if name == "lm_head.weight" and Include.LM_HEAD in job.include:
             matrix, error = solve_head(job.stream, job.options, job.originals)
-            entries += [tensor_entry(*pair) for pair in _packed(job, name, matrix).items()]
+            entries += [tensor_entry(*pair) for pair in packed(job, name, matrix).items()]
             note["linears"][name] = error
         else:
-            entries.append(_outer_entry(job, name))
+            entries.append(outer_entry(job, name))
     _write_piece(job, "outer", entries, note)
-
-
-def _outer_entry(job: Job, name: str) -> Entry:
-    """A tensor that is read when it is written: R1's embeddings and lm_head are 1.85 GB each."""
-    source = job.stream.model.source
-    shape = source.shapes[name]
-    first = source.read_row(name, 0) if len(shape) == 2 else None
-    if first is None or first.dtype == torch.float8_e4m3fn:
-        return tensor_entry(name, _plain(job, name))
-    size = math.prod(shape) * first.dtype.itemsize
-    return Entry(
-        name=name,
-        dtype=DTYPE_NAMES[first.dtype],
-        shape=shape,
-        bytes=size,
-        data=lambda: iter((tensor_bytes(_read(job, name)),)),
-    )
-
-
-def _read(job: Job, name: str) -> Tensor:
-    source = job.stream.model.source
-    with phase("read", size=stored_bytes(source, name)):
-        return source.read(name)
-
-
-def _read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
-    """A matrix of a finished piece, whose header is `stored`."""
-    module = name.removesuffix(".weight")
-    names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
-    with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
-        tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
-    codes, scales = compressed_tensors.read_layer(module, tensors, job.options.scheme_of(layer_of(name)))
-    return Coded(codes=codes, scales=scales)
-
-
-def _read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Coded]:
-    stored = read_header(job.run.path(piece))
-    return {name: _read_coded(job, stored, name) for group in groups for name in group.names}
-
-
-def _read_expert(job: Job, stored: Mapping[str, Stored], layer: int, expert: int) -> CodedExpert:
-    gate, up, down = (_read_coded(job, stored, n) for n in job.stream.model.family.expert_names(layer, expert))
-    return CodedExpert(gate=gate, up=up, down=down, tokens=0, error=(0.0, 0.0), rounded=False)
 
 
 def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""A quantizing run in the making, and its matrices as pieces hold them: packed, plain, and read back."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moepress.compress.gptq.experts import (
+    Coded,
+    CodedExpert,
+    QuantizeOptions,
+)
+from moepress.compress.gptq.include import Include, LinearGroup
+from moepress.compress.gptq.pieces import Allowance
+from moepress.compress.gptq.reference import (
+    Reference,
+)
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config
+from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.forward.costs import stored_bytes
+from moepress.models.forward.walk import (
+    Stream,
+)
+from moepress.models.storage.safetensors_file import Stored, read_header
+from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
+from moepress.models.storage.writer import Entry
+from moepress.runs.journal import Run
+from moepress.runs.phases import phase
+from moepress.runs.pieces import Piece
+
+_FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that stays the same during one run of `quantize`."""
+
+    stream: Stream
+    reference: Reference | None
+    run: Run
+    options: QuantizeOptions
+    include: frozenset[Include]
+    chunks: Mapping[int, Sequence[Sequence[int]]]
+    piece_names: Mapping[str, str]
+    names: Mapping[int | None, Sequence[str]]
+    at_once: int
+    allowance: Allowance
+
+    @property
+    def originals(self) -> Stream | None:
+        """The original model's stream, if it is walked."""
+        return None if self.reference is None else self.reference.stream
+
+
+def expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dict[str, Tensor]:
+    """A solved expert as the tensors that are written, by their names on disk."""
+    names = job.stream.model.family.expert_names(layer, expert)
+    tensors: dict[str, Tensor] = {}
+    for name, matrix in zip(names, (coded.gate, coded.up, coded.down), strict=True):
+        tensors |= packed(job, name, matrix)
+    return tensors
+
+
+def packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
+    """A solved matrix as the tensors that are written."""
+    module, scheme = name.removesuffix(".weight"), job.options.scheme_of(layer_of(name))
+    with phase("pack"):
+        return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
+
+
+def plain(job: Job, name: str) -> Tensor:
+    """A tensor that keeps its weights; what was fp8 becomes the dtype that the model is stored in."""
+    source, tensor = job.stream.model.source, _read(job, name)
+    may_be_fp8 = part_of(source.family, name, job.stream.model.shape.layers) in _FP8_PARTS and tensor.ndim == 2
+    dequantized = may_be_fp8 and tensor.dtype == torch.float32 and "quantization_config" in source.config
+    return tensor.to(job.options.stored_dtype) if dequantized else tensor
+
+
+def outer_entry(job: Job, name: str) -> Entry:
+    """A tensor that is read when it is written: R1's embeddings and lm_head are 1.85 GB each."""
+    source = job.stream.model.source
+    shape = source.shapes[name]
+    first = source.read_row(name, 0) if len(shape) == 2 else None
+    if first is None or first.dtype == torch.float8_e4m3fn:
+        return tensor_entry(name, plain(job, name))
+    size = math.prod(shape) * first.dtype.itemsize
+    return Entry(
+        name=name,
+        dtype=DTYPE_NAMES[first.dtype],
+        shape=shape,
+        bytes=size,
+        data=lambda: iter((tensor_bytes(_read(job, name)),)),
+    )
+
+
+def _read(job: Job, name: str) -> Tensor:
+    source = job.stream.model.source
+    with phase("read", size=stored_bytes(source, name)):
+        return source.read(name)
+
+
+def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
+    """A matrix of a finished piece, whose header is `stored`."""
+    module = name.removesuffix(".weight")
+    names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
+    with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
+        tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
+    codes, scales = compressed_tensors.read_layer(module, tensors, job.options.scheme_of(layer_of(name)))
+    return Coded(codes=codes, scales=scales)
+
+
+def read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Coded]:
+    """The Linears of a finished piece, for a resume."""
+    stored = read_header(job.run.path(piece))
+    return {name: read_coded(job, stored, name) for group in groups for name in group.names}
+
+
+def read_expert(job: Job, stored: Mapping[str, Stored], layer: int, expert: int) -> CodedExpert:
+    """An expert of a finished piece, for a resume."""
+    gate, up, down = (read_coded(job, stored, n) for n in job.stream.model.family.expert_names(layer, expert))
+    return CodedExpert(gate=gate, up=up, down=down, tokens=0, error=(0.0, 0.0), rounded=False)
