@@ -27,6 +27,7 @@ from moepress.models.storage.safetensors_file import Stored, read_array, read_he
 from moepress.models.storage.writer import array_entry, write_json, write_shard
 from moepress.runs.files import open_plain, sha256_of
 from moepress.runs.phases import phase
+from moepress.runs.progress import waiting
 from moepress.runs.text import cut
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def fingerprint(checkpoint: "Checkpoint | Artifact") -> str:
     Shards above 1 GiB are sampled (256 places of 4 KiB each): hashing all of a 671 B model would take longer than
     pruning it.
     """
+    with waiting("looking at the model's bytes"):
+        return _digest(checkpoint)
+
+
+def _digest(checkpoint: "Checkpoint | Artifact") -> str:
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name in sorted(checkpoint.stored):
         entry = checkpoint.stored[name]

@@ -38,6 +38,7 @@ class Advance(Protocol):
 class _State:
     level: Level = Level.USUAL
     stages: list[str] = field(default_factory=list)
+    shown: bool = False
 
 
 _state = _State()
@@ -71,7 +72,7 @@ def track(description: str, total: int, *, unit: str = "steps", about: str = "")
     title = printable((_state.stages[-1] if _state.stages else "") + description)
     if _state.level is Level.QUIET:
         yield _silent
-    elif _watched():
+    elif _watched() and not _state.shown:
         with _bar(title, total, unit, about) as advance:
             yield advance
     else:
@@ -83,13 +84,24 @@ def track(description: str, total: int, *, unit: str = "steps", about: str = "")
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Name what takes a while before there are steps to count, such as `reading the text`; where a person watches."""
-    if not _watched() or _state.level is Level.QUIET:
+    if not _watched() or _state.level is Level.QUIET or _state.shown:
         yield
         return
     from moepress.runs.terminal import console
 
-    with console(stderr=True).status((_state.stages[-1] if _state.stages else "") + what):
+    title = printable((_state.stages[-1] if _state.stages else "") + what)
+    with _alone(), console(stderr=True, markup=False).status(title):
         yield
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A terminal has room for one thing that moves."""
+    _state.shown = True
+    try:
+        yield
+    finally:
+        _state.shown = False
 
 
 def note(*notes: str) -> None:
@@ -184,7 +196,7 @@ def _bar(title: str, total: int, unit: str, about: str) -> Iterator[Advance]:
         TextColumn("{task.fields[remark]}", markup=False),
     )
     screen, began = console(stderr=True, markup=False), time.monotonic()
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with _alone(), Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task(title, total=total, remark="")
 
         def advance(steps: int, remark: str = "") -> None:

@@ -15,6 +15,7 @@ from moepress import __version__
 from moepress.calibration.corpus import Corpus, build_corpus
 from moepress.calibration.profile import fingerprint
 from moepress.calibration.sources import embedded_sources, parse_sources
+from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.pruning.plan import Plan, check_plan
 from moepress.converters.safetensors.artifact import Artifact
@@ -28,7 +29,7 @@ from moepress.runs.inputs import Stamps
 from moepress.runs.journal import Run, open_run
 from moepress.runs.output import partial_folder
 from moepress.runs.phases import phase
-from moepress.runs.progress import note
+from moepress.runs.progress import note, waiting
 from moepress.runs.rows import first_settings
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, Machine, Output
 from moepress.stages.tokenizer import read_tokenizer
@@ -93,14 +94,15 @@ def load_corpus(folder: Path, calibration: Calibration, *, context: int, vocabul
     tokens = calibration.tokens or (DEFAULT_TOKENS if sources else EMBEDDED_TOKENS)
     found = read_tokenizer(folder)
     _say(folder, found.notes)
-    corpus = build_corpus(
-        sources or embedded_sources("calibration"),
-        found.tokenizer,
-        tokens=tokens,
-        window=calibration.window or min(context, DEFAULT_WINDOW),
-        seed=calibration.seed,
-        vocab_size=vocabulary,
-    )
+    with waiting("reading the text"):
+        corpus = build_corpus(
+            sources or embedded_sources("calibration"),
+            found.tokenizer,
+            tokens=tokens,
+            window=calibration.window or min(context, DEFAULT_WINDOW),
+            seed=calibration.seed,
+            vocab_size=vocabulary,
+        )
     return replace(corpus, notes=(*corpus.notes, *(text.rstrip(".") for text in found.notes)))
 
 
@@ -147,7 +149,8 @@ def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:
 def streamed(source: Source, machine: Machine) -> StreamedModel:
     """A source's forward pass on that machine."""
     device = choose_device(machine.device)
-    return StreamedModel(source, device=device, dtype=choose_dtype(machine.dtype, device))
+    with waiting("building the model"):
+        return StreamedModel(source, device=device, dtype=choose_dtype(machine.dtype, device))
 
 
 def free_disk(output: Output) -> tuple[Path, int]:
@@ -168,6 +171,17 @@ def require_room(output: Output, disk_bytes: int) -> None:
             f"The disk at {mount_of(parent)} has {mib_text(free)} free and the output {output.folder} needs about "
             f"{mib_text(disk_bytes)}; make room or write to another disk."
         )
+
+
+def warn_of_memory(estimate: Estimate) -> None:
+    """Say beforehand when the memory is too little, whatever the stage does to keep within it."""
+    note(
+        *(
+            text
+            for text in estimate.notes
+            if text.startswith(("This machine has", "--max-memory")) and "bounds" not in text
+        )
+    )
 
 
 def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) -> Workload:

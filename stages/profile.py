@@ -15,7 +15,16 @@ from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.inside import watched
 from moepress.runs.output import check_output
-from moepress.stages.groundwork import announce, free_disk, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.groundwork import (
+    announce,
+    free_disk,
+    load_corpus,
+    model_run,
+    require_room,
+    streamed,
+    warn_of_memory,
+    workload,
+)
 from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
 
 
@@ -39,7 +48,9 @@ def profile_stage(
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
     work = _profile_workload(corpus, machine, output)
-    require_room(output, estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out).disk_bytes)
+    estimate = estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out, bit_losses=bit_losses)
+    require_room(output, estimate.disk_bytes)
+    warn_of_memory(estimate)
     digest = fingerprint(checkpoint)
     settings = {
         "command": "profile",

@@ -25,7 +25,16 @@ from moepress.models.storage.experts import prune_source
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
 from moepress.runs.output import check_output
-from moepress.stages.groundwork import announce, checked_plan, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.groundwork import (
+    announce,
+    checked_plan,
+    load_corpus,
+    model_run,
+    require_room,
+    streamed,
+    warn_of_memory,
+    workload,
+)
 from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
 
 
@@ -77,6 +86,7 @@ def quantize_stage(
     if dry_run:
         return asdict(estimate)
     require_room(output, estimate.disk_bytes)
+    warn_of_memory(estimate)
     digest = fingerprint(checkpoint) if plan is None else plan.model
     settings = {"command": "quantize", "model": digest, **_settings(plan, options, request, repairs, calibration.seed)}
     summary = {

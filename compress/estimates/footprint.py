@@ -14,6 +14,7 @@ from moepress.models.families.family import Part
 from moepress.models.forward.scratch import mapped_limit_bytes
 from moepress.models.forward.stepping import waiting_bytes
 from moepress.models.forward.walk import Limits, choose_limits
+from moepress.runs.byte_sizes import size_text
 
 ROWS_AT_ONCE = 8192
 """Tokens of an expert that pass through it together."""
@@ -271,20 +272,16 @@ def memory_notes(work: Workload, peak: int, least: int) -> Iterable[str]:
     """Whether --max-memory, or this machine, is too small."""
     if work.memory_bytes is not None and least > work.memory_bytes:
         yield (
-            f"--max-memory {_gib(work.memory_bytes)} is too little for this model: with one window, one expert at a "
-            f"time and everything else in files it is about {_gib(least)}."
+            f"--max-memory {size_text(work.memory_bytes)} is too little for this model: with one window, one expert at a "
+            f"time and everything else in files it is about {size_text(least)}."
         )
     elif work.memory_bytes is not None and peak > work.memory_bytes:
         yield (
-            f"--max-memory {_gib(work.memory_bytes)} bounds token buffers and the experts in hand; with what is there "
-            f"besides, the peak is about {_gib(peak)}."
+            f"--max-memory {size_text(work.memory_bytes)} bounds token buffers and the experts in hand; with what is there "
+            f"besides, the peak is about {size_text(peak)}."
         )
     elif peak > psutil.virtual_memory().available + libraries_bytes():
-        yield f"This machine has {_gib(psutil.virtual_memory().available)} of memory free, and the peak is above that."
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+        yield f"This machine has {size_text(psutil.virtual_memory().available)} of memory free, and the peak is above that."
 
 
 def hidden_disk(figures: Figures, work: Workload, spilled: int, streams: int = 1) -> dict[str, int]:
