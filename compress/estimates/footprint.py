@@ -270,18 +270,19 @@ def least_memory(
 
 def memory_notes(work: Workload, peak: int, least: int) -> Iterable[str]:
     """Whether --max-memory, or this machine, is too small."""
-    if work.memory_bytes is not None and least > work.memory_bytes:
+    given, free = work.memory_bytes, int(psutil.virtual_memory().available)
+    if given is not None and least > given:
         yield (
-            f"--max-memory {size_text(work.memory_bytes)} is too little for this model: with one window, one expert at a "
-            f"time and everything else in files it is about {size_text(least)}."
+            f"--max-memory {size_text(given)} is too little for this model: with one window, one expert at a time and "
+            f"everything else in files it is about {size_text(least)}."
         )
-    elif work.memory_bytes is not None and peak > work.memory_bytes:
+    elif given is not None and peak > given:
         yield (
-            f"--max-memory {size_text(work.memory_bytes)} bounds token buffers and the experts in hand; with what is there "
-            f"besides, the peak is about {size_text(peak)}."
+            f"--max-memory {size_text(given)} bounds token buffers and the experts in hand; with what is there besides, "
+            f"the peak is about {size_text(peak)}."
         )
-    elif peak > psutil.virtual_memory().available + libraries_bytes():
-        yield f"This machine has {size_text(psutil.virtual_memory().available)} of memory free, and the peak is above that."
+    elif peak > free + libraries_bytes():
+        yield f"This machine has {size_text(free)} of memory free, and the peak is above that."
 
 
 def hidden_disk(figures: Figures, work: Workload, spilled: int, streams: int = 1) -> dict[str, int]:
