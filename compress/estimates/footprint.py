@@ -278,8 +278,8 @@ def memory_notes(work: Workload, peak: int, least: int) -> Iterable[str]:
         )
     elif given is not None and peak > given:
         yield (
-            f"--max-memory {size_text(given)} bounds token buffers and the experts in hand; with what is there besides, "
-            f"the peak is about {size_text(peak)}."
+            f"--max-memory {size_text(given)} bounds token buffers and the experts in hand; with what is there "
+            f"besides, the peak is about {size_text(peak)}."
         )
     elif peak > free + libraries_bytes():
         yield f"This machine has {size_text(free)} of memory free, and the peak is above that."
