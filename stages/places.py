@@ -122,7 +122,7 @@ def require_profiles(folders: Sequence[Path]) -> None:
         InvalidInputError: as `load_profile` would.
     """
     for folder in folders:
-        if not (folder / "profile.json").is_file():
+        if not (folder / "profile.json").exists():
             raise InvalidInputError(f"{folder} has no profile.json; give a folder made by `moepress profile`.")
 
 

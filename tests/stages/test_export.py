@@ -308,7 +308,8 @@ def test_an_export_killed_at_any_moment_ends_with_the_same_bytes(mixtral: Path, 
     whole, outputs = content(models.onnx(mixtral)), [tmp_path / str(name) for name in names]
     assert content(outputs.pop()) == whole  # that one was not killed
     for out in outputs:
-        exported(mixtral, out, "--resume", "--no-check")
+        if partial_folder(out).exists():  # killed before the last rename; after it the output is whole
+            exported(mixtral, out, "--resume", "--no-check")
         assert content(out) == whole
 
 

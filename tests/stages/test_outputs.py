@@ -1,5 +1,6 @@
 """Commands and their outputs: whole or not at all, never somebody else's; inputs that are not what they seem."""
 
+import importlib
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.runs.files import JOURNAL, LOCK
 from moepress.runs.output import partial_folder
-from moepress.stages import groundwork, making
+from moepress.stages import groundwork, profile
 
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
 
@@ -231,8 +232,8 @@ def test_a_model_that_changes_during_a_run_is_refused_and_the_resume_gives_the_s
     shard = sorted(folder.glob("*.safetensors"))[0]
     before = shard.stat()
     work = {"profile": "collect", "prune": "prune", "quantize": "quantize", "export": "export"}[name]
-    place = f"moepress.stages.{'export' if name == 'export' else 'making'}.{work}"
-    inner = getattr(making, work) if name != "export" else __import__("moepress.stages.export", fromlist=["x"]).export
+    place = f"moepress.stages.{name}.{work}"
+    inner = getattr(importlib.import_module(f"moepress.stages.{name}"), work)
 
     def touched(*arguments: Any, **keywords: Any) -> Any:
         os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
@@ -339,7 +340,7 @@ def test_a_disk_that_fills_up_ends_in_a_sentence_and_more_room_gives_the_same_by
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 2 // 3 >> 12 << 12}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting needs root")
-    for place in (groundwork, making):
+    for place in (groundwork, profile):
         monkeypatch.setattr(place, "free_disk", lambda _output: (disk, 1 << 40))  # the estimate is not what is tested
     try:
         message = refused(1, *commands(made)[name], "-o", disk / "out")
@@ -408,6 +409,6 @@ def test_memory_that_runs_out_for_good_is_one_sentence_that_names_the_option(
     def fail(*_arguments: Sequence[Any], **_keywords: Any) -> None:
         raise error
 
-    monkeypatch.setattr("moepress.stages.making.collect", fail)
+    monkeypatch.setattr("moepress.stages.profile.collect", fail)
     message = refused(1, *commands(made)["profile"], "-o", tmp_path / "out")
     assert "The machine ran out of memory; give a smaller --max-memory" in message

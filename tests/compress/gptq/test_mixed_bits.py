@@ -231,6 +231,6 @@ def test_a_resume_with_other_bits_by_layer_is_refused(tiny_copy: Callable[..., P
         )
 
     assert not quantize({1: 8}, resume=False)["finished"]
-    with pytest.raises(UsageError, match="layer_bits was"):
+    with pytest.raises(UsageError, match="other bits by layer"):
         quantize({1: 2}, resume=True)
     assert not quantize({1: 8}, resume=True)["finished"]
