@@ -86,6 +86,8 @@ def refused(code: int, *arguments: object) -> str:
 @pytest.fixture
 def unopened(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model may be opened."""
+    for stage in ("check", "export", "plan", "profile", "prune", "quantize", "repair", "run.run", "validate"):
+        importlib.import_module(f"moepress.stages.{stage}")  # or one imported below would keep what stands in here
 
     def fail(*_arguments: Any, **_keywords: Any) -> None:
         raise AssertionError("a model was opened")
@@ -340,9 +342,9 @@ def test_a_disk_that_fills_up_ends_in_a_sentence_and_more_room_gives_the_same_by
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 2 // 3 >> 12 << 12}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting needs root")
-    for place in (groundwork, profile):
-        monkeypatch.setattr(place, "free_disk", lambda _output: (disk, 1 << 40))  # the estimate is not what is tested
     try:
+        for place in (groundwork, profile):
+            monkeypatch.setattr(place, "free_disk", lambda _output: (disk, 1 << 40))  # no estimate is tested here
         message = refused(1, *commands(made)[name], "-o", disk / "out")
         assert f"the disk at {disk} is full (" in message
         assert " MiB free" in message
