@@ -13,7 +13,7 @@ from moepress.errors import InvalidInputError
 
 PREFIX = "re:"
 LONGEST = 4096  # of a pattern; ours for bits by layer list all layers
-MOST_WAYS = 2_000_000  # three free stretches within a name of a hundred letters, as `.*layers.*mlp.*gate_proj` has two
+MOST_WAYS = 2_000_000  # as of three free stretches, `.*layers.*mlp.*gate_proj`, in a name of a hundred letters
 SLOW_SECONDS = 0.002  # no honest match takes so long
 MOST_SLOW_SECONDS = 5.0  # of all slow matches together
 
@@ -78,7 +78,7 @@ def ways(pattern: str, length: int) -> int:
 
     Alternatives add up, what follows each other multiplies. A repeat may take any number of letters: as many ways as
     there are letters where one letter is repeated; where a group is repeated that itself has several ways, they
-    multiply with every round, and so do those of a reference to what an earlier group has found.
+    multiply with every round.
     """
     if _UNCOUNTED.search(pattern.replace("\\\\", "a").replace("(?=", "(?!")):
         return MOST_WAYS + 1
