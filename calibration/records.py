@@ -134,10 +134,12 @@ def _alpaca(record: Mapping[str, Any], where: str) -> Conversation:
         if not isinstance(value, str):
             raise InvalidInputError(f"{where}: an instruction whose {name} is {_kind(value)}, no string.")
     asked = f"{instruction}\n{given}" if given else instruction
+    before = record.get("history") or []
+    if not isinstance(before, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in before):
+        raise InvalidInputError(f"{where}: its history is no list of pairs of a question and an answer.")
     history = [
         {"role": role, "content": said}
-        for pair in record.get("history") or ()
-        if isinstance(pair, Sequence) and len(pair) == 2
+        for pair in before
         for role, said in zip(("user", "assistant"), pair, strict=True)
     ]
     turns = [*history, {"role": "user", "content": asked}, {"role": "assistant", "content": output}]

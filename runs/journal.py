@@ -262,7 +262,7 @@ def _open_in_place(out: Path, head: Mapping[str, Any], *, resume: bool, force: b
     partial = partial_folder(out)
     make_folders(out.parent)
     recover(out)
-    out.mkdir(exist_ok=True)
+    make_folders(out)
     take_lock(out)
     settle_in_place(out, partial)
     full = any(path.name != LOCK for path in out.iterdir())

@@ -26,6 +26,7 @@ _PROBES = (
     "Straße, naïve, cafe\u0301, 中文字符, ひらがな, العربية, हिन्दी, 🙂👩\u200d💻, ﬁ, Ａ, \u00a0\u2028",
     "  two  spaces   three\t\ttabs<|end|> [INST] http://a.b/c?d=e_f-G;H!!",
 )
+_LARGEST_ID = 1 << 24
 _PROBED_CHARACTERS = 4000  # of every embedded text
 
 
@@ -116,12 +117,16 @@ def _raw(folder: Path) -> Any:
     if not file.is_file():
         return None
     try:
-        return Tokenizer.from_file(str(file))
+        raw = Tokenizer.from_file(str(file))
+        most = max(raw.get_vocab().values(), default=0)
     except Exception as error:  # a bare Exception of Rust
         reason = str(error).splitlines()[0][:200]
         raise InvalidInputError(
             f"{file} is no tokenizer that can be read ({reason}); download it again, or update the package tokenizers."
         ) from error
+    if most > _LARGEST_ID:  # the library counts up to it
+        raise InvalidInputError(f"{file} has a token of the id {most}, which no vocabulary reaches; download it again.")
+    return raw
 
 
 def _needs_code(folder: Path) -> str | None:

@@ -76,9 +76,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """A random seed is drawn once, for all processes, and printed, so that what it found can be repeated."""
-    if config.option.seed == "random":
+    if hasattr(config, "workerinput"):
+        config.option.seed = config.workerinput["seed"]
+    elif config.option.seed == "random":
         config.option.seed = str(random.SystemRandom().randrange(1 << 32))
         print(f"spoiled inputs: --inputs {config.option.inputs} --seed {config.option.seed}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """pytest-xdist gives its processes the words of the command line, where the seed may be the word `random`."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 @pytest.fixture(scope="session")

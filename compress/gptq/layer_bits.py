@@ -7,7 +7,8 @@ import torch
 
 from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.converters.safetensors.artifact import Source
-from moepress.converters.safetensors.compressed_tensors_config import IGNORE_REGEX_PREFIX, Groups
+from moepress.converters.safetensors.compressed_tensors_config import Groups
+from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Part, layer_of, part_of
@@ -94,7 +95,7 @@ def config_groups(source: Source, scheme: Scheme, layer_bits: Mapping[int, int],
         layers_of.setdefault(scheme.bits, [])
     groups = []
     for bits, layers in sorted(layers_of.items()):
-        targets = [f"{IGNORE_REGEX_PREFIX}model\\.layers\\.({'|'.join(map(str, layers))})\\..*"] if layers else []
+        targets = [f"{PREFIX}model\\.layers\\.({'|'.join(map(str, layers))})\\..*"] if layers else []
         if Include.LM_HEAD in set(include) and bits == scheme.bits:
             targets.append("lm_head")
         groups.append((tuple(targets), Scheme(bits=bits, group_size=scheme.group_size)))

@@ -84,13 +84,10 @@ def open_onnx(folder: Path) -> OnnxFolder:
         InvalidInputError: the graph is not sound, is no such decoder, or its weights are missing or lie elsewhere.
         UnsupportedError: onnx is not installed.
     """
-    onnx = require_onnx()
+    require_onnx()
     config = load_config(folder)
     file = folder / MODEL
-    try:
-        model = onnx.load(str(file), load_external_data=False)
-    except Exception as error:  # protobuf and onnx have many exception types
-        raise InvalidInputError(f"{file} is not a readable ONNX model ({_line(error)}); export it again.") from error
+    model = read_model(file)
     total = file.stat().st_size + _external_bytes(folder, model.graph)
     inputs = {value.name: value for value in model.graph.input}
     outputs = {value.name: value for value in model.graph.output}
@@ -139,6 +136,36 @@ def _cache(file: Path, inputs: Mapping[str, Any], layer: int) -> tuple[int, int]
             f"{file}: layer {layer}'s cache has {heads} heads of {size} values, which is no size; export it again."
         )
     return heads, size
+
+
+def read_model(file: Path) -> Any:
+    """A graph without its weights; every name in it is text, which protobuf alone does not see to.
+
+    Raises:
+        InvalidInputError: it is no graph.
+        UnsupportedError: onnx is not installed.
+    """
+    onnx = require_onnx()
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception as error:  # protobuf and onnx have many exception types
+        raise InvalidInputError(f"{file} is not a readable ONNX model ({_line(error)}); export it again.") from error
+    if not _is_text(model):
+        raise InvalidInputError(f"{file} is not a readable ONNX model (a name is not UTF-8); export it again.")
+    return model
+
+
+def _is_text(message: Any) -> bool:
+    """Whether what is to be text in a protobuf message is; of broken UTF-8, Python is given bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            if not all(isinstance(text, str) for text in ([value] if isinstance(value, str | bytes) else value)):
+                return False
+        elif field.type == field.TYPE_MESSAGE and not all(
+            map(_is_text, [value] if hasattr(value, "ListFields") else value)
+        ):
+            return False
+    return True
 
 
 def _external_bytes(folder: Path, graph: Any) -> int:

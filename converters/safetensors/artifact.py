@@ -141,9 +141,8 @@ def open_artifact(folder: Path) -> Artifact:
         InvalidInputError: the folder is not sound.
     """
     config = load_config(folder)
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if not isinstance(quantization, dict) or method not in _SUFFIXES:
+    quantization, method = _stated(config)
+    if method not in _SUFFIXES:
         refuse_foreign(folder, config, open_shards(folder)[0])  # names what it is, where that shows
         raise UnsupportedError(
             f"{folder} is not in a quantized layout that moepress reads (compressed-tensors or gptq, not {method!r}); "
@@ -167,6 +166,8 @@ def open_artifact(folder: Path) -> Artifact:
     first = f".{suffixes[0]}"
     shapes = {n: e.shape for n, e in stored.items() if not n.endswith(tuple(f".{s}" for s in suffixes))}
     for name, entry in stored.items():
+        _check_part(name, entry, method)
+    for name, entry in stored.items():
         if name.endswith(first):
             shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, schemes[0][1], method)
     return Artifact(
@@ -188,6 +189,30 @@ _SUFFIXES = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
 }
+_FLOATS = ("BF16", "F16", "F32")
+_PARTS: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {  # suffix -> number of axes, dtypes
+    "compressed-tensors": {"weight_packed": (2, ("I32",)), "weight_scale": (2, _FLOATS), "weight_shape": (1, ("I64",))},
+    "gptq": {"qweight": (2, ("I32",)), "qzeros": (2, ("I32",)), "scales": (2, _FLOATS), "g_idx": (1, ("I32", "I64"))},
+}
+
+
+def _check_part(name: str, entry: Stored, method: str) -> None:
+    """Refuse a part of codes that is not what its name says, before anything is computed with it."""
+    part = _PARTS[method].get(name.rpartition(".")[2])
+    if part is not None and (len(entry.shape) != part[0] or entry.dtype not in part[1]):
+        raise InvalidInputError(
+            f"{entry.file}: {name} is {entry.dtype} {list(entry.shape)}, where {method} has {' or '.join(part[1])} of "
+            f"{part[0]} axes; download or make the folder again."
+        )
+
+
+def _stated(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What a config says of its codes, and the name of their layout; None where it has no name."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return {}, None
+    method = quantization.get("quant_method")
+    return quantization, method if isinstance(method, str) else None
 
 
 def _dense_shape(
@@ -208,8 +233,7 @@ def _dense_shape(
 def open_source(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint | Artifact:
     """Open any folder that moepress can run: plain, fp8, compressed-tensors or GPTQ."""
     config = load_config(folder)
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    _quantization, method = _stated(config)
     if method in _SUFFIXES and not leftover_quantization(config, open_shards(folder)[0]):
         return open_artifact(folder)
     return open_checkpoint(folder, allow_nonfinite=allow_nonfinite)

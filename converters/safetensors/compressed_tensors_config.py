@@ -3,16 +3,15 @@
 Source: compressed-tensors 0.20 `QuantizationConfig`.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.patterns import matches
+from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme, is_group_size, is_one_of
 from moepress.errors import InvalidInputError, UnsupportedError
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
-IGNORE_REGEX_PREFIX = "re:"
 SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
 # Setting, what is read, what is assumed when it is absent.
 _Rules = tuple[tuple[str, tuple[Any, ...], Any], ...]
@@ -127,7 +126,10 @@ def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:
         raise UnsupportedError(
             f"quantization_config has {len(groups)} config groups for the same modules; not read here."
         )
-    return found, tuple(config.get("ignore") or ())
+    ignore = config.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+        raise InvalidInputError(f"quantization_config.ignore is {ignore!r}; it must be a list of names or patterns.")
+    return found, tuple(ignore)
 
 
 def _group(where: str, group: Any, *, alone: bool) -> tuple[tuple[str, ...], Scheme]:
@@ -142,8 +144,10 @@ def _group(where: str, group: Any, *, alone: bool) -> tuple[tuple[str, ...], Sch
     group_size = weights.get("group_size")
     if weights["strategy"] == "channel":
         group_size = PER_CHANNEL
-    elif not isinstance(group_size, int):
-        raise InvalidInputError(f"{where}.weights.group_size is {group_size!r}; the strategy `group` needs a number.")
+    elif not is_group_size(group_size):
+        raise InvalidInputError(
+            f"{where}.weights.group_size is {group_size!r}; the strategy `group` needs a multiple of 8."
+        )
     return tuple(targets), Scheme(bits=weights.get("num_bits", 8), group_size=group_size)
 
 
@@ -151,14 +155,11 @@ def scheme_for(module_name: str, groups: Groups) -> Scheme:
     """The scheme of a module: the first group that names it or has a pattern for it, else the one for all Linears.
 
     Raises:
-        InvalidInputError: no group is for it, or a pattern is no regular expression.
+        InvalidInputError: no group is for it, or a pattern is none that can be matched.
     """
     for targets, scheme in groups:
         for target in targets:
-            if target == module_name or (
-                target.startswith(IGNORE_REGEX_PREFIX)
-                and _matches(target.removeprefix(IGNORE_REGEX_PREFIX), module_name)
-            ):
+            if matches(target, module_name):
                 return scheme
     for targets, scheme in groups:
         if "Linear" in targets:
@@ -166,19 +167,10 @@ def scheme_for(module_name: str, groups: Groups) -> Scheme:
     raise InvalidInputError(f"config.json says nothing of how {module_name} is quantized; restore it.")
 
 
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise InvalidInputError(
-            f"config.json holds the pattern {pattern!r}, which is none ({error}); mend it."
-        ) from error
-
-
 def _check_rules(where: str, settings: Mapping[str, Any], rules: _Rules) -> None:
     """Refuse the first setting whose value is not one that we read."""
     for key, accepted, default in rules:
         value = settings.get(key, default)
-        if value not in accepted:
+        if not is_one_of(value, accepted):
             reads = " or ".join("nothing" if choice is None else repr(choice) for choice in accepted)
             raise UnsupportedError(f"{where}.{key} is {value!r}; moepress reads {reads}.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moepress import __version__
-from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme, is_group_size, is_one_of
 from moepress.errors import InvalidInputError, UnsupportedError
 
 SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
@@ -67,19 +67,21 @@ def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
         The scheme, and the regular expressions of modules that hold plain weights.
 
     Raises:
-        InvalidInputError: the group size is missing.
+        InvalidInputError: the group size is missing, or `dynamic` is no object.
         UnsupportedError: any setting under which the bytes mean something else (asymmetric, desc_act, the v2 format,
             other bits for some modules).
     """
     for key, accepted, default in _RULES:
         value = config.get(key, default)
-        if value not in accepted:
+        if not is_one_of(value, accepted):
             reads = " or ".join(map(repr, accepted))
             raise UnsupportedError(f"quantize_config.{key} is {value!r}; moepress reads {reads}.")
-    group_size = config.get("group_size")
-    if not isinstance(group_size, int):
-        raise InvalidInputError(f"quantize_config.group_size is {group_size!r}; it must be a number.")
+    group_size: Any = config.get("group_size")
+    if not is_group_size(group_size):
+        raise InvalidInputError(f"quantize_config.group_size is {group_size!r}; it must be -1 or a multiple of 8.")
     dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise InvalidInputError(f"quantize_config.dynamic is {dynamic!r}; it must give settings by pattern.")
     overrides = [pattern for pattern in dynamic if not pattern.startswith(NOT_QUANTIZED_PREFIX)]
     if overrides:
         raise UnsupportedError(f"quantize_config.dynamic gives {overrides[0]!r} settings of its own; not read here.")

@@ -1,11 +1,22 @@
 """How a weight matrix is quantized: the few numbers that solver, packers and runtimes must agree on."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from moepress.errors import UsageError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 PER_CHANNEL = -1
+
+
+def is_group_size(value: object) -> bool:
+    """Whether a value from a file is a group size: -1, or a multiple of 8."""
+    return type(value) is int and (value == PER_CHANNEL or (value >= 8 and value % 8 == 0))
+
+
+def is_one_of(value: object, accepted: Collection[object]) -> bool:
+    """Whether a value from a file is one of those, and of its type: 4.0 and True are no numbers of bits."""
+    return any(type(value) is type(choice) and value == choice for choice in accepted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +39,7 @@ class Scheme:
             raise UsageError(
                 f"--bits {self.bits} is not supported; choose one of {', '.join(map(str, SUPPORTED_BITS))}."
             )
-        if self.group_size != PER_CHANNEL and (self.group_size < 8 or self.group_size % 8):
+        if not is_group_size(self.group_size):
             raise UsageError(
                 f"--group-size {self.group_size} is not supported; choose 32, 64 or 128 (other multiples of 8 load "
                 "in few runtimes), or -1 for one scale per output row."

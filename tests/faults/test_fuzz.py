@@ -6,88 +6,32 @@
 import json
 import random
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from mutations import json_text, mutate, not_a_file, spoiled_bytes, spoiled_header
-from stage_runs import add_tokenizer, corpus_of, profile_of
+from mutations import mutate
+from spoiling import Spoiler, outcome, spoil_json, spoil_quantization, spoil_records, spoil_shard, spoil_types
+from stage_runs import G32, add_tokenizer, corpus_of, keep_of, profile_of, quantized_folder
 
 from moepress.calibration.documents import read_documents
 from moepress.calibration.profile import load_profile, save_profile
+from moepress.calibration.records import content_of
 from moepress.calibration.templates import ChatTemplate
 from moepress.compress.pruning.plan import check_plan, load_plan, make_plan, plan_text
 from moepress.converters.safetensors.artifact import open_source
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.errors import MoepressError
+from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.runs.text import LONGEST, message
+from moepress.stages.export import export_stage
+from moepress.stages.places import Output
 from moepress.stages.run.recipe import make_recipe
 from moepress.validation.rules.check import check_folder
 from moepress.validation.rules.findings import parse_runtimes
 from moepress.validation.speed.targets import load_targets
-
-SECONDS = 30  # none of this takes longer than a hang
-Spoiler = Callable[[Path, random.Random], None]
-
-
-class HangError(Exception):
-    """It took too long."""
-
-
-@contextmanager
-def in_time(seconds: int) -> Iterator[None]:
-    def late(_number: int, _frame: FrameType | None) -> None:
-        raise HangError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(work: Callable[[], object]) -> str | None:
-    """What is said, None where all went well; anything but an error of ours is raised."""
-    try:
-        with in_time(SECONDS):
-            work()
-    except MoepressError as error:
-        said = message(str(error))
-        assert said.strip()
-        assert "\x1b" not in said
-        assert len(said) <= LONGEST + 100
-        said.encode()
-        return said
-    return None
-
-
-def spoil_json(name: str) -> Spoiler:
-    def spoil(folder: Path, draw: random.Random) -> None:
-        file = folder / name
-        if draw.random() < 0.03:
-            not_a_file(file, draw)
-            return
-        file.write_bytes(json_text(mutate(json.loads(file.read_bytes()), draw), draw))
-
-    return spoil
-
-
-def spoil_shard(folder: Path, draw: random.Random) -> None:
-    file = draw.choice(sorted(folder.glob("*.safetensors")))
-    if draw.random() < 0.05:
-        not_a_file(file, draw)
-        return
-    raw = file.read_bytes()
-    file.write_bytes(spoiled_header(raw, draw) if draw.random() < 0.8 else spoiled_bytes(raw, draw))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     """One sound input of each kind."""
     place = tmp_path_factory.mktemp("sound")
     model = place / "model"
-    shutil.copytree(tiny_model("deepseek_v3"), model)
+    shutil.copytree(tiny_model("deepseek_v3", shards=3), model)
     add_tokenizer(model)
     windows = torch.arange(64).reshape(8, 8) % 32
     made = profile_of(model, corpus_of(windows, torch.arange(8) % 2, ("a", "b")), place / "work")
@@ -117,12 +61,31 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
         {"instruction": "do", "input": "", "output": "done"},
     ]
     (texts / "rows.json").write_text(json.dumps(rows))
-    return {"model": model, "profile": place / "profile", "plan": plans, "recipe": recipes, "text": texts}
+    (texts / "records.json").write_text(json.dumps(RECORDS))
+    codes, gptq = place / "codes", place / "gptq"
+    quantized_folder(model, windows, codes, keep=keep_of(open_checkpoint(model), 16), scheme=G32)
+    export_stage(str(codes), Output(folder=gptq), "gptq")
+    return {
+        "codes": codes,
+        "gptq": gptq,
+        "model": model,
+        "profile": place / "profile",
+        "plan": plans,
+        "recipe": recipes,
+        "text": texts,
+    }
 
 
 def opened(folder: Path) -> None:
     source = open_source(folder)
     source.read(next(iter(source.shapes)))
+
+
+def read_through(folder: Path) -> None:
+    """Every tensor, as `validate` reads them."""
+    source = open_source(folder)
+    for name in source.shapes:
+        source.read(name)
 
 
 def checked(folder: Path) -> None:
@@ -147,23 +110,60 @@ def recipe_read(folder: Path) -> None:
 
 def text_read(folder: Path) -> None:
     with ChatTemplate(object()) as chat:  # without a template: conversations are refused, other records read
-        assert list(read_documents(folder / "rows.json", chat))
+        list(read_documents(folder / "rows.json", chat))
+
+
+def records_read(folder: Path) -> None:
+    """Each alone, as most of them end with an error."""
+    errors = []
+    for row in json.loads((folder / "records.json").read_bytes()):
+        try:
+            content_of(row, "records.json: record 1")
+        except InvalidInputError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def targets_read(folder: Path) -> None:
     load_targets(folder / "targets.toml")
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}}
+RECORDS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
+    {"messages": [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": {"x": 1}}], "tools": [CALL]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f"}'}]},
+    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]], "system": "f"},
+    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    {"question": "a", "answer": "b", "tools": '[{"name": "f"}]'},
+]
 KINDS: dict[str, tuple[str, Spoiler, Callable[[Path], None], float]] = {
     "config opened": ("model", spoil_json("config.json"), opened, 1.0),
+    "index": ("model", spoil_json("model.safetensors.index.json"), opened, 0.5),
+    "index checked": ("model", spoil_json("model.safetensors.index.json"), checked, 0.2),
+    "codes opened": ("codes", spoil_quantization, read_through, 0.6),
+    "codes checked": ("codes", spoil_quantization, checked, 0.4),
+    "shard of codes": ("codes", spoil_shard, read_through, 0.3),
+    "gptq opened": ("gptq", spoil_quantization, read_through, 0.4),
+    "gptq checked": ("gptq", spoil_quantization, checked, 0.4),
+    "quantize_config.json": ("gptq", spoil_json("quantize_config.json"), checked, 0.2),
+    "shard of gptq": ("gptq", spoil_shard, read_through, 0.3),
     "config checked": ("model", spoil_json("config.json"), checked, 0.3),
     "shard opened": ("model", spoil_shard, opened, 1.0),
+    "types": ("model", spoil_types, read_through, 0.3),
+    "types of codes": ("codes", spoil_types, read_through, 0.5),
+    "types of gptq": ("gptq", spoil_types, read_through, 0.5),
+    "types checked": ("codes", spoil_types, checked, 0.3),
+    "types of gptq checked": ("gptq", spoil_types, checked, 0.3),
+    "types of a profile": ("profile", spoil_types, profiled, 0.3),
     "shard checked": ("model", spoil_shard, checked, 0.3),
     "profile.json": ("profile", spoil_json("profile.json"), profiled, 0.6),
     "statistics": ("profile", spoil_shard, profiled, 0.3),
     "plan.json": ("plan", spoil_json("plan.json"), planned, 1.0),
     "recipe": ("recipe", spoil_json("recipe.json"), recipe_read, 1.0),
     "text": ("text", spoil_json("rows.json"), text_read, 0.6),
+    "records": ("text", spoil_records, records_read, 0.6),
 }
 
 
@@ -188,7 +188,7 @@ def test_spoiled_inputs_end_with_a_sentence(
         finally:
             shutil.rmtree(folder)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["sound-model"]
-    assert said  # most of it is noticed
+    assert said or work is checked  # most of it is noticed; `check` reports more than it refuses
 
 
 def test_a_spoiled_table_of_gpus_ends_with_a_sentence(tmp_path: Path, fuzz: tuple[int, int]) -> None:

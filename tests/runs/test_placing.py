@@ -340,11 +340,14 @@ def test_every_file_and_folder_is_on_the_disk_before_the_output_appears(
     assert (grand.st_dev, grand.st_ino) not in synced  # it was there before
 
 
-def test_folders_that_are_made_for_an_output_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("made", [make, make_run_folder], ids=["output", "run folder"])
+def test_folders_that_are_made_for_an_output_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[Path], None]
+) -> None:
     synced = set()
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), fsync(number))[1])
-    make(tmp_path / "one" / "two" / "out")
+    made(tmp_path / "one" / "two" / "out")
     assert {place.stat().st_ino for place in (tmp_path, tmp_path / "one", tmp_path / "one" / "two")} <= synced
 
 

@@ -1,84 +1,23 @@
 """Real processes, killed while they work and resumed: the result has the bytes of an uninterrupted run."""
 
-import random
 import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-import fork_server
 import pytest
 import tiny_models
-from fork_client import Child
-from stage_runs import add_tokenizer, command, content
+from killed_runs import Work, lines, prepared, resume, start
+from stage_runs import command, content
 
-from moepress.calibration.profile import load_profile
-from moepress.compress.pruning.plan import make_plan, plan_text
-from moepress.converters.safetensors.scheme import Scheme
-from moepress.runs.files import JOURNAL
 from moepress.runs.output import partial_folder
-
-LAYERS = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """A model, text, and for every command its arguments and what it gives when nobody interrupts it."""
-
-    model: Path
-    arguments: dict[str, list[str]]
-    whole: dict[str, dict[str, bytes]]
 
 
 @pytest.fixture(scope="module")
 def work(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Work:
-    folder = tmp_path_factory.mktemp("resume")
-    model = folder / "model"
-    shutil.copytree(tiny_model("deepseek_v3", num_hidden_layers=LAYERS, shards=8), model)
-    add_tokenizer(model)
-    (model / "LICENSE").write_text("licence")
-    draw = random.Random(0)
-    for name in ("one", "two"):
-        (folder / f"{name}.txt").write_text("".join(draw.choices("abcdefgh ABCDEFGH.,;", k=4000)))
-    text = ["--domain", f"one={folder / 'one.txt'}", "--domain", f"two={folder / 'two.txt'}"]
-    text += ["--tokens", "512", "--window", "16"]
-    arguments = {"profile": ["profile", str(model), *text]}
-    finish([*arguments["profile"], "-o", str(folder / "profile")])
-    # 12: as keys of a journal, experts 10 and 11 come before 2
-    plan = make_plan(load_profile(folder / "profile"), count=12, scheme=Scheme(bits=4, group_size=32))
-    (folder / "plan.json").write_text(plan_text(plan))
-    arguments["prune"] = ["prune", str(model), "--plan", str(folder / "plan.json")]
-    arguments["quantize"] = ["quantize", str(model), "--plan", str(folder / "plan.json"), "--include", "shared", *text]
-    finish([*arguments["quantize"], "-o", str(folder / "quantize")])
-    finish([*arguments["prune"], "-o", str(folder / "prune")])
-    arguments["repair"] = [*arguments["prune"], "--repair", "gain,bias", *text]
-    finish([*arguments["repair"], "-o", str(folder / "repair")])
-    arguments["export"] = ["export", str(folder / "quantize"), "--to", "gptq"]
-    finish([*arguments["export"], "-o", str(folder / "export")])
-    return Work(model=model, arguments=arguments, whole={name: content(folder / name) for name in arguments})
-
-
-def finish(arguments: Sequence[str]) -> None:
-    code, _, errors = command(*arguments)
-    assert code == 0, errors
-
-
-def start(arguments: Sequence[str], errors: IO[str] | None = None) -> Child:
-    """With a niceness: on a busy machine what is watched must not outrun the one that watches."""
-    stderr = None if errors is None else errors.fileno()
-    return fork_server.start(["-m", "moepress", *arguments], stderr=stderr, niceness=10)
-
-
-def lines(out: Path) -> int:
-    """Whole lines in the journal of an unfinished run: its settings, and its finished or dropped pieces."""
-    try:
-        return (partial_folder(out) / JOURNAL).read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
+    return prepared(tmp_path_factory.mktemp("resume"), tiny_model)
 
 
 def interrupt(arguments: Sequence[str], out: Path, at_line: int, how: signal.Signals) -> tuple[int, str]:
@@ -91,11 +30,6 @@ def interrupt(arguments: Sequence[str], out: Path, at_line: int, how: signal.Sig
         code = process.wait(timeout=60)
         errors.seek(0)
         return code, errors.read()
-
-
-def resume(arguments: Sequence[str], out: Path) -> None:
-    finish([*arguments, "-o", str(out), "--resume"])
-    assert not partial_folder(out).exists()
 
 
 KILLED_AT = {"profile": 4, "prune": 3, "repair": 5, "quantize": 3, "export": 2}
@@ -167,9 +101,11 @@ def test_a_resume_with_other_settings_is_refused_by_name(
     out = killed("quantize", tmp_path)
     before = content(partial_folder(out))
     code, printed, errors = command(*work.arguments["quantize"], *changes, "-o", out, "--resume")
-    assert (code, printed, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith("Error: Cannot resume")
-    assert message in errors
+    *notes, said = errors.splitlines()
+    assert (code, printed) == (2, "")
+    assert all(note.startswith("Note: ") for note in notes)  # of memory that is too little for the work
+    assert said.startswith("Error: Cannot resume")
+    assert message in said
     after = content(partial_folder(out))
     assert after == {name: data for name, data in before.items() if name in after}
     assert before.keys() - after.keys() <= {"lock.json"}  # of the killed process
@@ -217,27 +153,6 @@ def test_a_finished_piece_that_was_changed_is_refused(work: Work, killed: Killed
     code, _, errors = command(*work.arguments["prune"], "-o", out, "--resume")
     assert code == 4
     assert f"{shard} was changed since it was written" in errors
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["profile", "prune", "repair", "quantize", "export"])
-def test_twenty_random_kills_change_nothing(work: Work, tmp_path: Path, name: str) -> None:
-    """Runs that are killed again and again, a random moment after some piece, until each gets through."""
-    draw, out, arguments = random.Random(f"kills:{name}"), tmp_path / "out", work.arguments[name]
-    killed = 0
-    while killed < 20:
-        process = start([*arguments, "-o", str(out), "--resume"])
-        at_line = lines(out) + draw.randint(0 if lines(out) else 1, 2)
-        while process.poll() is None and lines(out) < at_line:
-            time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.03))  # about as long as a piece of these takes
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        if out.exists():  # it got through; the next one starts anew
-            assert content(out) == work.whole[name]
-            shutil.rmtree(out)
-    resume(arguments, out)
-    assert content(out) == work.whole[name]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,18 @@ def test_a_git_lfs_pointer_is_told_from_a_broken_tokenizer(folder: Path, name: s
 def test_a_broken_file_is_named(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)
     assert str(folder / "tokenizer.json") in refusal(folder, InvalidInputError)
+
+
+@pytest.mark.parametrize("number", [2**24 + 1, 2**31, 2**32 - 1, 2**63, -1])
+def test_a_token_whose_id_no_vocabulary_reaches_is_refused_at_once(folder: Path, number: int) -> None:
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["vocab"] = {"a": 0, "b": number}
+    values["model"]["merges"] = []
+    file.write_text(json.dumps(values))
+    before = time.thread_time()
+    assert str(file) in refusal(folder, InvalidInputError)
+    assert time.thread_time() - before < 5
 
 
 def test_the_first_folder_with_a_tokenizer_is_taken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

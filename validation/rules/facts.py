@@ -14,6 +14,7 @@ from typing import Any
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.onnx.folder import is_onnx
 from moepress.converters.safetensors import compressed_tensors_config, gptq_config
+from moepress.converters.safetensors.patterns import PREFIX, matches
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts
@@ -24,7 +25,6 @@ from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.validation.rules.onnx_facts import Graph, read_graph
 
 QUANTIZE_CONFIG = "quantize_config.json"
-PATTERN = "re:"
 
 
 class Kind(StrEnum):
@@ -145,8 +145,8 @@ class Facts:
         Raises:
             InvalidInputError: a pattern is no regular expression.
         """
-        names = {target for target in self.excluded if not target.startswith(PATTERN)}
-        patterns = [target for target in self.excluded if target.startswith(PATTERN)]
+        names = {target for target in self.excluded if not target.startswith(PREFIX)}
+        patterns = [target for target in self.excluded if target.startswith(PREFIX)]
         return lambda module: module in names or any(matches(pattern, module) for pattern in patterns)
 
     def router_rows(self) -> dict[int, int]:
@@ -158,22 +158,6 @@ class Facts:
             if found and entry.shape:
                 rows[int(found[1])] = entry.shape[0]
         return dict(sorted(rows.items()))
-
-
-def matches(target: str, module: str) -> bool:
-    """Whether a name or a `re:` pattern means a module.
-
-    Raises:
-        InvalidInputError: the pattern is no regular expression.
-    """
-    if not target.startswith(PATTERN):
-        return target == module
-    try:
-        return re.match(target.removeprefix(PATTERN), module) is not None
-    except re.error as error:
-        raise InvalidInputError(
-            f"config.json holds the pattern {target!r}, which is none ({error}); mend it."
-        ) from error
 
 
 def read_facts(folder: Path, *, tensor_parallel: int = 1, expert_parallel: int = 1) -> Facts:
@@ -252,7 +236,7 @@ def facts_to_be(
         by_bits.setdefault(bits, []).append(layer)
     groups = tuple(
         (
-            (rf"{PATTERN}model\.layers\.({'|'.join(map(str, layers))})\..*",),
+            (rf"{PREFIX}model\.layers\.({'|'.join(map(str, layers))})\..*",),
             Scheme(bits=bits, group_size=scheme.group_size),
         )
         for bits, layers in sorted(by_bits.items())
@@ -299,15 +283,15 @@ def _widths(kind: Kind, quantization: Mapping[str, Any]) -> tuple[Width, ...]:
         overrides = {key: row for key, row in _dynamic(quantization).items() if not key.startswith("-:")}
         base = Width(
             targets=("Linear",),
-            bits=_whole(quantization.get("bits")),
+            bits=_bits(quantization.get("bits")),
             group_size=_whole(quantization.get("group_size")) or PER_CHANNEL,
             symmetric=quantization.get("sym", True) is not False,
         )
         return (
             *(
                 Width(
-                    targets=(PATTERN + key.removeprefix("+:"),),
-                    bits=_whole(row.get("bits")) or base.bits,
+                    targets=(PREFIX + key.removeprefix("+:"),),
+                    bits=_bits(row.get("bits")) or base.bits,
                     group_size=_whole(row.get("group_size")) or base.group_size,
                     symmetric=row.get("sym", base.symmetric) is not False,
                 )
@@ -326,7 +310,7 @@ def _compressed_width(group: Any) -> Width:
     targets = group.get("targets") if isinstance(group, Mapping) else None
     return Width(
         targets=tuple(map(str, targets)) if isinstance(targets, list) else (),
-        bits=_whole(settings.get("num_bits")),
+        bits=_bits(settings.get("num_bits")),
         group_size=_whole(settings.get("group_size")) or PER_CHANNEL,
         symmetric=settings.get("symmetric", True) is not False,
     )
@@ -334,7 +318,7 @@ def _compressed_width(group: Any) -> Width:
 
 def _excluded(kind: Kind, quantization: Mapping[str, Any]) -> tuple[str, ...]:
     if kind is Kind.GPTQ:
-        return tuple(PATTERN + key.removeprefix("-:") for key in _dynamic(quantization) if key.startswith("-:"))
+        return tuple(PREFIX + key.removeprefix("-:") for key in _dynamic(quantization) if key.startswith("-:"))
     ignore = quantization.get("ignore")
     return tuple(map(str, ignore)) if isinstance(ignore, list) else ()
 
@@ -346,3 +330,8 @@ def _dynamic(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _bits(value: Any) -> int | None:
+    bits = _whole(value)
+    return bits if bits is not None and 0 < bits <= 32 else None

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moepress.converters.onnx.folder import GENAI_CONFIG, MODEL
-from moepress.converters.onnx.runtime import require_onnx
-from moepress.errors import InvalidInputError
+from moepress.converters.onnx.folder import GENAI_CONFIG, MODEL, read_model
 from moepress.models.storage.folder import read_json
 from moepress.models.storage.inside import in_hub_cache
 
@@ -66,12 +64,7 @@ def read_graph(folder: Path) -> Graph:
         InvalidInputError: model.onnx is not a graph.
         UnsupportedError: onnx is not installed.
     """
-    onnx = require_onnx()
-    try:
-        graph = onnx.load(str(folder / MODEL), load_external_data=False).graph
-    except Exception as error:  # protobuf and onnx have many exception types
-        line = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InvalidInputError(f"{folder / MODEL} is not a readable ONNX model ({line}); export it again.") from error
+    graph = read_model(folder / MODEL).graph
     ends = _ends(graph)
     files = {name: folder / name for name in ends if _is_plain(name) and (folder / name).is_file()}
     dims = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}

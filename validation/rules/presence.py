@@ -12,6 +12,7 @@ from moepress.validation.rules.findings import Effect, Happens, Problem, Runtime
 _FOLDERS = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
 _UNLOADED = "may not notice it, and computes with weights that were never loaded"
 _COPY = "copy the folder again, or export or quantize again"
+_ONE_AXIS = (".g_idx", ".weight_shape")
 _BY_INDEX = (Runtime.TRANSFORMERS, Runtime.GPTQMODEL)
 # vLLM and SGLang read every tensor of the shards that the index names, and nothing else.
 _UNREAD: Happens = {
@@ -137,8 +138,10 @@ def complete_codes(facts: Facts) -> Iterator[Problem]:
         if not there >= set(suffixes):
             if not facts.family.expert_of(f"{module}.weight"):  # of experts `experts-complete` speaks
                 wrong.append(f"{module} lacks {', '.join(s for s in suffixes if s not in there)}")
-        elif width is not None and width.bits is not None:
-            misfit = _misfit(facts, module, width)
+        elif width is None:
+            wrong.append(f"{module} has codes, and no group of the config is for it")
+        else:
+            misfit = _wrong_rank(facts, module) or (_misfit(facts, module, width) if width.bits is not None else None)
             wrong += [f"{module}{misfit}"] if misfit else []
     if wrong:
         yield Problem(
@@ -149,12 +152,21 @@ def complete_codes(facts: Facts) -> Iterator[Problem]:
         )
 
 
+def _wrong_rank(facts: Facts, module: str) -> str | None:
+    """The first part of a matrix that has not as many axes as its kind."""
+    for suffix in SUFFIXES[facts.kind]:
+        shape = facts.tensors[module + suffix].shape
+        if len(shape) != (1 if suffix in _ONE_AXIS else 2):
+            return f"{suffix} has the shape {list(shape)}"
+    return None
+
+
 def _misfit(facts: Facts, module: str, width: Width) -> str | None:
     """The first part of a matrix that does not fit the others, and what is wrong with it."""
     bits, size = width.bits or 0, width.group_size
     parts = {suffix: facts.tensors[module + suffix] for suffix in SUFFIXES[facts.kind]}
     if facts.kind is Kind.GPTQ:
-        columns, rows = parts[".g_idx"].shape[0] if parts[".g_idx"].shape else 0, parts[".qweight"].shape[-1]
+        columns, rows = parts[".g_idx"].shape[0], parts[".qweight"].shape[1]
         groups = 1 if size == PER_CHANNEL else -(-columns // size)
         want = {
             ".qweight": ("I32", (columns * bits // 32, rows)),
@@ -163,8 +175,7 @@ def _misfit(facts: Facts, module: str, width: Width) -> str | None:
             ".g_idx": ("I32", (columns,)),
         }
     else:
-        rows, words = (*parts[".weight_packed"].shape, 0, 0)[:2]
-        groups = parts[".weight_scale"].shape[-1] if parts[".weight_scale"].shape else 0
+        (rows, words), groups = parts[".weight_packed"].shape, parts[".weight_scale"].shape[1]
         columns = words * 32 // bits if size == PER_CHANNEL else groups * size
         want = {
             ".weight_packed": ("I32", (rows, -(-columns * bits // 32))),

@@ -171,7 +171,9 @@ def _obstacle(subject: Subject, bench: Bench) -> str | None:
 
 def _quantization(folder: Path) -> str | None:
     """The way of quantization that a folder's config names."""
-    return (load_config(folder).get("quantization_config") or {}).get("quant_method")
+    quantization = load_config(folder).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) else None
 
 
 def _is_compressed(subject: Subject) -> bool:

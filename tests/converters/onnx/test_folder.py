@@ -22,6 +22,7 @@ from moepress.errors import InvalidInputError, MoepressError
 from moepress.models.families.family import Part
 from moepress.stages.export import onnx_stage
 from moepress.stages.places import Output
+from moepress.validation.rules.onnx_facts import read_graph
 
 LAYER = "model.layer-001.data"
 
@@ -263,6 +264,16 @@ def test_a_graph_cut_short_is_refused(spoiled: Path) -> None:
         file.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(MoepressError):
             open_onnx(spoiled)
+
+
+@pytest.mark.parametrize("name", [b"input_ids", b"logits", b"location", b"past_key_values", b"com.microsoft"])
+def test_a_name_in_a_graph_that_is_no_text_is_refused(spoiled: Path, name: bytes) -> None:
+    file = spoiled / "model.onnx"
+    assert name in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(name, b"\xff" + name[1:]))
+    refused(spoiled, "is not a readable ONNX model")
+    with pytest.raises(InvalidInputError, match="is not a readable ONNX model"):
+        read_graph(spoiled)
 
 
 def test_a_graph_that_is_no_decoder_is_refused(spoiled: Path) -> None:

@@ -16,7 +16,7 @@ from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.artifact import dense, open_artifact, open_source
 from moepress.converters.safetensors.export import check_target
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 
 every_key = pytest.mark.parametrize("key", tiny_models.KEYS)
@@ -192,6 +192,37 @@ def test_a_shape_that_does_not_fit_is_refused(spoilt: Path, shape: list[int]) ->
     tiny_models.rewrite(spoilt, change)
     with pytest.raises(InvalidInputError, match=MODULE):
         open_artifact(spoilt).read(f"{MODULE}.weight")
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("weight_packed", lambda t: t.view(torch.float32)),
+        ("weight_packed", lambda t: t.reshape(-1)),
+        ("weight_scale", lambda t: t.to(torch.float64)),
+        ("weight_scale", lambda t: t[None]),
+        ("weight_shape", lambda t: t.to(torch.int32)),
+        ("weight_shape", lambda t: t[None]),
+    ],
+)
+def test_a_part_of_another_dtype_or_number_of_axes_is_refused_when_the_folder_is_opened(
+    spoilt: Path, part: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{MODULE}.{part}"] = change(tensors[f"{MODULE}.{part}"]).contiguous()
+
+    tiny_models.rewrite(spoilt, spoil)
+    with pytest.raises(InvalidInputError, match=rf"{MODULE}\.{part} is .*, where compressed-tensors has"):
+        open_artifact(spoilt)
+
+
+@pytest.mark.parametrize("method", [["gptq"], {"gptq": 1}, 3, None])
+def test_a_method_that_is_no_name_is_no_layout(spoilt: Path, method: object) -> None:
+    config = json.loads((spoilt / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = method
+    (spoilt / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoepressError):
+        open_source(spoilt)
 
 
 def test_scales_that_are_not_finite_are_refused_by_name(spoilt: Path) -> None:

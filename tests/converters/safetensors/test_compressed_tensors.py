@@ -142,6 +142,8 @@ def test_the_config_of_the_documentation_is_read() -> None:
         (("config_groups", "group_0", "weights", "symmetric"), False, "symmetric is False; moepress reads True"),
         (("config_groups", "group_0", "weights", "type"), "float", "type is 'float'"),
         (("config_groups", "group_0", "weights", "num_bits"), 6, "num_bits is 6"),
+        (("config_groups", "group_0", "weights", "num_bits"), 4.0, "num_bits is 4.0"),
+        (("config_groups", "group_0", "weights", "symmetric"), 1, "symmetric is 1"),
         (("config_groups", "group_0", "weights", "actorder"), "group", "actorder is 'group'"),
         (("config_groups", "group_0", "weights", "strategy"), "block", "strategy is 'block'"),
         (("config_groups", "group_0", "weights", "dynamic"), True, "dynamic is True"),
@@ -208,6 +210,20 @@ def test_targets_that_are_no_list_of_names_are_refused(targets: object) -> None:
     config["config_groups"]["group_1"]["targets"] = targets
     with pytest.raises(InvalidInputError, match=r"group_1\.targets"):
         parse_groups(config)
+
+
+@pytest.mark.parametrize("ignore", ["lm_head", [3], {"a": 1}, 7])
+def test_an_ignore_list_that_is_none_is_refused(ignore: object) -> None:
+    with pytest.raises(InvalidInputError, match=r"quantization_config\.ignore is"):
+        parse_config(quantization_config(Scheme(), []) | {"ignore": ignore})
+
+
+@pytest.mark.parametrize("group_size", [None, True, "128", 128.0, 0, 7, -2, 12])
+def test_a_group_size_that_is_none_is_refused(group_size: object) -> None:
+    config: dict[str, Any] = copy.deepcopy(quantization_config(Scheme(), []))
+    config["config_groups"]["group_0"]["weights"]["group_size"] = group_size
+    with pytest.raises(InvalidInputError, match=r"group_size is .*; the strategy"):
+        parse_config(config)
 
 
 def test_a_config_without_groups_is_invalid() -> None:

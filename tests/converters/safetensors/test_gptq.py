@@ -187,7 +187,9 @@ def test_a_module_pattern_matches_that_module_alone() -> None:
         ({"quant_method": "awq"}, "quant_method is 'awq'; moepress reads 'gptq'"),
         ({"checkpoint_format": "gptq_v2"}, "checkpoint_format is 'gptq_v2'"),
         ({"bits": 5}, "bits is 5"),
+        ({"bits": 4.0}, r"bits is 4\.0"),
         ({"sym": False}, "sym is False"),
+        ({"sym": 1}, "sym is 1"),
         ({"desc_act": True}, "desc_act is True"),
         ({"pack_dtype": "int64"}, "pack_dtype is 'int64'"),
         ({"lm_head": True}, "lm_head is True"),
@@ -196,6 +198,12 @@ def test_a_module_pattern_matches_that_module_alone() -> None:
 )
 def test_a_config_that_means_other_bytes_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
+        parse_config(quantize_config(Scheme()) | changed)
+
+
+@pytest.mark.parametrize("changed", [{"dynamic": ["-:a"]}, {"dynamic": 3}, {"group_size": True}, {"group_size": 7}])
+def test_a_config_of_other_types_is_invalid(changed: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match=r"dynamic is|group_size is"):
         parse_config(quantize_config(Scheme()) | changed)
 
 

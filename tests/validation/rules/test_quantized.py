@@ -231,12 +231,33 @@ def replace(folder: Path, part: str, change: Callable[[Tensor], Tensor]) -> None
         ("compressed", ".3.down_proj.weight_packed", lambda t: t[:, :-1]),
         ("gptq", ".3.down_proj.qzeros", lambda t: t[:1]),
         ("gptq", ".3.down_proj.scales", lambda t: t.to(torch.bfloat16)),
+        ("gptq", ".3.down_proj.qweight", lambda t: t.reshape(-1)),
+        ("gptq", ".3.down_proj.g_idx", lambda t: t[None]),
+        ("compressed", ".3.down_proj.weight_packed", lambda t: t[None]),
+        ("compressed", ".3.down_proj.weight_scale", lambda t: t.reshape(-1)),
     ],
 )
 def test_codes_that_do_not_fit_their_scales(copy: Copies, layout: str, part: str, change: Any) -> None:
     folder = copy(layout)
     replace(folder, part, change)
     assert found(folder, "codes-complete") == dict.fromkeys(FOLDERS, REFUSES) | {TRANSFORMERS: WRONG}
+
+
+@pytest.mark.parametrize("bits", [None, 0, -4, 1 << 40, 4.0])
+@pytest.mark.parametrize("part", [".3.down_proj.weight_packed", ".3.down_proj.weight_scale"])
+def test_codes_of_no_matrix_are_found_whatever_the_config_says_of_their_bits(
+    copy: Copies, part: str, bits: object
+) -> None:
+    folder = copy("compressed")
+    replace(folder, part, lambda t: t.reshape(-1))
+    edit_quantization(folder, lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=bits))
+    assert found(folder, "codes-complete")[VLLM] is REFUSES
+
+
+def test_codes_that_no_group_of_the_config_is_for(copy: Copies) -> None:
+    folder = copy("compressed")
+    edit_quantization(folder, lambda q: q["config_groups"]["group_0"].update(targets=["re:.*none"]))
+    assert found(folder, "codes-complete")[VLLM] is REFUSES
 
 
 def test_a_part_of_codes_besides_the_experts_that_is_missing(copy: Copies) -> None:
