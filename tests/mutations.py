@@ -64,7 +64,9 @@ def _spoil(holder: Any, key: Any, draw: random.Random) -> None:
     elif kind == 2 and isinstance(old, list):
         holder[key] = draw.choice((old + old, old[:-1], old[::-1], [old], old[:1] * 5000))
     elif kind == 3 and isinstance(old, str):
-        holder[key] = draw.choice((old.upper(), old[:-1], old + old, f" {old}", list(old), old.encode().hex()))
+        holder[key] = draw.choice(
+            (old.upper(), old[:-1], old + old, f" {old}", list(old), old.encode("utf-8", "surrogatepass").hex())
+        )
     elif kind == 4 and isinstance(old, dict) and old:
         chosen = draw.choice(list(old))
         old[draw.choice(("x", "", chosen + "x", chosen.upper(), "\x1b[2J", "../" + chosen))] = old.pop(chosen)
