@@ -175,13 +175,7 @@ def require_room(output: Output, disk_bytes: int) -> None:
 
 def warn_of_memory(estimate: Estimate) -> None:
     """Say beforehand when the memory is too little, whatever the stage does to keep within it."""
-    note(
-        *(
-            text
-            for text in estimate.notes
-            if text.startswith(("This machine has", "--max-memory")) and "bounds" not in text
-        )
-    )
+    note(*estimate.shortages)
 
 
 def workload(machine: Machine, *, tokens: int, window: int, domains: int = 1) -> Workload:

@@ -21,6 +21,7 @@ class Estimate:
             beyond the limit) are there all the time, of the others those that meet.
         disk: term -> bytes; not all of the output is there while the most hidden states are.
         notes: what a user should know beforehand.
+        shortages: those of the notes that a run says too, before its work.
     """
 
     disk_bytes: int
@@ -33,3 +34,4 @@ class Estimate:
     memory: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shortages: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """Memory and disk of a stage, term by term: upper bounds, from the shapes of what is held at the same time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -268,21 +268,30 @@ def least_memory(
     return quantize_peak(rest | {"waiting tokens": 0, "intermediates": 0} | solver_memory(figures, 1, *solved))
 
 
-def memory_notes(work: Workload, peak: int, least: int) -> Iterable[str]:
-    """Whether --max-memory, or this machine, is too small."""
+def shortages(work: Workload, peak: int, least: int) -> tuple[str, ...]:
+    """What is said before the work too: --max-memory, or this machine, is too small whatever the stage does."""
     given, free = work.memory_bytes, int(psutil.virtual_memory().available)
     if given is not None and least > given:
-        yield (
+        said = (
             f"--max-memory {size_text(given)} is too little for this model: with one window, one expert at a time and "
             f"everything else in files it is about {size_text(least)}."
         )
-    elif given is not None and peak > given:
-        yield (
-            f"--max-memory {size_text(given)} bounds token buffers and the experts in hand; with what is there "
-            f"besides, the peak is about {size_text(peak)}."
-        )
-    elif peak > free + libraries_bytes():
-        yield f"This machine has {size_text(free)} of memory free, and the peak is above that."
+        return (said,)
+    if (given is None or peak <= given) and peak > free + libraries_bytes():
+        return (f"This machine has {size_text(free)} of memory free, and the peak is above that.",)
+    return ()
+
+
+def bound_notes(work: Workload, peak: int, least: int) -> tuple[str, ...]:
+    """What --max-memory does not bound, where it can be kept at all."""
+    given = work.memory_bytes
+    if given is None or least > given or peak <= given:
+        return ()
+    said = (
+        f"--max-memory {size_text(given)} bounds token buffers and the experts in hand; with what is there "
+        f"besides, the peak is about {size_text(peak)}."
+    )
+    return (said,)
 
 
 def hidden_disk(figures: Figures, work: Workload, spilled: int, streams: int = 1) -> dict[str, int]:

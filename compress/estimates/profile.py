@@ -10,6 +10,7 @@ from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.figures import Figures, expert_matrices
 from moepress.compress.estimates.footprint import (
     Workload,
+    bound_notes,
     buffer_bytes,
     device_bytes,
     disk_peak,
@@ -17,11 +18,11 @@ from moepress.compress.estimates.footprint import (
     kept_outputs,
     least_memory,
     limits_of,
-    memory_notes,
     outputs_bytes,
     peak_of,
     probe_bytes,
     resident,
+    shortages,
     slice_bytes,
 )
 from moepress.compress.estimates.rates import Rates
@@ -78,6 +79,8 @@ def estimate_profile(
         }
     moments = ("embeddings",), ("layer", "activations"), ("layer", "bit losses")
     peak = peak_of(rest, *moments, ("layer", "routed outputs", "experts"))
+    least = least_memory(figures, work, None)
+    short = shortages(work, peak, least)
     return Estimate(
         disk_bytes=disk_peak(disk, shape.layers),
         output_bytes=statistics,
@@ -88,7 +91,8 @@ def estimate_profile(
         time=time,
         memory=rest,
         disk=disk,
-        notes=(PROJECTED, *_reread_note(passes), *memory_notes(work, peak, least_memory(figures, work, None))),
+        notes=(PROJECTED, *_reread_note(passes), *short, *bound_notes(work, peak, least)),
+        shortages=short,
     )
 
 

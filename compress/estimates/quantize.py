@@ -10,16 +10,17 @@ from moepress.compress.estimates.figures import Figures, Matrices, expert_matric
 from moepress.compress.estimates.footprint import (
     ROWS_AT_ONCE,
     Workload,
+    bound_notes,
     buffer_bytes,
     device_bytes,
     disk_peak,
     hidden_disk,
     least_memory,
     limits_of,
-    memory_notes,
     middles,
     quantize_peak,
     resident,
+    shortages,
     slice_bytes,
     solver_memory,
     waiting,
@@ -87,7 +88,8 @@ def estimate_quantize(
         time = _quantize_seconds(figures, count, work, rates, at_once, extra, again, spilled, output)
         if original_targets:
             time = _moved_seconds(figures, count, work, rates, extra, time)
-    peak = quantize_peak(rest)
+    peak, least = quantize_peak(rest), least_memory(figures, work, (extra, sizes, output))
+    short = shortages(work, peak, least)
     return Estimate(
         disk_bytes=disk_peak(disk, shape.layers),
         output_bytes=output,
@@ -104,7 +106,8 @@ def estimate_quantize(
         time=time,
         memory=rest,
         disk=disk,
-        notes=(PROJECTED, *memory_notes(work, peak, least_memory(figures, work, (extra, sizes, output)))),
+        notes=(PROJECTED, *short, *bound_notes(work, peak, least)),
+        shortages=short,
     )
 
 

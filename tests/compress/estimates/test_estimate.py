@@ -316,7 +316,7 @@ def test_what_is_kept_of_the_outputs_is_what_a_profile_allocates(
 
 def test_too_little_memory_is_said_with_the_least(model: Checkpoint, figures: Figures) -> None:
     small = quantizing(model, figures, memory_bytes=64 << 20)
-    assert any("--max-memory 64 MiB is too little" in note for note in small.notes)
+    assert any("--max-memory 64.0 MiB is too little" in note for note in small.notes)
     assert len(quantizing(model, figures, memory_bytes=8 << 30).notes) == 1
     assert least_memory(figures, workload(), None) < small.peak_memory_bytes
 
