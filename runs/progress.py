@@ -2,7 +2,7 @@
 
 A bar that is done leaves its line. Where stderr is no terminal, what is shorter than `LINE_SECONDS` says nothing, so
 that short commands in scripts stay quiet, and of longer work there is a line per step (a layer, a shard), at most one
-in `LINE_SECONDS`.
+in `LINE_SECONDS`. The stages of a job leave a line each, where they take `SHORT_SECONDS`.
 """
 
 import os
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from moepress.runs.text import printable
 
 LINE_SECONDS = 5.0
+SHORT_SECONDS = 0.5
 
 
 class Level(IntEnum):
@@ -76,7 +77,7 @@ def track(description: str, total: int, *, unit: str = "steps", about: str = "")
         with _bar(title, total, unit, about) as advance:
             yield advance
     else:
-        lines = _Lines(title=title, total=total, unit=unit, about=about)
+        lines = _Lines(title=title, total=total, unit=unit, about=about, staged=bool(_state.stages))
         yield lines.advance
         lines.end()
 
@@ -138,6 +139,7 @@ class _Lines:
     total: int
     unit: str
     about: str
+    staged: bool = False
     done: int = 0
     skipped: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -163,9 +165,9 @@ class _Lines:
         return [f"{span_text((now - self.began) / fresh * (self.total - self.done))} left"]
 
     def end(self) -> None:
-        """A last line, where there was any or it took a while."""
+        """A last line, where there was any, or it took a while, or it is a stage of a longer job."""
         seconds = time.monotonic() - self.began
-        if self.spoke or seconds >= LINE_SECONDS:
+        if self.spoke or seconds >= (SHORT_SECONDS if self.staged else LINE_SECONDS):
             _print(_last_line(self.title, self.total, self.unit, self.about, seconds))
 
 

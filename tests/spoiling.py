@@ -11,6 +11,7 @@ from types import FrameType
 
 from mutations import json_text, mutate, not_a_file, spoiled_bytes, spoiled_header
 
+from moepress.commands.console import quiet_libraries
 from moepress.errors import MoepressError
 from moepress.runs.text import LONGEST, message
 
@@ -37,7 +38,11 @@ def in_time(seconds: int) -> Iterator[None]:
 
 
 def outcome(work: Callable[[], object]) -> str | None:
-    """What is said, None where all went well; anything but an error of ours is raised."""
+    """What is said, None where all went well; anything but an error of ours is raised.
+
+    The libraries below are as quiet as the command line has them: they would print what a file says as it stands.
+    """
+    quiet_libraries()
     try:
         with in_time(SECONDS):
             work()

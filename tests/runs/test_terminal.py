@@ -16,6 +16,8 @@ import fork_server
 import pytest
 from stage_runs import command
 
+from moepress.runs.progress import stage, track
+
 ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 STYLE = re.compile(rb"\x1b\[[0-9;]*m")
 BAR = "from moepress.runs.progress import track\nwith track('pressing', 3) as advance:\n    advance(1)\n    advance(2)"
@@ -266,3 +268,14 @@ def test_completion_is_quick_because_nothing_heavy_is_imported() -> None:
     assert "plain,rtx-3090" in found.stdout
     assert found.stdout.splitlines()[-1] == "[]"
     assert time.monotonic() - started < 60
+
+
+def test_a_stage_of_a_job_leaves_a_line_in_a_log_and_a_short_command_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moepress.runs.progress.SHORT_SECONDS", 0.0)
+    with track("pressing", 3, unit="layers") as advance:
+        advance(3)
+    with stage(2, 4), track("pressing", 3, unit="layers", about="5 tokens") as advance:
+        advance(3)
+    assert capsys.readouterr().err == "[2/4] pressing: 3 layers, 5 tokens, done in 0 s\n"

@@ -40,7 +40,7 @@ def provenance(
     """
     models = {name: model_files(folder) for name, folder in inputs.items()}
     total = sum(map(len, models.values())) + len(outputs)
-    with track("SHA-256", total, unit="bytes") as advance:
+    with track("SHA-256", total, unit="files") as advance:
         return {
             "schema_version": "1.0",
             "tool": {"name": "moepress", "version": report.tool_version},
