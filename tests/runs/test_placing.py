@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from moepress.errors import InvalidInputError, OutputLockedError, UsageError
+from moepress.errors import OutputLockedError, UsageError
 from moepress.runs.files import JOURNAL, LOCK, contents
-from moepress.runs.inputs import stamps
 from moepress.runs.journal import open_run
 from moepress.runs.output import check_output, partial_folder
 
@@ -349,46 +348,6 @@ def test_folders_that_are_made_for_an_output_are_on_the_disk(
     monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), fsync(number))[1])
     made(tmp_path / "one" / "two" / "out")
     assert {place.stat().st_ino for place in (tmp_path, tmp_path / "one", tmp_path / "one" / "two")} <= synced
-
-
-class TestInputs:
-    def run(self, out: Path, model: Path, change: Callable[[], Any], **options: bool) -> None:
-        watched = stamps(model.iterdir())
-        with open_run(out, {"seed": 0}, inputs=watched, **options) as run:
-            if run.done("a.txt") is None:
-                run.write("a.txt", "a.txt", lambda file: file.write_text("new") and None)
-            change()
-            run.finish()
-
-    @pytest.mark.parametrize("what", ["size", "time", "gone", "replaced"])
-    def test_a_model_that_changes_during_the_run_is_refused(self, out: Path, tmp_path: Path, what: str) -> None:
-        model = tmp_path / "model"
-        lay(model, {"model.safetensors": "weights", "config.json": "{}"})
-        file = model / "model.safetensors"
-
-        def change() -> None:
-            if what == "size":
-                file.write_text("other weights")
-            elif what == "time":
-                os.utime(file, ns=(1, 1))
-            elif what == "gone":
-                file.unlink()
-            else:
-                (tmp_path / "fresh").write_text("WEIGHTS")
-                (tmp_path / "fresh").replace(file)
-
-        with pytest.raises(InvalidInputError, match=r"model\.safetensors .* while the output was made") as caught:
-            self.run(out, model, change)
-        assert caught.value.exit_code == 4
-        assert not out.exists()
-        file.write_text("weights")
-        self.run(out, model, lambda: None, resume=True)
-        assert texts(out) == {"a.txt": "new"}
-
-    def test_a_file_that_is_added_to_the_model_s_folder_changes_nothing(self, out: Path, tmp_path: Path) -> None:
-        lay(tmp_path / "model", {"config.json": "{}"})
-        self.run(out, tmp_path / "model", lambda: (tmp_path / "model" / "notes.md").write_text("x"))
-        assert texts(out) == {"a.txt": "new"}
 
 
 def test_an_output_that_is_whole_but_has_its_journal_still_is_not_taken_from_a_live_process(out: Path) -> None:
