@@ -1,5 +1,6 @@
 """transformers' own model for a config, on the meta device: the truth about names, shapes and the forward pass."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,9 @@ def build_skeleton(config: Mapping[str, Any], *, attention: str | None = None) -
 
     parsed, implementation = hf_config(config), attention or register()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # torch says of a shared expert of width 0 that there is nothing to initialize; nothing is, on this device.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation=implementation)
     except Exception as error:
         raise InvalidInputError(f"config.json describes no model that can be built: {one_line(error)}") from error

@@ -1,5 +1,6 @@
 """A shared expert of width 0 is none: every command works, whether its empty tensors are stored or left out."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moepress.compress.gptq.include import Include
 from moepress.models.forward.dense import load_dense
+from moepress.models.forward.skeleton import build_skeleton
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.inspect import inspect_model
 
@@ -50,6 +52,12 @@ def test_logits_are_those_of_transformers(folder: Path, tmp_path: Path) -> None:
 
 def test_inspect_counts_no_shared_experts(folder: Path) -> None:
     assert "shared experts" not in inspect_model(str(folder))["parts"]
+
+
+def test_no_warning_of_torch_is_shown_to_who_can_do_nothing_about_it(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_skeleton(open_checkpoint(folder).config)
 
 
 def test_quantize_with_include_shared_and_export_to_onnx(folder: Path, tmp_path: Path) -> None:
