@@ -66,12 +66,7 @@ def prune_repaired_stage(
     Returns:
         As `prune.prune_stage`, and `repair`; of a dry run the estimates of both.
     """
-    folder = model_folder(model_name)
-    check_output(output.folder, [folder], resume=output.resume, force=output.force)
-    inputs = watched(folder)
-    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
-    check_repair(checkpoint, plan.experts, parts)
-    checked_plan(checkpoint, plan)
+    checkpoint, inputs = _opened(model_name, output, plan, parts, allow_nonfinite=allow_nonfinite)
     keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
     size = planned_bytes(planned_entries(checkpoint, keep))  # a repair changes no size
     corpus = _corpus(checkpoint, calibration)
@@ -100,12 +95,7 @@ def repair_stage(
     machine: Machine,
 ) -> Repairs:
     """Find the repairs without writing a pruned model: a folder with `repair.json`, for `quantize_stage` to use."""
-    folder = model_folder(model_name)
-    check_output(output.folder, [folder], resume=output.resume, force=output.force)
-    inputs = watched(folder)
-    checkpoint = open_checkpoint(folder)
-    check_repair(checkpoint, plan.experts, parts)
-    checked_plan(checkpoint, plan)
+    checkpoint, inputs = _opened(model_name, output, plan, parts)
     corpus = _corpus(checkpoint, calibration)
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
     require_room(output, estimate_repair(figures_of(checkpoint), work).disk_bytes)
@@ -118,6 +108,19 @@ def repair_stage(
         drop_walk(run)
         run.finish()
     return repairs
+
+
+def _opened(
+    model_name: str, output: Output, plan: Plan, parts: frozenset[Repair], *, allow_nonfinite: bool = False
+) -> tuple[Checkpoint, dict[Path, tuple[int, int]]]:
+    """The checkpoint, and its files as they are now; refused where plan, repair or output do not fit."""
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
+    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    check_repair(checkpoint, plan.experts, parts)
+    checked_plan(checkpoint, plan)
+    return checkpoint, inputs
 
 
 def load_repairs(folder: Path) -> Repairs:

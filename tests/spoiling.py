@@ -14,6 +14,8 @@ from mutations import json_text, mutate, not_a_file, spoiled_bytes, spoiled_head
 from moepress.commands.console import quiet_libraries
 from moepress.errors import MoepressError
 from moepress.runs.text import LONGEST, message
+from moepress.validation.rules.check import check_folder
+from moepress.validation.rules.findings import parse_runtimes
 
 SECONDS = 30  # none of this takes longer than a hang
 Spoiler = Callable[[Path, random.Random], None]
@@ -54,6 +56,11 @@ def outcome(work: Callable[[], object]) -> str | None:
         said.encode()
         return said
     return None
+
+
+def checked(folder: Path) -> None:
+    """Held against the rules of every runtime."""
+    check_folder(folder, parse_runtimes(None))
 
 
 def spoil_json(name: str) -> Spoiler:

@@ -3,6 +3,7 @@
 Quantized weights are dequantized as they are read, so what runs is what the codes stand for, in transformers' code.
 """
 
+import gc
 from typing import Any
 
 import psutil
@@ -78,6 +79,13 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def release_dense(device: torch.device) -> None:
+    """Give back what a model took of that device's memory, once nothing names it: its modules are in cycles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def dense_bytes(model: Any, dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from mutations import mutate
-from spoiling import Spoiler, outcome, spoil_json, spoil_quantization, spoil_records, spoil_shard, spoil_types
+from spoiling import Spoiler, checked, outcome, spoil_json, spoil_quantization, spoil_records, spoil_shard, spoil_types
 from stage_runs import G32, add_tokenizer, corpus_of, keep_of, profile_of, quantized_folder
 
 from moepress.calibration.documents import read_documents
@@ -29,8 +29,6 @@ from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.export import export_stage
 from moepress.stages.places import Output
 from moepress.stages.run.recipe import make_recipe
-from moepress.validation.rules.check import check_folder
-from moepress.validation.rules.findings import parse_runtimes
 from moepress.validation.speed.targets import load_targets
 
 
@@ -86,10 +84,6 @@ def read_through(folder: Path) -> None:
     source = open_source(folder)
     for name in source.shapes:
         source.read(name)
-
-
-def checked(folder: Path) -> None:
-    check_folder(folder, parse_runtimes(None))
 
 
 def profiled(folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mutations import spoiled_bytes
 from onnx_runs import to_onnx
-from spoiling import Spoiler, outcome, spoil_json
+from spoiling import Spoiler, checked, outcome, spoil_json
 from stage_runs import G32, add_tokenizer, keep_of, quantized_folder
 from tiny_models import windows
 
@@ -18,8 +18,6 @@ from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.generate import stop_tokens
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.report.model_card import plain_card
-from moepress.validation.rules.check import check_folder
-from moepress.validation.rules.findings import parse_runtimes
 
 CARD = "---\nlicense: mit\nbase_model: a/b\ntags: [x, y]\nmodel-index: [{name: x}]\n---\n# Model\n"
 
@@ -35,10 +33,6 @@ def opened(folder: Path) -> None:
     found = open_onnx(folder)
     assert found.context >= 0
     assert found.vocabulary >= 0
-
-
-def checked(folder: Path) -> None:
-    check_folder(folder, parse_runtimes(None))
 
 
 @pytest.fixture(scope="module")

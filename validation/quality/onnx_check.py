@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from moepress.converters.onnx.folder import MODEL, OnnxFolder, open_onnx
+from moepress.converters.onnx.folder import MODEL, OnnxFolder, open_onnx, read_model
 from moepress.converters.onnx.runtime import installed_version, require_onnx
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import MoepressError
@@ -101,8 +101,8 @@ def _exact_session(folder: OnnxFolder, device: str) -> tuple[OnnxModel, tuple[st
     """A session with fp32 activations wherever the CPU can: what int8 rounds away would hide faults."""
     if not folder.int8_activations:
         return open_session(folder, device), ()
-    onnx, twin = require_onnx(), temporary_for(folder.folder / "check.onnx")  # fp32 activations, beside what is checked
-    model = onnx.load(str(folder.folder / MODEL), load_external_data=False)
+    twin = temporary_for(folder.folder / "check.onnx")  # fp32 activations, beside what is checked
+    model = read_model(folder.folder / MODEL)
     for attribute in (a for node in model.graph.node for a in node.attribute if a.name == "accuracy_level"):
         attribute.i = 0
     try:

@@ -1,6 +1,5 @@
 """What models write: the likeliest continuation of the same few beginnings of text, so that a person sees the loss."""
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import MoepressError
-from moepress.models.forward.dense import free_memory_bytes, load_dense
+from moepress.models.forward.dense import free_memory_bytes, load_dense, release_dense
 from moepress.runs.progress import track
 from moepress.validation.quality.decoding import Decoder, Sampling, TextStream, TorchDecoder, generate
 from moepress.validation.quality.measure import Subject
@@ -51,7 +50,7 @@ def write_samples(
         for subject in subjects:
             stop = _stop_tokens(subject, tokenizer)
             written.append(_write(_maker(subject, device, dtype, onnx_device), prompts, stop, advance))
-            _release(device)
+            release_dense(device)
     rows = [
         Sample(
             domain=domain,
@@ -108,12 +107,6 @@ def _write(
         written.append(list(new))
         advance(1)
     return written
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _stop_tokens(subject: Subject, tokenizer: Any) -> frozenset[int]:

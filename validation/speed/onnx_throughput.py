@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moepress.converters.onnx.folder import MODEL, OnnxFolder
-from moepress.converters.onnx.runtime import CPU_PROVIDER, require_onnx, require_onnxruntime, session_providers
+from moepress.converters.onnx.folder import MODEL, OnnxFolder, read_model
+from moepress.converters.onnx.runtime import CPU_PROVIDER, require_onnxruntime, session_providers
 from moepress.models.forward.dense import free_memory_bytes
 from moepress.validation.quality.onnx_session import CUDA_PROVIDER, Decoding, OnnxModel, open_session
 from moepress.validation.speed.timing import Bench, Candidate, Loaded, first_line, lengths, random_prompt
@@ -114,7 +114,7 @@ def _run(model: OnnxModel, tokens_1S: torch.Tensor, steps: int, *, shared: bool)
 
 def shares_cache(folder: OnnxFolder) -> bool:
     """Whether past and present may be the same buffer, as GroupQueryAttention allows."""
-    graph = require_onnx().load(str(folder.folder / MODEL), load_external_data=False).graph
+    graph = read_model(folder.folder / MODEL).graph
     return any(node.op_type == "GroupQueryAttention" for node in graph.node)
 
 

@@ -6,7 +6,6 @@ it is installed, in onnxruntime-genai; all others in transformers, which compute
 token.
 """
 
-import gc
 import os
 import platform
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import InvalidInputError
-from moepress.models.forward.dense import free_memory_bytes
+from moepress.models.forward.dense import free_memory_bytes, release_dense
 from moepress.models.storage.folder import load_config
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.results import Throughput, ThroughputRow
@@ -58,7 +57,7 @@ def measure_throughput(subjects: Sequence[Subject], bench: Bench) -> Throughput:
         timed: list[Timed] = []
         for group in [runnable] if together else [[candidate] for candidate in runnable]:
             timed += time_group(group, bench.repetitions)
-            _release(bench.device)
+            release_dense(bench.device)
     timed += [Timed(candidate=c, provider=c.provider, samples={}, reason=c.obstacle) for c in candidates if c.obstacle]
     return Throughput(
         device=device_name(bench.device),
@@ -231,12 +230,6 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """`moepress check` as a person meets it, our own outputs, and the notes of plan and run."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,11 +24,6 @@ KINDS = {
     "gptq": Kind.GPTQ,
     "onnx": Kind.ONNX,
 }
-
-
-@pytest.fixture(scope="module")
-def outputs(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Outputs:
-    return Outputs(folder=tmp_path_factory.mktemp("outputs"), tiny=tiny_model)
 
 
 @pytest.mark.parametrize("key", CHANGES)

@@ -1,6 +1,5 @@
 """Rules about the model: each violation is planted in a real output, and found by its rule with its effect."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,6 @@ from moepress.validation.rules.findings import Effect, Runtime
 REFUSES, WRONG, SLOWER = Effect.REFUSES, Effect.WRONG, Effect.SLOWER
 VLLM, SGLANG, TRANSFORMERS = Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS
 FOLDERS = (VLLM, SGLANG, TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
-
-
-@pytest.fixture(scope="module")
-def outputs(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Outputs:
-    return Outputs(folder=tmp_path_factory.mktemp("outputs"), tiny=tiny_model)
-
-
-@pytest.fixture
-def copy(outputs: Outputs, tmp_path: Path) -> Copies:
-    return Copies(outputs=outputs, folder=tmp_path)
 
 
 def drop(folder: Path, part: str) -> None:

@@ -14,11 +14,6 @@ from moepress.validation.rules.findings import Effect, Runtime
 REFUSES, WRONG = {Runtime.ONNXRUNTIME: Effect.REFUSES}, {Runtime.ONNXRUNTIME: Effect.WRONG}
 
 
-@pytest.fixture(scope="module")
-def outputs(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Outputs:
-    return Outputs(folder=tmp_path_factory.mktemp("outputs"), tiny=tiny_model)
-
-
 @pytest.fixture
 def folder(outputs: Outputs, tmp_path: Path) -> Path:
     return Copies(outputs=outputs, folder=tmp_path)("onnx")

@@ -18,16 +18,6 @@ GPTQMODEL, LLAMA_CPP = Runtime.GPTQMODEL, Runtime.LLAMA_CPP
 FOLDERS = (VLLM, SGLANG, TRANSFORMERS, GPTQMODEL, LLAMA_CPP)
 
 
-@pytest.fixture(scope="module")
-def outputs(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Outputs:
-    return Outputs(folder=tmp_path_factory.mktemp("outputs"), tiny=tiny_model)
-
-
-@pytest.fixture
-def copy(outputs: Outputs, tmp_path: Path) -> Copies:
-    return Copies(outputs=outputs, folder=tmp_path)
-
-
 def weights_of(quantization: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = quantization["config_groups"]["group_0"]["weights"]
     return settings

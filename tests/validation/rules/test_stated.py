@@ -1,13 +1,11 @@
 """Rules about what config.json and file names state: each is broken in a real folder and found with its effect."""
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from check_folders import Copies, Outputs, edit_json, found
+from check_folders import Copies, edit_json, found
 from safetensors.torch import save_file
 
 from moepress.models.storage.folder import SINGLE
@@ -18,16 +16,6 @@ from moepress.validation.rules.findings import Effect, Runtime
 REFUSES, WRONG = Effect.REFUSES, Effect.WRONG
 SERVERS, BY_MODULE = (Runtime.VLLM, Runtime.SGLANG), (Runtime.TRANSFORMERS, Runtime.GPTQMODEL)
 RULES = ("one-set-of-weights", "tensor-names", "quantization-stated", "architectures", "tied-head")
-
-
-@pytest.fixture(scope="module")
-def outputs(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Outputs:
-    return Outputs(folder=tmp_path_factory.mktemp("outputs"), tiny=tiny_model)
-
-
-@pytest.fixture
-def copy(outputs: Outputs, tmp_path: Path) -> Copies:
-    return Copies(outputs=outputs, folder=tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["original", "pruned", "compressed", "gptq"])
