@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import click
 
 from moepress import __version__
+from moepress.commands.attempt import Attempt
 from moepress.commands.check import check
 from moepress.commands.completion import completion
 from moepress.commands.console import INTERRUPTED, fail, say
-from moepress.commands.crash import Attempt, describe
 from moepress.commands.doctor import doctor
 from moepress.commands.export import export
 from moepress.commands.generate import generate
@@ -98,6 +98,8 @@ def _last_words(error: Exception, attempt: Attempt) -> str:
         return str(full_disk_of(error))
     if isinstance(error, OSError):
         return f"{error.filename or 'The system'}: {error.strerror or error}. Mend it and repeat with --resume."
+    from moepress.commands.crash import describe  # here, for where memory or the disk ran out it is not needed
+
     return describe(error, attempt)
 
 

@@ -5,10 +5,10 @@ import shlex
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 from moepress import __version__
+from moepress.commands.attempt import Attempt
 from moepress.runs.files import JOURNAL
 from moepress.runs.journal import TRACEBACK
 from moepress.runs.output import partial_folder
@@ -34,15 +34,6 @@ _DOING = {
     "push": "pushed",
     "completion": "wrote a completion script",
 }
-
-
-@dataclass(slots=True)
-class Attempt:
-    """What is known of the command that runs: its name, the folder of -o where it can be resumed, and --debug."""
-
-    command: str | None = None
-    output: Path | None = None
-    debug: bool = False
 
 
 def describe(error: Exception, attempt: Attempt) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from moepress.commands.attempt import Attempt
 from moepress.commands.completers import complete_list, complete_models, complete_targets
-from moepress.commands.crash import Attempt
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_share
 

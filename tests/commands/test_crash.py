@@ -11,7 +11,8 @@ import pytest
 from stage_runs import add_tokenizer, command, content
 
 from moepress.commands import crash
-from moepress.commands.crash import LONGEST, Attempt, describe, text_of
+from moepress.commands.attempt import Attempt
+from moepress.commands.crash import LONGEST, describe, text_of
 from moepress.runs import journal
 from moepress.runs.journal import TRACEBACK, open_run
 from moepress.runs.output import partial_folder
