@@ -10,7 +10,7 @@ from moepress.calibration.corpus import Corpus
 from moepress.calibration.observe import Cells, observe_layer, shard_of_windows
 from moepress.calibration.profile import SHARDS, Statistic
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
-from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, open_stream
+from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, last_step, open_stream
 from moepress.models.storage.safetensors_file import read_array, read_header
 from moepress.models.storage.tensors import read_row, tensor_entry
 from moepress.models.storage.writer import write_shard
@@ -76,6 +76,7 @@ def _profile_layer(
             found = observe_layer(stream, layer, cells, leave_one_out=leave_one_out)
         if probe is not None:
             found |= probe(stream, layer, found)
+        last_step(stream, layer)
         entries = [tensor_entry(name, value) for name, value in sorted(found.items())]
         with phase("write", size=sum(entry.bytes for entry in entries)):
             file = f"statistics-{layer:05d}.safetensors"

@@ -135,10 +135,12 @@ class _Part:
 def _observe_pass(
     stream: Stream, layer: int, rows: slice, cells: Cells, out: dict[str, Tensor], *, leave_one_out: bool
 ) -> None:
-    model, router = stream.model, router_of(stream.model.family, stream.model.source.config, stream.model.shape)
+    model, router = stream.model, None
+    if leave_one_out:
+        router = router_of(model.family, model.source.config, model.shape)
     bias = model.router_bias(layer) if leave_one_out else None
     wanted, valid = stream.chosen[rows], torch.ones(rows.stop - rows.start, dtype=torch.bool)
-    if leave_one_out:
+    if router is not None:
         with phase("observe"):
             spare, valid = _spare_choices(stream, rows, router, bias)
             wanted = torch.cat((wanted, spare[:, None]), dim=1)
@@ -151,12 +153,12 @@ def _observe_pass(
         for tokens, slots in _slices(*positions[expert]):
             with phase("forward", flops=expert_flops(matrices, len(tokens))):
                 inputs = stream.inputs[tokens + rows.start].to(model.device)
-                output = apply_expert(matrices, inputs, model.activation(layer)).to("cpu")
+                output = apply_expert(matrices, inputs, model.gating(layer)).to("cpu")
             with phase("observe"):
                 _keep_output(stream, part, tokens, slots, output)
     with phase("observe"):
         for chunk in _chunks(part, bytes_per_token(model.shape, model.dtype, leave_one_out=True)):
-            _sum_up(stream, part, chunk, cells, out, router if leave_one_out else None)
+            _sum_up(stream, part, chunk, cells, out, router)
 
 
 def _slices(tokens: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

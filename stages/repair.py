@@ -43,7 +43,7 @@ def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair])
     """
     if experts >= checkpoint.shape.experts:
         raise UsageError("--repair mends what pruning changes, and here every expert stays; leave --repair out.")
-    if Repair.BIAS in parts and not checkpoint.family.rule.bias:
+    if Repair.BIAS in parts and not (checkpoint.family.rule and checkpoint.family.rule.bias):
         raise UsageError(
             f"--repair bias: the routers of {checkpoint.family.name} models have no correction bias; use --repair gain."
         )

@@ -159,7 +159,7 @@ def tokenizer_folder(folders: Sequence[Path]) -> Path:
 
 
 def _stored_parts(source: Checkpoint | Artifact) -> dict[str, int]:
-    layers, sizes = int(source.config["num_hidden_layers"]), Counter[Part]()
+    layers, sizes = source.outline.shape.layers, Counter[Part]()
     for name, entry in source.stored.items():
         sizes[part_of(source.family, name, layers)] += entry.bytes
     return {part.value: sizes[part] for part in Part if sizes[part]}

@@ -9,7 +9,7 @@ import torch
 from r1_models import make_r1
 
 from moepress.models.families.table import family_of
-from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.storage.writer import write_index, write_json
 
 CONFIGS: dict[str, dict[str, Any]] = {

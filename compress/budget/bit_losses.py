@@ -180,8 +180,8 @@ def output_error(stream: Stream, layer: int, original: Expert, quantized: Expert
     """Relative squared error of an expert's output over its tokens, weighted by their squared combine weights."""
     tokens, slots = position
     inputs = stream.inputs[tokens].to(stream.model.device, torch.float32)
-    activation = stream.model.activation(layer)
-    before, after = (apply_expert(expert, inputs, activation) for expert in (original, quantized))
+    gating = stream.model.gating(layer)
+    before, after = (apply_expert(expert, inputs, gating) for expert in (original, quantized))
     weights = stream.weights[tokens, slots].double().square()
     error, energy = (
         float((weights * value.square().sum(dim=1).cpu().double()).sum()) for value in (before - after, before)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
-from moepress.models.families.family import Family, Part, Shape, layer_of, part_of
+from moepress.models.families.family import Family, Part, Shape, part_of
 from moepress.models.families.table import family_of
 from moepress.models.forward.expected import expected_of
 from moepress.models.storage.outline import Outline, outline_of
@@ -78,18 +78,18 @@ def included_linears(source: "Source", include: Iterable[Include]) -> tuple[Line
     Raises:
         UsageError: lm_head is asked for and tied to the embeddings.
     """
-    wanted, layers = frozenset(include), int(source.config["num_hidden_layers"])
+    wanted, layers = frozenset(include), source.outline.shape.layers
     names = sorted(quantized_linears(source, layers, wanted))
     if Include.LM_HEAD in wanted:
-        if "lm_head.weight" not in source.shapes:
+        if source.family.head not in source.shapes:
             raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
-        names.append("lm_head.weight")
+        names.append(source.family.head)
     routed = frozenset(source.outline.moe_layers)
     return tuple(
         Linear(
             part=part_of(source.family, name, layers),
-            layer=layer_of(name),
-            routed=layer_of(name) in routed,
+            layer=source.family.layer_of(name),
+            routed=source.family.layer_of(name) in routed,
             rows=source.shapes[name][0],
             columns=source.shapes[name][1],
         )

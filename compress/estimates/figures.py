@@ -8,7 +8,7 @@ from typing import Any
 from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.gptq.include import Include, linear_groups
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.models.families.family import Part, Shape, layer_of, part_of
+from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.inventory import AttentionShape, Weight, attention_shape, weigh
 from moepress.models.storage.checkpoint import Checkpoint
 
@@ -74,7 +74,7 @@ def figures_of(checkpoint: Checkpoint) -> Figures:
     """Count once; a model may have a hundred thousand tensors."""
     layers, by_layer, widths, largest = checkpoint.shape.layers, dict[int, int](), [0], 0
     for name, entry in checkpoint.stored.items():
-        layer, part = layer_of(name), part_of(checkpoint.family, name, layers)
+        layer, part = checkpoint.family.layer_of(name), part_of(checkpoint.family, name, layers)
         if layer is None or layer >= layers or part is Part.ROUTED or name.endswith(".weight_scale_inv"):
             continue
         size = math.prod(entry.shape)
@@ -134,8 +134,8 @@ def included_matrices(checkpoint: Checkpoint, include: Iterable[Include]) -> lis
             rows = sum(checkpoint.shapes[name][0] for name in group.names)
             key = (rows, checkpoint.shapes[group.names[0]][1], group.part)
             found[key] = found.get(key, 0) + 1
-    if Include.LM_HEAD in wanted and "lm_head.weight" in checkpoint.shapes:
-        found[(*checkpoint.shapes["lm_head.weight"], Part.LM_HEAD)] = 1  # type: ignore[index]
+    if Include.LM_HEAD in wanted and checkpoint.family.head in checkpoint.shapes:
+        found[(*checkpoint.shapes[checkpoint.family.head], Part.LM_HEAD)] = 1  # type: ignore[index]
     return [Matrices(rows=o, columns=i, count=n, part=part) for (o, i, part), n in found.items()]
 
 

@@ -144,7 +144,7 @@ def resident(
     if attention.key_width > attention.value_width:  # padded to one width, and the output with them
         activations += tokens * attention.heads * 2 * (attention.key_width - attention.value_width) * 4
     if attention.key_width < attention.value_width and work.device.type == "cpu":
-        # Fused attention on the CPU wants one width, and `models.forward.attention` pads values only: all scores.
+        # Fused attention on the CPU wants one width, and `models.families.attention` pads values only: all scores.
         scores = limits.batch_windows * attention.heads * work.window**2 * 4
         activations += round(_MATH_ATTENTION * scores)
     return {

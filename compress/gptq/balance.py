@@ -35,7 +35,8 @@ def topped_up(
     if not short:
         return found
     assert stream.logits is not None
-    sigmoid = stream.model.family.rule.scoring == "sigmoid"
+    rule = stream.model.family.rule
+    sigmoid = rule is not None and rule.scoring == "sigmoid"
     with phase("Hessian"):
         own = [found[expert][0] for expert in short]
         ranked = next_ranked(stream.logits, short, own, max(missing[expert] for expert in short), sigmoid=sigmoid)

@@ -71,7 +71,8 @@ class CodedExpert:
     """One quantized expert and what is known of its error.
 
     Attributes:
-        gate, up, down: the matrices.
+        gate, up, down: the matrices; `gate` is None where experts have none.
+        biases: by their names in `Expert`, as they are in the original.
         tokens: calibration tokens that reached it.
         error: relative output error of gate/up and of down on its Hessians, ||(W - Q) X||^2 / ||W X||^2; W is the
             original matrix, whatever the codes were to meet.
@@ -80,17 +81,25 @@ class CodedExpert:
             was not kept.
     """
 
-    gate: Coded
+    gate: Coded | None
     up: Coded
     down: Coded
     tokens: int
     error: tuple[float, float]
     rounded: bool
     middle: Tensor | None = None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> tuple[Coded, ...]:
+        """Gate (where there is one), up and down."""
+        return tuple(matrix for matrix in (self.gate, self.up, self.down) if matrix is not None)
 
     def expert(self, model: StreamedModel) -> Expert:
         """Dequantized, on the model's device, in its compute dtype."""
-        return Expert(gate=self.gate.dense(), up=self.up.dense(), down=self.down.dense()).to(model.device, model.dtype)
+        gate = None if self.gate is None else self.gate.dense()
+        found = Expert(gate=gate, up=self.up.dense(), down=self.down.dense(), **self.biases)
+        return found.to(model.device, model.dtype)
 
 
 def experts_at_once(model: StreamedModel, memory_bytes: int) -> int:
@@ -180,7 +189,7 @@ def solve_experts(
     inputs = _Inputs(stream=stream, originals=originals, options=options.hessian)
     seen = topped_up(stream, positions, experts, options.hessian.least_tokens)
     with phase("load"):
-        stacked = torch.stack([torch.cat((weights[e].gate, weights[e].up)) for e in experts]).to(device)
+        stacked = torch.stack([weights[e].first for e in experts]).to(device)
 
     def of_inputs(index: int) -> Moments:
         return _input_moments(inputs, seen[experts[index]], pooled_DD)
@@ -188,10 +197,11 @@ def solve_experts(
     hessians = _targets(stacked, of_inputs, options, stream.model.device)
     first, first_error = solve_measured(stacked, hessians, options)
     if originals is not None:
-        first_error = _errors((torch.cat((weights[e].gate, weights[e].up)) for e in experts), first, hessians, options)
+        first_error = _errors((weights[e].first for e in experts), first, hessians, options)
     del hessians, stacked
     with phase("pack"):
-        coded = [_split(first, index, options.stored_dtype) for index in range(len(experts))]
+        gated = [weights[expert].gate is not None for expert in experts]
+        coded = [_split(first, index, options.stored_dtype, gated=gated[index]) for index in range(len(experts))]
     with phase("load"):
         downs = torch.stack([weights[e].down for e in experts]).to(device)
     middles: dict[int, Tensor] | None = {} if _middles_fit(stream, seen) else None
@@ -220,6 +230,7 @@ def solve_experts(
             error=(first_error[index], second_error[index]),
             rounded=bool(first.rounded[index]) or bool(second.rounded[index]),
             middle=None if middles is None else middles.get(index),
+            biases=_biases(weights[expert], options.stored_dtype),
         )
         for index, expert in enumerate(experts)
     ]
@@ -276,8 +287,18 @@ def _stored(solved: Solved, index: int, stored: torch.dtype) -> Coded:
     return Coded(codes=solved.codes[index].cpu(), scales=solved.scales[index].to("cpu", stored))
 
 
-def _split(solved: Solved, index: int, stored: torch.dtype) -> tuple[Coded, Coded]:
+def _biases(expert: Expert, stored: torch.dtype) -> dict[str, Tensor]:
+    found = {name: getattr(expert, name) for name in BIASES}
+    return {name: value.to("cpu", stored) for name, value in found.items() if value is not None}
+
+
+BIASES = ("gate_bias", "up_bias", "down_bias")
+
+
+def _split(solved: Solved, index: int, stored: torch.dtype, *, gated: bool) -> tuple[Coded | None, Coded]:
     both = _stored(solved, index, stored)
+    if not gated:
+        return None, both
     half = both.codes.shape[0] // 2
     gate, up = (Coded(codes=both.codes[rows], scales=both.scales[rows]) for rows in (slice(half), slice(half, None)))
     return gate, up
@@ -336,7 +357,7 @@ def _down_moments(
     layer: int,
     position: tuple[Tensor, Tensor],
     sample_PD: Tensor,
-    gate_up: tuple[Coded, Coded],
+    gate_up: tuple[Coded | None, Coded],
     original: Expert,
     *,
     keep: bool,
@@ -347,20 +368,17 @@ def _down_moments(
     layer's tokens sent through this expert. What the quantized ones give, [T, F], is returned too, to be kept.
     """
     model, tokens, options, originals = inputs.stream.model, len(position[0]), inputs.options, inputs.originals
-    streams, activation = 1 if originals is None else 2, model.activation(layer)
-    flops = 2.0 * streams * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up)
+    streams, gating = 1 if originals is None else 2, model.gating(layer)
+    flops = 2.0 * streams * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up if m is not None)
     with phase("Hessian", flops=flops):
         kept: list[Tensor] = []
-        quantized = [m.dense().to(model.device, model.dtype) for m in gate_up]
-        whole = [m.to(model.device, model.dtype) for m in (original.gate, original.up)] if originals else []
-
-        def middle(pair: Sequence[Tensor], inputs_TD: Tensor) -> Tensor:
-            linear = torch.nn.functional.linear
-            return activation(linear(inputs_TD, pair[0])) * linear(inputs_TD, pair[1])
+        whole = original.to(model.device, model.dtype)
+        gate = None if gate_up[0] is None else gate_up[0].dense().to(model.device, model.dtype)
+        quantized = replace(whole, gate=gate, up=gate_up[1].dense().to(model.device, model.dtype))
 
         def of(inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None) -> Moments:
-            aim = None if originals_TD is None else middle(whole, originals_TD)
-            got = middle(quantized, inputs_TD)
+            aim = None if originals_TD is None else gating.intermediate(whole, originals_TD)
+            got = gating.intermediate(quantized, inputs_TD)
             if keep:
                 kept.append(got)
             return moments(got, aim, weights_T)

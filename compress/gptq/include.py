@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.families.family import Part, part_of
 
 if TYPE_CHECKING:
     from moepress.models.storage.checkpoint import Source
@@ -84,6 +84,6 @@ def unquantized_modules(source: "Source", layers: int, include: Iterable[Include
         head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
         if plain and name.endswith(".weight") and name not in quantized and not head:
             ignored.append(name.removesuffix(".weight"))
-    if "lm_head.weight" not in source.shapes:
+    if source.family.head not in source.shapes:
         ignored.append("lm_head")
-    return sorted(ignored, key=lambda n: (layer_of(n) if layer_of(n) is not None else 1 << 30, n))
+    return sorted(ignored, key=source.family.by_layer)

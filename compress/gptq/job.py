@@ -18,11 +18,12 @@ from moepress.compress.gptq.reference import (
     Reference,
 )
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config
-from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.families.family import Part, part_of
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.walk import (
     Stream,
 )
+from moepress.models.storage.experts import bias_names
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
 from moepress.models.storage.writer import Entry
@@ -58,14 +59,16 @@ def expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dic
     """A solved expert as the tensors that are written, by their names on disk."""
     names = job.stream.model.family.expert_names(layer, expert)
     tensors: dict[str, Tensor] = {}
-    for name, matrix in zip(names, (coded.gate, coded.up, coded.down), strict=True):
+    for name, matrix in zip(names, coded.matrices, strict=True):
         tensors |= packed(job, name, matrix)
+    biases = bias_names(job.stream.model.family, layer, expert)
+    tensors |= {biases[role]: bias for role, bias in coded.biases.items()}
     return tensors
 
 
 def packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
     """A solved matrix as the tensors that are written."""
-    module, scheme = name.removesuffix(".weight"), job.options.scheme_of(layer_of(name))
+    module, scheme = name.removesuffix(".weight"), job.options.scheme_of(job.stream.model.family.layer_of(name))
     with phase("pack"):
         return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
 
@@ -107,7 +110,7 @@ def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
     names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
-    codes, scales = compressed_tensors.read_layer(module, tensors, job.options.scheme_of(layer_of(name)))
+    codes, scales = compressed_tensors.read_layer(module, tensors, job.options.scheme_of(job.stream.model.family.layer_of(name)))
     return Coded(codes=codes, scales=scales)
 
 
@@ -119,5 +122,15 @@ def read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[
 
 def read_expert(job: Job, stored: Mapping[str, Stored], layer: int, expert: int) -> CodedExpert:
     """An expert of a finished piece, for a resume."""
-    gate, up, down = (read_coded(job, stored, n) for n in job.stream.model.family.expert_names(layer, expert))
-    return CodedExpert(gate=gate, up=up, down=down, tokens=0, error=(0.0, 0.0), rounded=False)
+    family = job.stream.model.family
+    *gate, up, down = (read_coded(job, stored, n) for n in family.expert_names(layer, expert))
+    biases = {role: read_tensor(stored[n]) for role, n in bias_names(family, layer, expert).items() if n in stored}
+    return CodedExpert(
+        gate=gate[0] if gate else None,
+        up=up,
+        down=down,
+        tokens=0,
+        error=(0.0, 0.0),
+        rounded=False,
+        biases=biases,
+    )

@@ -1,5 +1,6 @@
 """How the matrices of one model are quantized: dtype of the scales, bits by layer, and what is refused beforehand."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from moepress.converters.safetensors.compressed_tensors_config import Groups
 from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
-from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.families.family import Part, part_of
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -32,12 +33,12 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> 
     Raises:
         UsageError: naming the first such matrix.
     """
-    layers = int(source.config["num_hidden_layers"])
+    layers = source.outline.shape.layers
     wanted = quantized_linears(source, layers, include)
     if Include.LM_HEAD in include:
-        if "lm_head.weight" not in source.shapes:
+        if source.family.head not in source.shapes:
             raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
-        wanted.add("lm_head.weight")
+        wanted.add(source.family.head)
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)
         columns = shape[-1] if name in wanted or (part is Part.ROUTED and len(shape) >= 2) else None
@@ -65,11 +66,11 @@ def settle_bits(
     Raises:
         UsageError: a layer is not there, or so many bits are not supported.
     """
-    layers = int(source.config["num_hidden_layers"])
+    layers = source.outline.shape.layers
     strange = sorted(layer for layer in layer_bits if not 0 <= layer < layers)
     if strange:
         raise UsageError(f"Bits are given for layer {strange[0]}, and the model has layers 0 to {layers - 1}.")
-    included = {layer_of(name) for name in quantized_linears(source, layers, include)}
+    included = {source.family.layer_of(name) for name in quantized_linears(source, layers, include)}
     quantized = sorted({*source.outline.moe_layers, *(layer for layer in included if layer is not None)})
     bits = {layer: layer_bits.get(layer, scheme.bits) for layer in quantized}
     for each in bits.values():
@@ -95,7 +96,7 @@ def config_groups(source: Source, scheme: Scheme, layer_bits: Mapping[int, int],
         layers_of.setdefault(scheme.bits, [])
     groups = []
     for bits, layers in sorted(layers_of.items()):
-        targets = [f"{PREFIX}model\\.layers\\.({'|'.join(map(str, layers))})\\..*"] if layers else []
+        targets = [f"{PREFIX}{re.escape(source.family.layers_at)}({'|'.join(map(str, layers))})\\..*"] if layers else []
         if Include.LM_HEAD in set(include) and bits == scheme.bits:
             targets.append("lm_head")
         groups.append((tuple(targets), Scheme(bits=bits, group_size=scheme.group_size)))

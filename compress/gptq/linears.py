@@ -21,17 +21,17 @@ from moepress.runs.phases import phase
 def solve_head(stream: Stream, options: QuantizeOptions, reference: Stream | None = None) -> tuple[Coded, float]:
     """Quantize lm_head on the hidden states after the last layer; its matrix and relative error."""
     model, total = stream.model, None
-    with phase("read"):
-        normalise = model.final_norm()
     with phase("forward"):
         for start in range(0, len(stream.hidden), stream.limits.batch_windows):
             rows = slice(start, start + stream.limits.batch_windows)
             found = [
-                normalise(s.hidden[rows].to(model.device)).flatten(0, 1) for s in (stream, reference) if s is not None
+                s.model.head_inputs(s.hidden[rows].to(model.device)).flatten(0, 1)
+                for s in (stream, reference)
+                if s is not None
             ]
             total = _added(total, moments(*found))
     assert total is not None
-    (matrix,), errors = _solve_stack(stream, options, ["lm_head.weight"], total.over(stream.tokens))
+    (matrix,), errors = _solve_stack(stream, options, [model.family.head], total.over(stream.tokens))
     return matrix, errors[0]
 
 
@@ -142,9 +142,9 @@ def _captured(stream: Stream, layer: int, inner: str, windows: slice) -> Tensor:
         seen.append(arguments[0].flatten(0, -2))
         raise _CapturedError
 
-    handle = stream.model.skeleton.model.layers[layer].get_submodule(inner).register_forward_pre_hook(hook)
+    handle = stream.model.layer(layer).get_submodule(inner).register_forward_pre_hook(hook)
     try:
-        stream.model.run_layer(layer, stream.hidden[windows].to(stream.model.device))
+        stream.model.run_layer(layer, stream.before(windows), stream.windows[windows])
     except _CapturedError:
         pass
     finally:

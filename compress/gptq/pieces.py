@@ -47,9 +47,7 @@ def plan_chunks(
             chunks[layer] = [[]]
             continue
         if is_fused(source, layer):
-            elements = sum(
-                math.prod(source.shapes[n.format(layer=layer)][1:]) for n in (family.fused_gate_up, family.fused_down)
-            )
+            elements = sum(math.prod(source.shapes[name][1:]) for name in family.fused_names(layer)[:2])
         else:
             elements = sum(math.prod(source.shapes[n]) for n in family.expert_names(layer, 0))
         each = elements * (options.scheme_of(layer).bits + 1) // 8

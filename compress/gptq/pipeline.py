@@ -47,6 +47,7 @@ from moepress.compress.gptq.reference import (
     add_originals,
     check_original,
     drop_original,
+    finish_original,
     load_original,
     open_reference,
     positions_of,
@@ -61,10 +62,11 @@ from moepress.models.forward.walk import (
     Scratch,
     add_output,
     first_step,
+    last_step,
     open_stream,
     read_ahead,
 )
-from moepress.models.storage.experts import Expert
+from moepress.models.storage.experts import Expert, without_mtp
 from moepress.models.storage.mtp import mtp_note
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.tensors import tensor_entry
@@ -191,6 +193,9 @@ def _quantize_layer(job: Job, layer: int) -> None:
     pooled = _pooled(job) if routed else None
     for part, experts in enumerate(job.chunks[layer]):
         _do_chunk(job, layer, part, experts, pooled, coded if part == 0 else {}, errors if part == 0 else {})
+    last_step(stream, layer)
+    if reference is not None:
+        finish_original(reference, layer)
     model.unload_layer(layer)
     release_memory()
     with phase("check"):
@@ -282,8 +287,9 @@ def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[s
 def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
     """Everything of a layer but its routed experts: quantized where asked for, else as stored (fp8 becomes bf16)."""
     source, tensors = job.stream.model.source, dict[str, Tensor]()
+    fused = set(source.family.fused_names(layer))
     for name in job.names.get(layer, []):
-        if ".experts." in source.family.module_name(name):
+        if name in fused or source.family.expert_of(name) is not None:
             continue
         if name in linears:
             tensors |= packed(job, name, linears[name])
@@ -298,7 +304,7 @@ def _write_outer(job: Job) -> None:
     entries: list[Entry] = []
     note: dict[str, Any] = {"linears": {}}
     for name in job.names.get(None, []):
-        if name == "lm_head.weight" and Include.LM_HEAD in job.include:
+        if name == job.stream.model.family.head and Include.LM_HEAD in job.include:
             matrix, error = solve_head(job.stream, job.options, job.originals)
             entries += [tensor_entry(*pair) for pair in packed(job, name, matrix).items()]
             note["linears"][name] = error
@@ -321,11 +327,9 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
     write_index(run.folder, weight_map, total)
     ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include)
     groups = config_groups(source, options.scheme, options.layer_bits, job.include)
-    config = dict(source.config) | {
+    config = without_mtp(source.family, source.config) | {
         "quantization_config": compressed_tensors_config.quantization_config(options.scheme, ignored, groups)
     }
-    if config.get("num_nextn_predict_layers"):
-        config["num_nextn_predict_layers"] = 0
     write_json(run.folder / "config.json", config)
     copied = copy_companions(companions, run.folder)
     dropped = sum(len(names) for n, names in job.names.items() if (n or 0) >= job.stream.model.shape.layers)

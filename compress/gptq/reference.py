@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moepress.compress.gptq.include import Include
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
-from moepress.models.forward.walk import Stream, add_output, first_step
+from moepress.models.forward.walk import Stream, add_output, first_step, last_step
 from moepress.models.storage.experts import Expert
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.tensors import read_row, tensor_entry
@@ -47,10 +47,12 @@ def open_reference(stream: Stream, include: Iterable[Include]) -> Reference:
         model=model,
         limits=stream.limits,
         scratch=scratch,
+        windows=stream.windows,
         hidden=like("hidden", stream.hidden),
         inputs=like("inputs", stream.inputs),
         chosen=like("chosen", stream.chosen),
         weights=like("weights", stream.weights),
+        sums=None if stream.sums is None else like("sums", stream.sums),
     )
     for window, other in zip(reference.hidden, stream.hidden, strict=True):
         window.copy_(other)
@@ -74,7 +76,14 @@ def step_original(reference: Reference, layer: int, *, stepped: bool) -> None:
     """All of a loaded layer but its routed experts, as `first_step` does it for the other stream, if not done yet."""
     if not stepped:
         first_step(reference.stream, layer)
-    if reference.apart:
+    if reference.apart and reference.stream.sums is None:
+        reference.stream.model.unload_layer(layer)
+
+
+def finish_original(reference: Reference, layer: int) -> None:
+    """Once all experts' outputs are added, while the other stream's layer is still loaded too."""
+    last_step(reference.stream, layer)
+    if reference.apart and reference.stream.sums is not None:
         reference.stream.model.unload_layer(layer)
 
 

@@ -24,7 +24,7 @@ from moepress.models.families.routing import route, scores
 from moepress.models.forward.costs import expert_flops
 from moepress.models.forward.scratch import Rows
 from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
-from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, open_stream, read_ahead
+from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, last_step, open_stream, read_ahead
 from moepress.models.storage.experts import Expert
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.tensors import read_row, tensor_entry
@@ -175,6 +175,7 @@ def _repair_layer(walk: Walk, layer: int, run: Run) -> None:
             _advance(walk, routing, gains, weights)
         run.write(f"repair-{layer}", f"repair-{layer:05d}.json", lambda path: _write(path, repair))
     for stream in streams:
+        last_step(stream, layer)
         stream.model.unload_layer(layer)
         with phase("check"):
             require_finite_hidden(stream.hidden, layer)
@@ -237,12 +238,12 @@ def _outputs(
     stream: Stream, matrices: Expert, layer: int, places: tuple[Tensor, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """An expert's outputs for a stream's tokens, a part at a time: tokens, slots, outputs on the CPU."""
-    activation = stream.model.activation(layer)
+    gating = stream.model.gating(layer)
     for tokens, slots in zip(*(part.split(ROWS_AT_ONCE) for part in places), strict=True):
         if not len(tokens):
             continue
         with phase("forward", flops=expert_flops(matrices, len(tokens))):
-            output = apply_expert(matrices, stream.inputs[tokens].to(stream.model.device), activation).to("cpu")
+            output = apply_expert(matrices, stream.inputs[tokens].to(stream.model.device), gating).to("cpu")
         stream.touch(len(tokens))
         yield tokens, slots, output
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from moepress.compress.pruning.repair import Repair
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import Source, SourceView
-from moepress.models.storage.experts import is_fused, router_disk_names
+from moepress.models.storage.experts import experts_by_layer, is_fused, router_disk_names
 
 
 class LayerRepair(BaseModel):
@@ -94,16 +94,16 @@ def edits_of(pruned: Source, repairs: Repairs) -> Edits:
         InvalidInputError: the repairs are for other layers or for another number of experts.
     """
     factors, tensors = dict[str, tuple[float, ...]](), dict[str, Tensor]()
+    counts = experts_by_layer(pruned)
     for layer, repair in repairs.layers.items():
-        routers = router_disk_names(pruned, layer)
-        experts = pruned.shapes[routers[0]][0] if routers[0] in pruned.shapes else 0
+        routers, experts = router_disk_names(pruned, layer), counts.get(layer, 0)
         if any(values is not None and len(values) != experts for values in (repair.gains, repair.bias)):
             raise InvalidInputError(f"The repair of layer {layer} is not for {experts} experts; repair again.")
         if repair.gains is not None and is_fused(pruned, layer):
-            factors[pruned.family.fused_down.format(layer=layer)] = tuple(repair.gains)
+            factors[pruned.family.at(pruned.family.fused_down, layer)] = tuple(repair.gains)
         elif repair.gains is not None:
             for expert, gain in enumerate(repair.gains):
-                factors[pruned.family.expert_names(layer, expert)[2]] = (gain,)
+                factors[pruned.family.expert_names(layer, expert)[-1]] = (gain,)
         if repair.bias is not None:
             bias = next(name for name in routers if name.endswith("bias"))
             tensors[bias] = torch.tensor(repair.bias, dtype=torch.float32)

@@ -4,6 +4,7 @@ A repair scales down projections as they are copied (of fp8 weights their block 
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +14,12 @@ from moepress import __version__
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repair_walk import drop_walk
 from moepress.compress.pruning.repaired import Edits, Repairs, edits_of, scaled
-from moepress.models.families.family import layer_of
 from moepress.models.forward.tensor_check import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, nonfinite
-from moepress.models.storage.experts import is_fused, mtp_layers, prune_source, pruned_config, router_disk_names
+from moepress.models.storage.experts import Cut, cuts_of, mtp_layers, prune_source, pruned_config
 from moepress.models.storage.mtp import Mtp, mtp_keep_sets, mtp_note
 from moepress.models.storage.safetensors_file import Stored, read_bytes
-from moepress.models.storage.tensors import DTYPES, tensor_bytes, tensor_entry
+from moepress.models.storage.tensors import DTYPES, read_tensor, tensor_bytes, tensor_entry
 from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.phases import phase
@@ -69,7 +69,7 @@ def prune(
     )
     write_json(run.folder / "config.json", config)
     copied = copy_companions(checkpoint.folder, run.folder)
-    dropped = sum(1 for name in checkpoint.stored if (layer_of(name) or 0) >= checkpoint.shape.layers)
+    dropped = sum(1 for name in checkpoint.stored if (checkpoint.family.layer_of(name) or 0) >= checkpoint.shape.layers)
     result: dict[str, Any] = {
         "bytes_before": checkpoint.total_bytes,
         "bytes_after": after,
@@ -132,12 +132,12 @@ def planned_entries(
         keep: layer -> experts kept, ascending. A layer behind the last that is not among them is dropped.
         edits: what a repair changes; by default nothing.
     """
-    selected = _selected_rows(checkpoint, keep)
+    selected = _selected(checkpoint, keep)
     positions = {layer: {old: new for new, old in enumerate(kept)} for layer, kept in keep.items()}
     by_shard: dict[str, list[Stored]] = {shard: [] for shard in checkpoint.shards}
     for stored in checkpoint.stored.values():
         by_shard[stored.file.name].append(stored)
-    layers, planned = checkpoint.shape.layers, {}
+    layers, planned, layer_of = checkpoint.shape.layers, {}, checkpoint.family.layer_of
     for shard, tensors in by_shard.items():
         stay = [t for t in tensors if (layer_of(t.name) or 0) < layers or layer_of(t.name) in keep]
         stay.sort(key=lambda stored: stored.begin)
@@ -151,7 +151,7 @@ def _entry(
     checkpoint: Checkpoint,
     stored: Stored,
     positions: Mapping[int, Mapping[int, int]],
-    selected: Mapping[str, Sequence[int]],
+    selected: Mapping[str, Cut],
     edits: Edits,
 ) -> Entry | None:
     """What a tensor becomes; None when it is a pruned expert's."""
@@ -159,7 +159,7 @@ def _entry(
     if name in edits.tensors:
         return tensor_entry(name, edits.tensors[name])
     if name in selected:
-        return _rows_entry(stored, selected[name], checkpoint.allow_nonfinite, edits.factors.get(name))
+        return _cut_entry(stored, selected[name], checkpoint.allow_nonfinite, edits.factors.get(name))
     found = checkpoint.family.expert_of(name)
     if found is not None and found[0] in positions:
         if found[1] not in positions[found[0]]:
@@ -172,26 +172,32 @@ def _entry(
     return Entry(name=name, dtype=stored.dtype, shape=stored.shape, bytes=stored.bytes, data=data)
 
 
-def _selected_rows(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Tensors with an expert axis -> the rows kept."""
-    rows: dict[str, Sequence[int]] = {}
+def _selected(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> dict[str, Cut]:
+    """Stored tensors of which a part stays; of one that stands in others, such as codes and scales, all of those."""
+    cuts: dict[str, Cut] = {}
     for layer, kept in keep.items():
-        for name in router_disk_names(checkpoint, layer):
-            rows[name] = kept
-        if is_fused(checkpoint, layer):
-            rows[checkpoint.family.fused_gate_up.format(layer=layer)] = kept
-            rows[checkpoint.family.fused_down.format(layer=layer)] = kept
-    return rows
+        for name, cut in cuts_of(checkpoint, layer, kept).items():
+            cuts |= dict.fromkeys(checkpoint.stored_names(name), cut)
+    return cuts
 
 
-def _rows_entry(stored: Stored, kept: Sequence[int], allow_nonfinite: bool, factors: Sequence[float] | None) -> Entry:
-    row = stored.bytes // stored.shape[0]
-    ranges = [(index * row, row) for index in kept]
+def _cut_entry(stored: Stored, cut: Cut, allow_nonfinite: bool, factors: Sequence[float] | None) -> Entry:
+    shape = cut.shape(stored.shape)
+    if cut.table:
+        return Entry(
+            name=stored.name,
+            dtype=stored.dtype,
+            shape=shape,
+            bytes=stored.bytes,
+            data=lambda: iter((tensor_bytes(cut.of(read_tensor(stored))),)),
+        )
+    outer, inner = math.prod(stored.shape[: cut.axis]), stored.bytes // math.prod(stored.shape[: cut.axis + 1])
+    ranges = [((block * stored.shape[cut.axis] + index) * inner, inner) for block in range(outer) for index in cut.kept]
     return Entry(
         name=stored.name,
         dtype=stored.dtype,
-        shape=(len(kept), *stored.shape[1:]),
-        bytes=row * len(kept),
+        shape=shape,
+        bytes=len(ranges) * inner,
         data=functools.partial(_copy, stored, ranges, allow_nonfinite, factors),
     )
 

@@ -29,7 +29,7 @@ from moepress.converters.onnx.parts import Build, Kernel, gated_mlp, linear, rms
 from moepress.converters.onnx.weights import Weights, require_whole
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import UnsupportedError
-from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import experts_by_layer
 from moepress.models.storage.writer import Entry

@@ -25,7 +25,7 @@ from moepress.converters.onnx.graph import file_bytes, write_weights
 from moepress.converters.onnx.parts import Kernel
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import UnsupportedError
-from moepress.models.families.family import layer_of
+from moepress.models.families.family import Family
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.writer import copy_companions, write_json
 from moepress.runs.files import rewrite
@@ -209,9 +209,9 @@ def _experts_bits(codes: Sequence[_Codes]) -> dict[str, int | list[int]]:
     return {str(layer): sorted(bits) if len(bits) > 1 else min(bits) for layer, bits in widths.items()}
 
 
-def _is_behind(name: str, decoder: Decoder) -> bool:
+def _is_behind(family: Family, name: str, decoder: Decoder) -> bool:
     """Whether a tensor belongs to a layer behind the last one, which is for multi-token prediction and not exported."""
-    layer = layer_of(name)
+    layer = family.layer_of(name)
     return layer is not None and layer >= len(decoder.caches)
 
 
@@ -228,7 +228,7 @@ def _notes(source: Checkpoint | Artifact, decoder: Decoder, request: OnnxRequest
         )
     if request.accuracy_level and not codes:
         notes.append(f"--accuracy-level {request.accuracy_level} had no effect: the graph has no codes.")
-    dropped = sum(_is_behind(name, decoder) for name in source.shapes)
+    dropped = sum(_is_behind(source.family, name, decoder) for name in source.shapes)
     if dropped:
         notes.append(f"The multi-token-prediction layer was dropped ({dropped} tensors).")
     if request.preset == "cuda":

@@ -159,17 +159,13 @@ def open_artifact(folder: Path) -> Artifact:
             f"{folder}: config.json states a quantization ({method}) and no tensor is quantized; remove it from "
             "config.json, or take the folder that it was made for."
         )
-    family, unread = family_of(config), unread_weights(folder, shards, every)
+    unread, suffixes = unread_weights(folder, shards, every), _SUFFIXES[method]
+    family = family_of(config, _dense_shapes(every, suffixes, schemes[0][1], method))
     settled = settle(family, config, every)
     stored = settled.stored
-    suffixes = _SUFFIXES[method]
-    first = f".{suffixes[0]}"
-    shapes = {n: e.shape for n, e in stored.items() if not n.endswith(tuple(f".{s}" for s in suffixes))}
     for name, entry in stored.items():
         _check_part(name, entry, method)
-    for name, entry in stored.items():
-        if name.endswith(first):
-            shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, schemes[0][1], method)
+    shapes = _dense_shapes(stored, suffixes, schemes[0][1], method)
     return Artifact(
         folder=folder,
         config=settled.config,
@@ -213,6 +209,18 @@ def _stated(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         return {}, None
     method = quantization.get("quant_method")
     return quantization, method if isinstance(method, str) else None
+
+
+def _dense_shapes(
+    stored: Mapping[str, Stored], suffixes: tuple[str, ...], scheme: Scheme, method: str
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that can be read, and their shapes."""
+    endings, first = tuple(f".{suffix}" for suffix in suffixes), f".{suffixes[0]}"
+    shapes = {name: entry.shape for name, entry in stored.items() if not name.endswith(endings)}
+    for name, entry in stored.items():
+        if name.endswith(first):
+            shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, scheme, method)
+    return shapes
 
 
 def _dense_shape(

@@ -12,7 +12,6 @@ from moepress import __version__
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import UnsupportedError
-from moepress.models.families.family import layer_of
 from moepress.models.storage.tensors import DTYPES, read_tensor, tensor_entry
 from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
@@ -49,7 +48,7 @@ def check_target(artifact: Artifact, target: Target) -> None:
             f"{artifact.folder} has mixed bits, which moepress lays out for ONNX only (--to onnx); loaders of other "
             "layouts take one scheme for the whole model."
         )
-    if target == "gptq" and "lm_head.weight" in artifact.shapes and artifact.is_quantized("lm_head.weight"):
+    if target == "gptq" and artifact.family.head in artifact.shapes and artifact.is_quantized("lm_head.weight"):
         raise UnsupportedError("The GPTQ layout of a quantized lm_head is read by no MoE loader; quantize without it.")
 
 
@@ -97,7 +96,7 @@ def _gptq(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dic
 
 def _compressed(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """Scales get the model's dtype where it holds them exactly (ours always do), else they stay fp16."""
-    dtype = DTYPES[artifact.stored["model.embed_tokens.weight"].dtype]
+    dtype = DTYPES[artifact.stored[artifact.family.embeddings].dtype]
     exact = bool((scales.to(dtype).to(scales.dtype) == scales).all())
     return compressed_tensors.layer_tensors(module, codes, scales, artifact.scheme, dtype if exact else scales.dtype)
 
@@ -121,7 +120,7 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
     quantized = {n.removesuffix(".weight") for n in artifact.shapes if artifact.is_quantized(n)}
     plain = sorted(
         (n.removesuffix(".weight") for n, s in artifact.shapes.items() if _is_plain_linear(artifact, n, s)),
-        key=lambda n: (layer_of(n) if layer_of(n) is not None else 1 << 30, n),
+        key=artifact.family.by_layer,
     )
     config = dict(artifact.config)
     if target == "gptq":
@@ -130,7 +129,7 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
         )
         write_json(run.folder / "quantize_config.json", config["quantization_config"])
     else:
-        tied = [] if "lm_head.weight" in artifact.shapes else ["lm_head"]
+        tied = [] if artifact.family.head in artifact.shapes else ["lm_head"]
         config["quantization_config"] = compressed_tensors_config.quantization_config(artifact.scheme, plain + tied)
     write_json(run.folder / "config.json", config)
     copy_companions(artifact.folder, run.folder)
@@ -147,5 +146,5 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
 
 
 def _is_plain_linear(artifact: Artifact, name: str, shape: tuple[int, ...]) -> bool:
-    linear = len(shape) == 2 and name.endswith(".weight") and "embed_tokens" not in name
+    linear = len(shape) == 2 and name.endswith(".weight") and name != artifact.family.embeddings
     return linear and not artifact.is_quantized(name)

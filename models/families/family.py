@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from moepress.errors import InvalidInputError, UsageError
@@ -24,6 +25,7 @@ class Part(StrEnum):
     LM_HEAD = "lm_head"
     NORMS = "norms"
     MTP = "multi-token prediction"
+    TOWERS = "vision and other towers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,75 +49,191 @@ class RouterRule:
     scale_key: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture: names on disk, the config keys that matter, and the router's rule.
 
-    Names are those of the checkpoint on disk with `{layer}` and `{expert}`; `renames` leads from a name on disk to the
-    module's name in transformers 5. The decoder layer must be `h + attention`, then `h + shared(x) + routed(x)` with
-    `x = post_attention_layernorm(h)`; a parametrised test proves it for every row.
+    A row of `families.table` is written by hand; all others come from `families.derive`, which asks transformers. Names
+    are those of the checkpoint on disk with `{layer}` and `{expert}`; `module_name` leads from a name on disk to the
+    module's name in transformers 5. A parametrised test holds every family against transformers' own model.
 
     Attributes:
         name: `model_type` of config.json.
         architecture: the class in `architectures`.
         experts_keys: config keys that may hold the number of routed experts.
-        gate, up, down: weight names of one expert, shapes [F, D], [F, D], [D, F].
-        router: names of the tensors whose first axis is the expert; the first one is the router's weight [E, D].
+        rule: how the router chooses; None where it was not found out (`derive`): what needs it is then refused.
+        expert_width_key: config key of F; None: `expert_width`.
+        gate, up, down: weight names of one expert, shapes [F, D], [F, D], [D, F]; `gate` is empty where experts have none.
+        router: names of the tensors with an axis of experts; the first one is the router's weight [E, D].
+        router_axes: which axis that is, in the order of `router`; 0 where not given.
+        router_extra: rows of the router behind those of the experts, such as one for "no expert"; they stay.
+        tables: names of tensors that hold expert numbers.
+        fused_gate_up, fused_down: names of the experts of a layer in two tensors, [E, 2F, D] and [E, D, F]; where there
+            is no gate the first is [E, F, D].
+        fused_transposed: the last two axes of both lie the other way round on disk.
+        fused_interleaved: rows of the first are gate, up, gate, up, ..., not all of one and then all of the other.
+        fused_biases: names of the biases of both, or empty.
         moe_module: module path of the MoE block inside a decoder layer in transformers.
-        expert_width_key: config key of F.
+        experts_module: that of the experts.
         groups_key, top_groups_key: config keys of the router's groups, or None.
         attention_groups: names of attention Linears in the order of the data, those with the same input together.
+        mlp_groups: the same of shared experts and dense MLPs.
         never_quantize: Linear names that stay as they are, because a runtime trips over them.
         float32: suffixes of tensors that stay fp32 whatever the model's dtype.
         mtp: the family can carry multi-token-prediction layers behind the last decoder layer.
+        mtp_at: the prefix of their names where it is not that of the layers.
         keys: the routing keys that its forward pass reads, and what their values may be.
+        derived: made by `derive`, not a row.
+        text_key: where the text model's config lies in config.json; None: it is config.json.
+        layers_at: the prefix of a decoder layer's names on disk, without its number; `module_layers_at` in transformers.
+        embeddings, head, norm: the names on disk of the three tensors outside of the layers.
+        moe_layers: which layers have experts; None: the routing keys say so.
+        layers: how many decoder layers there are; only set by `derive`.
+        expert_width: F; only set by `derive`.
+        additive: experts' outputs are added to what the rest of a layer gives, and change nothing else in it.
+        defaults: numbers that transformers takes where config.json does not state them.
+        templates: of a derived family, (names on disk with `#` for numbers, the same in transformers, `Part`).
+        converted: of `templates`, those that transformers makes its tensors of by more than another name.
     """
 
     name: str
     architecture: str
     experts_keys: tuple[str, ...]
-    rule: RouterRule
-    expert_width_key: str
+    rule: RouterRule | None
+    expert_width_key: str | None
     gate: str = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
     up: str = "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"
     down: str = "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
     router: tuple[str, ...] = ("model.layers.{layer}.mlp.gate.weight",)
+    router_axes: tuple[int, ...] = ()
+    router_extra: int = 0
+    tables: tuple[str, ...] = ()
     fused_gate_up: str = "model.layers.{layer}.mlp.experts.gate_up_proj"
     fused_down: str = "model.layers.{layer}.mlp.experts.down_proj"
+    fused_transposed: bool = False
+    fused_interleaved: bool = False
+    fused_biases: tuple[str, ...] = ()
     moe_module: str = "mlp"
+    experts_module: str = "mlp.experts"
     renames: tuple[tuple[str, str], ...] = ()
     top_k_key: str = "num_experts_per_tok"
     groups_key: str | None = None
     top_groups_key: str | None = None
     attention_groups: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
+    mlp_groups: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj"), ("down_proj",))
     never_quantize: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     mtp: bool = False
+    mtp_at: str = ""
     keys: tuple[RoutingKey, ...] = ()
+    derived: bool = False
+    text_key: str | None = None
+    layers_at: str = "model.layers."
+    module_layers_at: str = "model.layers."
+    embeddings: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    norm: str = "model.norm.weight"
+    moe_layers: tuple[int, ...] | None = None
+    layers: int = 0
+    expert_width: int = 0
+    additive: bool = True
+    defaults: tuple[tuple[str, int], ...] = ()
+    templates: tuple[tuple[str, str, str], ...] = ()
+    converted: tuple[str, ...] = ()
+
+    def text(self, config: Config) -> Config:
+        """The part of config.json that speaks of the text model."""
+        return config[self.text_key] if self.text_key else config
+
+    def layer_of(self, disk_name: str) -> int | None:
+        """The decoder layer that a tensor belongs to, or None; layers of `mtp_at` count on behind the last."""
+        found = self._layer_pattern.match(disk_name)
+        if found is None:
+            return None
+        return int(found[1]) if found[1] is not None else self.layers + int(found[2])
+
+    def by_layer(self, name: str) -> tuple[int, str]:
+        """A key to sort tensors' or modules' names by: layers in order, then what lies outside of them."""
+        layer = self.layer_of(f"{name}.")
+        return (1 << 30 if layer is None else layer), name
 
     def module_name(self, disk_name: str) -> str:
-        """The name in transformers' module tree of a tensor on disk."""
+        """The name in transformers' module tree of a tensor on disk; of an expert's own tensor the name on disk."""
+        if self.templates:
+            template, numbers = numbered(disk_name)
+            found = self._modules.get(template)
+            return disk_name if found is None else filled(found[0], numbers)
         for old, new in self.renames:
             disk_name = disk_name.replace(old, new)
         return disk_name
 
-    def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
-        """Disk names of one expert's gate, up and down weights."""
-        return tuple(p.format(layer=layer, expert=expert) for p in (self.gate, self.up, self.down))  # type: ignore[return-value]
+    def part_of(self, disk_name: str) -> Part | None:
+        """What `derive` found a tensor to be; None for names that it has not seen, and in rows."""
+        found = self._modules.get(numbered(disk_name)[0]) if self.templates else None
+        return None if found is None else found[1]
+
+    def at(self, pattern: str, layer: int, **more: int) -> str:
+        """A pattern's name in a layer; one of a layer behind the last has the prefix of those."""
+        if self.mtp_at and layer >= self.layers:
+            pattern, layer = self.mtp_at + pattern.removeprefix(self.layers_at), layer - self.layers
+        return pattern.format(layer=layer, **more)
+
+    def expert_names(self, layer: int, expert: int) -> tuple[str, ...]:
+        """Disk names of one expert's gate (where there is one), up and down weights."""
+        return tuple(self.at(p, layer, expert=expert) for p in (self.gate, self.up, self.down) if p)
 
     def router_names(self, layer: int) -> tuple[str, ...]:
         """Disk names of the tensors of a layer's router that have an expert axis."""
-        return tuple(p.format(layer=layer) for p in self.router)
+        return tuple(self.at(p, layer) for p in self.router)
+
+    def fused_names(self, layer: int) -> tuple[str, ...]:
+        """Disk names of a layer's experts where they are fused: gate and up, down, and the biases of both."""
+        return tuple(self.at(p, layer) for p in (self.fused_gate_up, self.fused_down, *self.fused_biases) if p)
 
     def expert_of(self, disk_name: str) -> tuple[int, int, str] | None:
         """(layer, expert, rest of the name) when the tensor belongs to one routed expert, else None."""
-        prefix, infix = self.gate.split("{layer}")[0], self.gate.split("{layer}")[1].split("{expert}")[0]
-        found = re.fullmatch(re.escape(prefix) + r"(\d+)" + re.escape(infix) + r"(\d+)\.(.+)", disk_name)
-        return (int(found[1]), int(found[2]), found[3]) if found else None
+        found = self._expert_pattern.match(disk_name)
+        if found is None:
+            return None
+        layer = int(found[1]) if found[1] is not None else self.layers + int(found[2])
+        return layer, int(found[3]), found[4]
 
     def renumber(self, layer: int, expert: int, rest: str) -> str:
         """The disk name of an expert's tensor: the inverse of `expert_of`."""
-        return self.gate.split("{expert}")[0].format(layer=layer) + f"{expert}.{rest}"
+        return self.at(self.up.split("{expert}")[0], layer) + f"{expert}.{rest}"
+
+    @cached_property
+    def _layer_prefix(self) -> str:
+        behind = f"|{re.escape(self.mtp_at)}(\\d+)" if self.mtp_at else "|(?!)()"
+        return f"(?:{re.escape(self.layers_at)}(\\d+){behind})"
+
+    @cached_property
+    def _layer_pattern(self) -> re.Pattern[str]:
+        return re.compile(rf"{self._layer_prefix}\.")
+
+    @cached_property
+    def _expert_pattern(self) -> re.Pattern[str]:
+        infix = self.up.split("{layer}")[1].split("{expert}")[0]
+        return re.compile(rf"{self._layer_prefix}{re.escape(infix)}(\d+)\.(.+)\Z")
+
+    @cached_property
+    def _modules(self) -> dict[str, tuple[str, Part]]:
+        return {disk: (module, Part(part)) for disk, module, part in self.templates}
+
+
+def numbered(name: str) -> tuple[str, tuple[str, ...]]:
+    """A name with `#` for each part that is a number, and those numbers in order."""
+    if not any(character.isdigit() for character in name):
+        return name, ()
+    pieces = name.split(".")
+    numbers = tuple(piece for piece in pieces if piece.isdigit())
+    return ".".join("#" if piece.isdigit() else piece for piece in pieces), numbers
+
+
+def filled(template: str, numbers: Iterable[str]) -> str:
+    """The inverse of `numbered`."""
+    given = iter(numbers)
+    return ".".join(next(given) if piece == "#" else piece for piece in template.split("."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,16 +251,10 @@ class Shape:
     context: int
 
 
-def layer_of(disk_name: str) -> int | None:
-    """The decoder layer that a tensor belongs to, or None."""
-    found = re.match(r"model\.layers\.(\d+)\.", disk_name)
-    return int(found[1]) if found else None
-
-
 def strange_prefix(names: Iterable[str]) -> str | None:
     """What is to be said of names that all lie under another prefix than `model.`, or None."""
     for name in names:
-        if layer_of(name) is not None:
+        if name.startswith("model.layers."):
             return None
     found = next((m for name in names if (m := re.fullmatch(r"(.*?)layers\.\d+\.(.+)", name))), None)
     if found is None:
@@ -161,8 +273,11 @@ def strange_prefix(names: Iterable[str]) -> str | None:
 
 def part_of(family: Family, disk_name: str, layers: int) -> Part:
     """Which part of the model a tensor belongs to; `layers` is `num_hidden_layers`."""
+    layer = family.layer_of(disk_name)
+    if family.derived:
+        found = family.part_of(disk_name)
+        return Part.MTP if layer is not None and layer >= layers else found or Part.TOWERS
     name = family.module_name(disk_name)
-    layer = layer_of(name)
     if layer is None:
         if name.startswith("lm_head"):
             return Part.LM_HEAD
@@ -194,7 +309,7 @@ def experts_key(family: Family, config: Config) -> str:
         InvalidInputError: none of the family's keys is there.
     """
     for key in family.experts_keys:
-        if key in config:
+        if key in family.text(config):
             return key
     raise InvalidInputError(
         f"config.json of this {family.name} model states no number of experts ({' or '.join(family.experts_keys)}); "
@@ -202,9 +317,17 @@ def experts_key(family: Family, config: Config) -> str:
     )
 
 
-def with_experts(config: Config, count: int) -> dict[str, Any]:
+def with_experts(family: Family, config: Config, count: int) -> dict[str, Any]:
     """The config with another number of routed experts, under every name that it states the number by."""
-    return dict(config) | {key: count for key in COUNT_NAMES if key in config}
+    keys = family.experts_keys if family.derived else COUNT_NAMES
+    return with_text(family, config, {key: count for key in keys if key in family.text(config)})
+
+
+def with_text(family: Family, config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values in the part that speaks of the text model; its nesting stays."""
+    if family.text_key is None:
+        return dict(config) | dict(changes)
+    return dict(config) | {family.text_key: dict(config[family.text_key]) | dict(changes)}
 
 
 def shape_of(family: Family, config: Config) -> Shape:
@@ -214,15 +337,19 @@ def shape_of(family: Family, config: Config) -> Shape:
         InvalidInputError: a key is missing, or its value is none that the forward pass can compute with.
         UnsupportedError: the config asks for a routing that transformers' forward pass does not do.
     """
-    require_routing(family, config, experts_key(family, config))
+    counted_by = experts_key(family, config)
+    config = family.text(config)
+    if not family.derived:
+        require_routing(family, config, counted_by)
+    config = dict(family.defaults) | {key: value for key, value in config.items() if value is not None}
     groups = _integer(config, family.groups_key, default=1) if family.groups_key else 1
     top_groups = _integer(config, family.top_groups_key, default=1) if family.top_groups_key else 1
     return Shape(
-        layers=_integer(config, "num_hidden_layers"),
+        layers=family.layers or _integer(config, "num_hidden_layers"),
         hidden=_integer(config, "hidden_size"),
-        experts=_integer(config, experts_key(family, config)),
+        experts=_integer(config, counted_by),
         top_k=_integer(config, family.top_k_key),
-        expert_width=_integer(config, family.expert_width_key),
+        expert_width=_integer(config, family.expert_width_key) if family.expert_width_key else family.expert_width,
         groups=groups,
         top_groups=top_groups,
         vocabulary=_integer(config, "vocab_size"),

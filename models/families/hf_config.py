@@ -21,8 +21,19 @@ def hf_config(config: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     # A copy in depth: transformers writes its own keys into rope_scaling; fingerprints and pruned configs are of ours.
-    plain = copy.deepcopy({k: v for k, v in config.items() if k not in DROPPED_KEYS})
+    plain = _decoded(copy.deepcopy({k: v for k, v in config.items() if k not in DROPPED_KEYS}))
     try:
         return CONFIG_MAPPING[config["model_type"]].from_dict(plain)
     except Exception as error:  # transformers validates with many exception types
         raise InvalidInputError(f"config.json is not valid for {config['model_type']}: {one_line(error)}") from error
+
+
+def _decoded(value: Any) -> Any:
+    """Numbers that JSON does not have, as transformers writes them: `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _decoded(item) for key, item in value.items()}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moepress.errors import UnsupportedError
 from moepress.models.families.family import Family, Shape
 
 
@@ -32,6 +33,12 @@ class Router:
 def router_of(family: Family, config: Mapping[str, Any], shape: Shape) -> Router:
     """Read a model's routing rule from its family and config; `shape` holds the numbers of that config."""
     rule = family.rule
+    if rule is None:
+        raise UnsupportedError(
+            f"How the router of {family.name} models chooses was not found out, so what an expert's absence would change "
+            "can not be computed; choose another criterion than loo."
+        )
+    config = family.text(config)
     # DeepSeek-V2 chooses by groups only where its config says so; V3 has no other way.
     greedy = rule.group_score == "max" and config.get("topk_method", "greedy") == "greedy"
     renormalise = rule.renormalise if rule.renormalise_key is None else bool(config.get(rule.renormalise_key, False))

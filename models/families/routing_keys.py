@@ -191,6 +191,8 @@ def _layer_values(family: "Family", config: Config) -> dict[str, Any]:
 
 def is_moe_layer(family: "Family", config: Config, layer: int) -> bool:
     """Whether transformers builds that decoder layer with experts."""
+    if family.moe_layers is not None:
+        return layer in family.moe_layers
     values = _layer_values(family, config)
     return (
         layer >= values.get("first_k_dense_replace", 0)

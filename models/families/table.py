@@ -1,9 +1,12 @@
-"""The table of supported families. A new model is a row here and a line in tests/tiny_models.py."""
+"""The families that are written down, and the way to all others."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.families.family import Config, Family, RouterRule
+from moepress.models.families import remembered
+from moepress.models.families.family import Config, Family, RouterRule, numbered
 from moepress.models.families.routing_keys import COUNT_NAMES, RoutingKey, Sort
 
 
@@ -114,33 +117,53 @@ OLMOE = Family(
 FAMILIES = {row.name: row for row in (DEEPSEEK_V3, DEEPSEEK_V2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE)}
 
 
-def family_of(config: Config) -> Family:
-    """The row for a model's config.
+def family_of(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Family:
+    """The row for a model's config, or what is derived for it.
+
+    Args:
+        config: config.json.
+        shapes: names and shapes of its dense tensors; None where only the config is there, and names do not matter.
 
     Raises:
-        InvalidInputError: config.json names no model type.
-        UnsupportedError: the model type is not in the table.
+        InvalidInputError: config.json names no model type, or describes no model.
+        UnsupportedError: the model has no experts, or transformers does not know it.
     """
     name = config.get("model_type")
     if not isinstance(name, str):
         raise InvalidInputError("config.json has no model_type; point moepress at the folder of a Hugging Face model.")
     if name in FAMILIES:
         return FAMILIES[name]
-    inner = config.get("text_config")
-    if isinstance(inner, dict) and inner.get("model_type") in FAMILIES:
-        raise UnsupportedError(
-            f"Model type {name[:80]!r} holds a {inner['model_type']} model beside other parts, such as a vision "
-            "encoder; "
-            "moepress presses the language model alone: save that, with its own config.json."
-        )
-    stated = {*config, *(inner if isinstance(inner, dict) else ())}
-    if not stated & {*COUNT_NAMES, *_OTHER_COUNTS}:
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    if not set(config).union(*inner) & {*COUNT_NAMES, *_OTHER_COUNTS}:
         raise UnsupportedError(
             f"Model type {name[:80]!r} is dense: config.json states no experts, and moepress presses "
-            "mixture-of-experts "
-            f"models ({', '.join(FAMILIES)})."
+            "mixture-of-experts models."
         )
-    raise UnsupportedError(f"Model type {name[:80]!r} is not supported; supported are {', '.join(FAMILIES)}.")
+    kinds = None if shapes is None else sorted({(numbered(n)[0], len(shape)) for n, shape in shapes.items()})
+    file = remembered.place_of("families", config, [kinds])
+    found = _recalled(remembered.recall(file))
+    if found is None:
+        from moepress.models.families.derive import derive
+
+        found = derive(config, shapes)
+        remembered.keep(file, asdict(found))
+    return found
+
+
+def _recalled(found: Mapping[str, Any] | None) -> Family | None:
+    """A derived family as it was remembered; None where that is not sound."""
+    if found is None:
+        return None
+    try:
+        plain = {key: _tuples(value) for key, value in found.items() if key not in ("rule", "keys")}
+        rule = found.get("rule")
+        return Family(**plain, rule=None if rule is None else RouterRule(**rule))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 _OTHER_COUNTS = ("moe_num_experts", "num_moe_experts", "n_experts", "ffn_config", "num_experts_per_tok")

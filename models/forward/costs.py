@@ -13,7 +13,7 @@ _SCALE_SUFFIX = "_scale_inv"
 
 def expert_flops(expert: Expert, tokens: int) -> float:
     """Of an expert applied to so many tokens: two per weight and token."""
-    return 2.0 * tokens * (expert.gate.numel() + expert.up.numel() + expert.down.numel())
+    return 2.0 * tokens * sum(matrix.numel() for matrix in expert.matrices)
 
 
 def layer_flops(module: nn.Module, config: Any, tokens: int, window: int) -> float:
@@ -50,5 +50,4 @@ def stored_expert_bytes(source: Source, layer: int, expert: int) -> int:
     if not is_fused(source, layer):
         return sum(stored_bytes(source, name) for name in family.expert_names(layer, expert))
     base = source.base if isinstance(source, PrunedSource) else source
-    names = (family.fused_gate_up.format(layer=layer), family.fused_down.format(layer=layer))
-    return sum(stored_bytes(base, name) // base.shapes[name][0] for name in names)
+    return sum(stored_bytes(base, name) // base.shapes[name][0] for name in family.fused_names(layer))

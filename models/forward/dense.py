@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import MoepressError
-from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import Expert, read_expert

@@ -85,18 +85,28 @@ _LATENT = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_h
 
 def attention_of(parsed: Any) -> AttentionShape:
     """`attention_shape` of a config that transformers has parsed."""
-    heads, latent = int(parsed.num_attention_heads), getattr(parsed, "kv_lora_rank", None)
+    latent = _number(parsed, "kv_lora_rank")
+    heads = _number(parsed, "num_attention_heads") or 1
     if latent:
-        rotated = int(parsed.qk_rope_head_dim)
+        rotated = _number(parsed, "qk_rope_head_dim")
         return AttentionShape(
             heads=heads,
-            key_width=int(parsed.qk_nope_head_dim) + rotated,
-            value_width=int(parsed.v_head_dim),
-            cached_values=int(latent) + rotated,
+            key_width=_number(parsed, "qk_nope_head_dim") + rotated,
+            value_width=_number(parsed, "v_head_dim"),
+            cached_values=latent + rotated,
         )
-    width = int(getattr(parsed, "head_dim", None) or parsed.hidden_size // heads)
-    cached = 2 * int(parsed.num_key_value_heads) * width
+    width = _number(parsed, "head_dim") or _number(parsed, "hidden_size") // heads
+    cached = 2 * (_number(parsed, "num_key_value_heads") or heads) * width
     return AttentionShape(heads=heads, key_width=width, value_width=width, cached_values=cached)
+
+
+def _number(parsed: Any, key: str) -> int:
+    """A number of a config; the largest one where layers differ in it, 0 where there is none."""
+    by_layer = getattr(parsed, "per_layer_config", None)
+    if by_layer:
+        found = [getattr(one, key, None) for one in by_layer]
+        return max((int(value) for value in found if value), default=0)
+    return int(getattr(parsed, key, None) or 0)
 
 
 def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moepress.models.forward.inventory import AttentionShape, attention_of
-from moepress.models.forward.streamed import Routed
-from moepress.models.forward.walk import Stream, store
+from moepress.models.forward.recorder import Routed
+from moepress.models.forward.replay import Returned
+from moepress.models.forward.walk import Stream, batches_of, store
 
 
 class _StoppedError(Exception):
@@ -24,10 +25,10 @@ class _StoppedError(Exception):
 class _Walker:
     """One batch on its way through the layer."""
 
-    def __init__(self, stream: Stream, layer: int, batch: Tensor) -> None:
-        self.stream, self.layer, self.batch = stream, layer, batch
+    def __init__(self, stream: Stream, layer: int, rows: slice) -> None:
+        self.stream, self.layer, self.rows = stream, layer, rows
         self.next_stop, self.inputs = 0, torch.empty(0)
-        self.result: tuple[Tensor, Routed | None] | None = None
+        self.result: tuple[Returned, Routed | None] | None = None
         self.error: BaseException | None = None
         self.stopped = False
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
@@ -71,10 +72,10 @@ class _Walker:
         self._go.acquire()
         if self.stopped:
             return
-        model = self.stream.model
+        stream, rows = self.stream, self.rows
         try:
             with torch.inference_mode():
-                self.result = model.run_layer(self.layer, self.batch.to(model.device))
+                self.result = stream.model.run_layer(self.layer, stream.before(rows), stream.windows[rows])
         except _StoppedError:
             return
         except BaseException as error:  # it is raised again in the main thread
@@ -94,9 +95,8 @@ class Stepping:
 
     def __init__(self, stream: Stream, layer: int, stops: Sequence[Sequence[str]]) -> None:
         self._stream, self._stops, self._at = stream, stops, -1
-        self._module: nn.Module = stream.model.skeleton.model.layers[layer]
-        batches = stream.hidden.split(stream.limits.batch_windows)
-        self._walkers = [_Walker(stream, layer, batch) for batch in batches]
+        self._module: nn.Module = stream.model.layer(layer)
+        self._walkers = [_Walker(stream, layer, slice(b.start, b.stop)) for b in batches_of(stream)]
         owners = {walker.thread.ident: walker for walker in self._walkers}
         self._hooks = [
             self._module.get_submodule(name).register_forward_pre_hook(_reaches(owners, stop))
@@ -129,13 +129,14 @@ class Stepping:
 
     def finish(self) -> bool:
         """Bring every batch to the layer's end, as `walk.first_step` would; True where the layer has experts."""
-        stream, start, routed = self._stream, 0, None
+        stream, routed = self._stream, None
         for walker in self._walkers:
             walker.advance()
             assert walker.result is not None
-            (output, routed), walker.result = walker.result, None
-            store(stream, walker.batch, output, routed, start)
-            start += walker.batch.shape[0]
+            (returned, routed), walker.result = walker.result, None
+            store(stream, walker.rows, returned, routed)
+        if routed is not None and stream.sums is not None:
+            stream.sums.zero_()
         stream.forget()
         return routed is not None
 

@@ -1,84 +1,38 @@
 """The forward pass out of core: transformers' own decoder layers, one at a time, with the experts streamed from disk.
 
 A layer runs in two steps. First, over all calibration windows: attention, norms, router and shared experts in
-transformers' modules, with the experts module replaced by a recorder; this gives h + attention + shared(x), the
-experts' inputs x, and the router's choices. Then, over all experts: each is read once, applied to its own tokens, and
-added. So the memory needed is one layer without experts, a few experts, and the windows' hidden states.
+transformers' modules, with the experts module replaced by a recorder; this gives the experts' inputs x and the router's
+choices. Then, over all experts: each is read once and applied to its own tokens. Where the architecture adds the
+experts' outputs to what the rest of the layer gives, the first step gave that rest and they are added to it. Elsewhere
+the layer runs once more, with their sum in the place of the experts (`walk.last_step`). So the memory needed is one
+layer without experts, a few experts, and the windows' hidden states.
 """
 
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Family
+from moepress.models.families.derive import Places, tensors_of
+from moepress.models.families.family import Family, Part, numbered
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.costs import stored_bytes
-from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.forward.gating import Gating, gating_of
+from moepress.models.forward.recorder import Recorder, Routed, keep_logits, keep_residual, router_path
+from moepress.models.forward.replay import Returned, hidden_of, put_away
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
-from moepress.models.storage.experts import (
-    Expert,
-    experts_by_layer,
-    pruned_config,
-    read_expert,
-    router_disk_names,
-)
+from moepress.models.storage.experts import Expert, experts_by_layer, pruned_config, read_expert, router_disk_names
 from moepress.runs.phases import phase
 
 _TABLE_BYTES = 1 << 28  # an embedding table that is larger in fp32 is not read as a whole
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Routed:
-    """What reached the experts of one layer, for a batch of T tokens.
-
-    Attributes:
-        inputs: the experts' inputs [T, D].
-        chosen: expert numbers int64 [T, K], from the model's own router.
-        weights: combine weights [T, K], from the model's own router.
-        logits: router logits [T, E].
-        residual: residual stream before the MoE block [T, D].
-    """
-
-    inputs: Tensor
-    chosen: Tensor
-    weights: Tensor
-    logits: Tensor
-    residual: Tensor
-
-
-class _Recorder(nn.Module):
-    """Stands where the experts were: keeps what they would have got and returns zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self._seen[threading.get_ident()] = (hidden_states, top_k_index, top_k_weights)
-        return torch.zeros_like(hidden_states)
-
-    def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What this thread's forward pass brought; several may stand still in a layer (`models.forward.stepping`)."""
-        return self._seen.pop(threading.get_ident())
-
-
-class _Passage(nn.Module):
-    """Stands where a decoder layer was: keeps the keyword arguments that transformers gives to that layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.attention_type = getattr(layer, "attention_type", None)
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.arguments = kwargs
-        return hidden_states
+_HEAD_ROWS = 512  # rows that pass through the model's end together
 
 
 class StreamedModel:
@@ -107,29 +61,45 @@ class StreamedModel:
             folder=getattr(source, "folder", "the model folder"),
             model=self.skeleton,
         )
-        self.config = self.skeleton.config
+        self.config = self.skeleton.config.get_text_config()
         self.moe_layers = frozenset(source.outline.moe_layers)
+        self._places = Places(self.skeleton, source.shapes) if self.family.converted else None
         self._disk_names = _names_by_layer(source)
-        self._layers = list(self.skeleton.model.layers)
-        self._passages = [_Passage(layer) for layer in self._layers]
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._computed = _computed(self.skeleton)
+        path = self.family.module_layers_at
+        self._gatings = {
+            layer: self.skeleton.get_submodule(f"{path}{layer}.{self.family.experts_module}")
+            for layer in sorted(self.moe_layers)
+        }
+        self._replay = put_away(self.skeleton, path, dtype=dtype, device=device)
+        self._recorders = {layer: Recorder(module) for layer, module in self._gatings.items()}
+        for layer, recorder in self._recorders.items():
+            block, _, leaf = self.family.experts_module.rpartition(".")
+            setattr(self.layer(layer).get_submodule(block), leaf, recorder)
+
+    def layer(self, layer: int) -> nn.Module:
+        """transformers' decoder layer, with the experts put away; its weights are there between load and unload."""
+        return self._replay.layers[layer]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Token embeddings [B, T, D], in the compute dtype, on the device."""
+        """What the first layer gets of tokens: mostly their embeddings [B, T, D], in the compute dtype, on the device."""
         return next(self.embed_all(iter((tokens_BT,))))
 
     def embed_all(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """`embed` for many batches, reading the table once; of a large table only the rows that a batch needs."""
-        name = "model.embed_tokens.weight"
-        if 4 * math.prod(self.source.shapes[name]) > _TABLE_BYTES:
-            for tokens in batches:
-                ids, places = tokens.unique(return_inverse=True)
-                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()])
-                yield rows.to(self.device, self.dtype)[places.to(self.device)]
-            return
-        weight = self._read(name)
+        name, embedding = self.family.embeddings, self._replay.embedding
+        self._load_outer()
+        whole = None if 4 * math.prod(self.source.shapes[name]) > _TABLE_BYTES else self._read(name)
         for tokens in batches:
-            yield nn.functional.embedding(tokens.to(self.device), weight)
+            ids = torch.arange(len(whole)) if whole is not None else tokens.unique()
+            rows = whole
+            if rows is None:
+                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()]).to(self.device, self.dtype)
+            embedding.load_state_dict({"weight": rows}, strict=False, assign=True)
+            embedding.__dict__["rows_read"] = ids.to(self.device)
+            yield self._replay.embed(tokens.to(self.device)).to(self.dtype)
+        embedding.__dict__.pop("rows_read", None)
+        embedding.to("meta")
 
     def load_layer(self, layer: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Materialise one decoder layer without its experts.
@@ -138,72 +108,135 @@ class StreamedModel:
             layer: its number.
             replaced: dense weights [O, I] by disk name that stand in for the stored ones (quantized attention, ...).
         """
-        module: nn.Module = self._layers[layer]
-        if layer in self.moe_layers:
-            getattr(module, self.family.moe_module).experts = _Recorder()
-        weights = {}
-        for name, disk_name in self._disk_names[layer].items():
+        self._load_outer()
+        module = self.layer(layer)
+        given: dict[str, Tensor] = {}
+        for disk_name in self._disk_names[layer].values():
             if replaced is not None and disk_name in replaced:
-                weights[name] = replaced[disk_name].to(self.device, self.dtype)
+                given[disk_name] = replaced[disk_name].to(self.device, self.dtype)
             else:
                 with phase("read", size=stored_bytes(self.source, disk_name)):
-                    weights[name] = self._read(disk_name)
+                    given[disk_name] = self._read(disk_name)
+        weights = self._made(given, f"{self.family.module_layers_at}{layer}.", self._disk_names[layer])
+        self._fill(module, f"{self.family.module_layers_at}{layer}.", weights)
+        return module
+
+    def _made(self, given: Mapping[str, Tensor], prefix: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Tensors of transformers' module, by their names inside of it, of those on disk."""
+        if self._places is None:
+            return {inner: given[disk_name] for inner, disk_name in names.items()}
+        made, converted = dict[str, Tensor](), dict[str, Tensor]()
+        for inner, disk_name in names.items():
+            if numbered(disk_name)[0] in self.family.converted:
+                converted[disk_name] = given[disk_name]
+            else:
+                made[inner] = given[disk_name]
+        found = tensors_of(self._places, converted)
+        return made | {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    def _fill(self, module: nn.Module, prefix: str, weights: dict[str, Tensor]) -> None:
         weights |= {
             n: t.new_empty(t.shape, device=self.device) for n, t in empty_of(module).items() if n not in weights
         }
         module.load_state_dict(weights, strict=True, assign=True)
+        for name, (owner, value) in self._computed.items():
+            if name.startswith(prefix):
+                owner._buffers[name.rpartition(".")[2]] = value.to(self.device)
         stray = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
         assert not stray, f"not materialised: {stray}"
-        return module
+
+    def _load_outer(self) -> None:
+        """Materialise what the model's code needs besides the layers, once: norms, and whatever else is small."""
+        if self._outer_loaded:
+            return
+        for module_name, disk_name in self._outer_names.items():
+            parent, _, leaf = module_name.rpartition(".")
+            self.skeleton.get_submodule(parent).load_state_dict({leaf: self._read(disk_name)}, strict=False, assign=True)
+        for owner, value in self._computed.values():
+            for name, buffer in owner._buffers.items():
+                if buffer is value:
+                    owner._buffers[name] = value.to(self.device)
+        self._outer_loaded = True
+
+    _outer_loaded = False
+
+    @cached_property
+    def _outer_names(self) -> dict[str, str]:
+        """Tensors that belong to no layer, tower, table or head: name in transformers' model -> name on disk."""
+        family = self.family
+        head = family.head.rpartition(".")[0]
+        names = [
+            name
+            for name in self.source.outline.names_by_layer.get(None, ())
+            if name != family.embeddings
+            and not name.startswith(f"{head}.")
+            and not name.endswith("rotary_emb.inv_freq")
+            and (not family.derived or family.part_of(name) not in (None, Part.TOWERS))
+        ]
+        there = {name: name for name, _ in (*self.skeleton.named_parameters(), *self.skeleton.named_buffers())}
+        return {module: name for name in names if (module := family.module_name(name)) in there or family.derived}
 
     def unload_layer(self, layer: int) -> None:
         """Drop a layer's weights."""
-        self._layers[layer].to("meta")
+        self.layer(layer).to("meta")
 
-    def run_layer(self, layer: int, hidden_BTD: Tensor) -> tuple[Tensor, Routed | None]:
+    def run_layer(
+        self, layer: int, before: Returned, ids_BT: Tensor | None = None, *, given_TD: Tensor | None = None
+    ) -> tuple[Any, Routed | None]:
         """Run a loaded layer without its routed experts.
 
         Args:
             layer: a layer that `load_layer` has made ready.
-            hidden_BTD: hidden states of whole windows, [B, T, D].
+            before: what the layer before returned, of whole windows: hidden states [B, T, D], or those and more.
+            ids_BT: the windows' tokens, int64; a few architectures look at them in their layers. None for zeros.
+            given_TD: the routed experts' sum, where it is known and is to go on through the layer.
 
         Returns:
-            The layer's output, lacking the routed experts' part in MoE layers, and what those experts would get.
+            What the layer returns, lacking the routed experts' part in MoE layers where it is not given, and what those
+            experts would get.
         """
-        module = self._layers[layer]
-        arguments = self._layer_arguments(hidden_BTD.shape[0], hidden_BTD.shape[1])[layer]
+        hidden = hidden_of(before)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64) if ids_BT is None else ids_BT
         if layer not in self.moe_layers:
-            return _hidden(module(hidden_BTD, **arguments)), None
-        block = getattr(module, self.family.moe_module)
-        kept: dict[str, Tensor] = {}
-        hooks = [
-            module.post_attention_layernorm.register_forward_pre_hook(_keep(kept, "residual")),
-            block.gate.register_forward_hook(_keep_logits(kept)),
-        ]
+            return self._replay.layer(layer, before, ids.to(self.device)), None
+        module, recorder = self.layer(layer), self._recorders[layer]
+        kept: dict[str, Any] = {}
+        router = module.get_submodule(router_path(self.family, self.source, layer))
+        hooks = [router.register_forward_hook(keep_logits(kept, recompute=self.family.derived))]
+        hooks += keep_residual(kept, module, derived=self.family.derived)
+        recorder.give(given_TD)
         try:
-            output = _hidden(module(hidden_BTD, **arguments))
+            returned = self._replay.layer(layer, before, ids.to(self.device))
         finally:
             for hook in hooks:
                 hook.remove()
-        inputs, chosen, weights = block.experts.take()
-        return output, Routed(
-            inputs=inputs.reshape(-1, self.shape.hidden),
+        inputs, chosen, weights = recorder.take()
+        width = inputs.shape[-1]
+        residual = kept.get("residual") if not self.family.derived else kept["norms"].get(inputs.data_ptr())
+        if residual is None or residual.numel() != inputs.numel():
+            residual = inputs  # an architecture without a norm right before its experts
+        return returned, Routed(
+            inputs=inputs.reshape(-1, width),
             chosen=chosen,
             weights=weights,
-            logits=kept["logits"],
-            residual=kept["residual"].reshape(-1, self.shape.hidden),
+            logits=kept["logits"].reshape(len(chosen), -1)[:, : self.shape.experts],
+            residual=residual.reshape(-1, width),
         )
 
-    def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """The gate's activation function of a layer's experts."""
+    def gating(self, layer: int) -> Gating:
+        """What a layer's experts do between their matrices."""
         from transformers.activations import ACT2FN
 
-        return ACT2FN[self.config.hidden_act]  # type: ignore[no-any-return]
+        activation = getattr(self.config, "hidden_act", None)
+        module = self._recorders[layer] if self._recorders[layer].norm is not None else self._gatings[layer]
+        return gating_of(module, ACT2FN[activation] if isinstance(activation, str) else nn.functional.silu)
 
     def router_bias(self, layer: int) -> Tensor | None:
         """The correction bias of a layer's router, fp32 [E] on the CPU, or None."""
+        if self.family.rule is None or not self.family.rule.bias:
+            return None
         names = [name for name in router_disk_names(self.source, layer) if name.endswith("bias")]
-        return self.source.read(names[0]).float() if names else None
+        return self.source.read(names[0]).float().reshape(-1) if names else None
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype | None = None) -> Expert:
         """One expert of a layer on the device, in the compute dtype or another one."""
@@ -214,49 +247,63 @@ class StreamedModel:
         """Where matrices are solved: MPS has no float64, so there it is the CPU."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
-    def final_norm(self) -> Callable[[Tensor], Tensor]:
-        """The norm before lm_head, loaded."""
-        norm = self.skeleton.model.norm
-        norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
-        return norm  # type: ignore[no-any-return]
+    def head_inputs(self, hidden: Tensor) -> Tensor:
+        """What lm_head gets of the last layer's hidden states [.., D], or [.., S, D] of models with several streams."""
+        self._load_outer()
+        return self._behind(hidden, self._replay.before_head)
 
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Final norm and lm_head, loaded: hidden [.., D] to fp32 logits [.., V]."""
-        norm = self.final_norm()
-        tied = "lm_head.weight" not in self.source.shapes
-        weight = self._read("model.embed_tokens.weight" if tied else "lm_head.weight")
-        return lambda hidden: nn.functional.linear(norm(hidden), weight).float()
+        """All behind the last layer, loaded: hidden states as of `head_inputs` to fp32 logits [.., V]."""
+        self._load_outer()
+        module, path = self.skeleton.get_output_embeddings(), self.family.head.rpartition(".")[0]
+        tied = self.family.head not in self.source.shapes
+        names = [n for n in self.source.outline.names_by_layer.get(None, ()) if n.startswith(f"{path}.")]
+        weights = {name.removeprefix(f"{path}."): self._read(name) for name in names}
+        if tied:
+            weights["weight"] = self._read(self.family.embeddings)
+        module.load_state_dict(weights, assign=True)
+        return lambda hidden: self._behind(hidden, self._replay.logits).float()
+
+    def _behind(self, hidden: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Pass the rows of hidden states through what is behind the layers, so many at a time."""
+        streams = self.stream_shape
+        leading = hidden.shape[: hidden.ndim - len(streams)]
+        rows = hidden.reshape(-1, *streams).split(_HEAD_ROWS)
+        found = [run(part[None], torch.zeros(1, len(part), dtype=torch.int64, device=self.device)) for part in rows]
+        return torch.cat([part[0] for part in found]).reshape(*leading, -1)
+
+    @cached_property
+    def stream_shape(self) -> tuple[int, ...]:
+        """The shape of one token's hidden states between layers: (D,), or (S, D) of models with several streams."""
+        return tuple(self.embed(torch.zeros(1, 1, dtype=torch.int64)).shape[2:])
 
     def _read(self, disk_name: str) -> Tensor:
         keep = disk_name.endswith(self.family.float32) if self.family.float32 else False
-        return self.source.read(disk_name).to(self.device, torch.float32 if keep else self.dtype)
-
-    def _layer_arguments(self, batch: int, length: int) -> list[dict[str, Any]]:
-        """Masks and rotary embeddings per layer, as transformers' own model code makes them for that shape."""
-        if (batch, length) not in self._arguments:
-            body = self.skeleton.model
-            rotary, embed, norm = body.rotary_emb, body.embed_tokens, body.norm
-            body.rotary_emb = type(rotary)(config=self.config).to(self.device)
-            body.layers, body.norm = nn.ModuleList(self._passages), nn.Identity()
-            try:
-                hidden = torch.zeros(batch, length, self.shape.hidden, device=self.device, dtype=self.dtype)
-                body(inputs_embeds=hidden, use_cache=False)
-            finally:
-                body.rotary_emb, body.embed_tokens, body.norm = rotary, embed, norm
-                body.layers = nn.ModuleList(self._layers)
-            self._arguments[batch, length] = [passage.arguments for passage in self._passages]
-        return self._arguments[batch, length]
+        tensor = self.source.read(disk_name)
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        return tensor.to(self.device, torch.float32 if keep else self.dtype)
 
 
 def _skeleton(source: Source, counts: Mapping[int, int]) -> Any:
     """The model on the meta device; layers with a number of experts of their own come from a model of that number."""
     model = build_skeleton(source.config)
-    stated = source.outline.shape.experts
+    stated, path = source.outline.shape.experts, source.family.module_layers_at.removesuffix(".")
     for count in sorted(set(counts.values()) - {stated}):
         other = build_skeleton(pruned_config(source.family, source.config, count))
         for layer in (layer for layer, own in counts.items() if own == count):
-            model.model.layers[layer] = other.model.layers[layer]
+            model.get_submodule(path)[layer] = other.get_submodule(path)[layer]
     return model
+
+
+def _computed(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Buffers that are in no file: the module that has it, and its value, which the skeleton has computed."""
+    return {
+        f"{path}.{name}" if path else name: (module, module._buffers[name])  # type: ignore[misc]
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None and not module._buffers[name].is_meta  # type: ignore[union-attr]
+    }
 
 
 def empty_of(module: nn.Module) -> dict[str, Tensor]:
@@ -264,53 +311,28 @@ def empty_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if tensor.numel() == 0}
 
 
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
-    owner = threading.get_ident()
-
-    def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == owner:
-            kept[name] = arguments[0]
-
-    return hook
-
-
-def _keep_logits(kept: dict[str, Tensor]) -> Callable[..., None]:
-    owner = threading.get_ident()
-
-    def hook(_module: nn.Module, _arguments: Any, output: tuple[Tensor, ...]) -> None:
-        if threading.get_ident() == owner:
-            kept["logits"] = output[0]
-
-    return hook
-
-
 def inner_name(family: Family, disk_name: str, layer: int) -> str:
     """A tensor's name inside of transformers' decoder layer."""
-    return family.module_name(disk_name).split(f"layers.{layer}.", 1)[1]
+    return family.module_name(disk_name).removeprefix(f"{family.module_layers_at}{layer}.")
 
 
 def _names_by_layer(source: Source) -> dict[int, dict[str, str]]:
     """Per layer: name inside transformers' decoder layer -> name on disk, without the routed experts."""
     outline, family = source.outline, source.family
+    fused = {name for layer in outline.moe_layers for name in family.fused_names(layer)}
     return {
         layer: {
-            inner: name
+            inner_name(family, name, layer): name
             for name in outline.names_by_layer.get(layer, ())
-            if ".experts." not in (inner := inner_name(family, name, layer))
-            and not name.endswith("rotary_emb.inv_freq")
+            if name not in fused and family.expert_of(name) is None and not name.endswith("rotary_emb.inv_freq")
         }
         for layer in range(outline.shape.layers)
     }
 
 
-def apply_expert(expert: Expert, inputs_TD: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+def apply_expert(expert: Expert, inputs_TD: Tensor, gating: Gating) -> Tensor:
     """One expert's output [T, D] for its tokens [T, D]."""
-    linear = nn.functional.linear
-    return linear(activation(linear(inputs_TD, expert.gate)) * linear(inputs_TD, expert.up), expert.down)
+    return gating.output(expert, gating.intermediate(expert, inputs_TD))
 
 
 def tokens_of(chosen_TK: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:

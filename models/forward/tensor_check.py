@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Family, Shape, layer_of
+from moepress.models.families.family import Family, Part, Shape, numbered
 from moepress.models.families.router import router_of
 from moepress.models.forward.expected import Expected, built, expected_of, remember
 from moepress.models.storage.settled import CACHE_SCALES
@@ -43,6 +43,8 @@ def _problems(
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Expected,
 ) -> list[str]:
+    if family.derived:
+        return _derived_problems(family, shape, shapes, wanted)
     expected = dict(wanted.shapes)
     if config.get("tie_word_embeddings"):
         expected.pop("lm_head.weight", None)
@@ -64,6 +66,82 @@ def _problems(
         if name in found and found[name] != size
     ]
     return problems + _unstated(family, config, shape, wanted.config)
+
+
+def _derived_problems(
+    family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], wanted: Expected
+) -> list[str]:
+    """Of a derived family: every tensor of transformers' model is there, and nothing else but what it leaves out itself.
+
+    Names come from the loader, so a tensor that has no place may be of a part that transformers does not build. Within
+    the decoder layers there is no such part.
+    """
+    problems, covered = list[str](), set[str]()
+    fused = {name for layer in range(shape.layers) for name in family.fused_names(layer)}
+    for name, found in shapes.items():
+        layer, part = family.layer_of(name), family.part_of(name)
+        module = family.module_name(name)
+        if (layer is not None and layer >= shape.layers) or name.endswith(_IGNORED_SUFFIXES):
+            continue
+        if family.expert_of(name) is not None or name in fused:
+            continue
+        if numbered(name)[0] in family.converted:
+            continue
+        if part in (None, Part.TOWERS) or module not in wanted.shapes:
+            if layer is not None:
+                problems.append(f"{name} belongs to no part of the model")
+            continue
+        covered.add(module)
+        if wanted.shapes[module] != found:
+            problems.append(f"{name} has shape {list(found)} and the config wants {list(wanted.shapes[module])}")
+    problems += _missing(family, wanted, covered)
+    for layer in family.moe_layers or ():
+        problems += _expert_problems(family, shape, shapes, layer)
+    return problems
+
+
+def _missing(family: Family, wanted: Expected, covered: set[str]) -> list[str]:
+    """Tensors of the layers, and outside of them of the language model, that have no counterpart on disk."""
+    made_of = {disk: module for disk, module, _ in family.templates}
+    converted = {made_of[disk] for disk in family.converted}
+    known = {module for _, module, part in family.templates if part != Part.TOWERS}
+    missing = []
+    for name, size in wanted.shapes.items():
+        kind = numbered(name)[0]
+        inside = name.startswith(family.module_layers_at)
+        experts = inside and name.removeprefix(family.module_layers_at).partition(".")[2].startswith(
+            f"{family.experts_module}."
+        )
+        if name in covered or 0 in size or experts or kind in converted or not (inside or kind in known):
+            continue
+        if any(module.rpartition(".")[0] == kind.rpartition(".")[0] for module in converted):
+            continue  # one stored tensor makes several
+        missing.append(f"{name} is missing")
+    return missing
+
+
+def _expert_problems(family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], layer: int) -> list[str]:
+    """Every expert of a layer is whole, and of the size that the config states."""
+    wide, hidden = family.expert_width, shape.hidden
+    names = family.fused_names(layer)
+    if names and names[0] in shapes:
+        missing = [f"{name} is missing" for name in names if name not in shapes]
+        rows = [
+            f"{name} has {shapes[name][0]} experts and the config states {shape.experts}"
+            for name in names
+            if name in shapes and shapes[name][0] != shape.experts
+        ]
+        return missing + rows
+    problems = []
+    for expert in range(shape.experts):
+        *firsts, down = family.expert_names(layer, expert)
+        for name, size in (*((first, (wide, hidden)) for first in firsts), (down, (hidden, wide))):
+            if name not in shapes:
+                problems.append(f"{name} is missing")
+            elif shapes[name] != size:
+                problems.append(f"{name} has shape {list(shapes[name])} and the config wants {list(size)}")
+    beyond = family.expert_names(layer, shape.experts)[-1]
+    return [*problems, f"{beyond} belongs to no part of the model"] if beyond in shapes else problems
 
 
 def _refuse(problems: Sequence[str], folder: object) -> None:
@@ -111,7 +189,7 @@ def check_mtp(source: "Source", layer: int, *, folder: object) -> None:
 
 def _is_mtp(family: Family, layers: int, name: str, names: Mapping[str, str]) -> bool:
     """A layer behind the last one is a multi-token-prediction layer when it joins hidden state and embedding."""
-    layer = layer_of(name) if family.mtp else None
+    layer = family.layer_of(name) if family.mtp else None
     return layer is not None and layer >= layers and f"model.layers.{layer}.eh_proj.weight" in names
 
 
@@ -149,7 +227,7 @@ def _split_experts(
     """Replace the fused [E, 2F, D] and [E, D, F] of transformers by per-expert names, unless they lie fused on disk."""
     out: dict[str, tuple[int, ...]] = {}
     for name, shape in expected.items():
-        layer, block = layer_of(name), name.rpartition(".")[0]
+        layer, block = family.layer_of(name), name.rpartition(".")[0]
         fused = f"{block}.gate_up_proj" in found or f"{block}.down_proj" in found
         if layer is None or fused or not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             out[name] = shape

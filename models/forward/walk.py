@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -14,7 +14,9 @@ from moepress.models.families.family import Shape
 from moepress.models.forward.costs import expert_flops, layer_flops, stored_expert_bytes
 from moepress.models.forward.scratch import Rows
 from moepress.models.forward.scratch import Scratch as Scratch  # a walk cannot be opened without one
-from moepress.models.forward.streamed import Routed, StreamedModel, apply_expert, require_finite_hidden, tokens_of
+from moepress.models.forward.recorder import Routed
+from moepress.models.forward.replay import Returned, hidden_of
+from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.storage.experts import Expert
 from moepress.runs.memory import in_halves, release_memory, settle
 from moepress.runs.phases import beside, phase
@@ -84,7 +86,9 @@ class Stream:
     """The state of a walk: hidden states of all windows, and buffers for one layer's routed tokens.
 
     Attributes:
-        hidden: [N, T, D] in the compute dtype, on the CPU; before a layer its input, after it its output.
+        hidden: [N, T, D] in the compute dtype, on the CPU; before a layer its input, after it its output. Models with
+            several streams have [N, T, S, D].
+        windows: their tokens, int64 [N, T].
         inputs: experts' inputs [N * T, D].
         chosen: [N * T, K] int64.
         weights: [N * T, K] fp32.
@@ -92,11 +96,15 @@ class Stream:
         logits: [N * T, E] router logits, when asked for; -inf for experts that a layer lacks.
         outputs: the experts' outputs of a part of the tokens, made and reused by `calibration.observe`.
         routed: their weighted sums, likewise.
+        sums: [N * T, D] fp32, what the routed experts give; None where it is added to `hidden` right away.
+        states: what layers hand on besides hidden states, by its place in what they return: [N, ...].
+        form: how many values they return; 0 for hidden states alone, not in a tuple.
     """
 
     model: StreamedModel
     limits: Limits
     scratch: Scratch
+    windows: Tensor
     hidden: Tensor
     inputs: Tensor
     chosen: Tensor
@@ -105,6 +113,9 @@ class Stream:
     logits: Tensor | None = None
     outputs: Rows | None = None
     routed: Tensor | None = None
+    sums: Tensor | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
+    form: int = 0
 
     @property
     def tokens(self) -> int:
@@ -112,8 +123,28 @@ class Stream:
         return self.hidden.shape[0] * self.hidden.shape[1]
 
     def flat(self) -> Tensor:
-        """The hidden states as [N * T, D], the same memory."""
-        return self.hidden.view(-1, self.hidden.shape[2])
+        """What the experts' outputs are added to, [N * T, D]: the hidden states, the same memory, or `sums`."""
+        return self.hidden.view(-1, self.hidden.shape[2]) if self.sums is None else self.sums
+
+    def before(self, rows: slice) -> Returned:
+        """What the last layer returned for some windows, on the model's device."""
+        hidden = self.hidden[rows].to(self.model.device)
+        if not self.form:
+            return hidden
+        states = {place: state[rows].to(self.model.device) for place, state in self.states.items()}
+        return (hidden, *(states.get(place) for place in range(1, self.form)))
+
+    def put(self, rows: slice, returned: Returned) -> None:
+        """Keep what a layer returned for some windows."""
+        self.hidden[rows] = hidden_of(returned).to("cpu")
+        self.form = len(returned) if isinstance(returned, tuple) else 0
+        for place, value in enumerate(returned[1:] if isinstance(returned, tuple) else (), start=1):
+            if isinstance(value, Tensor):
+                if place not in self.states:
+                    self.states[place] = torch.empty((len(self.hidden), *value.shape[1:]), dtype=value.dtype)
+                self.states[place][rows] = value.to("cpu")
+            else:
+                self.states.pop(place, None)
 
     def touch(self, tokens: int) -> None:
         """Say that the buffers of so many tokens were gone over, so that mapped pages are given back in time."""
@@ -148,12 +179,14 @@ def open_stream(
         model=model,
         limits=limits,
         scratch=scratch,
-        hidden=scratch.tensor("hidden", (windows, length, shape.hidden), model.dtype),
+        windows=windows_NT,
+        hidden=scratch.tensor("hidden", (windows, length, *model.stream_shape), model.dtype),
         inputs=scratch.tensor("inputs", (rows, shape.hidden), model.dtype),
         chosen=scratch.tensor("chosen", (rows, shape.top_k), torch.int64),
         weights=scratch.tensor("weights", (rows, shape.top_k), torch.float32),
         residual=scratch.tensor("residual", (rows, shape.hidden), model.dtype) if observe else None,
         logits=scratch.tensor("logits", (rows, shape.experts), torch.float32) if observe or logits else None,
+        sums=None if model.family.additive else scratch.tensor("sums", (rows, shape.hidden), torch.float32),
     )
     batches = torch.split(windows_NT, limits.batch_windows)
     start = 0
@@ -168,40 +201,60 @@ def open_stream(
 def first_step(stream: Stream, layer: int) -> bool:
     """Run a loaded layer without its routed experts over all windows, in place; True when it has routed experts."""
     model, length = stream.model, stream.hidden.shape[1]
-    start, routed = 0, None
-    flops = layer_flops(model.skeleton.model.layers[layer], model.config, stream.tokens, length)
+    routed = None
+    flops = layer_flops(model.layer(layer), model.config, stream.tokens, length)
     with phase("forward", flops=flops):
-        for batch in torch.split(stream.hidden, stream.limits.batch_windows):
-            for part, output, routed in in_halves(
-                range(len(batch)), functools.partial(_run_windows, model, layer, batch), "windows"
-            ):
-                store(stream, part, output, routed, start)
-                start += part.shape[0]
+        for batch in batches_of(stream):
+            for rows, returned, routed in in_halves(batch, functools.partial(_run_windows, stream, layer), "windows"):
+                store(stream, rows, returned, routed)
+    if routed is not None and stream.sums is not None:
+        stream.sums.zero_()
     stream.forget()
     return routed is not None
 
 
-def _run_windows(
-    model: StreamedModel, layer: int, batch: Tensor, rows: Sequence[int]
-) -> list[tuple[Tensor, Tensor, Routed | None]]:
-    """Those windows of a batch, and what a layer gives for them."""
-    part = batch[rows[0] : rows[-1] + 1]
-    return [(part, *model.run_layer(layer, part.to(model.device)))]
+def batches_of(stream: Stream) -> list[range]:
+    """Windows that go through a layer together."""
+    count, size = len(stream.hidden), stream.limits.batch_windows
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def store(stream: Stream, batch: Tensor, output: Tensor, routed: Routed | None, start: int) -> None:
-    """Put a layer's output for a batch of windows, and what reached its experts, into the stream's buffers.
+def _run_windows(stream: Stream, layer: int, windows: Sequence[int]) -> list[tuple[slice, Returned, Routed | None]]:
+    """Some windows, and what a layer gives for them."""
+    rows = slice(windows[0], windows[-1] + 1)
+    return [(rows, *stream.model.run_layer(layer, stream.before(rows), stream.windows[rows]))]
+
+
+def last_step(stream: Stream, layer: int) -> None:
+    """Run a loaded layer once more, with what its experts gave, where that was not added to the hidden states yet.
+
+    Of layers without experts nothing is left to do.
+    """
+    if stream.sums is None or layer not in stream.model.moe_layers:
+        return
+    length = stream.hidden.shape[1]
+    with phase("forward", flops=layer_flops(stream.model.layer(layer), stream.model.config, stream.tokens, length)):
+        for batch in batches_of(stream):
+            rows = slice(batch.start, batch.stop)
+            given = stream.sums[rows.start * length : rows.stop * length].to(stream.model.device)
+            returned, _ = stream.model.run_layer(layer, stream.before(rows), stream.windows[rows], given_TD=given)
+            stream.put(rows, returned)
+    stream.forget()
+
+
+def store(stream: Stream, windows: slice, returned: Returned, routed: Routed | None) -> None:
+    """Put what a layer returned for some windows, and what reached its experts, into the stream's buffers.
 
     Args:
         stream: whose buffers.
-        batch: the windows' rows of `stream.hidden`, [B, T, D].
-        output: what becomes of them.
+        windows: which.
+        returned: of the layer; where experts are to come into it later (`last_step`) it is of no use.
         routed: of a layer with experts.
-        start: the first window.
     """
-    batch.copy_(output)
+    if routed is None or stream.sums is None:
+        stream.put(windows, returned)
     if routed is not None:
-        first = start * stream.hidden.shape[1]
+        first = windows.start * stream.hidden.shape[1]
         rows = slice(first, first + routed.inputs.shape[0])
         stream.inputs[rows] = routed.inputs.to("cpu")
         stream.chosen[rows] = routed.chosen.to("cpu")
@@ -212,7 +265,7 @@ def store(stream: Stream, batch: Tensor, output: Tensor, routed: Routed | None, 
             experts = routed.logits.shape[1]  # another layer may have more
             stream.logits[rows, :experts] = routed.logits.to("cpu", torch.float32)
             stream.logits[rows, experts:] = float("-inf")
-    stream.touch(batch.shape[0] * batch.shape[1])
+    stream.touch((windows.stop - windows.start) * stream.hidden.shape[1])
 
 
 def read_ahead(
@@ -264,9 +317,9 @@ def add_output(
         for part in range(0, len(tokens), 8192):
             rows, columns = tokens[part : part + 8192], slots[part : part + 8192]
             if middle is None:
-                output = apply_expert(expert, stream.inputs[rows].to(model.device), model.activation(layer))
+                output = apply_expert(expert, stream.inputs[rows].to(model.device), model.gating(layer))
             else:
-                output = torch.nn.functional.linear(middle[part : part + 8192], expert.down)
+                output = model.gating(layer).output(expert, middle[part : part + 8192])
             weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
             flat.index_add_(0, rows, weighted.to("cpu", flat.dtype))
             stream.touch(len(rows))
@@ -282,6 +335,7 @@ def forward(
             model.load_layer(layer)
             if first_step(stream, layer):
                 add_experts(stream, layer)
+                last_step(stream, layer)
             model.unload_layer(layer)
             require_finite_hidden(stream.hidden, layer)
             stream.forget()

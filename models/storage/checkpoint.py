@@ -9,24 +9,29 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.families.family import Family, Shape, illegal_count, layer_of, shape_of, strange_prefix
+from moepress.models.families.family import Family, Shape, illegal_count, shape_of, strange_prefix
 from moepress.models.families.routing_keys import is_moe_layer, layer_keys
-from moepress.models.families.table import family_of
-from moepress.models.storage.folder import load_config, open_shards, unread_weights
+from moepress.models.families.table import FAMILIES, family_of
+from moepress.models.storage.folder import load_config, open_shards, read_json, unread_weights
 from moepress.models.storage.foreign import (
     FP8,
+    ONE_SCALE,
     PLAIN_DTYPES,
     SCALE,
+    SIDECARS,
     leftover_sidecars,
     refuse_foreign,
     stated_block,
     stated_method,
+    stored_method,
 )
 from moepress.models.storage.fp8 import dequantize_blocks, is_finite
 from moepress.models.storage.outline import Outline, outline_of
+from moepress.models.storage.packed import Packed, find_packed
 from moepress.models.storage.safetensors_file import Stored
 from moepress.models.storage.settled import settle
 from moepress.models.storage.tensors import read_row, read_tensor
+from moepress.models.storage.unpack import dequantize, nonfinite
 
 _CHECKED_AT_ONCE = 1 << 22  # elements
 
@@ -111,6 +116,7 @@ class Checkpoint:
         shards: shard file names in order of their names.
         shapes: the dense tensors that `read` gives (block scales of fp8 weights are not among them).
         block: rows and columns of an fp8 block, or None.
+        packed: weights that are stored in other tensors than that, by their dense names.
         notes: what was settled or is left out, for people.
     """
 
@@ -122,6 +128,7 @@ class Checkpoint:
     shards: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     block: tuple[int, int] | None = None
+    packed: Mapping[str, Packed] = field(default_factory=dict)
     allow_nonfinite: bool = field(default=False)
     notes: tuple[str, ...] = ()
 
@@ -141,6 +148,8 @@ class Checkpoint:
         Raises:
             InvalidInputError: the tensor holds NaN or Inf, or is not there.
         """
+        if name in self.packed:
+            return dequantize(self.packed[name], allow_nonfinite=self.allow_nonfinite)
         tensor = read_tensor(self._entry(name))
         if tensor.dtype == torch.float8_e4m3fn and self.block is not None:
             scales = read_tensor(self._entry(f"{name}_scale_inv"))
@@ -151,8 +160,23 @@ class Checkpoint:
 
     def read_row(self, name: str, row: int) -> Tensor:
         """`read(name)[row]` as it is stored, reading nothing else: an expert of a fused tensor, a row of a matrix."""
+        packed = self.packed.get(name)
+        if packed is not None and len(packed.shape) == 3:
+            return dequantize(packed, row, allow_nonfinite=self.allow_nonfinite)
+        if packed is not None:
+            return dequantize(packed, allow_nonfinite=self.allow_nonfinite)[row]
         entry = self._entry(name)
         return self._checked(name, read_row(entry, row), row if len(entry.shape) == 3 else None)
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that a dense one is made of."""
+        if name in self.packed:
+            return self.packed[name].part_names
+        return tuple(part for part in (name, f"{name}{SCALE}") if part in self.stored)
+
+    def packed_as(self, name: str) -> str | None:
+        """How a weight is packed, None where it is stored as it is or in DeepSeek's fp8 blocks."""
+        return self.packed[name].packing.value if name in self.packed else None
 
     def _entry(self, name: str) -> Stored:
         try:
@@ -180,15 +204,6 @@ def require_finite(entry: Stored, tensor: Tensor, expert: int | None = None) -> 
             raise nonfinite(entry, expert)
 
 
-def nonfinite(entry: Stored, expert: int | None = None) -> InvalidInputError:
-    """The refusal of a tensor that holds NaN or Inf."""
-    where = "" if expert is None else f" (expert {expert})"
-    return InvalidInputError(
-        f"{entry.name}{where} in {entry.file} holds NaN or Inf; download the file again "
-        "(profile and prune can go on with --allow-nonfinite)."
-    )
-
-
 def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint:
     """Open a plain (bf16, fp16, fp32) or fp8 block-scaled model folder; reads headers, no weights.
 
@@ -197,19 +212,24 @@ def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoin
         UnsupportedError: the family or the way of quantization is not handled.
     """
     config = load_config(folder)
-    family = family_of(config)
-    shape_of(family, config)  # refuses what no header need be read for
+    if config.get("model_type") in FAMILIES or "model_type" not in config:
+        shape_of(family_of(config), config)  # refuses what no header need be read for
     every, shards = open_shards(folder)
     refuse_foreign(folder, config, every)
+    packed = _packed(folder, config, every)
+    family = family_of(config, _dense_shapes(every, packed))
     unread = unread_weights(folder, shards, every)
     settled = settle(family, config, every)
-    stored, block = settled.stored, fp8_block(settled.config)
-    shapes = {name: entry.shape for name, entry in stored.items() if not name.endswith(SCALE)}
+    stored, block = settled.stored, None if packed else fp8_block(settled.config)
+    parts = {part for weight in packed.values() for part in weight.part_names}
     for name, entry in stored.items():
+        if name in parts:
+            continue
         if name.endswith(SCALE):
             _check_scale(entry, stored)
-        else:
+        elif not (family.derived and entry.dtype in _TABLE_DTYPES):
             _check_storage(entry, stored, block)
+    shapes = _dense_shapes(stored, packed)
     outline = outline_of(family, settled.config, shapes)
     require_bounded(family, settled.config, outline.shape, shapes, folder)
     return Checkpoint(
@@ -221,9 +241,30 @@ def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoin
         shards=shards,
         shapes=shapes,
         block=block,
+        packed=packed,
         allow_nonfinite=allow_nonfinite,
-        notes=(*unread, *leftover_sidecars(folder), *settled.notes),
+        notes=(*unread, *(() if packed else leftover_sidecars(folder)), *settled.notes),
     )
+
+
+_TABLE_DTYPES = ("I64", "I32")
+
+
+def _packed(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> dict[str, Packed]:
+    """Weights that lie in other tensors than one; none of a plain folder, or one in DeepSeek's fp8 blocks."""
+    found = stored_method(stored)
+    if found is None or (found[0] == ONE_SCALE and stated_block(config) is not None):
+        return {}
+    sidecar = next((folder / name for name in SIDECARS if (folder / name).is_file()), None)
+    stated = config if stated_method(config) is not None or sidecar is None else read_json(sidecar)
+    return find_packed(stated, stored)
+
+
+def _dense_shapes(stored: Mapping[str, Stored], packed: Mapping[str, Packed]) -> dict[str, tuple[int, ...]]:
+    """The tensors that can be read, and their shapes."""
+    parts = {part for weight in packed.values() for part in weight.part_names}
+    plain = {n: e.shape for n, e in stored.items() if n not in parts and not n.endswith(SCALE)}
+    return plain | {name: weight.shape for name, weight in packed.items()}
 
 
 def _check_scale(scale: Stored, stored: Mapping[str, Stored]) -> None:
@@ -264,11 +305,11 @@ def require_bounded(
         InvalidInputError: there are fewer layers than the config states, the routers have other sizes or lie in other
             layers, or all names have another prefix.
     """
-    names = {family.module_name(name): name for name in shapes}
-    prefix = strange_prefix(names)
+    names = {name: name for name in shapes} if family.derived else {family.module_name(name): name for name in shapes}
+    prefix = None if family.derived else strange_prefix(names)
     if prefix is not None:
         raise InvalidInputError(f"{folder}: {prefix}.")
-    there = {layer_of(name) for name in names} - {None}
+    there = {family.layer_of(name) for name in names} - {None}
     if shape.layers > len(there):
         raise InvalidInputError(
             f"{folder}: config.json states {shape.layers} layers and the shards hold {len(there)}; restore the folder."
@@ -276,21 +317,24 @@ def require_bounded(
     illegal = illegal_count(shape, shape.experts)
     if illegal is not None:
         raise InvalidInputError(f"{folder}: config.json states {shape.experts} experts, but {illegal}; restore it.")
-    router, found, dense = family.module_name(family.router[0]), False, list[int]()
+    router, found, dense = family.router[0], False, list[int]()
+    router = router if family.derived else family.module_name(router)
     for layer in range(shape.layers):
         name = names.get(router.format(layer=layer))
         if name is None:
             dense.append(layer)
             continue
         found = True
-        if shapes[name] != (shape.experts, shape.hidden):
+        wide = shapes[name][1:] if family.derived else (shape.hidden,)  # a router may have a width of its own
+        if shapes[name] != (shape.experts + family.router_extra, *wide):
             raise InvalidInputError(
                 f"{folder}: {name} has shape {list(shapes[name])}, but config.json states {shape.experts} experts and "
                 f"hidden size {shape.hidden}; restore the folder."
             )
     if not found:
         raise InvalidInputError(f"{folder} has no router ({family.router[0]}); give a mixture-of-experts model.")
-    wrong = [layer for layer in range(shape.layers) if is_moe_layer(family, config, layer) == (layer in set(dense))]
+    without = set(dense)
+    wrong = [layer for layer in range(shape.layers) if is_moe_layer(family, config, layer) == (layer in without)]
     if wrong:
         stated, held = ("dense", "a router") if wrong[0] not in dense else ("a layer of experts", "no router")
         raise InvalidInputError(

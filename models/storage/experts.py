@@ -1,64 +1,119 @@
 """One expert at a time, wherever and however it is stored."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moepress.models.families.family import Family, experts_key, layer_of, with_experts
+from moepress.models.families.family import Family, experts_key, with_experts, with_text
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.outline import Outline, outline_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
-    """The three matrices of a gated MLP: f(x) = down @ (act(gate @ x) * (up @ x)).
+    """The matrices of an MLP: f(x) = down @ g(gate @ x, up @ x), with biases where the model has some.
+
+    What g is, the model's own code says (`forward.gating`); mostly act(gate @ x) * (up @ x).
 
     Attributes:
-        gate: [F, D].
+        gate: [F, D]; None where experts have no gate.
         up: [F, D].
         down: [D, F].
+        gate_bias, up_bias: [F]; down_bias: [D]; None where there is none.
     """
 
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Expert":
         """The same expert on another device, in another dtype."""
-        return Expert(gate=self.gate.to(device, dtype), up=self.up.to(device, dtype), down=self.down.to(device, dtype))
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Expert(**{name: None if value is None else value.to(device, dtype) for name, value in every.items()})
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Gate (where there is one), up and down."""
+        return tuple(matrix for matrix in (self.gate, self.up, self.down) if matrix is not None)
+
+    @property
+    def first(self) -> Tensor:
+        """Gate and up, which see the same input, one above the other: [2F, D], or [F, D] without a gate."""
+        return self.up if self.gate is None else torch.cat((self.gate, self.up))
 
 
 def is_fused(source: Source, layer: int) -> bool:
-    """Whether a layer's experts are stored as the two three-dimensional tensors of transformers 5."""
-    return source.family.fused_gate_up.format(layer=layer) in source.shapes
+    """Whether a layer's experts are stored as two three-dimensional tensors, as transformers 5 has them."""
+    family = source.family
+    return bool(family.fused_gate_up) and family.at(family.fused_gate_up, layer) in source.shapes
 
 
 def mtp_layers(source: Source) -> tuple[int, ...]:
     """The multi-token-prediction layers behind the last decoder layer, ascending; mostly there is none or one."""
-    if not source.family.mtp:
+    family, layers = source.family, source.outline.shape.layers
+    if not family.mtp:
         return ()
-    layers, marker = source.outline.shape.layers, ".eh_proj.weight"
-    found = {layer_of(name) for name in source.shapes if name.endswith(marker)} - {None}
+    if family.mtp_at:
+        found = {family.layer_of(name) for name in source.shapes if name.startswith(family.mtp_at)} - {None}
+    else:
+        found = {family.layer_of(name) for name in source.shapes if name.endswith(".eh_proj.weight")} - {None}
     return tuple(sorted(layer for layer in found if layer is not None and layer >= layers))
 
 
 def experts_by_layer(source: Source) -> dict[int, int]:
     """Routed experts of every MoE layer, by the rows of its router; only what ONNX runs may differ between layers."""
     routers = {layer: source.shapes[router_disk_names(source, layer)[0]] for layer in source.outline.moe_layers}
-    return {layer: shape[0] if shape else 0 for layer, shape in routers.items()}
+    extra = source.family.router_extra
+    return {layer: shape[0] - extra if shape else 0 for layer, shape in routers.items()}
 
 
 def read_expert(source: Source, layer: int, expert: int) -> Expert:
     """Read one expert's matrices, in the source's own dtype (fp32 where it dequantizes)."""
     family = source.family
     if is_fused(source, layer):
-        gate, up = source.read_row(family.fused_gate_up.format(layer=layer), expert).chunk(2, dim=0)
-        return Expert(gate=gate, up=up, down=source.read_row(family.fused_down.format(layer=layer), expert))
-    gate, up, down = (source.read(name) for name in family.expert_names(layer, expert))
-    return Expert(gate=gate, up=up, down=down)
+        return _apart(family, [source.read_row(name, expert) for name in family.fused_names(layer)])
+    *gate, up, down = (source.read(name) for name in family.expert_names(layer, expert))
+    return Expert(gate=gate[0] if gate else None, up=up, down=down, **_biases(source, layer, expert))
+
+
+def _apart(family: Family, rows: Sequence[Tensor]) -> Expert:
+    """The matrices of an expert's rows of the fused tensors."""
+    first, down, *biases = rows
+    if family.fused_transposed:
+        first, down = first.mT.contiguous(), down.mT.contiguous()
+    gate, up = _halves(family, first)
+    if not biases:
+        return Expert(gate=gate, up=up, down=down)
+    gate_bias, up_bias = _halves(family, biases[0])
+    return Expert(gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias, down_bias=biases[1])
+
+
+def _halves(family: Family, rows: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Gate's and up's part of rows that hold both."""
+    if not family.gate:
+        return None, rows
+    if family.fused_interleaved:
+        return rows[0::2].contiguous(), rows[1::2].contiguous()
+    gate, up = rows.chunk(2, dim=0)
+    return gate, up
+
+
+def bias_names(family: Family, layer: int, expert: int) -> dict[str, str]:
+    """Names on disk that the biases of one expert have where each expert has its own tensors, by `Expert`'s fields."""
+    roles = ("gate_bias", "up_bias", "down_bias")[0 if family.gate else 1 :]
+    names = family.expert_names(layer, expert)
+    return {role: f"{name.removesuffix('weight')}bias" for role, name in zip(roles, names, strict=True)}
+
+
+def _biases(source: Source, layer: int, expert: int) -> dict[str, Tensor]:
+    names = bias_names(source.family, layer, expert)
+    return {role: source.read(name) for role, name in names.items() if name in source.shapes}
 
 
 def router_disk_names(source: Source, layer: int) -> tuple[str, ...]:
@@ -66,8 +121,81 @@ def router_disk_names(source: Source, layer: int) -> tuple[str, ...]:
 
     A checkpoint saved in transformers' own form uses the module names; both forms are looked for.
     """
-    names = source.family.router_names(layer)
-    return tuple(name if name in source.shapes else source.family.module_name(name) for name in names)
+    family = source.family
+    names = family.router_names(layer)
+    if family.derived:  # not every layer has all of them
+        return tuple(name for name in names if name in source.shapes)
+    return tuple(name if name in source.shapes else family.module_name(name) for name in names)
+
+
+def router_axis(family: Family, number: int) -> int:
+    """Which axis of a router's tensor is that of the experts; `number` counts in `Family.router`."""
+    return family.router_axes[number] if family.router_axes else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What of a tensor with an axis of experts stays.
+
+    Attributes:
+        axis: that axis.
+        kept: indices along it, ascending.
+        table: it has no such axis, and holds the numbers of experts: `kept` are those that stay.
+    """
+
+    axis: int
+    kept: tuple[int, ...]
+    table: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor, cut."""
+        if self.table:
+            return renumbered(tensor, self.kept)
+        return tensor.index_select(self.axis, torch.tensor(self.kept))
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the tensor, cut."""
+        return tuple(shape) if self.table else (*shape[: self.axis], len(self.kept), *shape[self.axis + 1 :])
+
+
+def cuts_of(source: Source, layer: int, kept: Sequence[int]) -> dict[str, Cut]:
+    """Tensors of a layer that are cut when only these experts stay, by name on disk; single experts' are not among them."""
+    family, cuts = source.family, dict[str, Cut]()
+    experts = source.outline.shape.experts
+    for number, pattern in enumerate(family.router):
+        names = (family.at(pattern, layer), family.module_name(family.at(pattern, layer)))
+        name = next((n for n in names if n in source.shapes), None)
+        if name is not None:
+            axis = router_axis(family, number)
+            behind = range(experts, source.shapes[name][axis])  # rows that belong to no expert
+            cuts[name] = Cut(axis=axis, kept=(*kept, *behind))
+    for pattern in family.tables:
+        name = family.at(pattern, layer)
+        if name in source.shapes:
+            cuts[name] = Cut(axis=0, kept=tuple(kept), table=True)
+    if is_fused(source, layer):
+        cuts |= {name: Cut(axis=0, kept=tuple(kept)) for name in family.fused_names(layer)}
+    return cuts
+
+
+def renumbered(table_VK: Tensor, kept: Sequence[int]) -> Tensor:
+    """A table of K expert numbers per token for a model that keeps these experts; dtype and shape stay.
+
+    Experts that stay get their new numbers. In the place of one that goes comes one that stays and that the token does
+    not have yet, counted on from the token's own number, so that tokens spread over all.
+    """
+    table = table_VK.to(torch.int64)
+    number = torch.full((int(max(int(table.max()), *kept)) + 1,), -1, dtype=torch.int64)
+    number[torch.tensor(list(kept))] = torch.arange(len(kept))
+    new = number[table]
+    rows = torch.arange(len(new))
+    for slot in range(new.shape[1]):
+        gone, candidate = new[:, slot] < 0, (rows + slot) % len(kept)
+        for _ in range(new.shape[1]):
+            taken = (new == candidate[:, None]).any(dim=1)
+            candidate = torch.where(taken, (candidate + 1) % len(kept), candidate)
+        new[:, slot] = torch.where(gone, candidate, new[:, slot])
+    return new.to(table_VK.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +211,7 @@ class PrunedSource:
         outline: of that config and of the pruned model's names.
         shapes: the pruned model's tensors.
         renamed: new name on disk -> old name, for experts' tensors.
-        routers: names of tensors whose rows are selected -> layer.
+        cuts: tensors of which a part stays.
     """
 
     base: Source
@@ -92,31 +220,24 @@ class PrunedSource:
     outline: Outline
     shapes: dict[str, tuple[int, ...]]
     renamed: dict[str, str]
-    routers: dict[str, int]
+    cuts: dict[str, Cut]
 
     @property
     def family(self) -> Family:
-        """The row of the family table."""
+        """What the architecture is."""
         return self.base.family
 
     def read(self, name: str) -> Tensor:
         """One tensor of the pruned model."""
-        tensor = self.base.read(self.renamed.get(name, name))
-        kept = self._rows(name)
-        return tensor if kept is None else tensor[torch.tensor(list(kept))]
+        tensor, cut = self.base.read(self.renamed.get(name, name)), self.cuts.get(name)
+        return tensor if cut is None else cut.of(tensor)
 
     def read_row(self, name: str, row: int) -> Tensor:
         """`read(name)[row]`: one expert of a fused tensor, or a row of another, reading nothing else."""
-        kept = self._rows(name)
-        return self.base.read_row(self.renamed.get(name, name), row if kept is None else kept[row])
-
-    def _rows(self, name: str) -> Sequence[int] | None:
-        """The rows kept of a tensor with an expert axis, None for others."""
-        layer = layer_of(name)
-        if layer not in self.keep or layer is None:
-            return None
-        fused = {pattern.format(layer=layer) for pattern in (self.family.fused_gate_up, self.family.fused_down)}
-        return self.keep[layer] if name in self.routers or name in fused else None
+        cut = self.cuts.get(name)
+        if cut is not None and (cut.table or cut.axis):
+            return cut.of(self.base.read(name))[row]
+        return self.base.read_row(self.renamed.get(name, name), row if cut is None else cut.kept[row])
 
 
 def pruned_config(
@@ -124,29 +245,34 @@ def pruned_config(
 ) -> dict[str, Any]:
     """The config of a model that keeps `count` experts in every layer; only keys that are there are changed."""
     experts_key(family, config)  # refuses a config without any
-    out = with_experts(config, count)
+    out = with_experts(family, config, count)
     if degroup and family.groups_key and family.top_groups_key:
-        out[family.groups_key] = out[family.top_groups_key] = 1
-    if config.get("num_nextn_predict_layers") and not keep_mtp:
-        out["num_nextn_predict_layers"] = 0
-    return out
+        out = with_text(family, out, {family.groups_key: 1, family.top_groups_key: 1})
+    return out if keep_mtp else without_mtp(family, out)
+
+
+def without_mtp(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose multi-token-prediction layers are dropped."""
+    stated = family.text(config)
+    return with_text(family, config, {key: 0 for key in MTP_KEYS if stated.get(key)})
+
+
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""Config keys of the number of multi-token-prediction layers."""
 
 
 def prune_source(base: Source, keep: Mapping[int, Sequence[int]], *, degroup: bool = False) -> PrunedSource:
     """See a source through a keep list. It must be legal and uniform (see `moepress.compress.pruning.plan`)."""
     family, shapes, renamed = base.family, dict(base.shapes), dict[str, str]()
-    routers: dict[str, int] = {}
+    cuts: dict[str, Cut] = {}
     counts = {len(kept) for kept in keep.values()}
     assert len(counts) == 1, "the same number of experts is kept in every layer"
     for layer, kept in keep.items():
-        for name in router_disk_names(base, layer):
-            routers[name] = layer
-            shapes[name] = (len(kept), *shapes[name][1:])
-        if is_fused(base, layer):
-            for name in (family.fused_gate_up.format(layer=layer), family.fused_down.format(layer=layer)):
-                shapes[name] = (len(kept), *shapes[name][1:])
-            continue
-        _renumber(base, layer, kept, shapes, renamed)
+        here = cuts_of(base, layer, kept)
+        shapes |= {name: cut.shape(shapes[name]) for name, cut in here.items()}
+        cuts |= here
+        if not is_fused(base, layer):
+            _renumber(base, layer, kept, shapes, renamed)
     config = pruned_config(family, base.config, counts.pop(), degroup=degroup)
     return PrunedSource(
         base=base,
@@ -155,17 +281,19 @@ def prune_source(base: Source, keep: Mapping[int, Sequence[int]], *, degroup: bo
         outline=outline_of(family, config, shapes),
         shapes=shapes,
         renamed=renamed,
-        routers=routers,
+        cuts=cuts,
     )
 
 
 def _renumber(
     base: Source, layer: int, kept: Sequence[int], shapes: dict[str, tuple[int, ...]], renamed: dict[str, str]
 ) -> None:
-    for old in range(base.outline.shape.experts):
-        for name in base.family.expert_names(layer, old):
+    family = base.family
+    names = [[*family.expert_names(layer, e), *bias_names(family, layer, e).values()] for e in range(base.outline.shape.experts)]
+    for of_expert in names:
+        for name in of_expert:
             shapes.pop(name, None)
     for new, old in enumerate(kept):
-        pairs = zip(base.family.expert_names(layer, new), base.family.expert_names(layer, old), strict=True)
-        for new_name, old_name in pairs:
-            shapes[new_name], renamed[new_name] = base.shapes[old_name], old_name
+        for new_name, old_name in zip(names[new], names[old], strict=True):
+            if old_name in base.shapes:
+                shapes[new_name], renamed[new_name] = base.shapes[old_name], old_name

@@ -77,7 +77,7 @@ def stored_method(stored: Mapping[str, Stored]) -> tuple[str, Stored] | None:
 
 
 def refuse_foreign(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-    """Refuse what is quantized already, or stored in a form that is not read; block-scaled fp8 passes.
+    """Refuse what is stored in a form that is not read; what `packed` reads passes.
 
     Raises:
         UnsupportedError: naming the form, what shows it, and what to do.
@@ -90,6 +90,8 @@ def refuse_foreign(folder: Path, config: Mapping[str, Any], stored: Mapping[str,
             return  # plain, or a tensor that is no weight, of which `checkpoint` speaks
         found = str(stated), strange[0]
     label, entry = found
+    if label.startswith(READ):
+        return
     if label == ONE_SCALE and stated_block(config) is not None:
         return  # a block's scales that do not fit, of which `checkpoint` speaks
     sidecar = next((name for name in SIDECARS if (folder / name).is_file()), None)
@@ -126,6 +128,8 @@ def _what_to_do(label: str, sidecar: str | None) -> str:
     return f"{start}."
 
 
+READ = ("GPTQ", "AWQ", "MXFP4", "NVFP4", "compressed-tensors", "fp8", "weights with F8_E8M0", "weights in F4", "4 or 8 bits", "block-scaled")
+"""How labels begin of what `packed` reads."""
 FUSED_FP8 = "fp8 with the experts of a layer fused in one tensor"
 ONE_SCALE = "fp8 with one scale per tensor or row"
 E8M0 = "block-scaled fp8 with F8_E8M0 scales"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moepress.models.families.family import Family, Shape, experts_key, layer_of, shape_of
+from moepress.models.families.family import Family, Shape, experts_key, shape_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +37,9 @@ def outline_of(family: Family, config: Mapping[str, Any], names: Iterable[str]) 
     """
     shape, by_layer, there = shape_of(family, config), dict[int | None, list[str]](), set[str]()
     for name in names:
-        by_layer.setdefault(layer_of(name), []).append(name)
-        there.add(family.module_name(name))
-    router = family.module_name(family.router[0])
+        by_layer.setdefault(family.layer_of(name), []).append(name)
+        there.add(name if family.derived else family.module_name(name))
+    router = family.router[0] if family.derived else family.module_name(family.router[0])
     layers = range(min(shape.layers, len(there)))  # a config may state any number
     return Outline(
         shape=shape,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moepress.compress.gptq.include import Include
 from moepress.models.forward.dense import load_dense
-from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.inspect import inspect_model
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from moepress.models.families.family import layer_of
 from moepress.validation.rules.facts import Facts
 from moepress.validation.rules.findings import Effect, Problem, Runtime
 
@@ -80,7 +79,7 @@ def legal_count(facts: Facts) -> Iterator[Problem]:
     happens = (Effect.REFUSES, "its router wants more experts than there are to choose from")
     if shape.experts < shape.top_k:
         what = f"{shape.experts} experts, and the router chooses {shape.top_k}"
-    elif shape.groups > 1 and in_group < 2 and facts.family.rule.group_score == "top2":
+    elif shape.groups > 1 and in_group < 2 and facts.family.rule and facts.family.rule.group_score == "top2":
         what = "router groups of one expert, and groups are ranked by their two best"
     elif shape.groups > 1 and shape.top_groups * in_group < shape.top_k:
         what = f"{shape.top_groups} router groups of {in_group} experts, and the router chooses {shape.top_k} of them"
@@ -119,7 +118,7 @@ def fast_router(facts: Facts) -> Iterator[Problem]:
 def fused_shared_expert(facts: Facts) -> Iterator[Problem]:
     """SGLang computes DeepSeek-V3's shared expert among the routed ones, with the original's count."""
     count = facts.shape.experts
-    if facts.family.rule.bias and facts.config.get("n_shared_experts") and count != FUSED_SHARED_EXPERTS:
+    if facts.family.rule and facts.family.rule.bias and facts.config.get("n_shared_experts") and count != FUSED_SHARED_EXPERTS:
         yield Problem(
             what=f"{count} experts beside a shared one",
             happens={
@@ -154,7 +153,7 @@ def mtp(facts: Facts) -> Iterator[Problem]:
     stated, layers = facts.config.get(_MTP_KEY), facts.shape.layers
     if facts.stored is None or not isinstance(stated, int) or not facts.family.mtp:
         return
-    behind = {layer for name in facts.tensors if (layer := layer_of(name)) is not None and layer >= layers}
+    behind = {layer for name in facts.tensors if (layer := facts.family.layer_of(name)) is not None and layer >= layers}
     runtimes = (Runtime.VLLM, Runtime.SGLANG)
     if stated and not behind:
         yield Problem(

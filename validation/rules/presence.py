@@ -58,7 +58,7 @@ def experts_complete(facts: Facts) -> Iterator[Problem]:
     if facts.kind is Kind.OTHER or any(expert_names(facts)):
         return  # nobody knows here which names its codes have
     for layer, rows in facts.router_rows().items():
-        if facts.family.fused_gate_up.format(layer=layer) in facts.tensors:
+        if facts.family.fused_gate_up and facts.family.at(facts.family.fused_gate_up, layer) in facts.tensors:
             continue
         lacking: dict[int, list[str]] = {0: [], 1: [], 2: []}
         for expert in range(rows):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from moepress.converters.safetensors.scheme import PER_CHANNEL
-from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.families.family import Part, part_of
 from moepress.validation.rules.facts import Facts, Kind
 from moepress.validation.rules.findings import Effect, Problem, Runtime, first
 
@@ -182,7 +182,7 @@ def mixed_in_layer(facts: Facts) -> Iterator[Problem]:
         return
     found: dict[int, set[tuple[int | None, int]]] = {}
     for module in facts.modules():
-        layer, width = layer_of(module), facts.width_of(module)
+        layer, width = facts.family.layer_of(f"{module}."), facts.width_of(module)
         if layer is not None and width is not None and facts.family.expert_of(f"{module}.weight"):
             found.setdefault(layer, set()).add((width.bits, width.group_size))
     mixed = sorted(layer for layer, widths in found.items() if len(widths) > 1)

@@ -74,7 +74,7 @@ def off_target(artifact: Source, original: Source, layer: int, folder: Path) -> 
     """sum |Q x - W x~|^2 / sum |W x~|^2 over gate, and over down, of a layer's experts and their tokens."""
     with torch.inference_mode():
         ours, theirs = walked(artifact, layer, folder), walked(original, layer, folder)
-        errors, activation = torch.zeros(2, 2, dtype=torch.float64), ours.model.activation(layer)
+        errors, activation = torch.zeros(2, 2, dtype=torch.float64), torch.nn.functional.silu
         for expert, (tokens, _) in enumerate(tokens_of(ours.chosen, ours.model.shape.experts)):
             mine, exact = (s.model.read_expert(layer, expert) for s in (ours, theirs))
             x, y = ours.inputs[tokens], theirs.inputs[tokens]

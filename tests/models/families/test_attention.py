@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from moepress.models.forward.attention import NAME, one_width
+from moepress.models.families.attention import NAME, one_width
 from moepress.models.forward.dense import load_dense
-from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.storage.checkpoint import open_checkpoint
 

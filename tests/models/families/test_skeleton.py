@@ -6,7 +6,7 @@ from pathlib import Path
 from r1_models import small_r1
 
 from moepress.calibration.profile import fingerprint
-from moepress.models.forward.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import open_checkpoint
 
