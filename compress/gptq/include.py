@@ -80,7 +80,7 @@ def unquantized_modules(source: "Source", layers: int, include: Iterable[Include
     ignored = set()
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)
-        plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.NORMS, Part.MTP, Part.ROUTED}
+        plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.MTP, Part.ROUTED}
         head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
         if plain and name.endswith(".weight") and name not in quantized and not head:
             # Some runtimes compare with names on disk, transformers with those of its modules.
