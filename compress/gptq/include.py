@@ -85,6 +85,7 @@ def unquantized_modules(source: "Source", layers: int, include: Iterable[Include
         if plain and name.endswith(".weight") and name not in quantized and not head:
             # Some runtimes compare with names on disk, transformers with those of its modules.
             ignored |= {n.removesuffix(".weight") for n in (name, source.family.module_name(name))}
+    ignored |= {name for name in source.family.linears_outside if not name.endswith("lm_head")}
     if source.family.head not in source.shapes:
         ignored.add(source.family.module_name(source.family.head).removesuffix(".weight"))
     return sorted(ignored, key=source.family.by_layer)

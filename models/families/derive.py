@@ -109,6 +109,11 @@ class _Derivation:
             layers=self.structure.layers,
             additive=False,
             defaults=self._defaults(groups),
+            linears_outside=tuple(
+                name
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.Linear) and self.structure.inner_name(name) is None
+            ),
             templates=tuple(self._templates()),
             converted=tuple(sorted(self.places.converted)),
             **experts,

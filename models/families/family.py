@@ -94,6 +94,7 @@ class Family:
         loads_single: transformers loads experts that are stored one by one, as quantized ones are.
         additive: experts' outputs are added to what the rest of a layer gives, and change nothing else in it.
         defaults: numbers that transformers takes where config.json does not state them.
+        linears_outside: transformers' names of Linears outside of the decoder layers, such as those of towers.
         templates: of a derived family, (names on disk with `#` for numbers, the same in transformers, `Part`).
         converted: of `templates`, those that transformers makes its tensors of by more than another name.
     """
@@ -142,6 +143,7 @@ class Family:
     loads_single: bool = True
     additive: bool = True
     defaults: tuple[tuple[str, int], ...] = ()
+    linears_outside: tuple[str, ...] = ()
     templates: tuple[tuple[str, str, str], ...] = ()
     converted: tuple[str, ...] = ()
 
