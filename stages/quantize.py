@@ -25,6 +25,7 @@ from moepress.models.storage.experts import prune_source
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
 from moepress.runs.output import check_output
+from moepress.runs.progress import note
 from moepress.stages.groundwork import (
     announce,
     checked_plan,
@@ -72,6 +73,8 @@ def quantize_stage(
     inputs = watched(folder)
     checkpoint = open_checkpoint(folder)
     announce(checkpoint)
+    if checkpoint.pressed_as:
+        note(f"The experts are stored as {checkpoint.pressed_as} already; quantizing them again costs quality.")
     if mtp is Mtp.KEEP:
         refuse_quantized_mtp(checkpoint)
     if plan is not None:
