@@ -87,18 +87,8 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "qwen4_exp": _QWEN4,
     "step3p7": {"layer_types": _ALTERNATING, "sliding_window": 8},
 }
-_SLIDING = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 64, "qk_nope_head_dim": 48}
-_DOTS3: dict[str, Any] = {  # a quarter of head_dim is rotated; sliding layers have fewer and wider heads
-    "head_dim": 64,
-    "qk_nope_head_dim": 32,
-    "num_hidden_layers": 4,
-    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-    "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention", "sliding_attention"],
-    "per_layer_config": {2: _SLIDING, 3: _SLIDING},
-}
 # What `shrunk` does not get right.
 _MENDED: dict[str, dict[str, Any]] = {
-    "dots3_note": _DOTS3,
     "ernie4_5_vl_moe": {"moe_intermediate_size": [64, 32], "rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
 }
 # Types that can not be built, run or saved and loaded, and why; `python tests/every_family.py` verifies it.

@@ -56,6 +56,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     ("pos_emb_height|pos_emb_width|posemb_grid_size", 4),
 )
 _SPECIAL = re.compile(r"\w*(_token_ids?|_token_index|_(bos|pad|nothink|eos)_id)")
+_WIDEST = 4  # times the rotated part of a head
 _DEPTH = ("num_hidden_layers", "n_layers", "num_layers", "depth", "encoder_layers")
 _BY_LAYER = ("layer_types", "layers_block_type")  # where the number of layers is not stated
 # What layers differ by besides lists with an entry per layer: those before a number, and each so-manieth.
@@ -166,6 +167,8 @@ def _sequence(key: str, value: Any, depth: int, layers: int, *, text: bool) -> A
     if depth and len(value) == depth:
         value = value[:layers]
     whole = isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+    if whole and key == "hidden_sizes":  # of a tower that grows wider
+        return [item * (HIDDEN // 2) // min(value) for item in value]
     size = _size(key.removesuffix("_per_layer"))
     if not whole or size is None:
         return value
@@ -200,10 +203,7 @@ def _fit(before: Mapping[str, Any], values: dict[str, Any], layers: int) -> None
     heads, shared = before.get("num_attention_heads"), before.get("num_key_value_heads")
     if type(heads) is int and type(shared) is int and heads and shared:
         values["num_key_value_heads"] = 4 if shared == heads else min(shared, 2)
-    if before.get("qk_head_dim"):
-        values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
-        if before.get("head_dim") == before["qk_head_dim"] != before["qk_rope_head_dim"]:
-            values["head_dim"] = values["qk_head_dim"]
+    _fit_latent(before, values)
     if before.get("global_head_dim") and before.get("head_dim") != before["global_head_dim"]:
         values["global_head_dim"] = 32
     own_width = any(re.fullmatch(r"moe_intermediate_size|\w*expert\w*_size", key) for key in before)
@@ -215,6 +215,21 @@ def _fit(before: Mapping[str, Any], values: dict[str, Any], layers: int) -> None
         values["num_kv_shared_layers"] = layers // 2
     _fit_rotary(before, values)
     _fit_layers(before, values)
+
+
+def _fit_latent(before: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Widths of heads whose keys are rotated in part: how they stand to the rotated part stays."""
+    rotated = before.get("qk_rope_head_dim")
+    if not rotated:
+        return
+    for key in ("qk_nope_head_dim", "v_head_dim", "head_dim"):
+        wide = before.get(key)
+        if wide and wide % rotated == 0 and wide // rotated <= _WIDEST:
+            values[key] = values["qk_rope_head_dim"] * (wide // rotated)
+    if before.get("qk_head_dim"):
+        values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+        if before.get("head_dim") == before["qk_head_dim"] != rotated:
+            values["head_dim"] = values["qk_head_dim"]
 
 
 def _fit_rotary(before: Mapping[str, Any], values: dict[str, Any]) -> None:
