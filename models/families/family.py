@@ -93,6 +93,7 @@ class Family:
         layers: how many decoder layers there are; only set by `derive`.
         expert_width: F; only set by `derive`.
         additive: experts' outputs are added to what the rest of a layer gives, and change nothing else in it.
+        residual: the residual stream before the experts is known; else what they get stands for it.
         defaults: numbers that transformers takes where config.json does not state them.
         templates: of a derived family, (names on disk with `#` for numbers, the same in transformers, `Part`).
         correction: name of the tensor that is added to the router's scores for the choice; empty: the first of `router`
@@ -141,6 +142,7 @@ class Family:
     layers: int = 0
     expert_width: int = 0
     additive: bool = True
+    residual: bool = True
     defaults: tuple[tuple[str, int], ...] = ()
     templates: tuple[tuple[str, str, str], ...] = ()
     converted: tuple[str, ...] = ()

@@ -338,7 +338,7 @@ def _weight(name: str, like: "torch.Tensor", experts: int, generator: "torch.Gen
     if re.search("embed_tokens|lm_head|wte", name):
         return values * 0.5
     fan_in = math.prod(like.shape[1:]) if "conv" in name else like.shape[-1]
-    return values * float(fan_in) ** -0.5  # keeps the scale of what passes through
+    return values * math.sqrt(1 / fan_in)  # keeps the scale of what passes through
 
 
 def is_correction_bias(name: str) -> bool:

@@ -23,6 +23,7 @@ from moepress.models.forward.replay import hidden_of
 from moepress.models.forward.streamed import StreamedModel, apply_expert, tokens_of
 
 _TOLERANCE = 1e-5
+_EXACT = 2e-6
 _SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 Groups = tuple[tuple[str, ...], ...]
@@ -197,7 +198,10 @@ def _scale(router: Router, layers: Sequence[Layer]) -> float | None:
         ours.append(combine_weights(router, scores(router, layer.routed.logits), layer.routed.chosen).flatten())
         theirs.append(layer.routed.weights.float().flatten())
     made, seen = torch.cat(ours), torch.cat(theirs)
-    scale = float(f"{float((seen @ made) / (made @ made)):.5g}")
+    exact = float((seen @ made) / (made @ made))
+    # As a config would state it, where that is as good as what was read off.
+    short = (float(f"{exact:.{digits}g}") for digits in range(1, 8))
+    scale = next((value for value in short if abs(value - exact) <= _EXACT * exact), exact)
     close = bool(((made * scale - seen).abs() <= _TOLERANCE * seen.abs().max()).all())
     return scale if close and scale > 0 else None
 

@@ -21,17 +21,20 @@ from moepress.errors import UnsupportedError
 from moepress.models.families import remembered
 from moepress.models.families.family import Config, Family, Part, RouterRule
 from moepress.models.families.shrunk import TEXT_VOCABULARY, random_model, shrunk
+from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.probe import Groups, Layer, found_residual, groups_of, layers_of, rule_of
 from moepress.models.forward.replay import hidden_of
 from moepress.models.forward.scratch import Scratch
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, forward
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.runs.progress import silent
 from moepress.runs.text import one_line
 
 _TOLERANCE = 5e-5  # of the largest logit: sums in another order; what is wrong shows in the second digit
 _WINDOWS, _LENGTH = 2, 24
 _MEMORY = 1 << 28
+_MOST_PARAMETERS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,7 @@ def proven_family(family: Family, config: Config) -> Family:
     return replace(
         family,
         additive=found.additive,
+        residual=found.residual,
         rule=found.rule if known else None,
         correction=correction,
         attention_groups=_on_disk(family, found.attention_groups, (Part.ATTENTION,)),
@@ -103,6 +107,7 @@ def _proven(tiny: dict[str, Any]) -> Proven:
     kind = tiny.get("model_type")
     try:
         with _quiet(), tempfile.TemporaryDirectory(prefix="moepress-proof-") as folder:
+            _require_small(tiny)
             model = random_model(tiny)
             tokens = torch.randint(2, TEXT_VOCABULARY, (_WINDOWS, _LENGTH), generator=torch.Generator().manual_seed(1))
             with torch.inference_mode():
@@ -126,6 +131,14 @@ def _proven(tiny: dict[str, Any]) -> Proven:
             f"Model type {kind!r} can not be pressed: a tiny model of it can not be computed layer by layer "
             f"({one_line(error)}); please report the model type."
         ) from error
+
+
+def _require_small(tiny: Config) -> None:
+    """Refuse a model with a size whose key has a name that `shrunk` does not know, before it takes all memory."""
+    skeleton = build_skeleton(tiny, attention="eager")
+    count = sum(tensor.numel() for tensor in skeleton.parameters())
+    if count > _MOST_PARAMETERS:
+        raise ValueError(f"it has {count:,} parameters")
 
 
 def _told(
@@ -191,14 +204,14 @@ def _first(model: Any, checkpoint: Checkpoint, layers: list[Layer], tokens: Tens
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers says and shows of a tiny model."""
+    """Without what transformers and our walk say and show of a tiny model."""
     from transformers.utils import logging
 
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), silent():
             warnings.simplefilter("ignore")
             yield
     finally:

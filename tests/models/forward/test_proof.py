@@ -121,6 +121,12 @@ def test_a_wrong_gating_is_refused_and_its_layer_named(monkeypatch: pytest.Monke
         prove(config_of("glm4_moe", rope_parameters={"rope_type": "default", "rope_theta": 9000.0}))
 
 
+def test_a_model_that_stays_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_MOST_PARAMETERS", 1000)
+    with pytest.raises(UnsupportedError, match=r"'glm4_moe'.*parameters"):
+        prove(config_of("glm4_moe", rope_parameters={"rope_type": "default", "rope_theta": 7000.0}))
+
+
 def test_an_exception_is_a_refusal_that_names_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Gating:
         raise ValueError("no such gate")
@@ -156,6 +162,7 @@ def test_a_derived_family_gets_what_was_told() -> None:
     assert found.correction == "model.layers.{layer}.mlp.e_score_correction_bias"
     assert (found.additive, found.attention_groups) == (True, ATTENTION)
     assert replace(found, rule=None, correction="", additive=False, attention_groups=(), mlp_groups=()) == family
+    assert not proven_family(derive(other := config_of("llama4")), other).residual
     assert proven_family(family, config) == found
 
 
@@ -201,9 +208,7 @@ def call(path: str, inputs: Tensor, part: probe.Part = probe.Part.ATTENTION) -> 
 
 
 def layer(*calls: probe.Call, late: frozenset[str] = frozenset()) -> probe.Layer:
-    return probe.Layer(
-        hidden=torch.zeros(1), calls=calls, late=late, routed=None, biases={}, weighs_inputs=False
-    )
+    return probe.Layer(hidden=torch.zeros(1), calls=calls, late=late, routed=None, biases={}, weighs_inputs=False)
 
 
 ONE, TWO, THREE = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)
@@ -235,7 +240,6 @@ def test_an_mlp_before_attention_is_left_out() -> None:
     assert probe.groups_of([found]) == ((("q",),), (("down",),))
 
 
-# What hub configs state, for `shrunk`: (config, keys that must be in the tiny one).
 def test_a_config_is_shrunk_with_its_kinds_of_layers() -> None:
     kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 10
     large = config_of("qwen3_5_moe", num_hidden_layers=40, layer_types=kinds, num_experts=256, hidden_size=2048)
