@@ -33,12 +33,13 @@ class RouterRule:
     """How a router turns logits into chosen experts and combine weights (FORMULAS: Routing).
 
     Attributes:
-        scoring: `sigmoid` (DeepSeek-V3) or `softmax`.
+        scoring: `sigmoid` (DeepSeek-V3), `softmax`, or `sqrtsoftplus`, the root of log(1 + e^x).
         bias: a correction bias is added for the choice only, never to the weights.
         group_score: how a group is ranked: the sum of its two best choices, its best one, or no groups.
         renormalise_key: config key that says whether the chosen weights are divided by their sum; None: `renormalise`.
         renormalise: used when there is no key.
-        scale_key: config key of the factor on the weights.
+        scale_key: config key of the factor on the weights; None: `scale`.
+        scale: used when there is no key.
     """
 
     scoring: str
@@ -47,6 +48,7 @@ class RouterRule:
     renormalise_key: str | None = None
     renormalise: bool = False
     scale_key: str | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +95,12 @@ class Family:
         expert_width: F; only set by `derive`.
         loads_single: transformers loads experts that are stored one by one, as quantized ones are.
         additive: experts' outputs are added to what the rest of a layer gives, and change nothing else in it.
+        residual: the residual stream before the experts is known; else what they get stands for it.
         defaults: numbers that transformers takes where config.json does not state them.
         linears_outside: transformers' names of Linears outside of the decoder layers, such as those of towers.
         templates: of a derived family, (names on disk with `#` for numbers, the same in transformers, `Part`).
+        correction: name of the tensor that is added to the router's scores for the choice; empty: the first of `router`
+            that ends with `bias`, where the rule has one.
         converted: of `templates`, those that transformers makes its tensors of by more than another name.
     """
 
@@ -142,10 +147,12 @@ class Family:
     expert_width: int = 0
     loads_single: bool = True
     additive: bool = True
+    residual: bool = True
     defaults: tuple[tuple[str, int], ...] = ()
     linears_outside: tuple[str, ...] = ()
     templates: tuple[tuple[str, str, str], ...] = ()
     converted: tuple[str, ...] = ()
+    correction: str = ""
 
     @property
     def known_rule(self) -> RouterRule:

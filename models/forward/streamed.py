@@ -242,8 +242,14 @@ class StreamedModel:
         """The correction bias of a layer's router, fp32 [E] on the CPU, or None."""
         if self.family.rule is None or not self.family.rule.bias:
             return None
-        names = [name for name in router_disk_names(self.source, layer) if name.endswith("bias")]
-        return self.source.read(names[0]).float().reshape(-1) if names else None
+        own = self.family.correction
+        names = [self.family.at(own, layer)] if own else router_disk_names(self.source, layer)
+        found = next((name for name in names if name in self.source.shapes and (own or name.endswith("bias"))), None)
+        return None if found is None else self.source.read(found).float().reshape(-1)
+
+    def weighs_inputs(self, layer: int) -> bool:
+        """Whether what a layer's experts get was weighed before, so that their outputs are not."""
+        return self._recorders[layer].scattered
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype | None = None) -> Expert:
         """One expert of a layer on the device, in the compute dtype or another one."""
