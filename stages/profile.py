@@ -12,7 +12,6 @@ from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import measure_rates
 from moepress.models.forward.inventory import inventory
-from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.inside import watched
 from moepress.runs.output import check_output
 from moepress.stages.groundwork import (
@@ -21,6 +20,7 @@ from moepress.stages.groundwork import (
     free_disk,
     load_corpus,
     model_run,
+    opened,
     require_room,
     streamed,
     warn_of_memory,
@@ -43,7 +43,7 @@ def profile_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
-    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    checkpoint = opened(folder, allow_nonfinite=allow_nonfinite)
     announce(checkpoint)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
@@ -94,7 +94,7 @@ def profile_estimate(
 ) -> Estimate:
     """What `profile` would take; without an output its disk is taken to have room."""
     folder = model_folder(model_name)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = opened(folder)
     announce(checkpoint)
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
     work = _profile_workload(corpus, machine, output)

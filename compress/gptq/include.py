@@ -21,8 +21,6 @@ class Include(StrEnum):
 
 
 _PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}
-# Linears of a gated MLP, in the order of the data.
-_MLP_GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ def linear_groups(
     for part, kind in _PARTS.items():
         if kind not in wanted:
             continue
-        orders = source.family.attention_groups if part is Part.ATTENTION else _MLP_GROUPS
+        orders = source.family.attention_groups if part is Part.ATTENTION else source.family.mlp_groups
         for order in orders:
             leaves = [leaf for leaf in order if leaf not in source.family.never_quantize]
             found = tuple(n for leaf in leaves for n in by_part.get(part, []) if n.split(".")[-2] == leaf)

@@ -98,6 +98,7 @@ class _Derivation:
             top_groups_key=groups[1],
             attention_groups=(),
             mlp_groups=(),
+            never_quantize=self._never_quantized(),
             float32=_float32(self.model, self.places),
             derived=True,
             text_key=self.text_key,
@@ -124,6 +125,11 @@ class _Derivation:
         keys = ("hidden_size", "vocab_size", "max_position_embeddings", self._top_k_key(), *groups)
         found = ((key, getattr(self.parsed, key, None)) for key in keys if key is not None)
         return tuple((key, value) for key, value in found if type(value) is int)
+
+    def _never_quantized(self) -> tuple[str, ...]:
+        """Latent attention's `kv_b_proj`, over which runtimes trip wherever it occurs."""
+        there = any(".kv_b_proj." in name for name in self.places.first)
+        return ("kv_b_proj",) if there else ()
 
     def _stated(self, key: str) -> bool:
         return isinstance(getattr(self.parsed, key, None), int)
@@ -203,9 +209,7 @@ class _Derivation:
                 )
             names |= {"fused_gate_up": fused[first], "fused_down": fused["down_proj"]}
             names["fused_gate"] = fused.get(f"gate of {first}", "")
-            names["fused_biases"] = tuple(
-                fused[bias] for bias in (f"{first}_bias", "down_proj_bias") if bias in fused
-            )
+            names["fused_biases"] = tuple(fused[bias] for bias in (f"{first}_bias", "down_proj_bias") if bias in fused)
             names |= self._orientation(example[first], apart=bool(names["fused_gate"]))
         elif not single and down not in self.shapes:
             raise InvalidInputError(
@@ -409,7 +413,14 @@ def _text_key(whole: Any, text: Any) -> str | None:
     """Where the text model's config lies in the whole config."""
     if text is whole:
         return None
-    return next((key for key in ("text_config", "llm_config", "language_config", *whole.sub_configs) if getattr(whole, key, None) is text), None)
+    return next(
+        (
+            key
+            for key in ("text_config", "llm_config", "language_config", *whole.sub_configs)
+            if getattr(whole, key, None) is text
+        ),
+        None,
+    )
 
 
 def _pattern(template: str, numbers: int) -> str:
@@ -469,8 +480,12 @@ def _blocks(places: Places, structure: Structure) -> list[str]:
 
 
 def _float32(model: Any, places: Places) -> tuple[str, ...]:
-    """Suffixes of names on disk that transformers keeps in fp32, and of correction biases, which their authors keep so."""
-    stated = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ()), "e_score_correction_bias"}
+    """Suffixes of names on disk that transformers keeps in fp32, and of correction biases, which authors keep so."""
+    stated = {
+        *(model._keep_in_fp32_modules_strict or ()),
+        *(model._keep_in_fp32_modules or ()),
+        "e_score_correction_bias",
+    }
     wanted = re.compile(rf"(^|\.)({'|'.join(map(re.escape, sorted(stated)))})(\.|$)")
     kinds = [numbered(name)[0] for name, (module_name, _) in places.first.items() if wanted.search(module_name)]
     return tuple(sorted({kind.rpartition("#.")[2] for kind in kinds}))

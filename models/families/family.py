@@ -65,14 +65,14 @@ class Family:
         experts_keys: config keys that may hold the number of routed experts.
         rule: how the router chooses; None where it was not found out (`derive`): what needs it is then refused.
         expert_width_key: config key of F; None: `expert_width`.
-        gate, up, down: weight names of one expert, shapes [F, D], [F, D], [D, F]; `gate` is empty where experts have none.
+        gate, up, down: weight names of one expert, shapes [F, D], [F, D], [D, F]; `gate` is empty where there is none.
         router: names of the tensors with an axis of experts; the first one is the router's weight [E, D].
         router_axes: which axis that is, in the order of `router`; 0 where not given.
         router_extra: rows of the router behind those of the experts, such as one for "no expert"; they stay.
         tables: names of tensors that hold expert numbers.
         fused_gate_up, fused_down: names of the experts of a layer in two tensors, [E, 2F, D] and [E, D, F]; where there
             is no gate the first is [E, F, D].
-        fused_gate: where gate and up are fused by themselves, the name of the gates; `fused_gate_up` is that of the ups.
+        fused_gate: where gates and ups are fused apart, the name of the gates; `fused_gate_up` is that of the ups.
         fused_transposed: the last two axes of both lie the other way round on disk.
         fused_interleaved: rows of the first are gate, up, gate, up, ..., not all of one and then all of the other.
         fused_biases: names of the biases of both, or empty.
@@ -88,7 +88,7 @@ class Family:
         keys: the routing keys that its forward pass reads, and what their values may be.
         derived: made by `derive`, not a row.
         text_key: where the text model's config lies in config.json; None: it is config.json.
-        layers_at: the prefix of a decoder layer's names on disk, without its number; `module_layers_at` in transformers.
+        layers_at: prefix of a decoder layer's names on disk, without its number; `module_layers_at` in transformers.
         embeddings, head, norm: the names on disk of the three tensors outside of the layers.
         moe_layers: which layers have experts; None: the routing keys say so.
         layers: how many decoder layers there are; only set by `derive`.
@@ -211,7 +211,7 @@ class Family:
         return tuple(self.at(p, layer) for p in self.router)
 
     def fused_names(self, layer: int) -> tuple[str, ...]:
-        """Disk names of a layer's experts where they are fused: gate and up, down, biases of both; or up, down, gate."""
+        """Disk names of a layer's fused experts: gate and up, down, biases of both; or up, down, gate."""
         names = (self.fused_gate_up, self.fused_down, *self.fused_biases, self.fused_gate)
         return tuple(self.at(p, layer) for p in names if p)
 

@@ -35,8 +35,8 @@ def router_of(family: Family, config: Mapping[str, Any], shape: Shape) -> Router
     rule = family.rule
     if rule is None:
         raise UnsupportedError(
-            f"How the router of {family.name} models chooses was not found out, so what an expert's absence would change "
-            "can not be computed; choose another criterion than loo."
+            f"How the router of {family.name} models chooses was not found out, so what an expert's absence would "
+            "change can not be computed; choose another criterion than loo."
         )
     config = family.text(config)
     # DeepSeek-V2 chooses by groups only where its config says so; V3 has no other way.

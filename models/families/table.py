@@ -140,7 +140,11 @@ def family_of(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = Non
             "mixture-of-experts models."
         )
     # Of fused experts the shape tells how they lie; of others the number of axes is enough.
-    kinds = None if shapes is None else sorted({(numbered(n)[0], shape if len(shape) == 3 else (len(shape),)) for n, shape in shapes.items()})
+    kinds = (
+        None
+        if shapes is None
+        else sorted({(numbered(n)[0], shape if len(shape) == 3 else (len(shape),)) for n, shape in shapes.items()})
+    )
     file = remembered.place_of("families", config, [kinds])
     found = _recalled(remembered.recall(file))
     if found is None:

@@ -1,4 +1,4 @@
-"""What is looked at while a decoder layer runs: what its experts would get, the router's logits, the residual stream."""
+"""What is looked at while a decoder layer runs: what its experts would get, router logits, the residual stream."""
 
 import inspect
 import threading

@@ -9,9 +9,8 @@ layer without experts, a few experts, and the windows' hidden states.
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -82,7 +81,7 @@ class StreamedModel:
         return self._replay.layers[layer]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """What the first layer gets of tokens: mostly their embeddings [B, T, D], in the compute dtype, on the device."""
+        """What the first layer gets of tokens: mostly embeddings [B, T, D], in the compute dtype, on the device."""
         return next(self.embed_all(iter((tokens_BT,))))
 
     def embed_all(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -95,13 +94,17 @@ class StreamedModel:
             ids = torch.arange(len(whole)) if whole is not None else tokens.unique()
             rows = whole
             if rows is None:
-                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()]).to(self.device, self.dtype)
+                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()]).to(
+                    self.device, self.dtype
+                )
             embedding.load_state_dict({"weight": rows}, strict=False, assign=True)
             embedding.__dict__["rows_read"] = ids.to(self.device)
             yield self._replay.embed(tokens.to(self.device)).to(self.dtype)
         if not self._looks_back:
             embedding.__dict__.pop("rows_read", None)
-            embedding.load_state_dict({"weight": embedding.state_dict()["weight"].to("meta")}, strict=False, assign=True)
+            embedding.load_state_dict(
+                {"weight": embedding.state_dict()["weight"].to("meta")}, strict=False, assign=True
+            )
 
     @cached_property
     def _looks_back(self) -> bool:
@@ -158,7 +161,9 @@ class StreamedModel:
             return
         for module_name, disk_name in self._outer_names.items():
             parent, _, leaf = module_name.rpartition(".")
-            self.skeleton.get_submodule(parent).load_state_dict({leaf: self._read(disk_name)}, strict=False, assign=True)
+            self.skeleton.get_submodule(parent).load_state_dict(
+                {leaf: self._read(disk_name)}, strict=False, assign=True
+            )
         for owner, value in self._computed.values():
             for name, buffer in owner._buffers.items():
                 if buffer is value:

@@ -71,7 +71,7 @@ def _problems(
 def _derived_problems(
     family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], wanted: Expected
 ) -> list[str]:
-    """Of a derived family: every tensor of transformers' model is there, and nothing else but what it leaves out itself.
+    """Of a derived family: every tensor of transformers' model is there, and nothing but what it leaves out itself.
 
     Names come from the loader, so a tensor that has no place may be of a part that transformers does not build. Within
     the decoder layers there is no such part.

@@ -165,7 +165,7 @@ class Cut:
 
 
 def cuts_of(source: Source, layer: int, kept: Sequence[int]) -> dict[str, Cut]:
-    """Tensors of a layer that are cut when only these experts stay, by name on disk; single experts' are not among them."""
+    """Tensors of a layer that are cut when only these experts stay, by name on disk; not those of single experts."""
     family, cuts = source.family, dict[str, Cut]()
     experts = source.outline.shape.experts
     for number, pattern in enumerate(family.router):
@@ -295,7 +295,10 @@ def _renumber(
     base: Source, layer: int, kept: Sequence[int], shapes: dict[str, tuple[int, ...]], renamed: dict[str, str]
 ) -> None:
     family = base.family
-    names = [[*family.expert_names(layer, e), *bias_names(family, layer, e).values()] for e in range(base.outline.shape.experts)]
+    names = [
+        [*family.expert_names(layer, e), *bias_names(family, layer, e).values()]
+        for e in range(base.outline.shape.experts)
+    ]
     for of_expert in names:
         for name in of_expert:
             shapes.pop(name, None)

@@ -160,7 +160,9 @@ def _exports(
     from moepress.converters.onnx.export import OnnxRequest, onnx_bytes, plan_onnx
 
     before = onnx_bytes(plan_onnx(checkpoint, OnnxRequest()))
-    after = onnx_bytes_after(before, figures, pressed, bias=checkpoint.family.rule is not None and checkpoint.family.rule.bias)
+    after = onnx_bytes_after(
+        before, figures, pressed, bias=checkpoint.family.rule is not None and checkpoint.family.rule.bias
+    )
     rows["export-onnx"] = estimate_onnx(figures, pressed.size, after, pressed.count, rates)
     if not recipe.throughput:
         return rows, []

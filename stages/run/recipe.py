@@ -21,11 +21,11 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import choose_device, choose_dtype
-from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 from moepress.runs.text import suggestion
 from moepress.stages.export import check_onnx, onnx_bits
-from moepress.stages.groundwork import load_corpus
+from moepress.stages.groundwork import load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
 from moepress.stages.repair import check_repair
@@ -206,7 +206,7 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     """
     folder = model_folder(recipe.model)
     all_targets(_targets_file(recipe))
-    checkpoint = open_checkpoint(folder)
+    checkpoint = opened(folder)
     shape = checkpoint.shape
     known = settled(recipe, checkpoint)
     if recipe.repair:
@@ -231,8 +231,8 @@ def _check_unquantized(recipe: Recipe, checkpoint: Checkpoint) -> None:
     if recipe.to or recipe.include:
         what = f"--to {','.join(recipe.to)}" if recipe.to else "--include"
         raise UsageError(
-            f"The experts of this model are stored as {stored} already, so `run` prunes them and keeps their codes, and "
-            f"{what} needs others; ask for --bits 4 to quantize again, which costs quality."
+            f"The experts of this model are stored as {stored} already, so `run` prunes them and keeps their codes, "
+            f"and {what} needs others; ask for --bits 4 to quantize again, which costs quality."
         )
 
 
@@ -352,6 +352,6 @@ def runtime_notes(recipe: Recipe) -> list[str]:
     """
     if budget_request(recipe) is not None:
         return []
-    checkpoint = open_checkpoint(model_folder(recipe.model))
+    checkpoint = opened(model_folder(recipe.model))
     known, degroup = settled(recipe, checkpoint), recipe.groups is Groups.DEGROUP
     return notes_before(checkpoint.config, known.count, known.scheme, degroup=degroup, gptq="gptq" in recipe.to)

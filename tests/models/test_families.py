@@ -1,4 +1,4 @@
-"""Every mixture-of-experts model of the installed transformers, against transformers itself: see tests/family_criteria.py.
+"""Every mixture-of-experts model of the installed transformers, against transformers: see tests/family_criteria.py.
 
 `make test` tries ten types, `make test-families` all of them. What a type shows, or why it does not, stands in
 families_golden.json; a new release of transformers that changes it shows here.

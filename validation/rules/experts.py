@@ -120,7 +120,12 @@ def fast_router(facts: Facts) -> Iterator[Problem]:
 def fused_shared_expert(facts: Facts) -> Iterator[Problem]:
     """SGLang computes DeepSeek-V3's shared expert among the routed ones, with the original's count."""
     count = facts.shape.experts
-    if facts.family.rule and facts.family.rule.bias and facts.config.get("n_shared_experts") and count != FUSED_SHARED_EXPERTS:
+    if (
+        facts.family.rule
+        and facts.family.rule.bias
+        and facts.config.get("n_shared_experts")
+        and count != FUSED_SHARED_EXPERTS
+    ):
         yield Problem(
             what=f"{count} experts beside a shared one",
             happens={
