@@ -169,6 +169,14 @@ def _print_inventory(console: Console, found: Mapping[str, Any]) -> None:
     if found["legal_expert_counts_degrouped"]:
         console.print(f"with --groups degroup: {_ranges(found['legal_expert_counts_degrouped'])}")
     console.print(f"never quantized: {', '.join(found['never_quantized'])}")
+    how = (
+        "derived from transformers, nothing is written down for it" if found["derived"] else "a row of moepress's table"
+    )
+    console.print(f"family: {how}")
+    if found["stored_as"]:
+        console.print(f"stored as {found['stored_as']}: `prune` moves the bytes as they are")
+    for what in found["not_available"]:
+        console.print(f"not available: {what}")
     if found["mtp_layers"]:
         console.print("The multi-token-prediction layer is dropped, or kept by `prune --mtp keep`.")
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
+from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part, Shape, legal_counts
 from moepress.models.forward.inventory import Weight, cache_bytes, describe
+from moepress.models.forward.proof import proven_family
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.stages.groundwork import announce, workload
@@ -71,7 +73,7 @@ def inspect_model(
         UsageError, InvalidInputError: the model or the user's table of GPUs can not be used.
     """
     targets = all_targets(targets_file) if only is None else (target_of(only, targets_file),)
-    checkpoint = open_checkpoint(model_folder(model_name))
+    checkpoint, refusal = _proven(open_checkpoint(model_folder(model_name)))
     announce(checkpoint)
     check_tensors(
         checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=checkpoint.folder
@@ -83,6 +85,7 @@ def inspect_model(
     advice = count_advice(shape)
     count = advice[0]["experts"] if advice else shape.experts
     return describe(checkpoint) | {
+        "not_available": [refusal] if refusal else not_available(checkpoint),
         "recommended_expert_counts": advice,
         "calibration": calibration_advice(shape, work.tokens),
         "scheme": asdict(scheme),
@@ -95,6 +98,29 @@ def inspect_model(
         },
         "targets": target_fits(checkpoint, figures, scheme, context or min(DEFAULT_CONTEXT, shape.context), targets),
     }
+
+
+def _proven(checkpoint: Checkpoint) -> tuple[Checkpoint, str | None]:
+    """The model with what its family's proof told; or as it is, and why it is refused for work."""
+    try:
+        return replace(checkpoint, family=proven_family(checkpoint.family, checkpoint.config)), None
+    except UnsupportedError as error:
+        return checkpoint, str(error)
+
+
+def not_available(checkpoint: Checkpoint) -> list[str]:
+    """What can not be done with a model of this family, and why; a sentence each."""
+    family, found = checkpoint.family, list[str]()
+    if family.rule is None:
+        found.append("criterion loo, --budget and --mixed-bits: how its router makes weights was not found out")
+    if family.rule is None or not family.rule.bias:
+        found.append("--repair bias: its routers have no correction bias that is known")
+    if not family.loads_single:
+        found.append(
+            "transformers can not load its experts once they are quantized: it keeps those of a layer in one tensor, "
+            "and knows no way there from single ones"
+        )
+    return found
 
 
 def scheme_for(shape: Shape) -> Scheme:

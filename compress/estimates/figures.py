@@ -73,15 +73,15 @@ class Figures:
 def figures_of(checkpoint: Checkpoint) -> Figures:
     """Count once; a model may have a hundred thousand tensors."""
     layers, by_layer, widths, largest = checkpoint.shape.layers, dict[int, int](), [0], 0
-    for name, entry in checkpoint.stored.items():
+    for name, shape in checkpoint.shapes.items():
         layer, part = checkpoint.family.layer_of(name), part_of(checkpoint.family, name, layers)
-        if layer is None or layer >= layers or part is Part.ROUTED or name.endswith(".weight_scale_inv"):
+        if layer is None or layer >= layers or part is Part.ROUTED:
             continue
-        size = math.prod(entry.shape)
+        size = math.prod(shape)
         by_layer[layer] = by_layer.get(layer, 0) + size
         largest = max(largest, size)
-        if part in {Part.DENSE, Part.SHARED} and len(entry.shape) == 2:
-            widths.append(entry.shape[0] if name.endswith(("gate_proj.weight", "up_proj.weight")) else 0)
+        if part in {Part.DENSE, Part.SHARED} and len(shape) == 2:
+            widths.append(shape[0] if name.endswith(("gate_proj.weight", "up_proj.weight")) else 0)
     return Figures(
         shape=checkpoint.shape,
         attention=attention_shape(checkpoint.config),

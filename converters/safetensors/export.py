@@ -48,7 +48,7 @@ def check_target(artifact: Artifact, target: Target) -> None:
             f"{artifact.folder} has mixed bits, which moepress lays out for ONNX only (--to onnx); loaders of other "
             "layouts take one scheme for the whole model."
         )
-    if target == "gptq" and artifact.family.head in artifact.shapes and artifact.is_quantized("lm_head.weight"):
+    if target == "gptq" and artifact.family.head in artifact.shapes and artifact.is_quantized(artifact.family.head):
         raise UnsupportedError("The GPTQ layout of a quantized lm_head is read by no MoE loader; quantize without it.")
 
 

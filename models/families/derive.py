@@ -451,8 +451,8 @@ _LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 def _written(places: Places, structure: Structure, layers_at: str) -> tuple[dict[str, str], bool]:
     """Names of single experts' matrices, for what is written of experts that are stored fused.
 
-    Where transformers makes the fused tensors of single ones they are named as its converter wants them. Elsewhere as
-    most models name them, and transformers does not load them; llm-compressor writes the same.
+    Where transformers makes the fused tensors of single ones they are named as its converter wants them; elsewhere as
+    most models name them, and transformers does not load them.
 
     Returns:
         The names of gate, up and down, and whether transformers loads them.

@@ -300,8 +300,7 @@ def part_of(family: Family, disk_name: str, layers: int) -> Part:
     """Which part of the model a tensor belongs to; `layers` is `num_hidden_layers`."""
     layer = family.layer_of(disk_name)
     if family.derived:
-        found = family.part_of(disk_name)
-        return Part.MTP if layer is not None and layer >= layers else found or Part.TOWERS
+        return Part.MTP if layer is not None and layer >= layers else _derived_part(family, disk_name)
     name = family.module_name(disk_name)
     if layer is None:
         if name.startswith("lm_head"):
@@ -313,6 +312,17 @@ def part_of(family: Family, disk_name: str, layers: int) -> Part:
         if marker in name:
             return part
     return Part.NORMS
+
+
+_PIECES = ("_blocks", "_scales", "_scale_inv", "_scale")
+
+
+def _derived_part(family: Family, name: str) -> Part:
+    """The part of a tensor, or of what stands in its place: codes, scales and the like."""
+    if family.expert_of(name) is not None:
+        return Part.ROUTED
+    stems = (name, *(name.removesuffix(piece) for piece in _PIECES), f"{name.rpartition('.')[0]}.weight")
+    return next((part for stem in stems if (part := family.part_of(stem)) is not None), Part.TOWERS)
 
 
 _MARKERS = (

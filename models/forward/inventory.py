@@ -10,6 +10,7 @@ from moepress.hub.snapshot import origin_of
 from moepress.models.families.family import Part, legal_counts, part_of
 from moepress.models.families.hf_config import hf_config
 from moepress.models.families.table import FAMILIES, family_of
+from moepress.models.storage.experts import mtp_layers
 
 if TYPE_CHECKING:
     from moepress.models.storage.checkpoint import Checkpoint
@@ -30,11 +31,10 @@ def weigh(checkpoint: "Checkpoint") -> dict[Part, Weight]:
     layers = checkpoint.shape.layers
     parameters = dict.fromkeys(Part, 0)
     sizes = dict.fromkeys(Part, 0)
-    for name, entry in checkpoint.stored.items():
+    for name, shape in checkpoint.shapes.items():
         part = part_of(checkpoint.family, name, layers)
-        sizes[part] += entry.bytes
-        if not name.endswith(".weight_scale_inv"):
-            parameters[part] += math.prod(entry.shape)
+        sizes[part] += sum(checkpoint.stored[stored].bytes for stored in checkpoint.stored_names(name))
+        parameters[part] += math.prod(shape)
     return {part: Weight(parameters=parameters[part], bytes=sizes[part]) for part in Part if sizes[part]}
 
 
@@ -149,8 +149,10 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "bytes": checkpoint.total_bytes,
         "legal_expert_counts": list(legal_counts(shape)),
         "legal_expert_counts_degrouped": list(legal_counts(shape, degroup=True)) if shape.groups > 1 else None,
+        "derived": checkpoint.family.derived,
+        "stored_as": checkpoint.pressed_as or ("fp8" if checkpoint.block or checkpoint.packed else None),
         "never_quantized": ["router", "embeddings", "norms", *checkpoint.family.never_quantize],
-        "mtp_layers": int(checkpoint.config.get("num_nextn_predict_layers") or 0) if Part.MTP in parts else 0,
+        "mtp_layers": len(mtp_layers(checkpoint)),
         "layer_kinds": {
             "moe": len(routed_layers),
             "dense": checkpoint.outline.shape.layers - len(routed_layers),
