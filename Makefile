@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 INSTALL_INPUTS := pyproject.toml constraints.txt __init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test gates unit test-slow test-faults clean
+.PHONY: help venv dev demo test gates unit test-slow test-faults test-families clean
 
 help:
 	@echo "make demo       run moepress on its embedded model, from profile to report, into demo-out"
 	@echo "make test       all gates (ruff, mypy, import-linter) and the tests"
 	@echo "make test-slow  the tests that take longer      make test-faults   10,000 spoiled inputs and kills"
+	@echo "make test-families   every mixture-of-experts model of transformers, against transformers (10 minutes)"
 	@echo "make gates      the gates alone        make unit   the tests alone"
 	@echo "make venv       install moepress into .venv   make dev   with the tools for tests"
 	@echo "make clean      remove all that these made"
@@ -54,6 +55,10 @@ unit: dev
 
 test-slow: dev
 	$(BIN)/pytest -m slow
+
+# All model types that the installed transformers has; `make test` has ten of them.
+test-families: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/models/test_families.py -m "slow or not slow"
 
 # Ten thousand spoiled inputs of a seed that is printed, and the kills; `make test` has a short part of a fixed seed.
 test-faults: dev

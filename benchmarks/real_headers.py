@@ -998,10 +998,14 @@ def shards_of(rows: Iterable[Row], shard_bytes: int) -> list[list[Row]]:
 
 
 def write_hollow(file: Path, rows: Sequence[Row]) -> None:
-    """A safetensors file whose data is a hole."""
-    header, position = dict[str, Any](), 0
+    """A safetensors file whose data is a hole, but for the shapes of each layer's first packed expert, which are read."""
+    header, position, places = dict[str, Any](), 0, dict[int, tuple[int, int]]()
+    packed = {row[0]: row[2] for row in rows if row[0].endswith(".weight_packed")}
     for row in rows:
         name, dtype, shape = row
+        if name.endswith(".weight_shape") and ".experts.0." in name:
+            out, words = packed[f"{name.removesuffix('shape')}packed"]
+            places[position] = (out, words * 8)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size_of(row)]}
         position += size_of(row)
     raw = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
@@ -1009,6 +1013,9 @@ def write_hollow(file: Path, rows: Sequence[Row]) -> None:
     with file.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         stream.truncate(8 + len(raw) + position)
+        for place, (out, columns) in places.items():
+            stream.seek(8 + len(raw) + place)
+            stream.write(out.to_bytes(8, "little") + columns.to_bytes(8, "little"))
 
 
 def model_of(name: str) -> Model:

@@ -1,7 +1,8 @@
 """What a family must show, on a tiny random model of it; and the table of what every family of transformers shows.
 
 `python tests/family_criteria.py` tries all of them (some minutes) and writes the golden list, `python
-tests/family_criteria.py TYPE ...` tries some and prints what they give.
+tests/family_criteria.py TYPE ...` tries some and prints what they give, `python tests/family_criteria.py --table` writes
+the table in docs/families.md from the golden list.
 """
 
 import json
@@ -27,6 +28,7 @@ from moepress.errors import MoepressError
 from moepress.models.families.attention import register
 from moepress.models.families.derive import Places
 from moepress.models.families.skeleton import build_skeleton
+from moepress.models.families.table import FAMILIES
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import cuts_of, prune_source, router_disk_names
 from moepress.models.storage.safetensors_file import read_bytes
@@ -216,9 +218,58 @@ def attempt(subject: Subject, criterion: str) -> Outcome:
     return Outcome("", time.monotonic() - start)
 
 
+def table(known: Mapping[str, Mapping[str, str]]) -> str:
+    """The golden list as Markdown: a row a type, and below it why something is not shown."""
+    rows = [f"| model type | {' | '.join(CRITERIA)} |", f"|---|{':---:|' * len(CRITERIA)}"]
+    reasons: dict[str, list[str]] = {}
+    for model_type, why in sorted(known.items()):
+        told = " (row)" if model_type in FAMILIES else ""
+        rows.append(f"| `{model_type}`{told} | {' | '.join('-' if why[name] else 'yes' for name in CRITERIA)} |")
+        for name in CRITERIA:
+            if why[name]:
+                reasons.setdefault(_reason(why[name]), []).append(f"`{model_type}`")
+    told = [f"- {reason}: {', '.join(dict.fromkeys(types))}" for reason, types in sorted(reasons.items())]
+    whole = sum(not any(why.values()) for why in known.values())
+    return "\n".join([f"{whole} of {len(known)} types show all.", "", *rows, "", "Why not:", "", *told])
+
+
+def _reason(why: str) -> str:
+    """A reason without what is only of one type."""
+    for sign, reason in _REASONS:
+        if sign in why:
+            return reason
+    return why.replace("|", "/")
+
+
+_REASONS = (
+    (
+        "transformers loads it with",
+        "transformers keeps the experts of a layer fused and loads no single quantized ones",
+    ),
+    ("automatic conversion of the weights", "transformers' converters of other tensors fail on any quantized folder"),
+    ("source keys=", "transformers' converters of other tensors fail on any quantized folder"),
+    ("has no routed experts", "the experts are not in one module that transformers keeps as such"),
+    ("do not fit its config.json", "tensors of one layer are stored under the names of another"),
+)
+_BEGIN, _END = "<!-- made by tests/family_criteria.py --table -->", "<!-- end -->"
+
+
+def write_table() -> None:
+    """Put the table into docs/families.md, between its marks."""
+    text = PAGE.read_text()
+    before, after = text.split(_BEGIN)[0], text.split(_END)[1]
+    PAGE.write_text(f"{before}{_BEGIN}\n{table(json.loads(GOLDEN.read_text()))}\n{_END}{after}")
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+
+
 def main() -> None:
     """Try families and write or print what they show."""
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["--table"]:
+        write_table()
+        return
     asked = sys.argv[1:]
     found: dict[str, dict[str, str]] = {}
     for model_type in asked or every_family.moe_types():

@@ -12,6 +12,10 @@ from moepress.runs.text import one_line
 DROPPED_KEYS = {"quantization_config", "auto_map", "num_labels", "id2label", "label2id", "dtype", "torch_dtype"}
 
 
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that their authors' own code is for -> the one of transformers that is the same."""
+
+
 def hf_config(config: Mapping[str, Any]) -> Any:
     """A transformers config object, without any quantization and without code from the checkpoint.
 
@@ -23,7 +27,10 @@ def hf_config(config: Mapping[str, Any]) -> Any:
     # A copy in depth: transformers writes its own keys into rope_scaling; fingerprints and pruned configs are of ours.
     plain = _decoded(copy.deepcopy({k: v for k, v in config.items() if k not in DROPPED_KEYS}))
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+        name = config["model_type"]
+        if name in ALIASES:
+            plain["model_type"] = name = ALIASES[name]
+        return CONFIG_MAPPING[name].from_dict(plain)
     except Exception as error:  # transformers validates with many exception types
         raise InvalidInputError(f"config.json is not valid for {config['model_type']}: {one_line(error)}") from error
 

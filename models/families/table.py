@@ -1,7 +1,7 @@
 """The families that are written down, and the way to all others."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from moepress.errors import InvalidInputError, UnsupportedError
@@ -114,7 +114,10 @@ OLMOE = Family(
     keys=(_RENORMALISE,),
 )
 
-FAMILIES = {row.name: row for row in (DEEPSEEK_V3, DEEPSEEK_V2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE)}
+# Kimi-K2 is DeepSeek-V3 under another name, which transformers does not have (`hf_config.ALIASES`).
+KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2")
+
+FAMILIES = {row.name: row for row in (DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE)}
 
 
 def family_of(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Family:
