@@ -8,8 +8,8 @@ the layer runs once more, with their sum in the place of the experts (`walk.last
 layer without experts, a few experts, and the windows' hidden states.
 """
 
+import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -72,6 +72,7 @@ class StreamedModel:
             for layer in sorted(self.moe_layers)
         }
         self._replay = put_away(self.skeleton, path, dtype=dtype, device=device)
+        self._twins: dict[int, int] = {}
         self._recorders = {layer: Recorder(module) for layer, module in self._gatings.items()}
         for layer, recorder in self._recorders.items():
             block, _, leaf = self.family.experts_module.rpartition(".")
@@ -79,7 +80,31 @@ class StreamedModel:
 
     def layer(self, layer: int) -> nn.Module:
         """transformers' decoder layer, with the experts put away; its weights are there between load and unload."""
-        return self._replay.layers[layer]
+        return self._replay.module(layer)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has routed experts; of layers that were added too."""
+        return layer in self._recorders
+
+    def add_layer(self, layer: int, twin: int) -> None:
+        """Put one more layer behind the last, which transformers' model does not have: a decoder layer like another.
+
+        Args:
+            layer: its number, behind those that there are.
+            twin: a layer with experts whose module it is a copy of, and with whose arguments it is called.
+        """
+        if layer in self._twins:
+            return
+        family = self.family
+        module = copy.deepcopy(self.layer(twin))
+        recorder = module.get_submodule(family.experts_module)
+        assert isinstance(recorder, Recorder)
+        path, own = family.module_layers_at, family.at(f"{family.layers_at}{{layer}}.", layer)
+        self._twins[layer], self._recorders[layer], self._gatings[layer] = twin, recorder, recorder.experts
+        self._replay.behind[layer] = (twin, module)
+        names = {inner: own + n.removeprefix(f"{family.layers_at}{twin}.") for inner, n in self._disk_names[twin].items()}
+        self._disk_names[layer] = names
+        self._computed |= {f"{path}{layer}.{name}": found for name, found in _computed(module).items()}
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """What the first layer gets of tokens: mostly their embeddings [B, T, D], in the compute dtype, on the device."""
@@ -109,15 +134,16 @@ class StreamedModel:
             replaced: dense weights [O, I] by disk name that stand in for the stored ones (quantized attention, ...).
         """
         self._load_outer()
-        module = self.layer(layer)
+        module, twin = self.layer(layer), self._twins.get(layer, layer)
         given: dict[str, Tensor] = {}
-        for disk_name in self._disk_names[layer].values():
+        for inner, usual in self._disk_names[twin].items():
+            disk_name = self._disk_names[layer][inner]
             if replaced is not None and disk_name in replaced:
-                given[disk_name] = replaced[disk_name].to(self.device, self.dtype)
+                given[usual] = replaced[disk_name].to(self.device, self.dtype)
             else:
                 with phase("read", size=stored_bytes(self.source, disk_name)):
-                    given[disk_name] = self._read(disk_name)
-        weights = self._made(given, f"{self.family.module_layers_at}{layer}.", self._disk_names[layer])
+                    given[usual] = self._read(disk_name)
+        weights = self._made(given, f"{self.family.module_layers_at}{twin}.", self._disk_names[twin])
         self._fill(module, f"{self.family.module_layers_at}{layer}.", weights)
         return module
 
@@ -197,11 +223,11 @@ class StreamedModel:
         """
         hidden = hidden_of(before)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64) if ids_BT is None else ids_BT
-        if layer not in self.moe_layers:
+        if layer not in self._recorders:
             return self._replay.layer(layer, before, ids.to(self.device)), None
         module, recorder = self.layer(layer), self._recorders[layer]
         kept: dict[str, Any] = {}
-        router = module.get_submodule(router_path(self.family, self.source, layer))
+        router = module.get_submodule(router_path(self.family, self.source, self._twins.get(layer, layer)))
         hooks = [router.register_forward_hook(keep_logits(kept, recompute=self.family.derived))]
         hooks += keep_residual(kept, module, derived=self.family.derived)
         recorder.give(given_TD)
@@ -276,6 +302,10 @@ class StreamedModel:
     def stream_shape(self) -> tuple[int, ...]:
         """The shape of one token's hidden states between layers: (D,), or (S, D) of models with several streams."""
         return tuple(self.embed(torch.zeros(1, 1, dtype=torch.int64)).shape[2:])
+
+    def read(self, disk_name: str) -> Tensor:
+        """A tensor as the model computes with it, on its device."""
+        return self._read(disk_name)
 
     def _read(self, disk_name: str) -> Tensor:
         keep = disk_name.endswith(self.family.float32) if self.family.float32 else False
