@@ -116,6 +116,8 @@ def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """All that `inspect` tells, as plain JSON."""
+    from moepress.models.storage.experts import mtp_layers  # with torch, which those who only plan do without
+
     shape, parts = checkpoint.shape, weigh(checkpoint)
     dtypes: dict[str, int] = {}
     for entry in checkpoint.stored.values():
@@ -144,7 +146,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "legal_expert_counts": list(legal_counts(shape)),
         "legal_expert_counts_degrouped": list(legal_counts(shape, degroup=True)) if shape.groups > 1 else None,
         "never_quantized": ["router", "embeddings", "norms", *checkpoint.family.never_quantize],
-        "mtp_layers": int(checkpoint.config.get("num_nextn_predict_layers") or 0) if Part.MTP in parts else 0,
+        "mtp_layers": len(mtp_layers(checkpoint)),
         "layer_kinds": {
             "moe": len(routed_layers),
             "dense": checkpoint.outline.shape.layers - len(routed_layers),

@@ -6,7 +6,7 @@ Layer k of them gets, at position t of a window,
 
 where h_t is what the head gets of the model (k = 0), or what the layer before gives, through its own norm. Read:
 
-- transformers 5.23, `modeling_layers.MtpLayer` and `generation.candidate_generator.MTPCandidateGenerator`: the embedding
+- transformers 5.23, `modeling_layers.MtpLayer`, `generation.candidate_generator.MTPCandidateGenerator`: the embedding
   stands first; h_t is `hidden_states[-1]`, which is behind the final norm; between MTP layers the norm is applied;
   positions are the token's, so one further than the hidden state's, which a relative rotation does not see.
 - vLLM, `deepseek_mtp.py`, `glm4_moe_mtp.py` and `qwen3_next_mtp.py` with `deepseek_v2.py`, whose model returns hidden
@@ -34,11 +34,17 @@ from moepress.runs.phases import phase
 
 
 def add_predicting(model: StreamedModel) -> tuple[int, ...]:
-    """Put a model's multi-token-prediction layers behind its last, where it has some that are whole; returns them."""
-    found = tuple(layer for layer in mtp_layers(model.source) if not mtp_problems(model.source, layer))
-    for layer in found:
-        model.add_layer(layer, twin_of(model.source, layer))
-    return found
+    """Put a model's multi-token-prediction layers behind its last, up to one that is not whole; returns their numbers.
+
+    They count on from the last decoder layer. A second call changes nothing.
+    """
+    source, added = model.source, list[int]()
+    for layer in mtp_layers(source):
+        if layer != model.shape.layers + len(added) or mtp_problems(source, layer):
+            break
+        model.add_layer(layer, twin_of(source, layer))
+        added.append(layer)
+    return tuple(added)
 
 
 def enter(stream: Stream, layer: int) -> None:

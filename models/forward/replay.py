@@ -116,7 +116,7 @@ class Replay:
         layers: its decoder layers.
         embedding: its input embeddings.
         calls: what is under way.
-        behind: layers that transformers' model does not have, by their numbers: the layer in whose place each is called.
+        behind: layers that the model does not have, by their numbers: in whose place each is called, and it.
     """
 
     model: Any

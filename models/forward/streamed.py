@@ -29,6 +29,7 @@ from moepress.models.forward.replay import Returned, hidden_of, put_away
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import Expert, experts_by_layer, pruned_config, read_expert, router_disk_names
+from moepress.models.storage.mtp import prefix_of
 from moepress.runs.phases import phase
 
 _TABLE_BYTES = 1 << 28  # an embedding table that is larger in fp32 is not read as a whole
@@ -99,11 +100,12 @@ class StreamedModel:
         module = copy.deepcopy(self.layer(twin))
         recorder = module.get_submodule(family.experts_module)
         assert isinstance(recorder, Recorder)
-        path, own = family.module_layers_at, family.at(f"{family.layers_at}{{layer}}.", layer)
+        path, usual = family.module_layers_at, prefix_of(family, twin)
+        own = prefix_of(family, layer)
         self._twins[layer], self._recorders[layer], self._gatings[layer] = twin, recorder, recorder.experts
         self._replay.behind[layer] = (twin, module)
-        names = {inner: own + n.removeprefix(f"{family.layers_at}{twin}.") for inner, n in self._disk_names[twin].items()}
-        self._disk_names[layer] = names
+        names = self._disk_names[twin].items()
+        self._disk_names[layer] = {inner: own + name.removeprefix(usual) for inner, name in names}
         self._computed |= {f"{path}{layer}.{name}": found for name, found in _computed(module).items()}
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
