@@ -282,9 +282,9 @@ def test_the_commands_keep_it_all_the_way(made: Callable[..., Path], tiny_copy: 
     given = ("--calibration", text, "--tokens", "1024", "--window", "64")
     code, _, errors = command("profile", folder, "-o", tmp_path / "profile", *given)
     assert code == 0, errors
-    plan = tmp_path / "plan.json"
-    assert command("plan", tmp_path / "profile", "-o", plan, "--experts", "8", "--group-size", "32")[0] == 0
-    assert load_plan(plan).mtp_keep.keys() == {3}
+    plan, chosen = tmp_path / "plan.json", make_plan(load_profile(tmp_path / "profile"), count=8, scheme=G32)
+    plan.write_text(plan_text(chosen))
+    assert chosen.mtp_keep.keys() == {3}
     code, _, errors = command("prune", folder, "--plan", plan, "-o", tmp_path / "pruned")
     assert (code, "chosen by its own router's statistics" in errors) == (0, True)
     for name, more in (("own", ()), ("original", ("--match", "original"))):
@@ -292,7 +292,7 @@ def test_the_commands_keep_it_all_the_way(made: Callable[..., Path], tiny_copy: 
         assert (code, "Its experts are quantized like the others" in errors) == (0, True), errors
         assert mtp_layers(open_artifact(tmp_path / name)) == (3,)
         assert open_artifact(tmp_path / name).config["num_nextn_predict_layers"] == 1
-        code, out, _ = command("check", tmp_path / name)
+        code, out, errors = command("check", tmp_path / name)
         assert "multi-token" not in out
     code, _, errors = command("quantize", folder, "--plan", plan, "-o", tmp_path / "dropped", *given, "--mtp", "drop")
     assert (code, "was dropped" in errors) == (0, True)
