@@ -12,6 +12,9 @@ from moepress.models.families.routing_keys import COUNT_NAMES, RoutingKey, requi
 
 Config = Mapping[str, Any]
 
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""Config keys of the number of multi-token-prediction layers."""
+
 
 class Part(StrEnum):
     """The part of a model that a tensor belongs to."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.models.families.family import Family, experts_key, with_experts, with_text
+from moepress.models.families.family import MTP_KEYS, Family, experts_key, with_experts, with_text
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.outline import Outline, outline_of
 
@@ -262,9 +262,6 @@ def without_mtp(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     stated = family.text(config)
     return with_text(family, config, {key: 0 for key in MTP_KEYS if stated.get(key)})
 
-
-MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
-"""Config keys of the number of multi-token-prediction layers."""
 
 
 def prune_source(base: Source, keep: Mapping[int, Sequence[int]], *, degroup: bool = False) -> PrunedSource:

@@ -161,8 +161,7 @@ def mtp_note(dropped: int, keep: Mapping[int, list[int]], experts_before: int, *
         measured: a profile's statistics chose them all.
     """
     if not keep:
-        lost = "; a runtime that drafts with it decodes more slowly without"
-        return [f"The multi-token-prediction layer was dropped ({dropped} tensors){lost}."] if dropped else []
+        return [f"The multi-token-prediction layer was dropped ({dropped} tensors)."] if dropped else []
     count = len(next(iter(keep.values())))
     if count == experts_before:
         return ["The multi-token-prediction layer was kept."]

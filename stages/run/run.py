@@ -237,8 +237,10 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
             ),
             calibration_of(recipe),
             setup.machine,
+            mtp=recipe.mtp,
             repairs=repairs,
         )
+    note(*(text for text in result["notes"] if "multi-token" in text))
     kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
     run.mark("model", {k: result[k] for k in kept}, folder="model")
     return run.pieces["model"].note
