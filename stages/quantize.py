@@ -1,6 +1,6 @@
 """quantize: GPTQ over the model, pruned by a plan where there is one, to a compressed-tensors folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -83,7 +83,7 @@ def quantize_stage(
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(source, machine)
-    estimate = _estimate(checkpoint, plan, options, request, corpus, machine, timed=dry_run)
+    estimate = _estimate(checkpoint, plan, options, request, corpus, machine, predicting, timed=dry_run)
     if dry_run:
         return asdict(estimate)
     require_room(output, estimate.disk_bytes)
@@ -169,6 +169,7 @@ def _estimate(
     request: QuantizeRequest,
     corpus: Corpus,
     machine: Machine,
+    predicting: Iterable[int],
     *,
     timed: bool,
 ) -> Estimate:
@@ -184,6 +185,7 @@ def _estimate(
         layer_bits=options.layer_bits,
         original_targets=request.hessian.asymmetry > 0,
         balanced=request.hessian.least_tokens > 0,
+        predicting=predicting,
     )
 
 

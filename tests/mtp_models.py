@@ -1,4 +1,4 @@
-"""Tiny models with a multi-token-prediction layer in both forms, and that layer computed by transformers' own modules."""
+"""Tiny models with a multi-token-prediction layer in both forms, and that layer by transformers' own modules."""
 
 import copy
 import json
@@ -28,7 +28,9 @@ def make(kind: str, folder: Path, *, fused: bool = False) -> Path:
 
 def layers_at(folder: Path) -> str:
     """The prefix of the decoder layers' names on disk."""
-    names = [name for name in tiny_models.load_tensors(folder) if ".layers.3.self_attn." in name or ".layers.2." in name]
+    names = [
+        name for name in tiny_models.load_tensors(folder) if ".layers.3.self_attn." in name or ".layers.2." in name
+    ]
     return next(n.split("layers.")[0] for n in names if not n.startswith(("mtp.", "model.visual"))) + "layers."
 
 

@@ -55,7 +55,13 @@ def corpus_of(windows: Tensor, domain_index: Tensor | None = None, domains: tupl
 
 
 def profile_of(
-    folder: Path, corpus: Corpus, work: Path, *, limits: Limits = LIMITS, leave_one_out: bool = True, resume: bool = False
+    folder: Path,
+    corpus: Corpus,
+    work: Path,
+    *,
+    limits: Limits = LIMITS,
+    leave_one_out: bool = True,
+    resume: bool = False,
 ) -> Profile:
     """What `moepress profile` observes, in memory; `work` is made."""
     checkpoint = open_checkpoint(folder)

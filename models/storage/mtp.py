@@ -170,7 +170,5 @@ def mtp_note(dropped: int, keep: Mapping[int, list[int]], experts_before: int, *
         if measured
         else "those with the lowest correction bias (the plan's profile did not run this layer)"
     )
-    return [
-        f"The multi-token-prediction layer was kept with {count} of {experts_before} experts, {by}; drafts may be "
-        "accepted less often, and no output changes."
-    ]
+    what = f"The multi-token-prediction layer was kept with {count} of {experts_before} experts, {by}"
+    return [f"{what}; drafts may be accepted less often, and no output changes."]

@@ -13,11 +13,9 @@ import torch
 from stage_runs import (
     G32,
     add_tokenizer,
-    assert_near,
     command,
     content,
     corpus_of,
-    logits_of,
     profile_of,
     quantized_folder,
     streamed_logits,
@@ -83,7 +81,9 @@ def test_the_profile_measures_the_layer_by_its_own_forward(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
     groups, count = profile.shape.groups, profile.shape.experts // 2
     size = profile.shape.experts // groups
-    best = [g * size + e for g in range(groups) for e in expected[g * size :][:size].argsort()[-count // groups :].tolist()]
+    best = [
+        g * size + e for g in range(groups) for e in expected[g * size :][:size].argsort()[-count // groups :].tolist()
+    ]
     assert planned(kind).mtp_keep == {layer: sorted(best)}
 
 
@@ -196,9 +196,10 @@ def test_a_profile_that_was_stopped_in_the_layer_ends_the_same(
             raise StopError
         return inner(stream, layer, *rest, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(StopError):
+    with monkeypatch.context() as patch:
         patch.setattr(collect, at, stop)
-        profiled(folder, tmp_path / "p")
+        with pytest.raises(StopError):
+            profiled(folder, tmp_path / "p")
     again = profiled(folder, tmp_path / "p", resume=True)
     for found, expected in ((again.mtp[3], whole.mtp[3]), (again.statistics[2], whole.statistics[2])):
         assert all((found[name] == value).all() for name, value in expected.items())
@@ -274,7 +275,9 @@ def test_quantizing_in_sittings_ends_with_the_same_bytes(
     assert content(tmp_path / "q") == content(tmp_path / "whole")
 
 
-def test_the_commands_keep_it_all_the_way(made: Callable[..., Path], tiny_copy: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_commands_keep_it_all_the_way(
+    made: Callable[..., Path], tiny_copy: Callable[..., Path], tmp_path: Path
+) -> None:
     folder, text = tiny_copy("deepseek_v3"), tmp_path / "text.txt"
     tiny_models.add_mtp(folder, seed=5)
     add_tokenizer(folder)
@@ -305,3 +308,56 @@ def test_the_quantized_layer_changes_nothing_in_the_model(made: Callable[..., Pa
     quantized_folder(folder, WINDOWS, tmp_path / "dropped")
     one, two = (streamed_logits(open_artifact(tmp_path / name), WINDOWS, tmp_path) for name in ("kept", "dropped"))
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_moe"])
+def test_where_bits_differ_by_layer_it_has_those_of_most(kind: str, made: Callable[..., Path], tmp_path: Path) -> None:
+    source = open_checkpoint(made(kind))
+    moe_layers = source.outline.moe_layers
+    bits = {layer: 8 if layer == moe_layers[-1] else 4 for layer in moe_layers}
+    quantized_folder(made(kind), WINDOWS, tmp_path / "q", layer_bits=bits, mtp_notes=["kept"])
+    found, layer = open_artifact(tmp_path / "q"), source.shape.layers
+    errors = {}
+    for number in (moe_layers[-1], layer):
+        ours, theirs = read_expert(found, number, 0).up, read_expert(source, number, 0).up
+        errors[number] = float((ours - theirs).norm() / theirs.norm())
+    assert errors[moe_layers[-1]] < 0.02 < errors[layer] < 0.2
+
+
+def test_a_whole_run_keeps_it(tiny_copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder, text = tiny_copy("deepseek_v3"), tmp_path / "text.txt"
+    tiny_models.add_mtp(folder, seed=5)
+    add_tokenizer(folder)
+    text.write_text(TEXT)
+    given = ("--calibration", text, "--tokens", "512", "--window", "64", "--keep", "0.5", "--group-size", "32")
+    rest = ("--data", text, "--max-windows", "1", "--no-throughput")
+    code, _, errors = command("run", folder, "-o", tmp_path / "out", *given, *rest)
+    assert code == 0, errors
+    assert "was kept with 8 of 16 experts, chosen by its own router's statistics" in errors
+    assert mtp_layers(open_artifact(tmp_path / "out" / "model")) == (3,)
+    assert "mtp: keep" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_the_estimate_of_the_disk_counts_it(tiny_copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder, text = tiny_copy("deepseek_v3"), tmp_path / "text.txt"
+    tiny_models.add_mtp(folder, seed=5)
+    add_tokenizer(folder)
+    text.write_text(TEXT)
+    given = ("quantize", folder, "-o", tmp_path / "q", "--calibration", text, "--tokens", "512", "--window", "64")
+    code, out, errors = command(*given, "--group-size", "32", "--dry-run", "--json")
+    assert code == 0, errors
+    assert command(*given, "--group-size", "32")[0] == 0
+    size = open_artifact(tmp_path / "q").total_bytes
+    assert abs(json.loads(out)["output_bytes"] - size) < 0.02 * size
+
+
+def test_a_layer_that_is_not_whole_is_not_profiled(tiny_copy: Callable[..., Path], tmp_path: Path) -> None:
+    folder, text = tiny_copy("deepseek_v3"), tmp_path / "text.txt"
+    tiny_models.add_mtp(folder, seed=5)
+    tiny_models.rewrite(folder, lambda tensors: tensors.pop("model.layers.3.hnorm.weight"))
+    add_tokenizer(folder)
+    text.write_text(TEXT)
+    given = ("--calibration", text, "--tokens", "512", "--window", "64")
+    code, _, errors = command("profile", folder, "-o", tmp_path / "profile", *given)
+    assert (code, "layer 3 is not profiled, for model.layers.3.hnorm.weight is missing" in errors) == (0, True)
+    assert load_profile(tmp_path / "profile").mtp == {}
