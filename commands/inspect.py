@@ -170,7 +170,7 @@ def _print_inventory(console: Console, found: Mapping[str, Any]) -> None:
         console.print(f"with --groups degroup: {_ranges(found['legal_expert_counts_degrouped'])}")
     console.print(f"never quantized: {', '.join(found['never_quantized'])}")
     if found["mtp_layers"]:
-        console.print("Multi-token-prediction layers are kept with as many experts as the others, or dropped: --mtp drop.")
+        console.print("Multi-token-prediction layers are kept, pruned like the others; `--mtp drop` drops them.")
 
 
 def _ranges(numbers: list[int]) -> str:
