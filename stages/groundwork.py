@@ -54,6 +54,20 @@ def announce(source: Checkpoint | Artifact) -> None:
     _say(source.folder, source.notes)
 
 
+def can_leave_out(source: Checkpoint) -> bool:
+    """Whether leave-one-out losses can be formed; says so where not: they need the router's rule, not only its choices."""
+    if source.family.rule is not None:
+        return True
+    _say(
+        source.folder,
+        (
+            f"How the router of {source.family.name} models makes its weights was not found out: leave-one-out losses "
+            "(criterion loo, and budgets that weigh by them) are left out; the other criteria are complete.",
+        ),
+    )
+    return False
+
+
 def _say(folder: Path, notes: Sequence[str]) -> None:
     new = [text for text in notes if (folder, text) not in _ANNOUNCED]
     _ANNOUNCED.update((folder, text) for text in new)

@@ -20,6 +20,7 @@ from moepress.runs.output import check_output
 from moepress.runs.progress import note
 from moepress.stages.groundwork import (
     announce,
+    can_leave_out,
     free_disk,
     load_corpus,
     model_run,
@@ -51,6 +52,7 @@ def profile_stage(
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
     work = _profile_workload(corpus, machine, output)
+    leave_one_out = leave_one_out and can_leave_out(checkpoint)
     estimate = estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out, bit_losses=bit_losses)
     require_room(output, estimate.disk_bytes)
     warn_of_memory(estimate)
@@ -112,6 +114,7 @@ def profile_estimate(
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
     work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)
+    leave_one_out = leave_one_out and can_leave_out(checkpoint)
     return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out, bit_losses=bit_losses)
 
 

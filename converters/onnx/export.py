@@ -164,7 +164,7 @@ def _summary(
         "group_size": sizes.pop() if codes and len(sizes) == 1 else None,
         "experts": {str(layer): count for layer, count in decoder.experts.items()},
         "experts_bits": _experts_bits(codes),
-        "parameters": count_parameters({n: s for n, s in source.shapes.items() if not _is_behind(n, decoder)}),
+        "parameters": count_parameters({n: s for n, s in source.shapes.items() if not _is_behind(source.family, n, decoder)}),
         "notes": notes,
     }
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from moepress.errors import InvalidInputError, UsageError
+from moepress.errors import InvalidInputError, UnsupportedError, UsageError
 from moepress.models.families.routing_keys import COUNT_NAMES, RoutingKey, require_routing
 
 Config = Mapping[str, Any]
@@ -97,6 +97,7 @@ class Family:
         loads_single: transformers loads experts that are stored one by one, as quantized ones are.
         additive: experts' outputs are added to what the rest of a layer gives, and change nothing else in it.
         defaults: numbers that transformers takes where config.json does not state them.
+        linears_outside: transformers' names of Linears outside of the decoder layers, such as those of towers.
         templates: of a derived family, (names on disk with `#` for numbers, the same in transformers, `Part`).
         converted: of `templates`, those that transformers makes its tensors of by more than another name.
     """
@@ -145,8 +146,18 @@ class Family:
     loads_single: bool = True
     additive: bool = True
     defaults: tuple[tuple[str, int], ...] = ()
+    linears_outside: tuple[str, ...] = ()
     templates: tuple[tuple[str, str, str], ...] = ()
     converted: tuple[str, ...] = ()
+
+    @property
+    def known_rule(self) -> RouterRule:
+        """How the router chooses, of a family that has it: rows do."""
+        if self.rule is None:
+            raise UnsupportedError(
+                f"How the router of {self.name} models chooses was not found out; what needs that can not be done."
+            )
+        return self.rule
 
     def text(self, config: Config) -> Config:
         """The part of config.json that speaks of the text model."""
@@ -176,6 +187,8 @@ class Family:
         """The name in transformers' module tree of a tensor on disk; of an expert's own tensor the name on disk."""
         if self.templates:
             template, numbers = numbered(disk_name)
+            if disk_name in self._modules:
+                return self._modules[disk_name][0]
             found = self._modules.get(template)
             return disk_name if found is None else filled(found[0], numbers)
         for old, new in self.renames:

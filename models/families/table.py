@@ -139,7 +139,8 @@ def family_of(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = Non
             f"Model type {name[:80]!r} is dense: config.json states no experts, and moepress presses "
             "mixture-of-experts models."
         )
-    kinds = None if shapes is None else sorted({(numbered(n)[0], len(shape)) for n, shape in shapes.items()})
+    # Of fused experts the shape tells how they lie; of others the number of axes is enough.
+    kinds = None if shapes is None else sorted({(numbered(n)[0], shape if len(shape) == 3 else (len(shape),)) for n, shape in shapes.items()})
     file = remembered.place_of("families", config, [kinds])
     found = _recalled(remembered.recall(file))
     if found is None:

@@ -130,7 +130,7 @@ class StreamedModel:
             yield self._replay.embed(tokens.to(self.device)).to(self.dtype)
         if not self._looks_back:
             embedding.__dict__.pop("rows_read", None)
-            embedding._parameters["weight"] = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+            embedding.load_state_dict({"weight": embedding.state_dict()["weight"].to("meta")}, strict=False, assign=True)
 
     @cached_property
     def _looks_back(self) -> bool:
@@ -356,10 +356,10 @@ def _skeleton(source: Source, counts: Mapping[int, int]) -> Any:
 def _computed(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
     """Buffers that are in no file: the module that has it, and its value, which the skeleton has computed."""
     return {
-        f"{path}.{name}" if path else name: (module, module._buffers[name])  # type: ignore[misc]
+        f"{path}.{name}" if path else name: (module, module._buffers[name])
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
-        if module._buffers.get(name) is not None and not module._buffers[name].is_meta  # type: ignore[union-attr]
+        if module._buffers.get(name) is not None and not module._buffers[name].is_meta
     }
 
 

@@ -238,7 +238,7 @@ def _disk_name(renames: Sequence[tuple[str, str]], name: str) -> str:
 
 def _unstated(family: Family, config: Mapping[str, Any], shape: Shape, parsed: Mapping[str, Any]) -> list[str]:
     """Routing numbers that the config leaves out and that transformers would take differently from us."""
-    router, rule = router_of(family, config, shape), family.rule
+    router, rule = router_of(family, config, shape), family.known_rule
     ours = {
         family.groups_key: router.groups,
         family.top_groups_key: router.top_groups,

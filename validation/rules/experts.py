@@ -27,6 +27,8 @@ def expert_names(facts: Facts) -> Iterator[Problem]:
 
 def _renamed(facts: Facts) -> bool:
     """Whether a family that has names of its own on disk has its experts under those of the modules."""
+    if facts.family.derived:
+        return False
     own, other = facts.family.gate.split("{layer}")[1].split("{expert}")[0], ".mlp.experts."
     return own != other and any(other in name for name in facts.tensors)
 
