@@ -29,6 +29,7 @@ from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.models.storage.mtp import Mtp
 from moepress.runs.journal import open_run
 
 CPU = torch.device("cpu")
@@ -120,11 +121,13 @@ def plan_of(source: Checkpoint, keep: Mapping[int, Sequence[int]], *, groups: Gr
     )
 
 
-def pruned_folder(folder: Path, keep: Mapping[int, Sequence[int]], out: Path, **options: Any) -> dict[str, Any]:
+def pruned_folder(
+    folder: Path, keep: Mapping[int, Sequence[int]], out: Path, *, mtp: Mtp = Mtp.KEEP, **options: Any
+) -> dict[str, Any]:
     """`moepress prune` by this keep list; returns its result."""
     source = open_checkpoint(folder)
     with open_run(out, {}) as run:
-        return prune(source, plan_of(source, keep, **options), run)
+        return prune(source, plan_of(source, keep, **options), run, mtp=mtp)
 
 
 def quantized_folder(

@@ -361,3 +361,20 @@ def test_a_layer_that_is_not_whole_is_not_profiled(tiny_copy: Callable[..., Path
     code, _, errors = command("profile", folder, "-o", tmp_path / "profile", *given)
     assert (code, "layer 3 is not profiled, for model.layers.3.hnorm.weight is missing" in errors) == (0, True)
     assert load_profile(tmp_path / "profile").mtp == {}
+
+
+def test_of_an_fp8_layer_the_rest_becomes_what_the_model_is_stored_in(
+    tiny_copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_copy("deepseek_v3", dtype=torch.bfloat16)
+    tiny_models.add_mtp(folder, seed=5)
+    tiny_models.to_fp8(folder)
+    source = open_checkpoint(folder)
+    quantized_folder(folder, WINDOWS, tmp_path / "q", mtp_notes=["kept"])
+    tensors = tiny_models.load_tensors(tmp_path / "q")
+    assert not [n for n, t in tensors.items() if "scale_inv" in n or t.dtype == torch.float8_e4m3fn]
+    for name in ("eh_proj", "self_attn.o_proj", "mlp.shared_experts.up_proj"):
+        name = f"model.layers.3.{name}.weight"
+        assert torch.equal(tensors[name], source.read(name).bfloat16())
+    bias = "model.layers.3.mlp.gate.e_score_correction_bias"
+    assert tensors[bias].dtype == source.read(bias).dtype
