@@ -998,7 +998,7 @@ def shards_of(rows: Iterable[Row], shard_bytes: int) -> list[list[Row]]:
 
 
 def write_hollow(file: Path, rows: Sequence[Row]) -> None:
-    """A safetensors file whose data is a hole, but for the shapes of each layer's first packed expert, which are read."""
+    """A safetensors file whose data is a hole, but for `weight_shape` of first experts, which is read."""
     header, position, places = dict[str, Any](), 0, dict[int, tuple[int, int]]()
     packed = {row[0]: row[2] for row in rows if row[0].endswith(".weight_packed")}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Make a profile: one resumable walk of the model over its calibration text."""
+"""Make a profile: one resumable walk of the model over its calibration text, its MTP layers behind the last."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.observe import Cells, observe_layer, shard_of_windows
 from moepress.calibration.profile import SHARDS, Statistic
+from moepress.models.forward.predicting import add_predicting, enter
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
 from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, last_step, open_stream
 from moepress.models.storage.safetensors_file import read_array, read_header
@@ -42,29 +43,34 @@ def collect(
     """Walk the model over the corpus; every layer's statistics and the hidden states after it are pieces of the run.
 
     Returns:
-        layer -> accumulators, for the MoE layers.
+        layer -> accumulators, for the MoE layers, and behind them for the multi-token-prediction layers.
     """
     text = f"{corpus.windows.numel():,} tokens"
     scratch = Scratch(run.folder, limits.memory_bytes)
-    cells = cells_of(corpus)
+    cells, predicting = cells_of(corpus), add_predicting(model)
+    layers = model.shape.layers + len(predicting)
     try:
         with (
             torch.inference_mode(),
-            track("profile", model.shape.layers, unit="layers", about=text) as advance,
+            track("profile", layers, unit="layers", about=text) as advance,
         ):
             with phase("embed"):
                 stream = open_stream(model, corpus.windows, scratch, limits, observe=True)
-            first = resume_hidden(run, stream)
+            first = resume_hidden(run, stream, layers)
             advance(first)
-            for layer in range(first, model.shape.layers):
+            for layer in range(first, layers):
                 with in_layer(layer), phase("other"):
-                    _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out, probe=probe)
-                    save_hidden(run, stream, layer)
+                    if layer in predicting:
+                        enter(stream, layer)
+                    # What bits cost is asked for budgets, which know nothing of MTP layers.
+                    looks = None if layer in predicting else probe
+                    _profile_layer(stream, layer, run, cells, leave_one_out=leave_one_out, probe=looks)
+                    save_hidden(run, stream, layer, last=layer == layers - 1)
                     stream.forget()
                 advance(1)
     finally:
         scratch.close()
-    return {layer: _read_statistics(run, layer) for layer in sorted(model.moe_layers)}
+    return {layer: _read_statistics(run, layer) for layer in (*sorted(model.moe_layers), *predicting)}
 
 
 def _profile_layer(
@@ -93,9 +99,8 @@ def _read_statistics(run: Run, layer: int) -> dict[str, Statistic]:
     return {name: read_array(entry) for name, entry in read_header(run.path(piece)).items()}
 
 
-def save_hidden(run: Run, stream: Stream, layer: int) -> None:
-    """Keep the hidden states after a layer as a piece, and drop those of the layer before."""
-    last = layer == stream.model.shape.layers - 1
+def save_hidden(run: Run, stream: Stream, layer: int, *, last: bool) -> None:
+    """Keep the hidden states after a layer as a piece, and drop those of the one before; after the last only a mark."""
     size = 0 if last else stream.hidden.numel() * stream.hidden.element_size()
     with phase("hidden states", size=size):
         if last:
@@ -110,9 +115,8 @@ def _touch(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def resume_hidden(run: Run, stream: Stream) -> int:
-    """Load the last hidden states that were kept; returns the layer to go on with."""
-    layers = stream.model.shape.layers
+def resume_hidden(run: Run, stream: Stream, layers: int) -> int:
+    """Load the last hidden states that were kept; returns the layer to go on with, of so many that are walked."""
     if run.done("hidden-end"):
         return layers
     for layer in reversed(range(layers - 1)):

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,6 +59,7 @@ class Profile:
         calibration: what it was fed: digests, seed, window, tokens per domain, notes.
         inventory: bytes and parameters of the checkpoint by part, for size estimates.
         statistics: layer -> accumulator -> fp64 [S, B, E] (totals [S, B]); `bit_losses` and `bit_tokens` if measured.
+        mtp: the same of multi-token-prediction layers, apart, for sizes and losses are those of decoder layers.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Profile:
     calibration: Mapping[str, Any]
     inventory: Mapping[str, Any]
     statistics: Mapping[int, Mapping[str, Statistic]]
+    mtp: Mapping[int, Mapping[str, Statistic]] = field(default_factory=dict)
 
 
 @phase("check")
@@ -126,9 +128,10 @@ def describe_corpus(corpus: "Corpus", seed: int) -> dict[str, Any]:
 def save_profile(profile: Profile, folder: Path) -> None:
     """Write a profile's two files into a folder that exists."""
     entries = [
-        array_entry(f"layers.{layer}.{name}", value)
-        for layer in profile.layers
-        for name, value in sorted(profile.statistics[layer].items())
+        array_entry(f"{place}.{layer}.{name}", value)
+        for place, found in (("layers", profile.statistics), ("mtp", profile.mtp))
+        for layer in sorted(found)
+        for name, value in sorted(found[layer].items())
     ]
     (folder / STATISTICS).unlink(missing_ok=True)  # a link of that name would not be followed
     write_shard(folder / STATISTICS, entries)
@@ -144,6 +147,8 @@ def save_profile(profile: Profile, folder: Path) -> None:
         "calibration": dict(profile.calibration),
         "inventory": dict(profile.inventory),
     }
+    if profile.mtp:
+        description["mtp_layers"] = sorted(profile.mtp)
     write_json(folder / DESCRIPTION, description)
 
 
@@ -160,7 +165,7 @@ def load_profile(folder: Path) -> Profile:
     found = _description(folder / DESCRIPTION)
     family = family_of(found.config)
     shape = shape_of(family, found.config)
-    if any(layer >= shape.layers for layer in found.layers):
+    if any(layer >= shape.layers for layer in found.layers) or any(n < shape.layers for n in found.mtp_layers):
         raise InvalidInputError(f"{folder / DESCRIPTION} has layers that its config has not; profile the model again.")
     entries = read_header(folder / STATISTICS)
     return Profile(
@@ -174,6 +179,7 @@ def load_profile(folder: Path) -> Profile:
         calibration=found.calibration,
         inventory={part.value: dict(row) for part, row in found.inventory.items()},
         statistics={layer: _statistics(folder, entries, layer, found, shape.experts) for layer in found.layers},
+        mtp={n: _statistics(folder, entries, n, found, shape.experts, place="mtp") for n in found.mtp_layers},
     )
 
 
@@ -197,6 +203,7 @@ class _Description(BaseModel):
     config: dict[str, Any]
     domains: tuple[str, ...] = Field(min_length=1)
     layers: tuple[Annotated[int, Field(ge=0, lt=1 << 31, strict=True)], ...] = Field(min_length=1)
+    mtp_layers: tuple[Annotated[int, Field(ge=0, lt=1 << 31, strict=True)], ...] = ()
     calibration: dict[str, Any]
     inventory: dict[Part, _Weight]
 
@@ -220,7 +227,7 @@ def _description(file: Path) -> _Description:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InvalidInputError(f"{file} is not sound: {where}: {first['msg']}; profile the model again.") from error
-    for name, values in (("domains", made.domains), ("layers", made.layers)):
+    for name, values in (("domains", made.domains), ("layers", made.layers), ("mtp_layers", made.mtp_layers)):
         if len(set(values)) < len(values):
             raise InvalidInputError(f"{file} names one of its {name} twice; profile the model again.")
     _check_calibration(file, made)
@@ -236,12 +243,12 @@ def _check_calibration(file: Path, made: _Description) -> None:
 
 
 def _statistics(
-    folder: Path, entries: Mapping[str, Stored], layer: int, found: _Description, experts: int
+    folder: Path, entries: Mapping[str, Stored], layer: int, found: _Description, experts: int, place: str = "layers"
 ) -> dict[str, Statistic]:
     """One layer's accumulators and totals, whole, finite and of the right shape."""
     rows, whole, totals = {}, (len(found.domains), SHARDS, experts), (len(found.domains), SHARDS)
-    for name in _names(entries, layer):
-        entry = entries[f"layers.{layer}.{name}"]
+    for name in _names(entries, f"{place}.{layer}."):
+        entry = entries[f"{place}.{layer}.{name}"]
         wanted = whole if name in ACCUMULATORS else totals if name in TOTALS else None
         if entry.dtype != "F64" or (wanted is not None and entry.shape != wanted):
             raise InvalidInputError(
@@ -253,7 +260,7 @@ def _statistics(
             raise InvalidInputError(f"{folder / STATISTICS}: {entry.name} holds no sums; profile the model again.")
     lacking = [name for name in (*ACCUMULATORS, *TOTALS) if name not in rows]
     if lacking:
-        raise InvalidInputError(f"{folder / STATISTICS} lacks layers.{layer}.{lacking[0]}; profile the model again.")
+        raise InvalidInputError(f"{folder / STATISTICS} lacks {place}.{layer}.{lacking[0]}; profile the model again.")
     _check_bit_losses(folder, layer, rows)
     return rows
 
@@ -267,8 +274,7 @@ def _check_bit_losses(folder: Path, layer: int, found: Mapping[str, Statistic]) 
         raise InvalidInputError(f"{folder / STATISTICS}: layers.{layer}.{BIT_LOSSES} is not what a profile holds.")
 
 
-def _names(entries: Mapping[str, Stored], layer: int) -> list[str]:
-    prefix = f"layers.{layer}."
+def _names(entries: Mapping[str, Stored], prefix: str) -> list[str]:
     return [name.removeprefix(prefix) for name in entries if name.startswith(prefix)]
 
 
@@ -293,24 +299,7 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
     if any(p.model != first.model for p in profiles):
         raise InvalidInputError("The profiles are of different models; merge only profiles of one model.")
     domains = tuple(dict.fromkeys(d for p in profiles for d in p.domains))
-    statistics: dict[int, dict[str, Statistic]] = {}
-    for layer in first.layers:
-        merged: dict[str, Statistic] = {}
-        for name, sample in first.statistics[layer].items():
-            if name in (BIT_LOSSES, BIT_TOKENS):
-                continue
-            total = np.zeros((len(domains), *sample.shape[1:]))
-            for profile in profiles:
-                rows = [domains.index(d) for d in profile.domains]
-                value = profile.statistics[layer][name]
-                if ACCUMULATORS.get(name) == "max":
-                    total[rows] = np.maximum(total[rows], value)
-                else:
-                    np.add.at(total, rows, value)
-            merged[name] = total
-        if not all(bool(p.statistics[layer]["leave_one_out"].any()) for p in profiles):
-            merged["leave_one_out"][:] = 0  # one was made without: a sum over a part of the text would mislead
-        statistics[layer] = merged | _merged_bit_losses([p.statistics[layer] for p in profiles])
+    predicting = [n for n in first.mtp if all(n in p.mtp for p in profiles)]  # one was made without: a part misleads
     calibration: dict[str, Any] = {
         "merged": [dict(p.calibration) for p in profiles],
         "tokens": sum(int(p.calibration.get("tokens", 0)) for p in profiles),
@@ -326,5 +315,27 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
         layers=first.layers,
         calibration=calibration,
         inventory=first.inventory,
-        statistics=statistics,
+        statistics={n: _merged(domains, profiles, [p.statistics[n] for p in profiles]) for n in first.layers},
+        mtp={n: _merged(domains, profiles, [p.mtp[n] for p in profiles]) for n in predicting},
     )
+
+
+def _merged(
+    domains: Sequence[str], profiles: Sequence[Profile], found: Sequence[Mapping[str, Statistic]]
+) -> dict[str, Statistic]:
+    """One layer's accumulators of several profiles, by the domains of all of them."""
+    merged: dict[str, Statistic] = {}
+    for name, sample in found[0].items():
+        if name in (BIT_LOSSES, BIT_TOKENS):
+            continue
+        total = np.zeros((len(domains), *sample.shape[1:]))
+        for profile, statistics in zip(profiles, found, strict=True):
+            rows = [domains.index(d) for d in profile.domains]
+            if ACCUMULATORS.get(name) == "max":
+                total[rows] = np.maximum(total[rows], statistics[name])
+            else:
+                np.add.at(total, rows, statistics[name])
+        merged[name] = total
+    if not all(bool(statistics["leave_one_out"].any()) for statistics in found):
+        merged["leave_one_out"][:] = 0  # one was made without: a sum over a part of the text would mislead
+    return merged | _merged_bit_losses(found)

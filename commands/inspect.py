@@ -178,7 +178,7 @@ def _print_inventory(console: Console, found: Mapping[str, Any]) -> None:
     for what in found["not_available"]:
         console.print(f"not available: {what}")
     if found["mtp_layers"]:
-        console.print("The multi-token-prediction layer is dropped, or kept by `prune --mtp keep`.")
+        console.print("Multi-token-prediction layers are kept, pruned like the others; `--mtp drop` drops them.")
 
 
 def _ranges(numbers: list[int]) -> str:

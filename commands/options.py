@@ -268,10 +268,11 @@ match_option: Decorator = click.option(
 
 mtp_option: Decorator = click.option(
     "--mtp",
-    type=click.Choice(["drop", "keep"]),
-    default="drop",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
     show_default=True,
-    help="DeepSeek's multi-token-prediction layer: drop it, or keep it with as many experts as the others.",
+    help="Multi-token-prediction layers, which draft tokens for speculative decoding, of a model that has some: keep "
+    "them with as many experts as the others, or drop them.",
 )
 
 repair_option: Decorator = click.option(

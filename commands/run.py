@@ -20,6 +20,7 @@ from moepress.commands.options import (
     machine_options,
     match_option,
     model_argument,
+    mtp_option,
     output_options,
     parse_weights,
     push_options,
@@ -35,7 +36,7 @@ from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
 _RECIPE_OPTIONS = (
-    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match"),
+    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match", "mtp"),
     *("target", "context", "mixed_bits"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
@@ -55,6 +56,7 @@ _RECIPE_OPTIONS = (
 @scheme_options
 @include_option
 @match_option
+@mtp_option
 @calibration_options
 @evaluation_options
 @click.option(

@@ -12,8 +12,12 @@ from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import measure_rates
 from moepress.models.forward.inventory import inventory
+from moepress.models.forward.tensor_check import mtp_problems
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.inside import watched
 from moepress.runs.output import check_output
+from moepress.runs.progress import note
 from moepress.stages.groundwork import (
     announce,
     can_leave_out,
@@ -62,8 +66,9 @@ def profile_stage(
         "seed": calibration.seed,
     }
     probe = bit_loss_probe(checkpoint.config) if bit_losses else None
+    note(*_not_whole(checkpoint))
     with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
-        statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
+        found = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
         profile = Profile(
             model=digest,
             model_name=display_name(folder, model_name),
@@ -74,13 +79,24 @@ def profile_stage(
             layers=checkpoint.outline.moe_layers,
             calibration=describe_corpus(corpus, calibration.seed),
             inventory=inventory(checkpoint),
-            statistics=statistics,
+            statistics={layer: found[layer] for layer in checkpoint.outline.moe_layers},
+            mtp={layer: statistics for layer, statistics in found.items() if layer >= shape.layers},
         )
         save_profile(profile, run.folder)
         run.require_ready()
         drop_hidden(run)
         run.finish()
     return profile
+
+
+def _not_whole(checkpoint: Checkpoint) -> list[str]:
+    """What is to be said of multi-token-prediction layers that can not be run; the model itself can."""
+    problems = {layer: mtp_problems(checkpoint, layer) for layer in mtp_layers(checkpoint)}
+    return [
+        f"The multi-token-prediction layer {layer} is not profiled, for {found[0]}; prune it with --mtp drop."
+        for layer, found in problems.items()
+        if found
+    ]
 
 
 def profile_estimate(

@@ -23,7 +23,7 @@ def prune_stage(
     output: Output,
     plan: Plan,
     *,
-    mtp: Mtp = Mtp.DROP,
+    mtp: Mtp = Mtp.KEEP,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def prune_stage(
     inputs = watched(folder)
     checkpoint = opened(folder, allow_nonfinite=allow_nonfinite)
     checked_plan(checkpoint, plan)
-    keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
+    predicting = mtp_keep(checkpoint, plan, mtp)
+    keep = {**plan.keep, **predicting}
     size = planned_bytes(planned_entries(checkpoint, keep))  # known to the byte before any is written
     if dry_run:
         announce(checkpoint)
@@ -46,7 +47,7 @@ def prune_stage(
         "model": plan.model,
         "keep": {str(layer): kept for layer, kept in plan.keep.items()},
         "groups": plan.groups.value,
-        "mtp": mtp.value,
+        "mtp": {str(layer): kept for layer, kept in predicting.items()},
         "allow_nonfinite": allow_nonfinite,
     }
     with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:

@@ -1,6 +1,6 @@
 """quantize: GPTQ over the model, pruned by a plan where there is one, to a compressed-tensors folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,11 +19,13 @@ from moepress.compress.gptq.pieces import PIECE_BYTES
 from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
+from moepress.compress.pruning.rewrite import mtp_keep
 from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.forward.tensor_check import check_mtp
 from moepress.models.storage.checkpoint import Checkpoint, Source
-from moepress.models.storage.experts import prune_source
+from moepress.models.storage.experts import mtp_layers, prune_source
 from moepress.models.storage.inside import watched
-from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
+from moepress.models.storage.mtp import Mtp, mtp_note
 from moepress.runs.output import check_output
 from moepress.runs.progress import note
 from moepress.stages.groundwork import (
@@ -59,7 +61,7 @@ def quantize_stage(
     calibration: Calibration,
     machine: Machine,
     *,
-    mtp: Mtp = Mtp.DROP,
+    mtp: Mtp = Mtp.KEEP,
     repairs: Repairs | None = None,
     max_pieces: int | None = None,
     dry_run: bool = False,
@@ -76,23 +78,23 @@ def quantize_stage(
     announce(checkpoint)
     if checkpoint.pressed_as:
         note(f"The experts are stored as {checkpoint.pressed_as} already; quantizing them again costs quality.")
-    if mtp is Mtp.KEEP:
-        refuse_quantized_mtp(checkpoint)
     if plan is not None:
         checked_plan(checkpoint, plan)
-    source = _seen(checkpoint, plan, repairs)
+    predicting = _predicting(checkpoint, plan, mtp)
+    source = _seen(checkpoint, plan, repairs, predicting)
     options = _options(source, request)
     check_scheme(source, options.scheme, request.include)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(source, machine)
-    estimate = _estimate(checkpoint, plan, options, request, corpus, machine, timed=dry_run)
+    estimate = _estimate(checkpoint, plan, options, request, corpus, machine, predicting, timed=dry_run)
     if dry_run:
         return asdict(estimate)
     require_room(output, estimate.disk_bytes)
     warn_of_memory(estimate)
     digest = fingerprint(checkpoint) if plan is None else plan.model
     settings = {"command": "quantize", "model": digest, **_settings(plan, options, request, repairs, calibration.seed)}
+    settings["mtp"] = {str(layer): kept for layer, kept in predicting.items()}
     summary = {
         "model": digest,
         "model_name": display_name(folder, model_name),
@@ -114,15 +116,40 @@ def quantize_stage(
             include=request.include,
             companions=folder,
             summary=summary,
+            mtp_notes=_mtp_notes(checkpoint, plan, predicting),
             max_pieces=max_pieces,
         )
     return {"bytes_before": checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}
 
 
-def _seen(checkpoint: Checkpoint, plan: Plan | None, repairs: Repairs | None) -> Source:
+def _predicting(checkpoint: Checkpoint, plan: Plan | None, mtp: Mtp) -> dict[int, list[int]]:
+    """The experts that multi-token-prediction layers keep; empty where they go.
+
+    Raises:
+        InvalidInputError: such a layer is to stay and is not whole.
+        UnsupportedError: nothing says which of its experts should stay.
+    """
+    if plan is not None:
+        return mtp_keep(checkpoint, plan, mtp)
+    layers = mtp_layers(checkpoint) if mtp is Mtp.KEEP else ()
+    for layer in layers:
+        check_mtp(checkpoint, layer, folder=checkpoint.folder)
+    return {layer: list(range(checkpoint.shape.experts)) for layer in layers}
+
+
+def _mtp_notes(checkpoint: Checkpoint, plan: Plan | None, predicting: Mapping[int, list[int]]) -> list[str]:
+    measured = plan is not None and predicting.keys() <= plan.mtp_keep.keys()
+    notes = mtp_note(0, predicting, checkpoint.shape.experts, measured=measured)
+    return [*notes, "Its experts are quantized like the others; the rest of it keeps its weights."] if notes else []
+
+
+def _seen(
+    checkpoint: Checkpoint, plan: Plan | None, repairs: Repairs | None, predicting: Mapping[int, list[int]]
+) -> Source:
     """The model that is quantized: pruned by the plan, and repaired, without being written."""
-    pruned = plan is not None and plan.prunes
-    source: Source = prune_source(checkpoint, plan.keep, degroup=plan.degroup) if plan and pruned else checkpoint
+    source: Source = checkpoint
+    if plan is not None and plan.prunes:
+        source = prune_source(checkpoint, {**plan.keep, **predicting}, degroup=plan.degroup)
     return source if repairs is None else repaired_source(source, repairs)
 
 
@@ -146,6 +173,7 @@ def _estimate(
     request: QuantizeRequest,
     corpus: Corpus,
     machine: Machine,
+    predicting: Iterable[int],
     *,
     timed: bool,
 ) -> Estimate:
@@ -161,6 +189,7 @@ def _estimate(
         layer_bits=options.layer_bits,
         original_targets=request.hessian.asymmetry > 0,
         balanced=request.hessian.least_tokens > 0,
+        predicting=predicting,
     )
 
 

@@ -57,7 +57,7 @@ def prune_repaired_stage(
     calibration: Calibration,
     machine: Machine,
     *,
-    mtp: Mtp = Mtp.DROP,
+    mtp: Mtp = Mtp.KEEP,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def prune_repaired_stage(
         As `prune.prune_stage`, and `repair`; of a dry run the estimates of both.
     """
     checkpoint, inputs = _opened(model_name, output, plan, parts, allow_nonfinite=allow_nonfinite)
-    keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
-    size = planned_bytes(planned_entries(checkpoint, keep))  # a repair changes no size
+    predicting = mtp_keep(checkpoint, plan, mtp)
+    size = planned_bytes(planned_entries(checkpoint, {**plan.keep, **predicting}))  # a repair changes no size
     corpus = _corpus(checkpoint, calibration)
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
     rates = measure_rates(checkpoint, work.device, work.dtype) if dry_run else None
@@ -78,7 +78,7 @@ def prune_repaired_stage(
     require_room(output, size + estimate.disk_bytes)
     streams = _streams(checkpoint, plan, machine)
     settings = _settings("prune", plan, parts, calibration) | {
-        "mtp": mtp.value,
+        "mtp": {str(layer): kept for layer, kept in predicting.items()},
         "allow_nonfinite": allow_nonfinite,
     }
     with model_run(output, streams[0], corpus, machine, settings, inputs) as (run, limits):

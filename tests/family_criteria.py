@@ -1,8 +1,8 @@
 """What a family must show, on a tiny random model of it; and the table of what every family of transformers shows.
 
 `python tests/family_criteria.py` tries all of them (some minutes) and writes the golden list, `python
-tests/family_criteria.py TYPE ...` tries some and prints what they give, `python tests/family_criteria.py --table` writes
-the table in docs/families.md from the golden list.
+tests/family_criteria.py TYPE ...` tries some and prints what they give, `python tests/family_criteria.py --table`
+writes the table in docs/families.md from the golden list.
 """
 
 import json

@@ -29,6 +29,7 @@ from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.models.storage.mtp import Mtp
 from moepress.runs.journal import open_run
 
 CPU = torch.device("cpu")
@@ -55,13 +56,19 @@ def corpus_of(windows: Tensor, domain_index: Tensor | None = None, domains: tupl
 
 
 def profile_of(
-    folder: Path, corpus: Corpus, work: Path, *, limits: Limits = LIMITS, leave_one_out: bool = True
+    folder: Path,
+    corpus: Corpus,
+    work: Path,
+    *,
+    limits: Limits = LIMITS,
+    leave_one_out: bool = True,
+    resume: bool = False,
 ) -> Profile:
     """What `moepress profile` observes, in memory; `work` is made."""
     checkpoint = open_checkpoint(folder)
     model = StreamedModel(checkpoint, device=CPU, dtype=torch.float32)
-    with open_run(work, {}) as run:
-        statistics = collect(model, corpus, run, limits, leave_one_out=leave_one_out)
+    with open_run(work, {}, resume=resume) as run:
+        found = collect(model, corpus, run, limits, leave_one_out=leave_one_out)
     return Profile(
         model=fingerprint(checkpoint),
         model_name=folder.name,
@@ -72,7 +79,8 @@ def profile_of(
         layers=checkpoint.outline.moe_layers,
         calibration=describe_corpus(corpus, 0),
         inventory=inventory(checkpoint),
-        statistics=statistics,
+        statistics={layer: found[layer] for layer in checkpoint.outline.moe_layers},
+        mtp={layer: statistics for layer, statistics in found.items() if layer >= checkpoint.shape.layers},
     )
 
 
@@ -113,11 +121,13 @@ def plan_of(source: Checkpoint, keep: Mapping[int, Sequence[int]], *, groups: Gr
     )
 
 
-def pruned_folder(folder: Path, keep: Mapping[int, Sequence[int]], out: Path, **options: Any) -> dict[str, Any]:
+def pruned_folder(
+    folder: Path, keep: Mapping[int, Sequence[int]], out: Path, *, mtp: Mtp = Mtp.KEEP, **options: Any
+) -> dict[str, Any]:
     """`moepress prune` by this keep list; returns its result."""
     source = open_checkpoint(folder)
     with open_run(out, {}) as run:
-        return prune(source, plan_of(source, keep, **options), run)
+        return prune(source, plan_of(source, keep, **options), run, mtp=mtp)
 
 
 def quantized_folder(
@@ -131,9 +141,10 @@ def quantized_folder(
     hessian: HessianOptions | None = None,
     layer_bits: Mapping[int, int] | None = None,
     limits: Limits = LIMITS,
+    mtp_notes: Sequence[str] = (),
     max_pieces: int | None = None,
 ) -> dict[str, Any]:
-    """`moepress quantize` on these windows; returns its result."""
+    """`moepress quantize` on these windows; returns its result. With notes on MTP layers those stay."""
     checkpoint = open_checkpoint(folder)
     source: Source = checkpoint if keep is None else prune_source(checkpoint, keep)
     stored = model_dtype(checkpoint.config)
@@ -155,6 +166,7 @@ def quantized_folder(
             include=frozenset(include),
             companions=folder,
             summary={},
+            mtp_notes=mtp_notes,
             max_pieces=max_pieces,
         )
 

@@ -306,8 +306,11 @@ def edit_config(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}, indent=2))
 
 
-def add_mtp(folder: Path) -> None:
-    """Append a multi-token-prediction layer behind the last decoder layer, as DeepSeek-V3's folder has one."""
+def add_mtp(folder: Path, *, seed: int | None = None) -> None:
+    """Append a multi-token-prediction layer behind the last decoder layer, as DeepSeek-V3's folder has one.
+
+    It is the last layer once more; with a seed its matrices are its own.
+    """
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     last, mtp = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
 
@@ -317,9 +320,54 @@ def add_mtp(folder: Path) -> None:
         tensors[f"{mtp}enorm.weight"] = tensors["model.norm.weight"].clone()
         tensors[f"{mtp}hnorm.weight"] = tensors["model.norm.weight"].clone()
         tensors[f"{mtp}eh_proj.weight"] = torch.ones(hidden, 2 * hidden, dtype=tensors["model.norm.weight"].dtype)
+        if seed is not None:
+            tensors[f"{mtp}shared_head.norm.weight"] = tensors["model.norm.weight"].clone()
+            _draw({n: t for n, t in tensors.items() if n.startswith(mtp)}, seed)
 
     rewrite(folder, append)
     edit_config(folder, num_nextn_predict_layers=1)
+
+
+def add_mtp_apart(folder: Path, twin: int, *, layers_at: str = "model.layers.", seed: int = 0) -> None:
+    """Add a multi-token-prediction layer under the prefix `mtp.`, as Qwen3-Next's and Qwen3.5's folders have it.
+
+    Args:
+        folder: a model's.
+        twin: the decoder layer, of full attention, whose tensors it has, with values of its own.
+        layers_at: the prefix of the decoder layers' names.
+        seed: of the values.
+    """
+    like = f"{layers_at}{twin}."
+
+    def append(tensors: dict[str, Tensor]) -> None:
+        added = {f"mtp.layers.0.{n.removeprefix(like)}": t.clone() for n, t in tensors.items() if n.startswith(like)}
+        norm = tensors[f"{like}input_layernorm.weight"]
+        for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+            added[f"mtp.{name}.weight"] = norm.clone()
+        added["mtp.fc.weight"] = torch.empty(len(norm), 2 * len(norm), dtype=norm.dtype)
+        _draw(added, seed)
+        tensors |= added
+
+    rewrite(folder, append)
+    config = json.loads((folder / "config.json").read_text())
+    if "text_config" in config:
+        edit_config(folder, text_config=config["text_config"] | {"mtp_num_hidden_layers": 1})
+
+
+def _draw(tensors: Mapping[str, Tensor], seed: int) -> None:
+    """Other values in place, of about the same size as `_weight` has."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in sorted(tensors.items()):
+        values = torch.randn(tensor.shape, generator=generator)
+        if "bias" in name:
+            values *= 0.2
+        elif tensor.ndim == 1:
+            values = tensor.float() + 0.1 * values
+        elif name.endswith(".gate.weight"):
+            values *= 0.3
+        else:
+            values *= tensor.shape[-1] ** -0.5
+        tensor.copy_(values)
 
 
 def to_fp8(folder: Path, block: tuple[int, int] = (48, 40)) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moepress.compress.budget.sizes import part_sizes
+from moepress.compress.budget.sizes import expert_bytes, part_sizes, scale_bytes_of
 from moepress.compress.gptq.include import Include, linear_groups
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, Shape, part_of
-from moepress.models.forward.inventory import AttentionShape, Weight, attention_shape, weigh
+from moepress.models.forward.costs import stored_bytes
+from moepress.models.forward.inventory import AttentionShape, Weight, attention_shape, inventory, weigh
 from moepress.models.storage.checkpoint import Checkpoint
 
 
@@ -121,6 +122,20 @@ def pressed_sizes(
             bits += sum(found) / len(found) - scheme.bits if found else 0
             sizes[matrices.part] += matrices.weights * (bits / 8 - each)
     return {part: round(size) for part, size in sizes.items()}
+
+
+def mtp_bytes(checkpoint: Checkpoint, layers: Iterable[int], count: int, scheme: Scheme) -> int:
+    """Bytes of multi-token-prediction layers with so many quantized experts; of fp8 tensors the rest becomes bf16."""
+    family, shape, total = checkpoint.family, checkpoint.shape, 0
+    for layer in layers:
+        fused, routers = set(family.fused_names(layer)), set(family.router_names(layer))
+        total += count * expert_bytes(shape, scheme, scale_bytes_of(inventory(checkpoint)))
+        for name in checkpoint.outline.names_by_layer.get(layer, ()):
+            if name in fused or family.expert_of(name) is not None:
+                continue
+            size = max(stored_bytes(checkpoint, name), 2 * math.prod(checkpoint.shapes[name]))
+            total += size * count // shape.experts if name in routers else size
+    return total
 
 
 def included_matrices(checkpoint: Checkpoint, include: Iterable[Include]) -> list[Matrices]:

@@ -6,7 +6,14 @@ from itertools import chain
 
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.estimates.estimate import PROJECTED, Estimate
-from moepress.compress.estimates.figures import Figures, Matrices, expert_matrices, included_matrices, pressed_sizes
+from moepress.compress.estimates.figures import (
+    Figures,
+    Matrices,
+    expert_matrices,
+    included_matrices,
+    mtp_bytes,
+    pressed_sizes,
+)
 from moepress.compress.estimates.footprint import (
     ROWS_AT_ONCE,
     Workload,
@@ -53,6 +60,7 @@ def estimate_quantize(
     layer_bits: Mapping[int, int] | None = None,
     original_targets: bool = False,
     balanced: bool = False,
+    predicting: Iterable[int] = (),
 ) -> Estimate:
     """One forward pass, in which every layer is solved before the next.
 
@@ -67,12 +75,13 @@ def estimate_quantize(
         layer_bits: of layers that do not have the scheme's.
         original_targets: the original model is walked beside the quantized one, see `compress.gptq.reference`.
         balanced: the router's logits are kept, see `compress.gptq.balance`.
+        predicting: multi-token-prediction layers that stay; only their disk is counted.
     """
     shape, limits, streams = figures.shape, limits_of(figures, work), 2 if original_targets else 1
     include = frozenset(include)
     extra = included_matrices(checkpoint, include)
     sizes = pressed_sizes(checkpoint, figures, count, scheme, include, layer_bits)
-    output = sum(sizes.values())
+    output = sum(sizes.values()) + mtp_bytes(checkpoint, predicting, count, scheme)
     buffers, spilled = buffer_bytes(figures, work, limits, observe=False, streams=streams, logits=balanced)
     at_once = experts_that_fit(replace(shape, experts=count), limits.memory_bytes)
     layers = streams if is_apart(include) else 1

@@ -1,6 +1,6 @@
 """Which Linears of a layer are quantized besides the routed experts, and in which order."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -71,14 +71,26 @@ def quantized_linears(source: "Source", layers: int, include: Iterable[Include])
     return {name for group in groups for name in group.names}
 
 
-def unquantized_modules(source: "Source", layers: int, include: Iterable[Include]) -> list[str]:
-    """Names of Linears and routers that keep their weights, for the `ignore` list of quantization configs."""
-    wanted = set(include)
+def unquantized_modules(
+    source: "Source", layers: int, include: Iterable[Include], predicting: Collection[int] = ()
+) -> list[str]:
+    """Names of Linears and routers that keep their weights, for the `ignore` list of quantization configs.
+
+    Args:
+        source: the model.
+        layers: how many decoder layers there are.
+        include: parts that are quantized besides the routed experts.
+        predicting: multi-token-prediction layers whose routed experts are quantized; others are no part of the result.
+    """
+    wanted, family = set(include), source.family
+    fused = {name for layer in predicting for name in family.fused_names(layer)}
     quantized = quantized_linears(source, layers, wanted)
     ignored = set()
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)
         plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.MTP, Part.ROUTED}
+        if part is Part.MTP and len(shape) == 2 and family.layer_of(name) in predicting:
+            plain = name not in fused and family.expert_of(name) is None and "embed_tokens" not in name
         head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
         if plain and name.endswith(".weight") and name not in quantized and not head:
             # Some runtimes compare with names on disk, transformers with those of its modules.

@@ -24,6 +24,7 @@ from moepress.models.forward.walk import (
     Stream,
 )
 from moepress.models.storage.experts import bias_names
+from moepress.models.storage.mtp import prefix_of, twin_of
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
 from moepress.models.storage.writer import Entry
@@ -31,12 +32,12 @@ from moepress.runs.journal import Run
 from moepress.runs.phases import phase
 from moepress.runs.pieces import Piece
 
-_FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE}  # besides the routed experts; an fp32 router stays fp32
+_FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE, Part.MTP}  # besides the experts; an fp32 router stays fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """All that stays the same during one run of `quantize`."""
+    """All that stays the same during one run of `quantize`; `predicting` are MTP layers that are walked too."""
 
     stream: Stream
     reference: Reference | None
@@ -48,6 +49,7 @@ class Job:
     names: Mapping[int | None, Sequence[str]]
     at_once: int
     allowance: Allowance
+    predicting: tuple[int, ...] = ()
 
     @property
     def originals(self) -> Stream | None:
@@ -76,9 +78,20 @@ def packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
 def plain(job: Job, name: str) -> Tensor:
     """A tensor that keeps its weights; what was fp8 becomes the dtype that the model is stored in."""
     source, tensor = job.stream.model.source, _read(job, name)
-    may_be_fp8 = part_of(source.family, name, job.stream.model.shape.layers) in _FP8_PARTS and tensor.ndim == 2
+    may_be_fp8 = _part(job, name) in _FP8_PARTS and tensor.ndim == 2
     dequantized = may_be_fp8 and tensor.dtype == torch.float32 and "quantization_config" in source.config
     return tensor.to(job.options.stored_dtype) if dequantized else tensor
+
+
+def _part(job: Job, name: str) -> Part:
+    """The part of a tensor; of an MTP layer's that of the same in the decoder layers, where those have it."""
+    source, layers = job.stream.model.source, job.stream.model.shape.layers
+    layer = source.family.layer_of(name)
+    if layer is not None and layer >= layers:
+        own, usual = prefix_of(source.family, layer), prefix_of(source.family, twin_of(source, layer))
+        like = usual + name.removeprefix(own)
+        name = like if like in source.shapes else name
+    return part_of(source.family, name, layers)
 
 
 def outer_entry(job: Job, name: str) -> Entry:

@@ -1,7 +1,7 @@
 """How the matrices of one model are quantized: dtype of the scales, bits by layer, and what is refused beforehand."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from moepress.converters.safetensors.compressed_tensors_config import Groups
 from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
-from moepress.models.families.family import Part, part_of
+from moepress.models.families.family import Family, Part, part_of
 from moepress.models.storage.experts import is_fused
 
 
@@ -115,11 +115,24 @@ def config_groups(source: Source, scheme: Scheme, layer_bits: Mapping[int, int],
         layers_of.setdefault(scheme.bits, [])
     groups = []
     for bits, layers in sorted(layers_of.items()):
-        targets = [f"{PREFIX}{re.escape(source.family.layers_at)}({'|'.join(map(str, layers))})\\..*"] if layers else []
+        targets = [_pattern(source.family, part) for part in _by_prefix(source.family, layers)]
         if Include.LM_HEAD in set(include) and bits == scheme.bits:
             targets.append("lm_head")
         groups.append((tuple(targets), Scheme(bits=bits, group_size=scheme.group_size)))
     return tuple(groups)
+
+
+def _by_prefix(family: Family, layers: Iterable[int]) -> list[list[int]]:
+    """Layers that have one prefix; multi-token-prediction layers may have one of their own."""
+    apart = [layer for layer in layers if family.mtp_at and layer >= family.layers]
+    return [part for part in ([layer for layer in layers if layer not in apart], apart) if part]
+
+
+def _pattern(family: Family, layers: Sequence[int]) -> str:
+    """All that is in these layers, which have one prefix."""
+    prefixes = [family.at(f"{family.layers_at}{{layer}}", layer).rpartition(".") for layer in layers]
+    numbers = "|".join(number for _, _, number in prefixes)
+    return f"{PREFIX}{re.escape(prefixes[0][0])}\\.({numbers})\\..*"
 
 
 def bits_text(widths: Iterable[int]) -> str:

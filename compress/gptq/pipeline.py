@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from moepress.compress.gptq.reference import (
     step_original,
 )
 from moepress.converters.safetensors import compressed_tensors_config
+from moepress.models.forward.predicting import add_predicting, enter
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import (
     Limits,
@@ -87,6 +89,7 @@ def quantize(
     include: frozenset[Include],
     companions: Path,
     summary: Mapping[str, Any],
+    mtp_notes: Sequence[str] = (),
     max_pieces: int | None = None,
 ) -> dict[str, Any]:
     """Quantize a model (perhaps seen through a keep list) into a compressed-tensors folder and finish the run.
@@ -100,6 +103,7 @@ def quantize(
         include: parts besides the routed experts.
         companions: the folder whose tokenizer and other files go along.
         summary: what moepress.json is to say about the plan and the calibration.
+        mtp_notes: what is to be said of the multi-token-prediction layers, which then stay; without it they go.
         max_pieces: stop after so many new pieces; the run is then not finished and can be resumed.
 
     Returns:
@@ -107,8 +111,12 @@ def quantize(
         notes.
     """
     check_scheme(model.source, options.scheme, include)
-    layers = model.shape.layers
-    chunks = plan_chunks(model.source, layers, dict.fromkeys(model.moe_layers, model.shape.experts), options)
+    predicting = add_predicting(model) if mtp_notes else ()
+    layers = model.shape.layers + len(predicting)
+    if options.layer_bits:  # they have what most layers have
+        options = replace(options, layer_bits={**options.layer_bits, **dict.fromkeys(predicting, options.scheme.bits)})
+    counts = dict.fromkeys((*model.moe_layers, *predicting), model.shape.experts)
+    chunks = plan_chunks(model.source, layers, counts, options)
     scratch, text = Scratch(run.folder, limits.memory_bytes), f"{corpus.windows.numel():,} tokens"
     try:
         with (
@@ -119,6 +127,8 @@ def quantize(
                 ranks = options.hessian.least_tokens > 0
                 stream = open_stream(model, corpus.windows, scratch, limits, observe=False, logits=ranks)
                 reference = open_reference(stream, include) if options.hessian.asymmetry else None
+            if reference is not None and predicting:
+                add_predicting(reference.stream.model)
             job = Job(
                 stream=stream,
                 reference=reference,
@@ -130,32 +140,33 @@ def quantize(
                 names=model.source.outline.names_by_layer,
                 at_once=experts_at_once(model, limits.memory_bytes),
                 allowance=Allowance(left=max_pieces),
+                predicting=predicting,
             )
-            first = resume_hidden(run, stream)
+            first = resume_hidden(run, stream, layers)
             if reference is not None:
-                resume_original(run, reference, first)
+                resume_original(run, reference, first, layers)
             advance(first)
             for layer in range(first, layers):
                 job.allowance.require()
                 with in_layer(layer), phase("other"):
                     _quantize_layer(job, layer)
-                if layer == layers - 1 and run.done("outer") is None:
+                if layer == model.shape.layers - 1 and run.done("outer") is None:
                     _write_outer(job)
                 with in_layer(layer):
-                    _save(job, layer)
+                    _save(job, layer, last=layer == layers - 1)
                     stream.forget()
                 advance(1, _error_text(run, layer))
     except SpentError:
         return {"finished": False, **_progress(job)}
     finally:
         scratch.close()
-    return {"finished": True, **_progress(job), **_finish(job, companions, summary)}
+    return {"finished": True, **_progress(job), **_finish(job, companions, summary, mtp_notes)}
 
 
-def _save(job: Job, layer: int) -> None:
+def _save(job: Job, layer: int, *, last: bool) -> None:
     if job.reference is not None:
-        save_original(job.run, job.reference, layer)
-    save_hidden(job.run, job.stream, layer)
+        save_original(job.run, job.reference, layer, last=last)
+    save_hidden(job.run, job.stream, layer, last=last)
     if job.reference is not None:
         drop_original(job.run, layer - 1)
 
@@ -173,6 +184,10 @@ def _progress(job: Job) -> dict[str, int]:
 def _quantize_layer(job: Job, layer: int) -> None:
     """Solve (or take from finished pieces) one layer, and move the hidden states through it."""
     stream, reference, model = job.stream, job.reference, job.stream.model
+    if layer in job.predicting:
+        enter(stream, layer)
+        if reference is not None:
+            enter(reference.stream, layer)
     if reference is not None:
         load_original(reference, layer)
     done = job.run.done(f"layer-{layer}-0")
@@ -313,7 +328,7 @@ def _write_outer(job: Job) -> None:
     _write_piece(job, "outer", entries, note)
 
 
-def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(job: Job, companions: Path, summary: Mapping[str, Any], mtp_notes: Sequence[str]) -> dict[str, Any]:
     """Index, config, tokenizer, moepress.json; then the folder takes its final name."""
     run, source, options = job.run, job.stream.model.source, job.options
     weight_map: dict[str, str] = {}
@@ -325,15 +340,17 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any]) -> dict[str,
         weight_map |= dict.fromkeys(entries, name)
         total += sum(entry.bytes for entry in entries.values())
     write_index(run.folder, weight_map, total)
-    ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include)
+    ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include, job.predicting)
     groups = config_groups(source, options.scheme, options.layer_bits, job.include)
-    config = without_mtp(source.family, source.config) | {
-        "quantization_config": compressed_tensors_config.quantization_config(options.scheme, ignored, groups)
+    kept = source.config if job.predicting else without_mtp(source.family, source.config)
+    config = {
+        **kept,
+        "quantization_config": compressed_tensors_config.quantization_config(options.scheme, ignored, groups),
     }
     write_json(run.folder / "config.json", config)
     copied = copy_companions(companions, run.folder)
     dropped = sum(len(names) for n, names in job.names.items() if (n or 0) >= job.stream.model.shape.layers)
-    notes = mtp_note(dropped, {}, job.stream.model.shape.experts) + mixed_note(groups)
+    notes = [*(mtp_notes or mtp_note(dropped, {}, job.stream.model.shape.experts)), *mixed_note(groups)]
     result = {"bytes_after": total, "copied": copied, "notes": notes, **layer_report(run.pieces.values())}
     if options.layer_bits:
         result["layer_bits"] = {str(layer): bits for layer, bits in sorted(options.layer_bits.items())}

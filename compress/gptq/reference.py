@@ -117,10 +117,10 @@ def _piece(layer: int) -> str:
     return f"hidden-original-{layer}"
 
 
-def save_original(run: Run, reference: Reference, layer: int) -> None:
+def save_original(run: Run, reference: Reference, layer: int, *, last: bool) -> None:
     """Keep the hidden states after a layer as a piece: before those of the other stream, which say how far a run is."""
     hidden = reference.stream.hidden
-    if layer < reference.stream.model.shape.layers - 1:
+    if not last:
         with phase("hidden states", size=hidden.numel() * hidden.element_size()):
             entry, file = tensor_entry("hidden", hidden), f"hidden-original-{layer:05d}.safetensors"
             run.write(_piece(layer), file, lambda path: write_shard(path, [entry]))
@@ -131,10 +131,10 @@ def drop_original(run: Run, layer: int) -> None:
     run.drop(_piece(layer))
 
 
-def resume_original(run: Run, reference: Reference, first: int) -> None:
-    """Load what was kept before layer `first`, where a run goes on; nothing at the beginning and at the end."""
+def resume_original(run: Run, reference: Reference, first: int, layers: int) -> None:
+    """Load what was kept before layer `first` of so many, where a run goes on; nothing at the beginning and the end."""
     hidden = reference.stream.hidden
-    piece = run.done(_piece(first - 1)) if 0 < first < reference.stream.model.shape.layers else None
+    piece = run.done(_piece(first - 1)) if 0 < first < layers else None
     if piece is None:
         return
     stored = read_header(run.path(piece))["hidden"]

@@ -18,6 +18,7 @@ from moepress.compress.pruning.scoring import (
     default_criterion,
     domain_weights,
     keep_sets,
+    mtp_keep_sets,
     removed_share,
     stability,
     super_experts,
@@ -86,6 +87,7 @@ class Plan(BaseModel):
     experts_before: int = Field(gt=0)
     experts: int = Field(gt=0)
     keep: dict[int, list[int]]
+    mtp_keep: dict[int, list[int]] = {}
     quantization: Quantization | None
     layer_bits: dict[int, int] = {}
     include: tuple[Include, ...] = ()
@@ -177,6 +179,7 @@ def make_plan(
         experts_before=shape.experts,
         experts=count,
         keep=kept,
+        mtp_keep=mtp_keep_sets(profile, selection),
         quantization=Quantization(bits=scheme.bits, group_size=scheme.group_size) if scheme else None,
         layer_bits=dict(layer_bits or {}),
         include=tuple(sorted(include)),
@@ -215,12 +218,16 @@ def estimate_sizes(
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan as it is written to disk; `keep` has one layer a line so that diffs are readable."""
+    """The plan as it is written to disk; keep lists have one layer a line so that diffs are readable."""
     data = plan.model_dump(mode="json")
-    keep, data["keep"] = data["keep"], "@keep@"
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    rows = ",\n".join(f'    "{layer}": {json.dumps(experts)}' for layer, experts in keep.items())
-    return text.replace('"@keep@"', "{\n" + rows + "\n  }") + "\n"
+    if not plan.mtp_keep:
+        del data["mtp_keep"]
+    lists = {name: data[name] for name in ("keep", "mtp_keep") if name in data}
+    text = json.dumps(data | {name: f"@{name}@" for name in lists}, indent=2, ensure_ascii=False)
+    for name, keep in lists.items():
+        rows = ",\n".join(f'    "{layer}": {json.dumps(experts)}' for layer, experts in keep.items())
+        text = text.replace(f'"@{name}@"', "{\n" + rows + "\n  }")
+    return f"{text}\n"
 
 
 def load_plan(file: Path) -> Plan:
@@ -240,7 +247,7 @@ def load_plan(file: Path) -> Plan:
         raise InvalidInputError(
             f"{file} is not a valid plan: {where}: {first['msg']}; mend it or plan again."
         ) from error
-    for layer, kept in plan.keep.items():
+    for layer, kept in (*plan.keep.items(), *plan.mtp_keep.items()):
         if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= plan.experts_before:
             raise InvalidInputError(
                 f"{file}: the keep list of layer {layer} must hold expert numbers, ascending, once each."
@@ -278,7 +285,7 @@ def check_plan(plan: Plan, shape: Shape, layers: Sequence[int], model: str | Non
     if plan.degroup or shape.groups == 1:
         return
     size = shape.experts // shape.groups
-    for layer, kept in plan.keep.items():
+    for layer, kept in (*plan.keep.items(), *plan.mtp_keep.items()):
         held = [sum(e // size == g for e in kept) for g in range(shape.groups)]
         if len(set(held)) > 1:
             raise UsageError(

@@ -32,7 +32,7 @@ _SCALES = "_scale_inv"
 
 
 def prune(
-    checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.DROP, repairs: Repairs | None = None
+    checkpoint: Checkpoint, plan: Plan, run: Run, *, mtp: Mtp = Mtp.KEEP, repairs: Repairs | None = None
 ) -> dict[str, Any]:
     """Write the pruned model into the run's folder and finish the run; every shard is a piece.
 
@@ -79,7 +79,10 @@ def prune(
         "experts": plan.experts,
         "mtp_keep": {str(layer): kept for layer, kept in predicting.items()},
         "copied": copied,
-        "notes": [*checkpoint.notes, *mtp_note(dropped, predicting, plan.experts_before)],
+        "notes": [
+            *checkpoint.notes,
+            *mtp_note(dropped, predicting, plan.experts_before, measured=predicting.keys() <= plan.mtp_keep.keys()),
+        ],
     }
     if repairs is not None:
         result["repair"] = repairs.model_dump(mode="json")
@@ -108,12 +111,13 @@ def mtp_keep(checkpoint: Checkpoint, plan: Plan, mtp: Mtp) -> dict[int, list[int
 
     Raises:
         InvalidInputError: such a layer is to stay and is not whole.
+        UnsupportedError: nothing says which of its experts should stay.
     """
     if mtp is Mtp.DROP:
         return {}
     for layer in mtp_layers(checkpoint):
         check_mtp(checkpoint, layer, folder=checkpoint.folder)
-    return mtp_keep_sets(checkpoint, plan.experts, degroup=plan.degroup)
+    return mtp_keep_sets(checkpoint, plan.experts, plan.mtp_keep, degroup=plan.degroup)
 
 
 def planned_bytes(planned: Mapping[str, Sequence[Entry]]) -> int:

@@ -151,12 +151,28 @@ def keep_sets(profile: Profile, selection: Selection, shards: Sequence[int] | No
     kept = {}
     for layer in profile.layers:
         statistics = profile.statistics[layer]
-        if selection.criterion is Criterion.LOO and not bool(statistics["leave_one_out"].any()):
-            raise InvalidInputError(
-                "The profile was made with --no-loo and has no leave-one-out losses; profile again."
-            )
+        _require_losses(statistics, selection)
         scores = layer_scores(statistics, selection.criterion, weights_S, everything if shards is None else shards)
         kept[layer] = keep_set(scores, token_counts(statistics), safe[layer], profile.shape, selection)
+    return kept
+
+
+def _require_losses(statistics: Mapping[str, Statistic], selection: Selection) -> None:
+    if selection.criterion is Criterion.LOO and not bool(statistics["leave_one_out"].any()):
+        raise InvalidInputError("The profile was made with --no-loo and has no leave-one-out losses; profile again.")
+
+
+def mtp_keep_sets(profile: Profile, selection: Selection) -> dict[int, list[int]]:
+    """Keep sets of the multi-token-prediction layers that were profiled, as `keep_sets` has them; none is protected.
+
+    Raises:
+        InvalidInputError: the profile lacks what the criterion needs.
+    """
+    weights_S, kept = np.array([selection.weights.get(d, 1.0) for d in profile.domains]), {}
+    for layer, statistics in sorted(profile.mtp.items()):
+        _require_losses(statistics, selection)
+        scores = layer_scores(statistics, selection.criterion, weights_S, range(statistics["count"].shape[1]))
+        kept[layer] = keep_set(scores, token_counts(statistics), [], profile.shape, selection)
     return kept
 
 

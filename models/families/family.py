@@ -12,6 +12,9 @@ from moepress.models.families.routing_keys import COUNT_NAMES, RoutingKey, requi
 
 Config = Mapping[str, Any]
 
+MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""Config keys of the number of multi-token-prediction layers."""
+
 
 class Part(StrEnum):
     """The part of a model that a tensor belongs to."""
@@ -84,7 +87,7 @@ class Family:
         never_quantize: Linear names that stay as they are, because a runtime trips over them.
         float32: suffixes of tensors that stay fp32 whatever the model's dtype.
         mtp: the family can carry multi-token-prediction layers behind the last decoder layer.
-        mtp_at: the prefix of their names where it is not that of the layers.
+        mtp_at: the prefix of their names where it is not that of the layers, such as `mtp.layers.`.
         keys: the routing keys that its forward pass reads, and what their values may be.
         derived: made by `derive`, not a row.
         text_key: where the text model's config lies in config.json; None: it is config.json.
@@ -168,11 +171,19 @@ class Family:
         return config[self.text_key] if self.text_key else config
 
     def layer_of(self, disk_name: str) -> int | None:
-        """The decoder layer that a tensor belongs to, or None; layers of `mtp_at` count on behind the last."""
+        """The decoder layer that a tensor belongs to, or None; layers of `mtp_at` count on behind the last.
+
+        What lies beside those, such as `mtp.fc`, belongs to the first of them.
+        """
         found = self._layer_pattern.match(disk_name)
         if found is None:
-            return None
+            return self.layers if self.mtp_at and disk_name.startswith(self.mtp_root) else None
         return int(found[1]) if found[1] is not None else self.layers + int(found[2])
+
+    @property
+    def mtp_root(self) -> str:
+        """The prefix of all tensors of multi-token prediction where they have one of their own, such as `mtp.`."""
+        return self.mtp_at.removesuffix("layers.")
 
     def by_layer(self, name: str) -> tuple[int, str]:
         """A key to sort tensors' or modules' names by: layers in order, then what lies outside of them."""

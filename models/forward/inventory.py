@@ -122,6 +122,7 @@ def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """All that `inspect` tells, as plain JSON."""
+
     shape, parts = checkpoint.shape, weigh(checkpoint)
     dtypes: dict[str, int] = {}
     for entry in checkpoint.stored.values():

@@ -22,10 +22,14 @@ class ReachedError(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class _Call:
-    """One run on its way: which layer is wanted, what the one before it returned, and what was found."""
+    """One run on its way: which layer is wanted, what the one before it returned, and what was found.
+
+    `instead` is called in the place of that layer.
+    """
 
     layer: int
     before: Returned
+    instead: nn.Module | None = None
     first: bool = False
     seen: Tensor | None = None
     returned: Any = None
@@ -76,7 +80,7 @@ class Passage(nn.Module):
                 arguments = (hidden, *arguments[1:])
             else:
                 keywords = keywords | {"hidden_states": hidden}
-        call.returned = layer(*arguments, **keywords)
+        call.returned = (layer if call.instead is None else call.instead)(*arguments, **keywords)
         raise ReachedError
 
 
@@ -113,6 +117,7 @@ class Replay:
         embedding: its input embeddings.
         output: its output embeddings.
         calls: what is under way.
+        behind: layers that the model does not have, by their numbers: in whose place each is called, and it.
     """
 
     model: Any
@@ -120,6 +125,11 @@ class Replay:
     embedding: nn.Module
     output: nn.Module
     calls: Calls
+    behind: dict[int, tuple[int, nn.Module]] = field(default_factory=dict)
+
+    def module(self, number: int) -> nn.Module:
+        """A layer, one of `behind` too."""
+        return self.behind[number][1] if number in self.behind else self.layers[number]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """What the first layer gets of tokens, whose rows of the table the embedding holds: [B, T, ...]."""
@@ -130,7 +140,8 @@ class Replay:
 
     def layer(self, number: int, before: Returned, ids_BT: Tensor) -> Any:
         """What a layer returns, given what the one before it did."""
-        call = _Call(layer=number, before=before)
+        place, instead = self.behind.get(number, (number, None))
+        call = _Call(layer=place, before=before, instead=instead)
         self._run(call, ids_BT)
         return call.returned
 

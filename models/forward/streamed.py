@@ -8,6 +8,7 @@ the layer runs once more, with their sum in the place of the experts (`walk.last
 layer without experts, a few experts, and the windows' hidden states.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -28,6 +29,7 @@ from moepress.models.forward.replay import Returned, hidden_of, put_away
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import Expert, experts_by_layer, pruned_config, read_expert, router_disk_names
+from moepress.models.storage.mtp import prefix_of
 from moepress.runs.phases import phase
 
 _TABLE_BYTES = 1 << 28  # an embedding table that is larger in fp32 is not read as a whole
@@ -71,6 +73,8 @@ class StreamedModel:
             for layer in sorted(self.moe_layers)
         }
         self._replay = put_away(self.skeleton, path, dtype=dtype, device=device)
+        self._twins: dict[int, int] = {}
+        self._usual: dict[str, str] = {}  # of added layers: name on disk -> the same tensor's in the layer's twin
         self._recorders = {layer: Recorder(module) for layer, module in self._gatings.items()}
         for layer, recorder in self._recorders.items():
             block, _, leaf = self.family.experts_module.rpartition(".")
@@ -78,7 +82,33 @@ class StreamedModel:
 
     def layer(self, layer: int) -> nn.Module:
         """transformers' decoder layer, with the experts put away; its weights are there between load and unload."""
-        return self._replay.layers[layer]
+        return self._replay.module(layer)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has routed experts; of layers that were added too."""
+        return layer in self._recorders
+
+    def add_layer(self, layer: int, twin: int) -> None:
+        """Put one more layer behind the last, which transformers' model does not have: a decoder layer like another.
+
+        Args:
+            layer: its number, behind those that there are.
+            twin: a layer with experts whose module it is a copy of, and with whose arguments it is called.
+        """
+        if layer in self._twins:
+            return
+        family = self.family
+        module = copy.deepcopy(self.layer(twin))
+        recorder = module.get_submodule(family.experts_module)
+        assert isinstance(recorder, Recorder)
+        path, usual = family.module_layers_at, prefix_of(family, twin)
+        own = prefix_of(family, layer)
+        self._twins[layer], self._recorders[layer], self._gatings[layer] = twin, recorder, recorder.experts
+        self._replay.behind[layer] = (twin, module)
+        like = {own + name.removeprefix(usual): name for name in self._disk_names[twin]}
+        self._usual |= like
+        self._disk_names[layer] = {name: self._disk_names[twin][other] for name, other in like.items()}
+        self._computed |= {f"{path}{layer}.{name}": found for name, found in _computed(module).items()}
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """What the first layer gets of tokens: mostly embeddings [B, T, D], in the compute dtype, on the device."""
@@ -119,15 +149,16 @@ class StreamedModel:
             replaced: dense weights [O, I] by disk name that stand in for the stored ones (quantized attention, ...).
         """
         self._load_outer()
-        module = self.layer(layer)
+        module, twin = self.layer(layer), self._twins.get(layer, layer)
         given: dict[str, Tensor] = {}
         for disk_name in self._disk_names[layer]:
+            usual = self._usual.get(disk_name, disk_name)
             if replaced is not None and disk_name in replaced:
-                given[disk_name] = replaced[disk_name].to(self.device, self.dtype)
+                given[usual] = replaced[disk_name].to(self.device, self.dtype)
             else:
                 with phase("read", size=stored_bytes(self.source, disk_name)):
-                    given[disk_name] = self._read(disk_name)
-        weights = self._made(given, f"{self.family.module_layers_at}{layer}.", self._disk_names[layer])
+                    given[usual] = self._read(disk_name)
+        weights = self._made(given, f"{self.family.module_layers_at}{twin}.", self._disk_names[twin])
         self._fill(module, f"{self.family.module_layers_at}{layer}.", weights)
         return module
 
@@ -209,11 +240,11 @@ class StreamedModel:
         """
         hidden = hidden_of(before)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64) if ids_BT is None else ids_BT
-        if layer not in self.moe_layers:
+        if layer not in self._recorders:
             return self._replay.layer(layer, before, ids.to(self.device)), None
         module, recorder = self.layer(layer), self._recorders[layer]
         kept: dict[str, Any] = {}
-        router = module.get_submodule(router_path(self.family, self.source, layer))
+        router = module.get_submodule(router_path(self.family, self.source, self._twins.get(layer, layer)))
         hooks = [router.register_forward_hook(keep_logits(kept, recompute=self.family.derived))]
         hooks += keep_residual(kept, module, derived=self.family.derived)
         recorder.give(given_TD)
@@ -298,6 +329,10 @@ class StreamedModel:
     def stream_shape(self) -> tuple[int, ...]:
         """The shape of one token's hidden states between layers: (D,), or (S, D) of models with several streams."""
         return tuple(self.embed(torch.zeros(1, 1, dtype=torch.int64)).shape[2:])
+
+    def read(self, disk_name: str) -> Tensor:
+        """A tensor as the model computes with it, on its device."""
+        return self._read(disk_name)
 
     @cached_property
     def _form(self) -> int:

@@ -1,12 +1,14 @@
 """A checkpoint's tensors against its config: nothing missing, nothing surplus, every shape as transformers has it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Part, Shape, numbered
 from moepress.models.families.router import router_of
 from moepress.models.forward.expected import Expected, built, expected_of, remember
+from moepress.models.storage.experts import is_fused
+from moepress.models.storage.mtp import joint_of, prefix_of, twin_of
 from moepress.models.storage.settled import CACHE_SCALES
 
 if TYPE_CHECKING:
@@ -144,47 +146,76 @@ def _expert_problems(family: Family, shape: Shape, shapes: Mapping[str, tuple[in
     return [*problems, f"{beyond} belongs to no part of the model"] if beyond in shapes else problems
 
 
-def _refuse(problems: Sequence[str], folder: object) -> None:
+def _refuse(problems: Sequence[str], folder: object, mend: str = "restore the folder") -> None:
     if problems:
         more = f" (and {len(problems) - 10} more)" if len(problems) > 10 else ""
         raise InvalidInputError(
-            f"The tensors in {folder} do not fit its config.json: {'; '.join(problems[:10])}{more}; restore the folder."
+            f"The tensors in {folder} do not fit its config.json: {'; '.join(problems[:10])}{more}; {mend}."
         )
-
-
-_MTP_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
-_MTP_COPIES = ("embed_tokens.weight", "shared_head.norm.weight", "shared_head.head.weight")  # not in every checkpoint
 
 
 def check_mtp(source: "Source", layer: int, *, folder: object) -> None:
     """Hold a multi-token-prediction layer against the decoder layers: it is one of them and the parts that join it.
 
-    `check_tensors` lets such a layer be as it is, for transformers has no module for it. Who keeps it calls this.
+    `check_tensors` lets such a layer be as it is, for transformers' model has no module for it. Who runs or keeps it
+    calls this.
 
     Args:
-        source: the model; its last layer with experts is the pattern.
+        source: the model; the layer's `twin_of` is the pattern.
         layer: the layer's number.
         folder: for the message.
 
     Raises:
         InvalidInputError: tensors are missing, surplus or of another shape, such as another number of experts.
     """
-    own, pattern = f"model.layers.{layer}.", f"model.layers.{max(source.outline.moe_layers)}."
-    hidden = source.outline.shape.hidden
-    expected = {own + n.removeprefix(pattern): s for n, s in source.shapes.items() if n.startswith(pattern)}
-    expected |= dict(zip((own + n for n in _MTP_OWN), ((hidden,), (hidden,), (hidden, 2 * hidden)), strict=True))
-    optional = {own + name for name in _MTP_COPIES}
-    found = {n: s for n, s in source.shapes.items() if n.startswith(own) and not n.endswith(_IGNORED_SUFFIXES)}
+    _refuse(mtp_problems(source, layer), folder, "restore the folder, or use --mtp drop")
+
+
+def mtp_problems(source: "Source", layer: int) -> list[str]:
+    """What `check_mtp` refuses."""
+    family, by_layer = source.family, source.outline.names_by_layer
+    twin, hidden, joint = twin_of(source, layer), source.outline.shape.hidden, joint_of(source.family, layer)
+    own, pattern = prefix_of(family, layer), prefix_of(family, twin)
+    expected = {own + n.removeprefix(pattern): source.shapes[n] for n in by_layer[twin]}
+    found = {n: source.shapes[n] for n in by_layer.get(layer, ()) if not n.endswith(_IGNORED_SUFFIXES)}
+    if is_fused(source, twin) != is_fused(source, layer):
+        expected = {n: s for n, s in expected.items() if n not in _expert_tensors(source, layer, expected)}
+        expected |= _expert_shapes(source, layer)
+    joined = {joint.embedding_norm: (hidden,), joint.hidden_norm: (hidden,), joint.project: (hidden, 2 * hidden)}
+    missing = {n for n in joined if n not in source.shapes}
+    if layer > source.outline.shape.layers:  # what the layer before gives comes to this one through its norm
+        before = joint_of(family, layer - 1).norm
+        joined[before], missing = (hidden,), missing | ({before} - source.shapes.keys())
+    expected |= {n: s for n, s in joined.items() if n in missing or family.layer_of(n) == layer}
+    optional = {joint.norm, *joint.copies}
     expected = {n: s for n, s in expected.items() if not n.endswith(_IGNORED_SUFFIXES)}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     surplus = found.keys() - expected.keys() - optional
     problems += [f"{name} belongs to no part of the model" for name in sorted(surplus)]
-    problems += [
+    return problems + [
         f"{name} has shape {list(found[name])} and the other layers have {list(shape)}"
         for name, shape in sorted(expected.items())
         if name in found and found[name] != shape
     ]
-    _refuse(problems, folder)
+
+
+def _expert_tensors(source: "Source", layer: int, names: Iterable[str]) -> set[str]:
+    """Those of a layer's names that are of routed experts, in either form."""
+    fused = set(source.family.fused_names(layer))
+    return {name for name in names if name in fused or source.family.expert_of(name) is not None}
+
+
+def _expert_shapes(source: "Source", layer: int) -> dict[str, tuple[int, ...]]:
+    """The experts' tensors of a layer that has them in another form than its twin, by the shapes of the first."""
+    family, shapes = source.family, source.shapes
+    if is_fused(source, layer):
+        return {name: shapes[name] for name in family.fused_names(layer) if name in shapes}
+    first = family.expert_names(layer, 0)
+    return {
+        name: shapes.get(like, ())
+        for expert in range(source.outline.shape.experts)
+        for name, like in zip(family.expert_names(layer, expert), first, strict=True)
+    }
 
 
 def _is_mtp(family: Family, layers: int, name: str, names: Mapping[str, str]) -> bool:

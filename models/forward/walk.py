@@ -230,7 +230,7 @@ def last_step(stream: Stream, layer: int) -> None:
 
     Of layers without experts nothing is left to do.
     """
-    if stream.sums is None or layer not in stream.model.moe_layers:
+    if stream.sums is None or not stream.model.has_experts(layer):
         return
     length = stream.hidden.shape[1]
     with phase("forward", flops=layer_flops(stream.model.layer(layer), stream.model.config, stream.tokens, length)):

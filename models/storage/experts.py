@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.models.families.family import Family, experts_key, with_experts, with_text
+from moepress.models.families.family import MTP_KEYS, Family, experts_key, with_experts, with_text
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.outline import Outline, outline_of
 
@@ -212,7 +212,8 @@ class PrunedSource:
 
     Attributes:
         base: the source with all experts.
-        keep: per MoE layer, the experts kept, ascending, by their old numbers.
+        keep: per MoE layer, the experts kept, ascending, by their old numbers. Multi-token-prediction layers that are
+            not among them are no part of the pruned model, though their tensors can be read.
         config: the pruned model's config.
         outline: of that config and of the pruned model's names.
         shapes: the pruned model's tensors.
@@ -263,10 +264,6 @@ def without_mtp(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return with_text(family, config, {key: 0 for key in MTP_KEYS if stated.get(key)})
 
 
-MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
-"""Config keys of the number of multi-token-prediction layers."""
-
-
 def prune_source(base: Source, keep: Mapping[int, Sequence[int]], *, degroup: bool = False) -> PrunedSource:
     """See a source through a keep list. It must be legal and uniform (see `moepress.compress.pruning.plan`)."""
     family, shapes, renamed = base.family, dict(base.shapes), dict[str, str]()
@@ -279,7 +276,8 @@ def prune_source(base: Source, keep: Mapping[int, Sequence[int]], *, degroup: bo
         cuts |= here
         if not is_fused(base, layer):
             _renumber(base, layer, kept, shapes, renamed)
-    config = pruned_config(family, base.config, counts.pop(), degroup=degroup)
+    keep_mtp = any(layer >= base.outline.shape.layers for layer in keep)
+    config = pruned_config(family, base.config, counts.pop(), degroup=degroup, keep_mtp=keep_mtp)
     return PrunedSource(
         base=base,
         keep=keep,

@@ -19,6 +19,8 @@ from moepress.compress.pruning.plan import estimate_sizes, load_plan
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.experts import mtp_layers
+from moepress.models.storage.mtp import Mtp
 from moepress.stages.groundwork import workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine
 from moepress.stages.run.recipe import Recipe, Settled, budget_request, check_recipe, resolve, settled
@@ -96,6 +98,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
             include=full.include,
             layer_bits=known.layer_bits,
             original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
+            predicting=mtp_layers(checkpoint) if full.mtp is Mtp.KEEP else (),
         )
         pressed = Pressed(
             size=sizes.after_bytes,

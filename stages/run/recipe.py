@@ -20,8 +20,11 @@ from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
+from moepress.models.forward.tensor_check import check_mtp
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.experts import mtp_layers
+from moepress.models.storage.mtp import Mtp
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 from moepress.runs.text import suggestion
 from moepress.stages.export import check_onnx, onnx_bits
@@ -85,6 +88,7 @@ class Recipe(BaseModel):
     include: tuple[Include, ...] = ()
     match: Literal["auto", "own", "original"] = "auto"
     repair: tuple[Repair, ...] = ()
+    mtp: Mtp = Mtp.KEEP
     to: tuple[Literal["gptq", "onnx"], ...] = ()
     data: tuple[str, ...] = ()
     data_domain: tuple[str, ...] = ()
@@ -209,6 +213,8 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     checkpoint = opened(folder)
     shape = checkpoint.shape
     known = settled(recipe, checkpoint)
+    for layer in mtp_layers(checkpoint) if recipe.mtp is Mtp.KEEP else ():
+        check_mtp(checkpoint, layer, folder=folder)
     if recipe.repair:
         check_repair(checkpoint, known.count, frozenset(recipe.repair))
     if known.scheme is None:

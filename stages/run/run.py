@@ -242,8 +242,10 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
             ),
             calibration_of(recipe),
             setup.machine,
+            mtp=recipe.mtp,
             repairs=repairs,
         )
+    note(*(text for text in result["notes"] if "multi-token" in text))
     kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
     run.mark("model", {k: result[k] for k in kept}, folder="model")
     return run.pieces["model"].note
@@ -257,7 +259,7 @@ def _prune(setup: _Setup, run: Run, plan: Plan, profile: Profile, checkpoint: Ch
     )
     if run.done("model") is None:
         if not _is_made(setup.out / "model"):
-            prune_stage(setup.recipe.model, _stage_output(setup, "model"), plan)
+            prune_stage(setup.recipe.model, _stage_output(setup, "model"), plan, mtp=setup.recipe.mtp)
         run.mark("model", {"calibration": dict(profile.calibration)}, folder="model")
     return run.pieces["model"].note
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
+from moepress.models.families.family import MTP_KEYS
 from moepress.validation.rules.facts import Facts
 from moepress.validation.rules.findings import Effect, Problem, Runtime
 
 LLAMA_CPP_EXPERTS = 1024
 FUSED_SHARED_EXPERTS = 256
-_MTP_KEY = "num_nextn_predict_layers"
 _FOLDERS = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
 _PRUNE_AGAIN = "prune or quantize the original again with moepress, which writes both together"
 
@@ -157,19 +157,24 @@ def spread(facts: Facts) -> Iterator[Problem]:
 
 def mtp(facts: Facts) -> Iterator[Problem]:
     """The multi-token-prediction layer has as many experts as the others, or is dropped in tensors and config."""
-    stated, layers = facts.config.get(_MTP_KEY), facts.shape.layers
-    if facts.stored is None or not isinstance(stated, int) or not facts.family.mtp:
+    family, layers, config = facts.family, facts.shape.layers, facts.family.text(facts.config)
+    if facts.stored is None or not (family.mtp or family.derived):
         return
-    behind = {layer for name in facts.tensors if (layer := facts.family.layer_of(name)) is not None and layer >= layers}
+    behind = {layer for name in facts.tensors if (layer := family.layer_of(name)) is not None and layer >= layers}
     runtimes = (Runtime.VLLM, Runtime.SGLANG)
-    if stated and not behind:
+    stated = next((key for key in MTP_KEYS if type(config.get(key)) is int and config[key] > 0), None)
+    elsewhere = any(".mtp" in f".{name}" or "nextn" in name for name in facts.tensors)  # under names not known here
+    if stated is not None and not behind and not elsewhere:
         yield Problem(
-            what=f"config.json states {_MTP_KEY} = {stated}, and there is no such layer",
+            what=f"config.json states {stated} = {config[stated]}, and there is no such layer",
             happens=dict.fromkeys(runtimes, (Effect.REFUSES, "finds no weights for its draft model")),
-            mend=f"set {_MTP_KEY} to 0, or prune with --mtp keep",
+            mend=f"set {stated} to 0, or prune with --mtp keep",
         )
-    for layer, rows in facts.router_rows().items():
-        if layer >= layers and rows != facts.shape.experts:
+    for layer in sorted(behind):
+        name = family.at(family.router[0], layer)
+        router = facts.tensors.get(name) or facts.tensors.get(family.module_name(name))
+        rows = router.shape[0] - family.router_extra if router is not None and router.shape else None
+        if rows is not None and rows != facts.shape.experts:
             yield Problem(
                 what=f"the multi-token-prediction layer {layer} has {rows} experts, the others {facts.shape.experts}",
                 happens=dict.fromkeys(runtimes, (Effect.REFUSES, "builds the draft model with the others' count")),

@@ -27,6 +27,7 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.mtp import Mtp
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.prune import prune_stage
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
@@ -272,7 +273,7 @@ def test_the_size_is_right_for_fp8_and_for_a_dropped_prediction_layer(
     keep = dict.fromkeys(source.outline.moe_layers, EIGHT)
     sizes = estimate_sizes(inventory(source), source.shape, 8, scheme)
     if scheme is None:
-        result = pruned_folder(folder, keep, tmp_path / "out")
+        result = pruned_folder(folder, keep, tmp_path / "out", mtp=Mtp.DROP)
     else:
         result = quantized_folder(folder, tiny_models.windows(256, count=2), tmp_path / "out", keep=keep, scheme=scheme)
     assert result["bytes_after"] == written_bytes(tmp_path / "out")

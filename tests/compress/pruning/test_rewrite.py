@@ -25,6 +25,7 @@ from moepress.compress.pruning.scoring import Groups
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import is_fused, router_disk_names
+from moepress.models.storage.mtp import Mtp
 from moepress.models.storage.safetensors_file import read_bytes
 from moepress.stages.places import Output
 from moepress.stages.prune import prune_stage
@@ -218,7 +219,7 @@ def test_a_prediction_layer_is_dropped_and_that_is_said(tiny_copy: Callable[...,
     tiny_models.add_mtp(folder)
     source = open_checkpoint(folder)
     extra = [name for name in source.stored if name.startswith("model.layers.3.")]
-    result = pruned_folder(folder, keep_of(source, 8), tmp_path / "out")
+    result = pruned_folder(folder, keep_of(source, 8), tmp_path / "out", mtp=Mtp.DROP)
     found = open_checkpoint(tmp_path / "out")
     assert len(extra) > 50
     assert not [name for name in found.stored if name.startswith("model.layers.3.")]

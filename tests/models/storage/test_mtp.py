@@ -1,4 +1,4 @@
-"""The multi-token-prediction layer: dropped unless asked for, else pruned to the model's expert count by its router."""
+"""Multi-token-prediction layers: kept, with the model's expert count, by their own statistics or by their router."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from stage_runs import (
 
 from moepress.compress.pruning.plan import plan_text
 from moepress.compress.pruning.scoring import Groups
-from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.errors import InvalidInputError, UnsupportedError, UsageError
 from moepress.models.forward.tensor_check import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import mtp_layers
@@ -70,7 +70,7 @@ def test_only_a_layer_that_joins_state_and_embedding_counts(predicting: Path, ti
 def test_the_experts_with_the_lowest_bias_stay(predicting: Path, count: int, degroup: bool) -> None:
     source = open_checkpoint(predicting)
     bias = source.read(BIAS.format(3))
-    found = mtp_keep_sets(source, count, degroup=degroup)
+    found = mtp_keep_sets(source, count, {}, degroup=degroup)
     assert found.keys() == {3}
     groups = bias.reshape(1 if degroup else 4, -1)
     for number, group in enumerate(groups):
@@ -83,13 +83,13 @@ def test_the_experts_with_the_lowest_bias_stay(predicting: Path, count: int, deg
 
 def test_equal_biases_keep_the_first_experts(predicting: Path) -> None:
     tiny_models.rewrite(predicting, lambda tensors: tensors[BIAS.format(3)].zero_())
-    assert mtp_keep_sets(open_checkpoint(predicting), 8) == {3: [0, 1, 4, 5, 8, 9, 12, 13]}
+    assert mtp_keep_sets(open_checkpoint(predicting), 8, {}) == {3: [0, 1, 4, 5, 8, 9, 12, 13]}
 
 
 def test_a_kept_layer_has_the_models_expert_count_and_its_own_choice(predicting: Path, tmp_path: Path) -> None:
     source = open_checkpoint(predicting)
     found, result = kept(predicting, tmp_path / "out", 8)
-    chosen = mtp_keep_sets(source, 8)[3]
+    chosen = mtp_keep_sets(source, 8, {})[3]
     assert result["mtp_keep"] == {"3": chosen}
     assert chosen != keep_of(source, 8)[2]
     assert found.config["num_nextn_predict_layers"] == 1
@@ -108,8 +108,8 @@ def test_a_kept_layer_has_the_models_expert_count_and_its_own_choice(predicting:
         assert raw(found, f"model.layers.3.{name}.weight") == raw(source, f"model.layers.3.{name}.weight")
     (note,) = result["notes"]
     assert note == (
-        "The multi-token-prediction layer was kept with 8 of 16 experts, those with the lowest correction bias (no "
-        "calibration token passes this layer); drafts may be accepted less often, and no output changes."
+        "The multi-token-prediction layer was kept with 8 of 16 experts, those with the lowest correction bias (the "
+        "plan's profile did not run this layer); drafts may be accepted less often, and no output changes."
     )
     assert json.loads((tmp_path / "out" / "moepress.json").read_text())["mtp_keep"] == {"3": chosen}
 
@@ -176,30 +176,33 @@ def test_a_layer_that_is_not_whole_is_refused_before_any_work(
     with pytest.raises(InvalidInputError, match=message):
         prune_stage(str(predicting), Output(folder=tmp_path / "out"), plan, mtp=Mtp.KEEP)
     assert not partial_folder(tmp_path / "out").exists()
-    prune_stage(str(predicting), Output(folder=tmp_path / "out"), plan)  # dropped, it need not be whole
+    prune_stage(str(predicting), Output(folder=tmp_path / "out"), plan, mtp=Mtp.DROP)  # it need not be whole then
 
 
 def test_a_router_without_a_bias_is_refused(predicting: Path) -> None:
     tiny_models.rewrite(predicting, lambda tensors: tensors.pop(BIAS.format(3)))
-    with pytest.raises(UnsupportedError, match="use --mtp drop"):
-        mtp_keep_sets(open_checkpoint(predicting), 8)
+    source = open_checkpoint(predicting)
+    with pytest.raises(UnsupportedError, match="profile the model again and plan anew, or use --mtp drop"):
+        mtp_keep_sets(source, 8, {})
+    assert mtp_keep_sets(source, 8, {3: list(range(8))}) == {3: list(range(8))}
+    assert mtp_keep_sets(source, 16, {}) == {3: list(range(16))}
 
 
-def test_the_commands_drop_or_keep_it_as_told(predicting: Path, tmp_path: Path) -> None:
+def test_a_plan_of_a_layer_that_is_not_there_is_refused(predicting: Path) -> None:
+    with pytest.raises(UsageError, match="layer 4, which this model has not"):
+        mtp_keep_sets(open_checkpoint(predicting), 8, {4: list(range(8))})
+
+
+def test_the_commands_keep_it_or_drop_it_as_told(predicting: Path, tmp_path: Path) -> None:
     source = open_checkpoint(predicting)
     (tmp_path / "plan.json").write_text(plan_text(plan_of(source, keep_of(source, 8))))
     prune = ("prune", predicting, "--plan", tmp_path / "plan.json", "-o")
-    code, _, errors = command(*prune, tmp_path / "kept", "--mtp", "keep")
+    code, _, errors = command(*prune, tmp_path / "kept")
     assert (code, "was kept with 8 of 16" in errors) == (0, True)
-    code, _, errors = command(*prune, tmp_path / "dropped")
+    code, _, errors = command(*prune, tmp_path / "dropped", "--mtp", "drop")
     assert (code, "was dropped" in errors) == (0, True)
     assert "model.layers.3.eh_proj.weight" in open_checkpoint(tmp_path / "kept").stored
     assert mtp_layers(open_checkpoint(tmp_path / "dropped")) == ()
-    code, _, errors = command("quantize", predicting, "-o", tmp_path / "q", "--mtp", "keep", "--group-size", "32")
-    assert code == 5
-    assert errors.count("\n") == 1
-    assert "moepress prune --mtp keep" in errors
-    assert not partial_folder(tmp_path / "q").exists()
 
 
 def test_keep_means_nothing_for_a_model_without_the_layer(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_keep_means_nothing_for_a_model_without_the_layer(tiny_model: Callable[.
     found, result = kept(folder, tmp_path / "keep", 4)
     assert result["notes"] == []
     source = open_checkpoint(folder)
-    prune_stage(str(folder), Output(folder=tmp_path / "drop"), plan_of(source, keep_of(source, 4)))
+    prune_stage(str(folder), Output(folder=tmp_path / "drop"), plan_of(source, keep_of(source, 4)), mtp=Mtp.DROP)
     one, two = content(tmp_path / "keep"), content(tmp_path / "drop")
     assert one == two
     assert found.shape.experts == 4
