@@ -1,0 +1,452 @@
+"""What a graph can express, as data, and of a model the first thing that it can not, in one sentence.
+
+A graph is built by a model's tensors and by what its modules compute, never by its name. What the names of tensors do
+not tell is asked of the modules themselves, on a few numbers: a norm, an activation, what experts do between their
+matrices. What neither tells (a factor on the residual, a layer without rotation) is the reason for the last question:
+whether the tests hold graphs of that model type against transformers.
+
+Nothing here imports onnx: `inspect` asks too.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepress.errors import UnsupportedError
+from moepress.models.families.family import Family, RouterRule
+from moepress.models.families.held import HELD_AGAINST_TRANSFORMERS
+from moepress.models.families.skeleton import build_skeleton
+from moepress.models.forward.gating import gating_of
+from moepress.models.storage.checkpoint import Source
+from moepress.models.storage.experts import router_disk_names
+
+STATIC_ROPE = ("default", "linear", "yarn", "llama3")  # frequencies do not depend on the length of the text
+_ROTATED, _AS_IS = 16, 8  # what GroupQueryAttention's head size must be a multiple of, when it rotates and always
+_WINDOWS = ("full_attention", "sliding_attention")  # kinds of layers that GroupQueryAttention has
+_SCORINGS = ("sigmoid", "softmax")
+_GROUP_SCORES = (None, "top2", "max")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A kind of module that a graph has nodes for, by the tensors in it.
+
+    Attributes:
+        always: names of tensors that it has.
+        also: names that it may have.
+    """
+
+    always: frozenset[str]
+    also: frozenset[str]
+
+    def fits(self, names: frozenset[str]) -> bool:
+        """Whether a module with these tensors is of this kind."""
+        return self.always <= names <= self.always | self.also
+
+
+def _kind(always: str, also: str) -> Kind:
+    return Kind(always=frozenset(always.split()), also=frozenset(also.split()))
+
+
+GROUPED = _kind(
+    "q_proj.weight k_proj.weight v_proj.weight o_proj.weight",
+    "q_proj.bias k_proj.bias v_proj.bias o_proj.bias q_norm.weight k_norm.weight sinks",
+)
+LATENT = _kind(
+    "kv_a_proj_with_mqa.weight kv_a_layernorm.weight kv_b_proj.weight o_proj.weight",
+    "q_proj.weight q_a_proj.weight q_a_proj.bias q_a_layernorm.weight q_b_proj.weight kv_a_proj_with_mqa.bias o_proj.bias",
+)
+_MLP = _kind("gate_proj.weight up_proj.weight down_proj.weight", "gate_proj.bias up_proj.bias down_proj.bias")
+_LAYER = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+_BODY = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
+_SHARED = ("shared_experts", "shared_expert")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lack:
+    """A kind of layer that a graph has no nodes for.
+
+    Attributes:
+        marker: part of the name of a tensor, inside of a decoder layer, that only such layers have.
+        what: what it is.
+        why: what is missing for it.
+    """
+
+    marker: str
+    what: str
+    why: str
+
+
+_STATE = (
+    "the graph keeps keys and values between tokens, and has no state for ONNX Runtime's {} (nor do onnxruntime-genai's "
+    "plain decoders)"
+)
+LACKS = (
+    Lack(
+        marker="linear_attn.",
+        what="linear attention (a gated delta rule)",
+        why=_STATE.format("LinearAttention and CausalConvWithState"),
+    ),
+    Lack(marker=".A_log", what="a state-space layer", why="ONNX Runtime has no operator of a selective scan"),
+    Lack(marker=".conv.", what="a short convolution", why=_STATE.format("CausalConvWithState")),
+    Lack(
+        marker="indexer.",
+        what="attention that chooses tokens by an indexer",
+        why="ONNX Runtime's SparseAttentionIndexer does not run on the CPU",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """What experts do between their matrices, as `swiglu` of QMoE and MoE computes it.
+
+    min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up, -limit, limit) + beta)
+
+    Attributes:
+        alpha, beta: of it.
+        limit: None for none.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The same on tensors."""
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
+
+
+def onnx_refusal(source: Source) -> str | None:
+    """Why a folder can not be exported to ONNX, in one sentence, or None; reads no weights and needs no onnx.
+
+    Widths of codes and the size of groups are another matter: `weights.block_size`.
+    """
+    try:
+        require_expressible(source, build_skeleton(source.config))
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def require_expressible(source: Source, model: Any) -> None:
+    """Refuse a model with anything in it that a graph would not compute as transformers does.
+
+    Args:
+        source: the folder.
+        model: transformers' model of its config on the meta device.
+
+    Raises:
+        UnsupportedError: the first such thing, and what is missing for it.
+    """
+    for why in _reasons(source, model):
+        raise UnsupportedError(f"{why[0].upper()}{why[1:]}.")
+
+
+def _reasons(source: Source, model: Any) -> Iterator[str]:
+    """All that stands against a graph, what is asked first coming first."""
+    family = source.family
+    yield from _frame(family, model)
+    layers = model.model.layers
+    for layer, module in enumerate(layers):
+        yield from _lacks(layer, module)
+    yield from _windows(model.config, len(layers))
+    yield from _rotary(model)
+    for layer, module in enumerate(layers):
+        routed = layer in source.outline.moe_layers
+        yield from _attention(model, layer, module.self_attn)
+        yield from _norms(f"layer {layer}", module)
+        yield from _experts(source, model, layer, module.mlp) if routed else _dense(model.config, layer, module.mlp)
+    yield from _norms("the model", model.model)
+    yield from _rule(family)
+    yield from _names(source)
+    if family.name not in HELD_AGAINST_TRANSFORMERS:
+        yield (
+            f"ONNX graphs of {family.name} models have not been held against transformers, and what tensors do not show "
+            "would be guessed; use compressed-tensors or gptq, which keep transformers' own code"
+        )
+
+
+def _frame(family: Family, model: Any) -> Iterator[str]:
+    """Where the decoder lies, and what is around its layers."""
+    if family.text_key is not None or family.module_layers_at != "model.layers.":
+        yield (
+            f"{family.name} can not be exported to ONNX: its text model is a part of a larger one, and the graph is a "
+            "decoder of tokens alone; take the folder of a text model"
+        )
+        return
+    if family.layers_at != family.module_layers_at:
+        yield f"{family.name} can not be exported to ONNX: its tensors lie under {family.layers_at!r}, not model.layers"
+    around = {name for name, child in model.model.named_children() if name not in _BODY and _tensors(child)}
+    around |= {name for name, child in model.named_children() if name not in ("model", "lm_head") and _tensors(child)}
+    head = _tensors(model.lm_head) - {"weight"}
+    for name in sorted(around | {f"lm_head.{rest}" for rest in head}):
+        yield f"{family.name} can not be exported to ONNX: the graph has no nodes for its {name}"
+
+
+def _tensors(module: nn.Module) -> frozenset[str]:
+    """Names of the tensors in a module that have anything in them: a shared expert may have no width."""
+    return frozenset(name for name, tensor in module.state_dict().items() if tensor.numel())
+
+
+def _lacks(layer: int, module: nn.Module) -> Iterator[str]:
+    """What a decoder layer consists of."""
+    names = _tensors(module)
+    for lack in LACKS:
+        if any(lack.marker in name for name in names):
+            yield f"layer {layer} is {lack.what}, which can not be exported to ONNX: {lack.why}"
+    foreign = sorted(name for name in names if name.partition(".")[0] not in _LAYER)
+    missing = sorted(_LAYER - {name.partition(".")[0] for name in names})
+    if foreign or missing:
+        what = f"has {foreign[0]}" if foreign else f"has no {missing[0]}"
+        yield f"layer {layer} {what}, and the graph's layers are attention and an MLP, with a norm before each"
+
+
+def _windows(config: Any, layers: int) -> Iterator[str]:
+    for kind in (getattr(config, "layer_types", None) or ())[:layers]:
+        if kind not in _WINDOWS:
+            yield (
+                f"layers of type {kind!r} can not be exported to ONNX: GroupQueryAttention looks back on all tokens or "
+                "on a window of the last ones"
+            )
+
+
+def _rotary(model: Any) -> Iterator[str]:
+    """One table of angles for all layers, that does not depend on the length of the text."""
+    stated = getattr(model.config, "rope_parameters", None) or {}
+    if any(isinstance(value, dict) for value in stated.values()):
+        yield "layers with rotary embeddings of their own can not be exported to ONNX: the graph has one table for all"
+        return
+    kind = stated.get("rope_type", "default")
+    if kind not in STATIC_ROPE:
+        yield (
+            f"the rotary embedding of type {kind!r} changes with the length of the text and can not be exported to "
+            f"ONNX; supported are {', '.join(STATIC_ROPE)}"
+        )
+    elif "mrope_section" in stated:
+        yield "rotary embeddings of several axes (mrope) can not be exported to ONNX: GroupQueryAttention has one axis"
+
+
+def rotary_of(model: Any) -> Any:
+    """The model's rotary module with its frequencies, which the skeleton has on the meta device."""
+    return type(model.model.rotary_emb)(config=model.config)
+
+
+def is_latent(attention: nn.Module) -> bool:
+    """Whether an attention is latent (MLA)."""
+    return hasattr(attention, "kv_a_proj_with_mqa")
+
+
+def _attention(model: Any, layer: int, module: Any) -> Iterator[str]:
+    names, kind = _tensors(module), LATENT if is_latent(module) else GROUPED
+    if not kind.fits(names):
+        odd = sorted((names - kind.always - kind.also) or (kind.always - names))
+        word = "has" if names - kind.always - kind.also else "lacks"
+        yield (
+            f"the attention of layer {layer} {word} {odd[0]}, and ONNX Runtime's GroupQueryAttention has no place for "
+            "what that would be"
+        )
+        return
+    rotated = 2 * len(rotary_of(model).inv_freq) if layer == 0 else 0  # the same in all layers
+    yield from _latent_sizes(module, rotated) if kind is LATENT else _grouped_sizes(model.config, module, rotated)
+    yield from _norms(f"the attention of layer {layer}", module)
+
+
+def _latent_sizes(module: Any, rotated: int) -> Iterator[str]:
+    size = module.kv_lora_rank + module.qk_rope_head_dim
+    yield from _multiple(size, _AS_IS, f"latent heads of {size} values (kv_lora_rank + qk_rope_head_dim)")
+    if rotated not in (0, module.qk_rope_head_dim):
+        yield f"{rotated} rotated values of {module.qk_rope_head_dim} can not be exported to ONNX in latent attention"
+
+
+def _grouped_sizes(config: Any, module: Any, rotated: int) -> Iterator[str]:
+    size, heads, shared = module.head_dim, config.num_attention_heads, config.num_key_value_heads
+    yield from _multiple(size, _ROTATED, f"heads of {size} values")
+    if rotated != size:
+        yield from _multiple(rotated, _ROTATED, f"{rotated} rotated values of {size}")
+    rows = [module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features]
+    if rows != [heads * size, shared * size, shared * size]:
+        yield (
+            f"queries, keys and values of {rows} rows can not be exported to ONNX: {heads} and {shared} heads of {size} "
+            "have others, so the attention does something else with them (such as a gate)"
+        )
+
+
+def _multiple(size: int, of: int, what: str) -> Iterator[str]:
+    if size % of:
+        yield (
+            f"{what} can not be exported to ONNX: ONNX Runtime's GroupQueryAttention takes multiples of {of} there; "
+            "run this model in another runtime"
+        )
+
+
+def _norms(where: str, module: nn.Module) -> Iterator[str]:
+    """The norms right below a module are RMS norms with a factor."""
+    for name, norm in module.named_children():
+        if "norm" in name and not is_rms_norm(norm):
+            yield f"{name} of {where} is {type(norm).__name__}, which is not ONNX's RMSNormalization"
+
+
+@torch.no_grad()
+def is_rms_norm(norm: nn.Module) -> bool:
+    """Whether a norm computes weight * x / sqrt(mean(x^2) + eps), tried on a few numbers."""
+    eps = getattr(norm, "variance_epsilon", None)
+    if [*norm.state_dict()] != ["weight"] or not isinstance(eps, float):
+        return False
+    own = copy.deepcopy(norm).to_empty(device="cpu")
+    weight, values = torch.linspace(0.5, 2, own.weight.numel()), torch.linspace(-3, 2, 4 * own.weight.numel())
+    own.weight.copy_(weight.view_as(own.weight))
+    rows = values.sin().view(4, -1) * torch.tensor([[1e-3], [0.1], [1.0], [30.0]])
+    wanted = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * weight
+    return torch.allclose(own(rows), wanted, rtol=1e-4, atol=1e-6)
+
+
+def _dense(config: Any, layer: int, module: Any) -> Iterator[str]:
+    if not _MLP.fits(_tensors(module)):
+        yield f"the MLP of layer {layer} is not one of gate, up and down projections, as the graph's are"
+    elif not is_silu(getattr(module, "act_fn", None)):
+        yield _other_activation("MLPs", config)
+
+
+def _other_activation(of: str, config: Any) -> str:
+    return f"{of} with the activation {getattr(config, 'hidden_act', None)!r} have no ONNX kernel; use silu"
+
+
+@torch.no_grad()
+def is_silu(function: Any) -> bool:
+    """Whether an activation is silu, tried on a few numbers."""
+    values = torch.linspace(-12, 12, 97)
+    return callable(function) and torch.allclose(function(values), nn.functional.silu(values), rtol=1e-5, atol=1e-6)
+
+
+def _experts(source: Source, model: Any, layer: int, block: Any) -> Iterator[str]:
+    family, names = source.family, _tensors(block)
+    inner = family.experts_module.removeprefix(f"{family.moe_module}.")
+    prefix = f"model.layers.{layer}.{family.moe_module}."
+    routers = {family.module_name(name).removeprefix(prefix) for name in router_disk_names(source, layer)}
+    rest = {name for name in names if not name.startswith(f"{inner}.")} - routers
+    for shared in _SHARED:
+        mine = frozenset(name.removeprefix(f"{shared}.") for name in rest if name.startswith(f"{shared}."))
+        rest -= {f"{shared}.{name}" for name in mine} | ({f"{shared}_gate.weight"} if mine else set())
+        if mine and not _MLP.fits(mine):
+            yield f"the shared expert of layer {layer} is not one of gate, up and down projections"
+        elif mine and not is_silu(getattr(getattr(block, shared), "act_fn", None)):
+            yield _other_activation("shared experts", model.config)
+    if rest or family.experts_module != "mlp.experts":
+        odd = min(rest, default=family.experts_module)
+        yield f"the experts of layer {layer} have {odd} beside them, which the graph has no nodes for"
+    elif activation_of(getattr(block, inner), model.config) is None:
+        yield _other_experts(layer, getattr(block, inner), model.config)
+
+
+def _other_experts(layer: int, module: Any, config: Any) -> str:
+    if getattr(module, "has_post_expert_norm", False):
+        return f"the experts of layer {layer} have a norm behind them, which QMoE and MoE do not have"
+    if not hasattr(module, "gate_up_proj"):
+        return (
+            f"the experts of layer {layer} have no gate, and the CPU kernels of QMoE and MoE are held to be exact for "
+            "gated ones only"
+        )
+    if is_silu(getattr(module, "act_fn", None)):
+        return f"what the experts of layer {layer} do between their matrices is not the swiglu of QMoE and MoE"
+    return _other_activation("experts", config)
+
+
+@torch.no_grad()
+def activation_of(module: nn.Module, config: Any) -> Activation | None:
+    """What transformers' experts module does between its matrices; None where the graph has no nodes for it.
+
+    Found by trying: each number that the module holds may be alpha or the limit.
+    """
+    if not hasattr(module, "gate_up_proj"):
+        return None
+    gating = gating_of(module, nn.functional.silu)
+    if gating.after is not None:
+        return None
+    numbers = sorted({float(v) for k, v in vars(module).items() if type(v) is float or (type(v) is int and "limit" in k)})
+    reach = 2 * max([6.0, *numbers])
+    gate, up = torch.meshgrid(torch.linspace(-reach, reach, 101), torch.linspace(-reach, reach, 103), indexing="ij")
+    found = gating.between(gate, up)
+    for alpha, beta, limit in itertools.product((1.0, *numbers), (0.0, 1.0), (None, *numbers)):
+        tried = Activation(alpha=alpha, beta=beta, limit=limit)
+        if torch.allclose(tried(gate, up), found, rtol=1e-5, atol=1e-6):
+            return tried
+    return None
+
+
+def _rule(family: Family) -> Iterator[str]:
+    """Whether the graph's router can follow a rule; what it does not know of must be as if it were not there."""
+    rule = family.rule
+    if rule is None:
+        yield (
+            f"how the router of {family.name} models chooses was not found out, and a graph routes by itself; use "
+            "compressed-tensors or gptq"
+        )
+        return
+    plain = RouterRule(scoring=rule.scoring)
+    odd = [f.name for f in fields(rule) if f.name not in _KNOWN and getattr(rule, f.name) != getattr(plain, f.name)]
+    if rule.scoring not in _SCORINGS or rule.group_score not in _GROUP_SCORES:
+        odd.append(rule.scoring if rule.scoring not in _SCORINGS else str(rule.group_score))
+    if odd or family.router_extra or family.tables:
+        what = odd[0] if odd else "rows or tables beside the experts"
+        yield f"the router of {family.name} models has {what}, which the graph's router does not compute"
+
+
+_KNOWN = ("scoring", "bias", "group_score", "renormalise_key", "renormalise", "scale_key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterTensors:
+    """Names on disk of a layer's router.
+
+    Attributes:
+        weight: [E, D].
+        bias: added to the logits, [E], or None.
+        correction: added to the scores for the choice alone, [E] or [1, E], or None.
+    """
+
+    weight: str
+    bias: str | None
+    correction: str | None
+
+
+def router_tensors(source: Source, layer: int) -> RouterTensors:
+    """What a layer's router consists of.
+
+    Raises:
+        UnsupportedError: a tensor that is none of these, or one that the family's rule does not speak of.
+    """
+    weight, *others = router_disk_names(source, layer)
+    bias = next((name for name in others if name == f"{weight.removesuffix('weight')}bias"), None)
+    corrections: Sequence[str] = [name for name in others if name != bias]
+    rule = source.family.rule
+    if len(corrections) > 1 or (corrections and not (rule and rule.bias)):
+        raise UnsupportedError(
+            f"The router has {corrections[-1]}, of which the rule of {source.family.name} models does not speak; it can "
+            "not be exported to ONNX."
+        )
+    return RouterTensors(weight=weight, bias=bias, correction=corrections[0] if corrections else None)
+
+
+def _names(source: Source) -> Iterator[str]:
+    """Tensors are asked for by the names of transformers' modules; only routers and experts may have others."""
+    family = source.family
+    for layer in source.outline.moe_layers:
+        router_tensors(source, layer)
+    if not family.derived:
+        return
+    routers = {name for layer in source.outline.moe_layers for name in router_disk_names(source, layer)}
+    for name in sorted(source.shapes):
+        layer = family.layer_of(name)
+        behind = layer is not None and layer >= source.outline.shape.layers
+        if name in routers or behind or ".experts." in name or family.module_name(name) == name:
+            continue
+        yield f"{name} is {family.module_name(name)} in transformers, and the graph takes it under that name only"
+        return
