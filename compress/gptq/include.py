@@ -77,13 +77,14 @@ def unquantized_modules(source: "Source", layers: int, include: Iterable[Include
     """Names of Linears and routers that keep their weights, for the `ignore` list of quantization configs."""
     wanted = set(include)
     quantized = quantized_linears(source, layers, wanted)
-    ignored = []
+    ignored = set()
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)
         plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.NORMS, Part.MTP, Part.ROUTED}
         head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
         if plain and name.endswith(".weight") and name not in quantized and not head:
-            ignored.append(name.removesuffix(".weight"))
+            # Some runtimes compare with names on disk, transformers with those of its modules.
+            ignored |= {n.removesuffix(".weight") for n in (name, source.family.module_name(name))}
     if source.family.head not in source.shapes:
-        ignored.append("lm_head")
+        ignored.add(source.family.module_name(source.family.head).removesuffix(".weight"))
     return sorted(ignored, key=source.family.by_layer)

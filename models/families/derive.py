@@ -73,6 +73,7 @@ class _Derivation:
         self.tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.count_key, self.fewer = self._count_key()
         self.places = Places(model, shapes)
+        self._prefix = self._layers_at()
 
     def family(self) -> Family:
         """All that was found."""
@@ -180,9 +181,14 @@ class _Derivation:
             if len(numbers) > len(numbered(module_name)[1]):
                 single[_role(inner, role, template)] = _pattern(template, 2)
             else:
-                fused[inner] = _pattern(template, 1)
-                example[inner] = name
-        names: dict[str, Any] = _written(self.places, self.structure, self._layers_at(), self.model)
+                alone = role is not None and len(self.places.by_pattern[role].source_patterns) > 1
+                key = f"gate of {inner}" if alone and role == self.places.by_pattern[role].source_patterns[0] else inner
+                fused[key] = _pattern(template, 1)
+                example[key] = name
+        names: dict[str, Any]
+        names, loads = _written(self.places, self.structure, self._layers_at())
+        names["loads_single"] = loads
+        down = names["down"].format(layer=self.structure.moe_layers[0], expert=0)
         names |= {role: pattern for role, pattern in single.items() if role in ("gate", "up", "down")}
         names["gate"] = names["gate"] if self.structure.gated else ""
         if fused:
@@ -192,11 +198,12 @@ class _Derivation:
                     f"The experts lack a tensor: {sorted(fused.values())} are there; download the folder again."
                 )
             names |= {"fused_gate_up": fused[first], "fused_down": fused["down_proj"]}
+            names["fused_gate"] = fused.get(f"gate of {first}", "")
             names["fused_biases"] = tuple(
                 fused[bias] for bias in (f"{first}_bias", "down_proj_bias") if bias in fused
             )
-            names |= self._orientation(example[first], first, example["down_proj"])
-        elif not single:
+            names |= self._orientation(example[first], apart=bool(names["fused_gate"]))
+        elif not single and down not in self.shapes:
             raise InvalidInputError(
                 "None of the folder's tensors is one of the routed experts that config.json states; restore the folder."
             )
@@ -204,13 +211,14 @@ class _Derivation:
             names |= {"fused_gate_up": "", "fused_down": ""}
         return names
 
-    def _orientation(self, first: str, inner: str, down: str) -> dict[str, bool]:
+    def _orientation(self, first: str, *, apart: bool) -> dict[str, bool]:
         """How the fused tensors on disk lie, by what transformers makes of them and how it uses that."""
         module = self.structure.experts_of(self.model)
         turned, mixed = self.places.changes(first, self.shapes[first])
         transposed = bool(getattr(module, "is_transposed", self.structure.transposed)) != turned
         interleaved = mixed or not getattr(module, "is_concatenated", True)
-        shape, width = self.shapes[first], self._expert_width() * (2 if self.structure.gated else 1)
+        both = self.structure.gated and not apart
+        shape, width = self.shapes[first], self._expert_width() * (2 if both else 1)
         # Where the two widths differ, the shape itself says it: MXFP4 blocks lie as [E, 2F, D] whatever the class has.
         if shape[1] != shape[2]:
             transposed = shape[2] == width
@@ -271,16 +279,22 @@ class _Derivation:
 
     def _layers_at(self) -> str:
         """The prefix of the decoder layers' names on disk."""
+        found: dict[str, int] = {}
         for name, (module_name, _) in self.places.first.items():
             if self.structure.inner_name(module_name) is not None:
-                return name.split("#")[0] if "#" in name else re.split(r"\d", name, maxsplit=1)[0]
+                prefix = re.split(r"(?<=\.)\d+\.", name, maxsplit=1)[0]
+                found[prefix] = found.get(prefix, 0) + 1
+        if found:
+            return max(found, key=lambda prefix: found[prefix])
         raise InvalidInputError("The folder has no decoder layer of the model that config.json states; restore it.")
 
     def _outer(self, module: nn.Module | None, usual: str) -> str:
         """The name on disk of the weight of a module outside of the layers."""
+        if module is None:
+            module = next((other for name, other in self.model.named_modules() if name.endswith(usual)), None)
         path = next((name for name, other in self.model.named_modules() if other is module), usual)
         for name, (module_name, _) in self.places.first.items():
-            if module is not None and module_name.startswith(f"{path}.") and module_name.endswith("weight"):
+            if module is not None and module_name == f"{path}.weight":
                 return name
         return f"{path}.weight"
 
@@ -294,13 +308,15 @@ class _Derivation:
 
     def _templates(self) -> Iterator[tuple[str, str, str]]:
         for name, (module_name, _) in self.places.first.items():
-            part = self._part(name, module_name)
-            yield numbered(name)[0], numbered(module_name)[0], part.value
+            part, kind, numbers = self._part(name, module_name), *numbered(name)
+            there, theirs = numbered(module_name)
+            # Of a tower's tensor under other numbers, and of one expert's, the name on disk has to do.
+            yield kind, there if len(theirs) == len(numbers) else kind, part.value
 
     def _part(self, name: str, module_name: str) -> Part:
-        del name
         if module_name not in self.tensors:
-            return Part.TOWERS
+            inside = f"{self._prefix}#.{self.structure.experts}.#."
+            return Part.ROUTED if numbered(name)[0].startswith(inside) else Part.TOWERS
         if self._in_experts(module_name) is not None:
             return Part.ROUTED
         inner = self.structure.inner_name(module_name)
@@ -412,21 +428,26 @@ def _role(inner: str, pattern: str | None, template: str) -> str:
     return next((role for role, leaves in _ROLES if leaf in leaves), leaf)
 
 
-def _written(places: Places, structure: Structure, layers_at: str, model: Any) -> dict[str, str]:
+_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+def _written(places: Places, structure: Structure, layers_at: str) -> tuple[dict[str, str], bool]:
     """Names of single experts' matrices, for what is written of experts that are stored fused.
 
-    Where transformers makes the fused tensors of single ones, they are named as its converter wants them; elsewhere as
-    most models name them.
+    Where transformers makes the fused tensors of single ones they are named as its converter wants them. Elsewhere as
+    most models name them, and transformers does not load them; llm-compressor writes the same.
+
+    Returns:
+        The names of gate, up and down, and whether transformers loads them.
     """
-    for leaves in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+    for leaves in _LEAVES:
         for block in _blocks(places, structure):
             names = [f"{layers_at}{{layer}}.{block}.{{expert}}.{leaf}.weight" for leaf in leaves]
             tried = [places.place(n.format(layer=structure.moe_layers[0], expert=0))[0] for n in names]
             if tried[2] in places.state and tried[1] in places.state:
-                return dict(zip(("gate", "up", "down"), names, strict=True))
-    del model
-    names = [f"{layers_at}{{layer}}.{structure.experts}.{{expert}}.{leaf}.weight" for leaf in ("gate_proj", "up_proj", "down_proj")]
-    return dict(zip(("gate", "up", "down"), names, strict=True))
+                return dict(zip(("gate", "up", "down"), names, strict=True)), True
+    names = [f"{layers_at}{{layer}}.{structure.experts}.{{expert}}.{leaf}.weight" for leaf in _LEAVES[0]]
+    return dict(zip(("gate", "up", "down"), names, strict=True)), False
 
 
 def _blocks(places: Places, structure: Structure) -> list[str]:

@@ -70,6 +70,7 @@ class Family:
         tables: names of tensors that hold expert numbers.
         fused_gate_up, fused_down: names of the experts of a layer in two tensors, [E, 2F, D] and [E, D, F]; where there
             is no gate the first is [E, F, D].
+        fused_gate: where gate and up are fused by themselves, the name of the gates; `fused_gate_up` is that of the ups.
         fused_transposed: the last two axes of both lie the other way round on disk.
         fused_interleaved: rows of the first are gate, up, gate, up, ..., not all of one and then all of the other.
         fused_biases: names of the biases of both, or empty.
@@ -90,6 +91,7 @@ class Family:
         moe_layers: which layers have experts; None: the routing keys say so.
         layers: how many decoder layers there are; only set by `derive`.
         expert_width: F; only set by `derive`.
+        loads_single: transformers loads experts that are stored one by one, as quantized ones are.
         additive: experts' outputs are added to what the rest of a layer gives, and change nothing else in it.
         defaults: numbers that transformers takes where config.json does not state them.
         templates: of a derived family, (names on disk with `#` for numbers, the same in transformers, `Part`).
@@ -110,6 +112,7 @@ class Family:
     tables: tuple[str, ...] = ()
     fused_gate_up: str = "model.layers.{layer}.mlp.experts.gate_up_proj"
     fused_down: str = "model.layers.{layer}.mlp.experts.down_proj"
+    fused_gate: str = ""
     fused_transposed: bool = False
     fused_interleaved: bool = False
     fused_biases: tuple[str, ...] = ()
@@ -136,6 +139,7 @@ class Family:
     moe_layers: tuple[int, ...] | None = None
     layers: int = 0
     expert_width: int = 0
+    loads_single: bool = True
     additive: bool = True
     defaults: tuple[tuple[str, int], ...] = ()
     templates: tuple[tuple[str, str, str], ...] = ()
@@ -187,8 +191,9 @@ class Family:
         return tuple(self.at(p, layer) for p in self.router)
 
     def fused_names(self, layer: int) -> tuple[str, ...]:
-        """Disk names of a layer's experts where they are fused: gate and up, down, and the biases of both."""
-        return tuple(self.at(p, layer) for p in (self.fused_gate_up, self.fused_down, *self.fused_biases) if p)
+        """Disk names of a layer's experts where they are fused: gate and up, down, biases of both; or up, down, gate."""
+        names = (self.fused_gate_up, self.fused_down, *self.fused_biases, self.fused_gate)
+        return tuple(self.at(p, layer) for p in names if p)
 
     def expert_of(self, disk_name: str) -> tuple[int, int, str] | None:
         """(layer, expert, rest of the name) when the tensor belongs to one routed expert, else None."""

@@ -28,16 +28,23 @@ def build_skeleton(config: Mapping[str, Any], *, attention: str | None = None) -
     """
     parsed = hf_config(config)
     auto = auto_class(parsed)
+    wanted = _implementation(auto, parsed, attention)
     try:
-        with MostlyMeta(), warnings.catch_warnings():
-            # torch says of a shared expert of width 0 that there is nothing to initialize; nothing is, on this device.
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            model = auto.from_config(
-                parsed, dtype=torch.float32, attn_implementation=_implementation(auto, parsed, attention)
-            )
+        try:
+            return _built(auto, parsed, wanted)
+        except KeyError as error:
+            if error.args != (wanted,):
+                raise
+            return _built(auto, parsed, "sdpa")  # a tower with a table of its own, which knows no other names
     except Exception as error:
         raise InvalidInputError(f"config.json describes no model that can be built: {one_line(error)}") from error
-    return model.eval()
+
+
+def _built(auto: Any, parsed: Any, attention: str) -> Any:
+    with MostlyMeta(), warnings.catch_warnings():
+        # torch says of a shared expert of width 0 that there is nothing to initialize; nothing is, on this device.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return auto.from_config(parsed, dtype="float32", attn_implementation=attention).eval()
 
 
 def auto_class(parsed: Any) -> Any:

@@ -49,9 +49,11 @@ class Recorder(nn.Module):
         self.__dict__["experts"] = experts
         # Some models hand every expert all tokens, already weighed, and sum up themselves.
         self.scattered = len(inspect.signature(type(experts).forward).parameters) == 2
-        self.norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
-        if self.norm is not None:
-            self.post_expert_norm = self.norm
+        # A norm behind the experts is a child here too, under its own name, so that its weight is loaded.
+        for name, child in experts.named_children():
+            if "norm" in name:
+                self._modules[name] = child
+        self.has_norm = bool(getattr(experts, "has_post_expert_norm", False))
 
     def __getattr__(self, name: str) -> Any:
         """What the block asks of its experts, such as their number."""

@@ -82,7 +82,7 @@ class Passage(nn.Module):
 
 
 class StandIn(nn.Module):
-    """Stands where the embedding was: zeros of its width, but for the run that embeds."""
+    """Stands where the embedding was: zeros of its width while its table is not there."""
 
     def __init__(self, embedding: nn.Module, width: int, dtype: torch.dtype, device: torch.device, calls: Calls) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["own"][0], name)
 
     def forward(self, ids: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """Zeros, or the embeddings: of the rows that were read, under their places in those."""
+        """The embeddings, of the rows that were read, under their places in those; zeros where none are there now."""
         embedding, width, dtype, device, calls = self.__dict__["own"]
-        if calls.now.first:
+        if "rows_read" in embedding.__dict__:
             return embedding(torch.searchsorted(embedding.rows_read, ids), *arguments, **keywords)  # type: ignore[no-any-return]
         return torch.zeros(*ids.shape, width, dtype=dtype, device=device)
 
@@ -111,12 +111,14 @@ class Replay:
         model: transformers' model.
         layers: its decoder layers.
         embedding: its input embeddings.
+        output: its output embeddings.
         calls: what is under way.
     """
 
     model: Any
     layers: list[nn.Module]
     embedding: nn.Module
+    output: nn.Module
     calls: Calls
 
     def embed(self, ids_BT: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ class Replay:
             seen.append(arguments[0])
             raise ReachedError
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(hook)
+        handle = self.output.register_forward_pre_hook(hook)
         try:
             self._run(_Call(layer=len(self.layers), before=before), ids_BT)
         finally:
@@ -178,7 +180,8 @@ def put_away(model: Any, layers_at: str, *, dtype: torch.dtype, device: torch.de
     width = int(embedding.weight.shape[1])
     place = next(name for name, module in model.named_modules() if module is embedding)
     _put(model, place, StandIn(embedding, width, dtype, device, calls))
-    return Replay(model=model, layers=layers, embedding=embedding, calls=calls)
+    output = model.get_output_embeddings() or next(m for n, m in model.named_modules() if n.endswith("lm_head"))
+    return Replay(model=model, layers=layers, embedding=embedding, output=output, calls=calls)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

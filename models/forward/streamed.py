@@ -89,7 +89,8 @@ class StreamedModel:
         """`embed` for many batches, reading the table once; of a large table only the rows that a batch needs."""
         name, embedding = self.family.embeddings, self._replay.embedding
         self._load_outer()
-        whole = None if 4 * math.prod(self.source.shapes[name]) > _TABLE_BYTES else self._read(name)
+        large = 4 * math.prod(self.source.shapes[name]) > _TABLE_BYTES
+        whole = None if large and not self._looks_back else self._read(name)
         for tokens in batches:
             ids = torch.arange(len(whole)) if whole is not None else tokens.unique()
             rows = whole
@@ -98,8 +99,14 @@ class StreamedModel:
             embedding.load_state_dict({"weight": rows}, strict=False, assign=True)
             embedding.__dict__["rows_read"] = ids.to(self.device)
             yield self._replay.embed(tokens.to(self.device)).to(self.dtype)
-        embedding.__dict__.pop("rows_read", None)
-        embedding.to("meta")
+        if not self._looks_back:
+            embedding.__dict__.pop("rows_read", None)
+            embedding._parameters["weight"] = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+
+    @cached_property
+    def _looks_back(self) -> bool:
+        """Whether the model's code makes more of the embeddings than the first layer's input, for later layers."""
+        return any(len(self.source.shapes[name]) == 2 for name in self._outer_names.values())
 
     def load_layer(self, layer: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Materialise one decoder layer without its experts.
@@ -111,7 +118,7 @@ class StreamedModel:
         self._load_outer()
         module = self.layer(layer)
         given: dict[str, Tensor] = {}
-        for disk_name in self._disk_names[layer].values():
+        for disk_name in self._disk_names[layer]:
             if replaced is not None and disk_name in replaced:
                 given[disk_name] = replaced[disk_name].to(self.device, self.dtype)
             else:
@@ -124,9 +131,9 @@ class StreamedModel:
     def _made(self, given: Mapping[str, Tensor], prefix: str, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Tensors of transformers' module, by their names inside of it, of those on disk."""
         if self._places is None:
-            return {inner: given[disk_name] for inner, disk_name in names.items()}
+            return {inner: given[disk_name] for disk_name, inner in names.items()}
         made, converted = dict[str, Tensor](), dict[str, Tensor]()
-        for inner, disk_name in names.items():
+        for disk_name, inner in names.items():
             if numbered(disk_name)[0] in self.family.converted:
                 converted[disk_name] = given[disk_name]
             else:
@@ -228,7 +235,7 @@ class StreamedModel:
         from transformers.activations import ACT2FN
 
         activation = getattr(self.config, "hidden_act", None)
-        module = self._recorders[layer] if self._recorders[layer].norm is not None else self._gatings[layer]
+        module = self._gatings[layer]
         return gating_of(module, ACT2FN[activation] if isinstance(activation, str) else nn.functional.silu)
 
     def router_bias(self, layer: int) -> Tensor | None:
@@ -255,7 +262,7 @@ class StreamedModel:
     def head(self) -> Callable[[Tensor], Tensor]:
         """All behind the last layer, loaded: hidden states as of `head_inputs` to fp32 logits [.., V]."""
         self._load_outer()
-        module, path = self.skeleton.get_output_embeddings(), self.family.head.rpartition(".")[0]
+        module, path = self._replay.output, self.family.head.rpartition(".")[0]
         tied = self.family.head not in self.source.shapes
         names = [n for n in self.source.outline.names_by_layer.get(None, ()) if n.startswith(f"{path}.")]
         weights = {name.removeprefix(f"{path}."): self._read(name) for name in names}
@@ -264,18 +271,34 @@ class StreamedModel:
         module.load_state_dict(weights, assign=True)
         return lambda hidden: self._behind(hidden, self._replay.logits).float()
 
-    def _behind(self, hidden: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _behind(self, hidden: Tensor, run: Callable[[Returned, Tensor], Tensor]) -> Tensor:
         """Pass the rows of hidden states through what is behind the layers, so many at a time."""
         streams = self.stream_shape
         leading = hidden.shape[: hidden.ndim - len(streams)]
         rows = hidden.reshape(-1, *streams).split(_HEAD_ROWS)
-        found = [run(part[None], torch.zeros(1, len(part), dtype=torch.int64, device=self.device)) for part in rows]
+        states = (None,) * max(self._form - 1, 0)
+        found = []
+        for part in rows:
+            ids = torch.zeros(1, len(part), dtype=torch.int64, device=self.device)
+            found.append(run((part[None], *states) if self._form else part[None], ids))
         return torch.cat([part[0] for part in found]).reshape(*leading, -1)
 
     @cached_property
     def stream_shape(self) -> tuple[int, ...]:
         """The shape of one token's hidden states between layers: (D,), or (S, D) of models with several streams."""
         return tuple(self.embed(torch.zeros(1, 1, dtype=torch.int64)).shape[2:])
+
+    @cached_property
+    def _form(self) -> int:
+        """How many values a layer returns; 0 for hidden states alone, not in a tuple. One token tells."""
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        loaded = not any(parameter.is_meta for parameter in self.layer(0).parameters())
+        if not loaded:
+            self.load_layer(0)
+        returned, _ = self.run_layer(0, self.embed(token), token)
+        if not loaded:
+            self.unload_layer(0)
+        return len(returned) if isinstance(returned, tuple) else 0
 
     def _read(self, disk_name: str) -> Tensor:
         keep = disk_name.endswith(self.family.float32) if self.family.float32 else False
@@ -317,12 +340,12 @@ def inner_name(family: Family, disk_name: str, layer: int) -> str:
 
 
 def _names_by_layer(source: Source) -> dict[int, dict[str, str]]:
-    """Per layer: name inside transformers' decoder layer -> name on disk, without the routed experts."""
+    """Per layer: name on disk -> name inside transformers' decoder layer, without the routed experts."""
     outline, family = source.outline, source.family
     fused = {name for layer in outline.moe_layers for name in family.fused_names(layer)}
     return {
         layer: {
-            inner_name(family, name, layer): name
+            name: inner_name(family, name, layer)
             for name in outline.names_by_layer.get(layer, ())
             if name not in fused and family.expert_of(name) is None and not name.endswith("rotary_emb.inv_freq")
         }

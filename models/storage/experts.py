@@ -85,6 +85,11 @@ def read_expert(source: Source, layer: int, expert: int) -> Expert:
 def _apart(family: Family, rows: Sequence[Tensor]) -> Expert:
     """The matrices of an expert's rows of the fused tensors."""
     first, down, *biases = rows
+    if family.fused_gate:
+        up, gate = first, biases.pop()
+        if family.fused_transposed:
+            gate, up, down = gate.mT.contiguous(), up.mT.contiguous(), down.mT.contiguous()
+        return Expert(gate=gate, up=up, down=down)
     if family.fused_transposed:
         first, down = first.mT.contiguous(), down.mT.contiguous()
     gate, up = _halves(family, first)

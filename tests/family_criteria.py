@@ -1,0 +1,245 @@
+"""What a family must show, on a tiny random model of it; and the table of what every family of transformers shows.
+
+`python tests/family_criteria.py` tries all of them (some minutes) and writes the golden list, `python
+tests/family_criteria.py TYPE ...` tries some and prints what they give.
+"""
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import every_family
+import tiny_models
+import torch
+from stage_runs import G32, keep_of, pruned_folder, quantized_folder, streamed_logits
+from torch import Tensor, nn
+
+from moepress.converters.safetensors.artifact import open_artifact
+from moepress.errors import MoepressError
+from moepress.models.families.attention import register
+from moepress.models.families.derive import Places
+from moepress.models.families.skeleton import build_skeleton
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.experts import cuts_of, prune_source, router_disk_names
+from moepress.models.storage.safetensors_file import read_bytes
+
+GOLDEN = Path(__file__).parent / "models" / "families_golden.json"
+TOLERANCE = 1e-5  # of the largest logit
+KEPT = 8  # of 12 experts
+TEN = (
+    *("glm4_moe", "glm4_moe_lite", "qwen3_next", "qwen3_5_moe", "gpt_oss"),
+    *("gemma4", "minimax_m2", "nemotron_h", "ernie4_5_moe", "llama4"),
+)
+"""The types that `make test` tries; the others are for `make test-families`."""
+
+
+class Subject:
+    """A tiny model of a type, its folder, and transformers' logits of it."""
+
+    def __init__(self, model_type: str, work: Path, *, fused: bool = False) -> None:
+        self.model_type, self.work, self.fused = model_type, work, fused
+        self.folder = work / "model"
+        every_family.save(every_family.build(model_type), self.folder, fused=fused)
+        self.tokens = tiny_models.windows(every_family.TEXT_VOCAB, count=3, length=20)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.folder)
+
+    @cached_property
+    def reference(self) -> Any:
+        return loaded(self.folder)[0]
+
+    @cached_property
+    def keep(self) -> dict[int, list[int]]:
+        return keep_of(self.checkpoint, KEPT)
+
+    def new(self, name: str) -> Path:
+        """A folder that is not there yet."""
+        return Path(tempfile.mkdtemp(dir=self.work, prefix=f"{name}-")) / name
+
+
+def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """transformers' model of a folder with the attention that we run it with, and its loading report."""
+    model, report = every_family.load_report(folder)
+    if model._supports_sdpa:
+        try:
+            model.set_attn_implementation(register())
+        except (KeyError, ValueError):
+            pass
+    return model, report
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return every_family.logits(model, tokens).float()
+
+
+def assert_same(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    assert error <= tolerance, f"logits differ by {error:.1e} of the largest"
+
+
+def names(subject: Subject) -> None:
+    """Every stored tensor has a part, experts and routers are found in every layer that transformers gives experts."""
+    source = subject.checkpoint
+    model = build_skeleton(source.config)
+    places, state = Places(model, source.shapes), model.state_dict()
+    for name in source.shapes:
+        assert places.place(name)[0] in state, f"{name} has no place in transformers' model"
+    assert source.outline.moe_layers, "no layer with experts"
+    for layer in source.outline.moe_layers:
+        assert router_disk_names(source, layer), f"layer {layer} has no router"
+
+
+def streamed(subject: Subject) -> None:
+    """Layer by layer gives transformers' logits."""
+    assert_same(
+        streamed_logits(subject.checkpoint, subject.tokens, subject.work), logits(subject.reference, subject.tokens)
+    )
+
+
+def keeps_bytes(subject: Subject) -> None:
+    """Keeping all experts changes no byte."""
+    source = subject.checkpoint
+    pruned_folder(subject.folder, keep_of(source, source.shape.experts), out := subject.new("all"))
+    again = open_checkpoint(out)
+    assert {n: (e.dtype, e.shape) for n, e in again.stored.items()} == {
+        n: (e.dtype, e.shape) for n, e in source.stored.items()
+    }
+    for name, entry in source.stored.items():
+        assert read_bytes(entry) == read_bytes(again.stored[name]), name
+    assert again.config == source.config
+
+
+def pruned_is_masked(subject: Subject) -> None:
+    """What `prune` writes loads cleanly, and is the original whose routers can not choose the experts that went."""
+    pruned_folder(subject.folder, subject.keep, out := subject.new("pruned"))
+    model, report = loaded(out)
+    wrong = {key: sorted(found)[:3] for key, found in report.items() if key != "error_msgs" and found}
+    assert not wrong, f"transformers loads it with {wrong}"
+    with masked(subject, subject.keep):
+        wanted = logits(subject.reference, subject.tokens)
+    assert_same(logits(model, subject.tokens), wanted)
+    seen = prune_source(subject.checkpoint, subject.keep)
+    assert_same(streamed_logits(seen, subject.tokens, subject.work), wanted)
+
+
+def quantized_loads(subject: Subject) -> None:
+    """What `quantize` writes at 4 bits loads cleanly in transformers, and gives what its codes stand for."""
+    windows = tiny_models.windows(every_family.TEXT_VOCAB, count=4, length=24)
+    quantized_folder(subject.folder, windows, out := subject.new("q"), keep=subject.keep, scheme=G32)
+    ours = streamed_logits(open_artifact(out), subject.tokens, subject.work)
+    model, report = loaded(out)
+    wrong = {key: sorted(found)[:3] for key, found in report.items() if key != "error_msgs" and found}
+    assert not wrong, f"transformers loads it with {wrong}"
+    assert_same(ours, logits(model, subject.tokens), 1e-4)
+
+
+CRITERIA: Mapping[str, Callable[[Subject], None]] = {
+    "names": names,
+    "streamed": streamed,
+    "keeps bytes": keeps_bytes,
+    "pruned": pruned_is_masked,
+    "quantized": quantized_loads,
+}
+
+
+@contextmanager
+def masked(subject: Subject, keep: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """The routers of transformers' model can not choose any expert but these, and hash tables name no other."""
+    source, model = subject.checkpoint, subject.reference
+    places = Places(model, source.shapes)
+    experts = source.shape.experts
+    state = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    gone: dict[int, Tensor] = {}
+    undo: list[tuple[Tensor, Tensor]] = []
+    for layer, kept in keep.items():
+        removed = torch.tensor(sorted(set(range(experts)) - set(kept)))
+        routers = router_disk_names(source, layer)
+        for number, (name, cut) in enumerate(cuts_of(source, layer, kept).items()):
+            tensor = state.get(places.place(name)[0])
+            if tensor is None or name in source.family.fused_names(layer):
+                continue
+            if cut.table:
+                undo.append((tensor, tensor.clone()))
+                tensor.data.copy_(torch.tensor(list(kept))[cut.of(tensor.data)])
+            elif name == routers[0]:
+                gone[id(tensor)] = removed
+            elif "bias" in name and tensor.numel() in (experts, experts + source.family.router_extra):
+                undo.append((tensor, tensor.clone()))
+                tensor.data.view(-1)[removed] = -1e30
+            del number
+    plain = nn.functional.linear
+
+    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = plain(inputs, weight, bias)
+        removed = gone.get(id(weight))
+        return out if removed is None else out.index_fill(-1, removed, float("-inf"))
+
+    nn.functional.linear = linear  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.linear = plain
+        for tensor, before in undo:
+            tensor.data.copy_(before)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one criterion: empty where it is met, else why not."""
+
+    why: str
+    seconds: float
+
+
+def attempt(subject: Subject, criterion: str) -> Outcome:
+    """Try one criterion."""
+    start = time.monotonic()
+    try:
+        CRITERIA[criterion](subject)
+    except (MoepressError, AssertionError) as error:
+        return Outcome(str(error).split("\n")[0][:240], time.monotonic() - start)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''} ({Path(where.filename).name})"
+        return Outcome(why, time.monotonic() - start)
+    return Outcome("", time.monotonic() - start)
+
+
+def main() -> None:
+    """Try families and write or print what they show."""
+    torch.set_num_threads(1)
+    asked = sys.argv[1:]
+    found: dict[str, dict[str, str]] = {}
+    for model_type in asked or every_family.moe_types():
+        found[model_type] = {}
+        with tempfile.TemporaryDirectory(prefix="moepress-families-") as name:
+            try:
+                subject = Subject(model_type, Path(name))
+            except Exception as error:
+                why = every_family.REFUSED.get(model_type, f"{type(error).__name__}: {error}")
+                found[model_type] = dict.fromkeys(CRITERIA, why)
+                print(f"{model_type:24} no tiny model: {why}", flush=True)
+                continue
+            for criterion in CRITERIA:
+                outcome = attempt(subject, criterion)
+                found[model_type][criterion] = outcome.why
+                print(f"{model_type:24} {criterion:12} {outcome.seconds:5.1f} s {outcome.why or 'ok'}", flush=True)
+    whole = sum(not any(why.values()) for why in found.values())
+    print(f"{whole} of {len(found)} types show all")
+    if not asked:
+        GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
