@@ -142,8 +142,8 @@ class Weights:
         """Width F of a layer's experts and hidden size D."""
         family, shapes = self.source.family, self.source.shapes
         if is_fused(self.source, layer):
-            _experts, rows, hidden = shapes[family.at(family.fused_gate_up, layer)]
-            return (hidden // 2, rows) if family.fused_transposed else (rows // 2, hidden)
+            _experts, hidden, width = shapes[family.at(family.fused_down, layer)]
+            return (hidden, width) if family.fused_transposed else (width, hidden)
         width, hidden = shapes[family.expert_names(layer, 0)[0]]
         return width, hidden
 
