@@ -10,6 +10,7 @@ Nothing here imports onnx: `inspect` asks too.
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -65,6 +66,7 @@ _MLP = _kind("gate_proj.weight up_proj.weight down_proj.weight", "gate_proj.bias
 _LAYER = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 _BODY = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
 _SHARED = ("shared_experts", "shared_expert")
+_NOT = "can not be exported to ONNX"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,7 @@ class Lack:
     """A kind of layer that a graph has no nodes for.
 
     Attributes:
-        marker: part of the name of a tensor, inside of a decoder layer, that only such layers have.
+        marker: a regular expression that finds such a layer by the name of one of its tensors, inside of the layer.
         what: what it is.
         why: what is missing for it.
     """
@@ -82,22 +84,29 @@ class Lack:
     why: str
 
 
-_STATE = (
-    "the graph keeps keys and values between tokens, and has no state for ONNX Runtime's {} (nor do onnxruntime-genai's "
-    "plain decoders)"
-)
+_STATE = "the graph keeps keys and values between tokens, and has no inputs for the state of ONNX Runtime's {}"
+_DELTA = "linear attention (a gated delta rule)"
 LACKS = (
     Lack(
-        marker="linear_attn.",
-        what="linear attention (a gated delta rule)",
+        marker=r"^(linear_attn|self_attn)\..*A_log$",
+        what=_DELTA,
         why=_STATE.format("LinearAttention and CausalConvWithState"),
     ),
-    Lack(marker=".A_log", what="a state-space layer", why="ONNX Runtime has no operator of a selective scan"),
-    Lack(marker=".conv.", what="a short convolution", why=_STATE.format("CausalConvWithState")),
     Lack(
-        marker="indexer.",
+        marker=r"^self_attn\.slope_rate$",
+        what="linear attention (with a decay)",
+        why=_STATE.format("LinearAttention"),
+    ),
+    Lack(
+        marker=r"A_log$",
+        what="a state-space layer (Mamba)",
+        why="ONNX Runtime's CPU provider has no operator of a selective scan",
+    ),
+    Lack(marker=r"^conv\.", what="a short convolution", why=_STATE.format("CausalConvWithState")),
+    Lack(
+        marker=r"\bindexer\.",
         what="attention that chooses tokens by an indexer",
-        why="ONNX Runtime's SparseAttentionIndexer does not run on the CPU",
+        why="ONNX Runtime's CPU provider has no SparseAttentionIndexer",
     ),
 )
 
@@ -153,10 +162,12 @@ def require_expressible(source: Source, model: Any) -> None:
 def _reasons(source: Source, model: Any) -> Iterator[str]:
     """All that stands against a graph, what is asked first coming first."""
     family = source.family
+    for layer, module in enumerate(model.get_submodule(family.module_layers_at.removesuffix("."))):
+        yield from _lacks(layer, module)
     yield from _frame(family, model)
     layers = model.model.layers
     for layer, module in enumerate(layers):
-        yield from _lacks(layer, module)
+        yield from _parts(layer, module)
     yield from _windows(model.config, len(layers))
     yield from _rotary(model)
     for layer, module in enumerate(layers):
@@ -169,8 +180,8 @@ def _reasons(source: Source, model: Any) -> Iterator[str]:
     yield from _names(source)
     if family.name not in HELD_AGAINST_TRANSFORMERS:
         yield (
-            f"ONNX graphs of {family.name} models have not been held against transformers, and what tensors do not show "
-            "would be guessed; use compressed-tensors or gptq, which keep transformers' own code"
+            f"models of type {family.name} {_NOT}: their graphs have not been held against transformers, and what tensors "
+            "do not show would be guessed; use compressed-tensors or gptq"
         )
 
 
@@ -178,17 +189,17 @@ def _frame(family: Family, model: Any) -> Iterator[str]:
     """Where the decoder lies, and what is around its layers."""
     if family.text_key is not None or family.module_layers_at != "model.layers.":
         yield (
-            f"{family.name} can not be exported to ONNX: its text model is a part of a larger one, and the graph is a "
-            "decoder of tokens alone; take the folder of a text model"
+            f"the decoder of {family.name} models is a part of a larger model, or does not lie in model.layers, and "
+            f"{_NOT}: the graph is a decoder of tokens alone"
         )
         return
-    if family.layers_at != family.module_layers_at:
-        yield f"{family.name} can not be exported to ONNX: its tensors lie under {family.layers_at!r}, not model.layers"
     around = {name for name, child in model.model.named_children() if name not in _BODY and _tensors(child)}
     around |= {name for name, child in model.named_children() if name not in ("model", "lm_head") and _tensors(child)}
-    head = _tensors(model.lm_head) - {"weight"}
-    for name in sorted(around | {f"lm_head.{rest}" for rest in head}):
-        yield f"{family.name} can not be exported to ONNX: the graph has no nodes for its {name}"
+    around |= {f"lm_head.{name}" for name in _tensors(model.lm_head) - {"weight"}}
+    missing = sorted(name for name in _BODY if not hasattr(model.model, name))
+    if around or missing:
+        what = f"their {min(around)}" if around else f"a model without {missing[0]}"
+        yield f"models of type {family.name} {_NOT}: the graph has no nodes for {what}"
 
 
 def _tensors(module: nn.Module) -> frozenset[str]:
@@ -197,24 +208,29 @@ def _tensors(module: nn.Module) -> frozenset[str]:
 
 
 def _lacks(layer: int, module: nn.Module) -> Iterator[str]:
-    """What a decoder layer consists of."""
+    """Kinds of layers that are known to be missing."""
     names = _tensors(module)
     for lack in LACKS:
-        if any(lack.marker in name for name in names):
-            yield f"layer {layer} is {lack.what}, which can not be exported to ONNX: {lack.why}"
+        if any(re.search(lack.marker, name) for name in names):
+            yield f"layer {layer} is {lack.what}, which {_NOT}: {lack.why}"
+
+
+def _parts(layer: int, module: nn.Module) -> Iterator[str]:
+    """What a decoder layer consists of."""
+    names = _tensors(module)
     foreign = sorted(name for name in names if name.partition(".")[0] not in _LAYER)
     missing = sorted(_LAYER - {name.partition(".")[0] for name in names})
     if foreign or missing:
-        what = f"has {foreign[0]}" if foreign else f"has no {missing[0]}"
-        yield f"layer {layer} {what}, and the graph's layers are attention and an MLP, with a norm before each"
+        what = f"with {foreign[0]}" if foreign else f"without {missing[0]}"
+        yield f"layer {layer}, {what}, {_NOT}: the graph's layers are attention and an MLP, each behind a norm"
 
 
 def _windows(config: Any, layers: int) -> Iterator[str]:
     for kind in (getattr(config, "layer_types", None) or ())[:layers]:
         if kind not in _WINDOWS:
             yield (
-                f"layers of type {kind!r} can not be exported to ONNX: GroupQueryAttention looks back on all tokens or "
-                "on a window of the last ones"
+                f"layers of type {kind!r} {_NOT}: GroupQueryAttention looks back on all tokens or on a window of the "
+                "last ones"
             )
 
 
@@ -222,16 +238,16 @@ def _rotary(model: Any) -> Iterator[str]:
     """One table of angles for all layers, that does not depend on the length of the text."""
     stated = getattr(model.config, "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in stated.values()):
-        yield "layers with rotary embeddings of their own can not be exported to ONNX: the graph has one table for all"
+        yield f"layers with rotary embeddings of their own {_NOT}: the graph has one table for all"
         return
     kind = stated.get("rope_type", "default")
     if kind not in STATIC_ROPE:
         yield (
-            f"the rotary embedding of type {kind!r} changes with the length of the text and can not be exported to "
-            f"ONNX; supported are {', '.join(STATIC_ROPE)}"
+            f"the rotary embedding of type {kind!r} changes with the length of the text and {_NOT}; supported are "
+            f"{', '.join(STATIC_ROPE)}"
         )
     elif "mrope_section" in stated:
-        yield "rotary embeddings of several axes (mrope) can not be exported to ONNX: GroupQueryAttention has one axis"
+        yield f"rotary embeddings of several axes (mrope) {_NOT}: GroupQueryAttention has one axis"
 
 
 def rotary_of(model: Any) -> Any:
@@ -250,8 +266,8 @@ def _attention(model: Any, layer: int, module: Any) -> Iterator[str]:
         odd = sorted((names - kind.always - kind.also) or (kind.always - names))
         word = "has" if names - kind.always - kind.also else "lacks"
         yield (
-            f"the attention of layer {layer} {word} {odd[0]}, and ONNX Runtime's GroupQueryAttention has no place for "
-            "what that would be"
+            f"the attention of layer {layer}, which {word} {odd[0]}, {_NOT}: ONNX Runtime's GroupQueryAttention is "
+            "given queries, keys, values, norms of both and sinks"
         )
         return
     rotated = 2 * len(rotary_of(model).inv_freq) if layer == 0 else 0  # the same in all layers
@@ -263,7 +279,7 @@ def _latent_sizes(module: Any, rotated: int) -> Iterator[str]:
     size = module.kv_lora_rank + module.qk_rope_head_dim
     yield from _multiple(size, _AS_IS, f"latent heads of {size} values (kv_lora_rank + qk_rope_head_dim)")
     if rotated not in (0, module.qk_rope_head_dim):
-        yield f"{rotated} rotated values of {module.qk_rope_head_dim} can not be exported to ONNX in latent attention"
+        yield f"{rotated} rotated values of {module.qk_rope_head_dim} in latent attention {_NOT}"
 
 
 def _grouped_sizes(config: Any, module: Any, rotated: int) -> Iterator[str]:
@@ -274,15 +290,15 @@ def _grouped_sizes(config: Any, module: Any, rotated: int) -> Iterator[str]:
     rows = [module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features]
     if rows != [heads * size, shared * size, shared * size]:
         yield (
-            f"queries, keys and values of {rows} rows can not be exported to ONNX: {heads} and {shared} heads of {size} "
-            "have others, so the attention does something else with them (such as a gate)"
+            f"queries, keys and values of {rows} rows {_NOT}: {heads} and {shared} heads of {size} values have others, so "
+            "the attention does something else with them (such as a gate)"
         )
 
 
 def _multiple(size: int, of: int, what: str) -> Iterator[str]:
     if size % of:
         yield (
-            f"{what} can not be exported to ONNX: ONNX Runtime's GroupQueryAttention takes multiples of {of} there; "
+            f"{what} {_NOT}: ONNX Runtime's GroupQueryAttention takes multiples of {of} there; "
             "run this model in another runtime"
         )
 
@@ -291,7 +307,7 @@ def _norms(where: str, module: nn.Module) -> Iterator[str]:
     """The norms right below a module are RMS norms with a factor."""
     for name, norm in module.named_children():
         if "norm" in name and not is_rms_norm(norm):
-            yield f"{name} of {where} is {type(norm).__name__}, which is not ONNX's RMSNormalization"
+            yield f"the {name} of {where} {_NOT}: {type(norm).__name__} does not compute ONNX's RMSNormalization"
 
 
 @torch.no_grad()
@@ -310,7 +326,7 @@ def is_rms_norm(norm: nn.Module) -> bool:
 
 def _dense(config: Any, layer: int, module: Any) -> Iterator[str]:
     if not _MLP.fits(_tensors(module)):
-        yield f"the MLP of layer {layer} is not one of gate, up and down projections, as the graph's are"
+        yield f"the MLP of layer {layer} {_NOT}: the graph's have gate, up and down projections"
     elif not is_silu(getattr(module, "act_fn", None)):
         yield _other_activation("MLPs", config)
 
@@ -336,26 +352,26 @@ def _experts(source: Source, model: Any, layer: int, block: Any) -> Iterator[str
         mine = frozenset(name.removeprefix(f"{shared}.") for name in rest if name.startswith(f"{shared}."))
         rest -= {f"{shared}.{name}" for name in mine} | ({f"{shared}_gate.weight"} if mine else set())
         if mine and not _MLP.fits(mine):
-            yield f"the shared expert of layer {layer} is not one of gate, up and down projections"
+            yield f"the shared expert of layer {layer} {_NOT}: the graph's have gate, up and down projections"
         elif mine and not is_silu(getattr(getattr(block, shared), "act_fn", None)):
             yield _other_activation("shared experts", model.config)
     if rest or family.experts_module != "mlp.experts":
         odd = min(rest, default=family.experts_module)
-        yield f"the experts of layer {layer} have {odd} beside them, which the graph has no nodes for"
+        yield f"the experts of layer {layer} {_NOT}: the graph has no nodes for {odd} beside them"
     elif activation_of(getattr(block, inner), model.config) is None:
         yield _other_experts(layer, getattr(block, inner), model.config)
 
 
 def _other_experts(layer: int, module: Any, config: Any) -> str:
     if getattr(module, "has_post_expert_norm", False):
-        return f"the experts of layer {layer} have a norm behind them, which QMoE and MoE do not have"
+        return f"the experts of layer {layer} {_NOT}: QMoE and MoE have no norm behind each expert"
     if not hasattr(module, "gate_up_proj"):
         return (
-            f"the experts of layer {layer} have no gate, and the CPU kernels of QMoE and MoE are held to be exact for "
-            "gated ones only"
+            f"the experts of layer {layer}, which have no gate, {_NOT}: ONNX Runtime's QMoE and MoE are exact for gated "
+            "ones, and were not tried for others"
         )
     if is_silu(getattr(module, "act_fn", None)):
-        return f"what the experts of layer {layer} do between their matrices is not the swiglu of QMoE and MoE"
+        return f"the experts of layer {layer} {_NOT}: what they do between their matrices is not the swiglu of QMoE and MoE"
     return _other_activation("experts", config)
 
 
@@ -386,8 +402,8 @@ def _rule(family: Family) -> Iterator[str]:
     rule = family.rule
     if rule is None:
         yield (
-            f"how the router of {family.name} models chooses was not found out, and a graph routes by itself; use "
-            "compressed-tensors or gptq"
+            f"models of type {family.name} {_NOT}: how their router chooses was not found out, and a graph routes by "
+            "itself; use compressed-tensors or gptq"
         )
         return
     plain = RouterRule(scoring=rule.scoring)
@@ -396,7 +412,7 @@ def _rule(family: Family) -> Iterator[str]:
         odd.append(rule.scoring if rule.scoring not in _SCORINGS else str(rule.group_score))
     if odd or family.router_extra or family.tables:
         what = odd[0] if odd else "rows or tables beside the experts"
-        yield f"the router of {family.name} models has {what}, which the graph's router does not compute"
+        yield f"the router of {family.name} models {_NOT}: the graph's router does not compute {what}"
 
 
 _KNOWN = ("scoring", "bias", "group_score", "renormalise_key", "renormalise", "scale_key")
@@ -429,8 +445,7 @@ def router_tensors(source: Source, layer: int) -> RouterTensors:
     rule = source.family.rule
     if len(corrections) > 1 or (corrections and not (rule and rule.bias)):
         raise UnsupportedError(
-            f"The router has {corrections[-1]}, of which the rule of {source.family.name} models does not speak; it can "
-            "not be exported to ONNX."
+            f"The router's {corrections[-1]} {_NOT}: the rule of {source.family.name} models does not speak of it."
         )
     return RouterTensors(weight=weight, bias=bias, correction=corrections[0] if corrections else None)
 
@@ -448,5 +463,5 @@ def _names(source: Source) -> Iterator[str]:
         behind = layer is not None and layer >= source.outline.shape.layers
         if name in routers or behind or ".experts." in name or family.module_name(name) == name:
             continue
-        yield f"{name} is {family.module_name(name)} in transformers, and the graph takes it under that name only"
+        yield f"the tensor {name} {_NOT}: the graph looks for {family.module_name(name)}"
         return
