@@ -41,7 +41,7 @@ def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include
     layers = checkpoint.shape.layers
     groups = [group for layer in range(layers) for group in linear_groups(checkpoint, layer, layers, include)]
     names = {name for group in groups for name in group.names}
-    for name in names | ({source.family.head} if Include.LM_HEAD in include else set()):
+    for name in names | ({checkpoint.family.head} if Include.LM_HEAD in include else set()):
         block_size(scheme, checkpoint.shapes[name][1])
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moepress.converters.onnx import expressible
-from moepress.converters.onnx.expressible import rotary_of
+from moepress.converters.onnx import modules
 from moepress.converters.onnx.graph import CONTRIB
 from moepress.converters.onnx.parts import Build, linear, reshape, rms_norm
 from moepress.errors import InvalidInputError
@@ -56,7 +55,7 @@ class Inputs:
 
 def is_latent(build: Build, layer: int) -> bool:
     """Whether a layer's attention is latent (MLA)."""
-    return expressible.is_latent(build.model.model.layers[layer].self_attn)
+    return modules.is_latent(build.model.model.layers[layer].self_attn)
 
 
 def cache_of(build: Build, layer: int) -> Cache:
@@ -117,7 +116,7 @@ def shared_inputs(build: Build, file: str) -> Inputs:
 
 def _rotary_tables(build: Build, file: str) -> tuple[str, str]:
     """cos and sin of every position, from the frequencies and the factor of transformers' own rotary module."""
-    rotary = rotary_of(build.model)
+    rotary = modules.rotary_of(build.model)
     frequencies, factor = rotary.inv_freq.double(), float(rotary.attention_scaling)
     context = context_of(build.model.config)
     step = max(1, _CHUNK_BYTES // (8 * len(frequencies)))
@@ -323,6 +322,8 @@ def _name_cache(build: Build, layer: int) -> None:
 def _window(build: Build, layer: int) -> int:
     """Tokens that a layer looks back on, itself included; -1 for all."""
     config = build.model.config
+    if build.weights.source.family.derived:  # not every architecture reads what its config states
+        return int(getattr(build.model.model.layers[layer].self_attn, "sliding_window", None) or -1)
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or kinds[layer] == "sliding_attention"
     return int((getattr(config, "sliding_window", None) if slides else None) or -1)

@@ -8,21 +8,18 @@ whether the tests hold graphs of that model type against transformers.
 Nothing here imports onnx: `inspect` asks too.
 """
 
-import copy
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from moepress.converters.onnx.modules import activation_of, is_latent, is_rms_norm, is_silu, rotary_of
 from moepress.errors import UnsupportedError
-from moepress.models.families.family import Family, RouterRule
+from moepress.models.families.family import Family
 from moepress.models.families.held import HELD_AGAINST_TRANSFORMERS
 from moepress.models.families.skeleton import build_skeleton
-from moepress.models.forward.gating import gating_of
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import router_disk_names
 
@@ -60,7 +57,8 @@ GROUPED = _kind(
 )
 LATENT = _kind(
     "kv_a_proj_with_mqa.weight kv_a_layernorm.weight kv_b_proj.weight o_proj.weight",
-    "q_proj.weight q_a_proj.weight q_a_proj.bias q_a_layernorm.weight q_b_proj.weight kv_a_proj_with_mqa.bias o_proj.bias",
+    "q_proj.weight q_a_proj.weight q_a_proj.bias q_a_layernorm.weight q_b_proj.weight kv_a_proj_with_mqa.bias "
+    "o_proj.bias",
 )
 _MLP = _kind("gate_proj.weight up_proj.weight down_proj.weight", "gate_proj.bias up_proj.bias down_proj.bias")
 _LAYER = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
@@ -111,28 +109,6 @@ LACKS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activation:
-    """What experts do between their matrices, as `swiglu` of QMoE and MoE computes it.
-
-    min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up, -limit, limit) + beta)
-
-    Attributes:
-        alpha, beta: of it.
-        limit: None for none.
-    """
-
-    alpha: float = 1.0
-    beta: float = 0.0
-    limit: float | None = None
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The same on tensors."""
-        if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
-
-
 def onnx_refusal(source: Source) -> str | None:
     """Why a folder can not be exported to ONNX, in one sentence, or None; reads no weights and needs no onnx.
 
@@ -180,8 +156,8 @@ def _reasons(source: Source, model: Any) -> Iterator[str]:
     yield from _names(source)
     if family.name not in HELD_AGAINST_TRANSFORMERS:
         yield (
-            f"models of type {family.name} {_NOT}: their graphs have not been held against transformers, and what tensors "
-            "do not show would be guessed; use compressed-tensors or gptq"
+            f"models of type {family.name} {_NOT}: their graphs have not been held against transformers, and what "
+            "tensors do not show would be guessed; use compressed-tensors or gptq"
         )
 
 
@@ -250,16 +226,6 @@ def _rotary(model: Any) -> Iterator[str]:
         yield f"rotary embeddings of several axes (mrope) {_NOT}: GroupQueryAttention has one axis"
 
 
-def rotary_of(model: Any) -> Any:
-    """The model's rotary module with its frequencies, which the skeleton has on the meta device."""
-    return type(model.model.rotary_emb)(config=model.config)
-
-
-def is_latent(attention: nn.Module) -> bool:
-    """Whether an attention is latent (MLA)."""
-    return hasattr(attention, "kv_a_proj_with_mqa")
-
-
 def _attention(model: Any, layer: int, module: Any) -> Iterator[str]:
     names, kind = _tensors(module), LATENT if is_latent(module) else GROUPED
     if not kind.fits(names):
@@ -290,8 +256,8 @@ def _grouped_sizes(config: Any, module: Any, rotated: int) -> Iterator[str]:
     rows = [module.q_proj.out_features, module.k_proj.out_features, module.v_proj.out_features]
     if rows != [heads * size, shared * size, shared * size]:
         yield (
-            f"queries, keys and values of {rows} rows {_NOT}: {heads} and {shared} heads of {size} values have others, so "
-            "the attention does something else with them (such as a gate)"
+            f"queries, keys and values of {rows} rows {_NOT}: {heads} and {shared} heads of {size} values have others, "
+            "so the attention does something else with them (such as a gate)"
         )
 
 
@@ -310,20 +276,6 @@ def _norms(where: str, module: nn.Module) -> Iterator[str]:
             yield f"the {name} of {where} {_NOT}: {type(norm).__name__} does not compute ONNX's RMSNormalization"
 
 
-@torch.no_grad()
-def is_rms_norm(norm: nn.Module) -> bool:
-    """Whether a norm computes weight * x / sqrt(mean(x^2) + eps), tried on a few numbers."""
-    eps = getattr(norm, "variance_epsilon", None)
-    if [*norm.state_dict()] != ["weight"] or not isinstance(eps, float):
-        return False
-    own = copy.deepcopy(norm).to_empty(device="cpu")
-    weight, values = torch.linspace(0.5, 2, own.weight.numel()), torch.linspace(-3, 2, 4 * own.weight.numel())
-    own.weight.copy_(weight.view_as(own.weight))
-    rows = values.sin().view(4, -1) * torch.tensor([[1e-3], [0.1], [1.0], [30.0]])
-    wanted = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * weight
-    return torch.allclose(own(rows), wanted, rtol=1e-4, atol=1e-6)
-
-
 def _dense(config: Any, layer: int, module: Any) -> Iterator[str]:
     if not _MLP.fits(_tensors(module)):
         yield f"the MLP of layer {layer} {_NOT}: the graph's have gate, up and down projections"
@@ -333,13 +285,6 @@ def _dense(config: Any, layer: int, module: Any) -> Iterator[str]:
 
 def _other_activation(of: str, config: Any) -> str:
     return f"{of} with the activation {getattr(config, 'hidden_act', None)!r} have no ONNX kernel; use silu"
-
-
-@torch.no_grad()
-def is_silu(function: Any) -> bool:
-    """Whether an activation is silu, tried on a few numbers."""
-    values = torch.linspace(-12, 12, 97)
-    return callable(function) and torch.allclose(function(values), nn.functional.silu(values), rtol=1e-5, atol=1e-6)
 
 
 def _experts(source: Source, model: Any, layer: int, block: Any) -> Iterator[str]:
@@ -367,34 +312,12 @@ def _other_experts(layer: int, module: Any, config: Any) -> str:
         return f"the experts of layer {layer} {_NOT}: QMoE and MoE have no norm behind each expert"
     if not hasattr(module, "gate_up_proj"):
         return (
-            f"the experts of layer {layer}, which have no gate, {_NOT}: ONNX Runtime's QMoE and MoE are exact for gated "
-            "ones, and were not tried for others"
+            f"the experts of layer {layer}, which have no gate, {_NOT}: ONNX Runtime's QMoE and MoE are exact for "
+            "gated ones, and were not tried for others"
         )
     if is_silu(getattr(module, "act_fn", None)):
-        return f"the experts of layer {layer} {_NOT}: what they do between their matrices is not the swiglu of QMoE and MoE"
+        return f"the experts of layer {layer} {_NOT}: what is between their matrices is not the swiglu of QMoE and MoE"
     return _other_activation("experts", config)
-
-
-@torch.no_grad()
-def activation_of(module: nn.Module, config: Any) -> Activation | None:
-    """What transformers' experts module does between its matrices; None where the graph has no nodes for it.
-
-    Found by trying: each number that the module holds may be alpha or the limit.
-    """
-    if not hasattr(module, "gate_up_proj"):
-        return None
-    gating = gating_of(module, nn.functional.silu)
-    if gating.after is not None:
-        return None
-    numbers = sorted({float(v) for k, v in vars(module).items() if type(v) is float or (type(v) is int and "limit" in k)})
-    reach = 2 * max([6.0, *numbers])
-    gate, up = torch.meshgrid(torch.linspace(-reach, reach, 101), torch.linspace(-reach, reach, 103), indexing="ij")
-    found = gating.between(gate, up)
-    for alpha, beta, limit in itertools.product((1.0, *numbers), (0.0, 1.0), (None, *numbers)):
-        tried = Activation(alpha=alpha, beta=beta, limit=limit)
-        if torch.allclose(tried(gate, up), found, rtol=1e-5, atol=1e-6):
-            return tried
-    return None
 
 
 def _rule(family: Family) -> Iterator[str]:
@@ -406,8 +329,9 @@ def _rule(family: Family) -> Iterator[str]:
             "itself; use compressed-tensors or gptq"
         )
         return
-    plain = RouterRule(scoring=rule.scoring)
-    odd = [f.name for f in fields(rule) if f.name not in _KNOWN and getattr(rule, f.name) != getattr(plain, f.name)]
+    odd = [
+        field.name for field in fields(rule) if field.name not in _KNOWN and getattr(rule, field.name) != field.default
+    ]
     if rule.scoring not in _SCORINGS or rule.group_score not in _GROUP_SCORES:
         odd.append(rule.scoring if rule.scoring not in _SCORINGS else str(rule.group_score))
     if odd or family.router_extra or family.tables:
@@ -459,8 +383,7 @@ def _names(source: Source) -> Iterator[str]:
         return
     routers = {name for layer in source.outline.moe_layers for name in router_disk_names(source, layer)}
     for name in sorted(source.shapes):
-        layer = family.layer_of(name)
-        behind = layer is not None and layer >= source.outline.shape.layers
+        behind = (family.layer_of(name) or 0) >= source.outline.shape.layers
         if name in routers or behind or ".experts." in name or family.module_name(name) == name:
             continue
         yield f"the tensor {name} {_NOT}: the graph looks for {family.module_name(name)}"

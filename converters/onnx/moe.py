@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moepress.converters.onnx.expressible import Activation, activation_of, router_tensors
+from moepress.converters.onnx.expressible import router_tensors
 from moepress.converters.onnx.graph import CONTRIB
+from moepress.converters.onnx.modules import Activation, activation_of
 from moepress.converters.onnx.parts import Build, gated_mlp, linear, reshape
 from moepress.converters.onnx.weights import Matrix, Projection, block_size, require_whole
 from moepress.errors import InvalidInputError, UnsupportedError

@@ -11,7 +11,18 @@ import onnx_runs
 import pytest
 import tiny_models
 import torch
-from onnx_runs import DECODE, G16, PREFILL, exact_source, graph_of, onnx_logits, padded_run, relative_error, to_onnx, token_errors
+from onnx_runs import (
+    DECODE,
+    G16,
+    PREFILL,
+    exact_source,
+    graph_of,
+    onnx_logits,
+    padded_run,
+    relative_error,
+    to_onnx,
+    token_errors,
+)
 from stage_runs import keep_of, quantized_folder
 from torch import Tensor
 from transformers import CONFIG_MAPPING
@@ -45,7 +56,10 @@ RULES = {  # for what `derive` does not find out
 }
 # Name of a case -> model type and what differs from its tiny config.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "glm4_moe": ("glm4_moe", {"head_dim": 32, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5}),
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 32, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 2.5},
+    ),
     "glm4_moe_plain": ("glm4_moe", {"head_dim": 64, "partial_rotary_factor": 0.25, "norm_topk_prob": False}),
     "glm4_moe_groups": ("glm4_moe", {"head_dim": 32, "n_group": 4, "topk_group": 2}),
     "glm4_moe_lite": ("glm4_moe_lite", {}),
@@ -99,7 +113,9 @@ def pressed(model: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
             source, out = open_checkpoint(model(case)), tmp_path_factory.mktemp(f"pressed-{case}") / "model"
             keep = keep_of(source, source.shape.experts // 2)
             windows = tiny_models.windows(every_family.TEXT_VOCAB, count=3, length=24, seed=1)
-            quantized_folder(source.folder, windows, out, keep=keep, scheme=G16, include=["attention", "shared", "dense"])  # type: ignore[list-item]
+            quantized_folder(
+                source.folder, windows, out, keep=keep, scheme=G16, include=["attention", "shared", "dense"]
+            )  # type: ignore[list-item]
             made[case] = out
         return made[case]
 
@@ -182,7 +198,8 @@ def test_an_export_passes_its_own_check_and_onnxruntime_genai(pressed: Made, tmp
     assert max(result.checked.prefill_error, result.checked.decode_error) < EXACT
     assert result.checked.genai_same
     opened = open_onnx(tmp_path / "onnx")
-    assert opened.summary["experts_bits"] and opened.vocabulary == every_family.VOCAB
+    assert opened.summary["experts_bits"]
+    assert opened.vocabulary == every_family.VOCAB
 
 
 @pytest.mark.parametrize("case", FAMILIES)
