@@ -301,7 +301,7 @@ def leave_one_out_loss(
 
 def _remaining(router: Router, scores_TE: Tensor, removed_T1: Tensor) -> Tensor:
     """What the other experts' scores are divided by when one goes, [T, 1]: a softmax is then over one logit less."""
-    if router.sigmoid:
+    if router.scoring != "softmax":
         return torch.ones_like(scores_TE[:, :1])
     return scores_TE.scatter(1, removed_T1, 0.0).sum(dim=1, keepdim=True).clamp(min=1e-30)
 

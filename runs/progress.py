@@ -51,6 +51,16 @@ def set_level(level: Level) -> None:
 
 
 @contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is said of what is tracked in the block."""
+    before, _state.level = _state.level, Level.QUIET
+    try:
+        yield
+    finally:
+        _state.level = before
+
+
+@contextmanager
 def stage(number: int, of: int) -> Iterator[None]:
     """What is tracked in the block is stage `number` of `of`."""
     _state.stages.append(f"[{number}/{of}] ")

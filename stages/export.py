@@ -9,7 +9,6 @@ from moepress.calibration.profile import fingerprint
 from moepress.compress.estimates.export import layout_bytes
 from moepress.compress.gptq.include import Include, linear_groups
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
-from moepress.converters.safetensors.artifact import open_artifact, open_source
 from moepress.converters.safetensors.export import Exported, Target, check_target, export
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError, UsageError
@@ -17,7 +16,7 @@ from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.inside import watched
 from moepress.runs.journal import open_run
 from moepress.runs.output import check_output
-from moepress.stages.groundwork import announce, require_room
+from moepress.stages.groundwork import announce, opened_artifact, opened_source, require_room
 from moepress.stages.places import Output, model_folder
 
 
@@ -62,7 +61,7 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     folder = model_folder(artifact_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
-    artifact = open_artifact(folder)
+    artifact = opened_artifact(folder)
     announce(artifact)
     if artifact.layout == target:
         raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
@@ -114,7 +113,7 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
-    source = open_source(folder)
+    source = opened_source(folder)
     announce(source)
     decoder = plan_onnx(source, request)
     require_room(output, onnx_bytes(decoder))
@@ -153,7 +152,7 @@ def onnx_estimate(model_name: str, output: Output, request: Any) -> dict[str, An
     from moepress.converters.onnx.export import onnx_bytes, plan_onnx
     from moepress.converters.onnx.graph import file_bytes
 
-    decoder = plan_onnx(open_source(model_folder(model_name)), request)
+    decoder = plan_onnx(opened_source(model_folder(model_name)), request)
     return {
         "disk_bytes": onnx_bytes(decoder),
         "nodes": len(decoder.model.graph.node),

@@ -12,13 +12,12 @@ from moepress.calibration.records import Conversation
 from moepress.calibration.templates import ChatTemplate, Refused
 from moepress.converters.onnx.folder import is_onnx, open_onnx
 from moepress.converters.onnx.runtime import installed_version
-from moepress.converters.safetensors.artifact import open_source
 from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.folder import read_json
-from moepress.stages.groundwork import announce, load_tokenizer
+from moepress.stages.groundwork import announce, load_tokenizer, opened_source
 from moepress.stages.places import Machine, model_folder
 from moepress.validation.quality.decoding import (
     Decoder,
@@ -111,7 +110,7 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
 
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
-    source = open_source(folder)
+    source = opened_source(folder)
     announce(source)
     config = hf_config(source.config)
     return Runnable(

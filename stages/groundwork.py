@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,11 +18,12 @@ from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.pruning.plan import Plan, check_plan
-from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
 from moepress.errors import MoepressError, UsageError
+from moepress.models.forward.proof import proven_family
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_device, choose_dtype, choose_limits
-from moepress.models.storage.checkpoint import Checkpoint, Source
+from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.runs.byte_sizes import mib_text
 from moepress.runs.files import mount_of
 from moepress.runs.inputs import Stamps
@@ -52,6 +53,47 @@ def load_tokenizer(folder: Path) -> Any:
 def announce(source: Checkpoint | Artifact) -> None:
     """Say on stderr what was noted when a folder was opened; once, however many stages open it."""
     _say(source.folder, source.notes)
+
+
+def opened(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint:
+    """`open_checkpoint`, for work: a family that nobody wrote down proves itself first, once (`forward.proof`).
+
+    Raises:
+        UnsupportedError: what would be computed is not what transformers computes.
+    """
+    return _proven(open_checkpoint(folder, allow_nonfinite=allow_nonfinite))
+
+
+def opened_artifact(folder: Path) -> Artifact:
+    """`open_artifact`, likewise."""
+    return _proven(open_artifact(folder))
+
+
+def opened_source(folder: Path) -> Checkpoint | Artifact:
+    """`open_source`, likewise."""
+    return _proven(open_source(folder))
+
+
+Opened = TypeVar("Opened", bound=Checkpoint | Artifact)
+
+
+def _proven(source: Opened) -> Opened:
+    if not source.family.derived:
+        return source
+    with waiting("holding the model's family against transformers"):
+        return replace(source, family=proven_family(source.family, source.config))
+
+
+def can_leave_out(source: Checkpoint) -> bool:
+    """Whether leave-one-out losses can be formed, which need the router's rule; says so where they can not."""
+    if source.family.rule is not None:
+        return True
+    text = (
+        f"How the router of {source.family.name} models makes its weights was not found out: leave-one-out losses "
+        "(criterion loo, and budgets that weigh by them) are left out; the other criteria are complete."
+    )
+    _say(source.folder, [text])
+    return False
 
 
 def _say(folder: Path, notes: Sequence[str]) -> None:

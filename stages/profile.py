@@ -12,14 +12,15 @@ from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import measure_rates
 from moepress.models.forward.inventory import inventory
-from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.inside import watched
 from moepress.runs.output import check_output
 from moepress.stages.groundwork import (
     announce,
+    can_leave_out,
     free_disk,
     load_corpus,
     model_run,
+    opened,
     require_room,
     streamed,
     warn_of_memory,
@@ -42,12 +43,13 @@ def profile_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
-    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    checkpoint = opened(folder, allow_nonfinite=allow_nonfinite)
     announce(checkpoint)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
     work = _profile_workload(corpus, machine, output)
+    leave_one_out = leave_one_out and can_leave_out(checkpoint)
     estimate = estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out, bit_losses=bit_losses)
     require_room(output, estimate.disk_bytes)
     warn_of_memory(estimate)
@@ -92,11 +94,12 @@ def profile_estimate(
 ) -> Estimate:
     """What `profile` would take; without an output its disk is taken to have room."""
     folder = model_folder(model_name)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = opened(folder)
     announce(checkpoint)
     corpus = load_corpus(folder, calibration, context=checkpoint.shape.context, vocabulary=checkpoint.shape.vocabulary)
     work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)
+    leave_one_out = leave_one_out and can_leave_out(checkpoint)
     return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out, bit_losses=bit_losses)
 
 

@@ -10,12 +10,11 @@ from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries, prune
-from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.journal import open_run
 from moepress.runs.output import check_output
-from moepress.stages.groundwork import announce, checked_plan, require_room
+from moepress.stages.groundwork import announce, checked_plan, opened, require_room
 from moepress.stages.places import Output, model_folder
 
 
@@ -32,7 +31,7 @@ def prune_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
-    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    checkpoint = opened(folder, allow_nonfinite=allow_nonfinite)
     checked_plan(checkpoint, plan)
     keep = {**plan.keep, **mtp_keep(checkpoint, plan, mtp)}
     size = planned_bytes(planned_entries(checkpoint, keep))  # known to the byte before any is written

@@ -20,16 +20,18 @@ from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
+from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp, refuse_quantized_mtp
 from moepress.runs.output import check_output
+from moepress.runs.progress import note
 from moepress.stages.groundwork import (
     announce,
     checked_plan,
     load_corpus,
     model_run,
+    opened,
     require_room,
     streamed,
     warn_of_memory,
@@ -70,8 +72,10 @@ def quantize_stage(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = opened(folder)
     announce(checkpoint)
+    if checkpoint.pressed_as:
+        note(f"The experts are stored as {checkpoint.pressed_as} already; quantizing them again costs quality.")
     if mtp is Mtp.KEEP:
         refuse_quantized_mtp(checkpoint)
     if plan is not None:

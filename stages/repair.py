@@ -22,14 +22,14 @@ from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_e
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
-from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.files import put, read_text
 from moepress.runs.journal import Run
 from moepress.runs.output import check_output
-from moepress.stages.groundwork import checked_plan, load_corpus, model_run, require_room, streamed, workload
+from moepress.stages.groundwork import checked_plan, load_corpus, model_run, opened, require_room, streamed, workload
 from moepress.stages.places import Calibration, Machine, Output, model_folder
 
 REPAIR_FILE = "repair.json"
@@ -117,7 +117,7 @@ def _opened(
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
-    checkpoint = open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
+    checkpoint = opened(folder, allow_nonfinite=allow_nonfinite)
     check_repair(checkpoint, plan.experts, parts)
     checked_plan(checkpoint, plan)
     return checkpoint, inputs

@@ -20,7 +20,7 @@ from moepress.compress.pruning.plan import Plan, estimate_sizes
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx.runtime import require_onnxruntime, session_providers
-from moepress.converters.safetensors.artifact import Artifact, open_source
+from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
 from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.inventory import inventory
@@ -29,7 +29,7 @@ from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
 from moepress.runs.output import check_writable, resolve_output
 from moepress.runs.rows import holds_journal
-from moepress.stages.groundwork import announce, load_tokenizer, require_context
+from moepress.stages.groundwork import announce, load_tokenizer, opened_source, require_context
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.stages.shown import checks_section, environment, samples_section, subject_info
 from moepress.stages.tokenizer import read_tokenizer
@@ -109,7 +109,7 @@ def open_subject(label: str, folder: Path) -> Subject:
         UnsupportedError: it is an ONNX folder, and onnx or ONNX Runtime is not installed.
     """
     if not is_onnx(folder):
-        source = open_source(folder)
+        source = opened_source(folder)
         announce(source)
         return subject_of(label, source)
     require_onnxruntime()

@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from moepress.models.storage.safetensors_file import read_bytes
 GOLDEN = Path(__file__).parent / "models" / "families_golden.json"
 TOLERANCE = 1e-5  # of the largest logit
 KEPT = 8  # of 12 experts
+LEAST = 48  # types that show all; what keeps the others from it stands in the golden list
 TEN = (
     *("glm4_moe", "glm4_moe_lite", "qwen3_next", "qwen3_5_moe", "gpt_oss"),
     *("gemma4", "minimax_m2", "nemotron_h", "ernie4_5_moe", "llama4"),
@@ -71,10 +72,8 @@ def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
     """transformers' model of a folder with the attention that we run it with, and its loading report."""
     model, report = every_family.load_report(folder)
     if model._supports_sdpa:
-        try:
+        with suppress(KeyError, ValueError):
             model.set_attn_implementation(register())
-        except (KeyError, ValueError):
-            pass
     return model, report
 
 
@@ -159,7 +158,7 @@ def masked(subject: Subject, keep: Mapping[int, Sequence[int]]) -> Iterator[None
     source, model = subject.checkpoint, subject.reference
     places = Places(model, source.shapes)
     experts = source.shape.experts
-    state = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    state = dict((*model.named_parameters(), *model.named_buffers()))
     gone: dict[int, Tensor] = {}
     undo: list[tuple[Tensor, Tensor]] = []
     for layer, kept in keep.items():
@@ -211,7 +210,8 @@ def attempt(subject: Subject, criterion: str) -> Outcome:
         return Outcome(str(error).split("\n")[0][:240], time.monotonic() - start)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        why = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''} ({Path(where.filename).name})"
+        first = str(error).splitlines()[0][:160] if str(error) else ""
+        why = f"{type(error).__name__}: {first} ({Path(where.filename).name})"
         return Outcome(why, time.monotonic() - start)
     return Outcome("", time.monotonic() - start)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from r1_models import make_r1
 
-from moepress.models.families.table import family_of
 from moepress.models.families.skeleton import build_skeleton
+from moepress.models.families.table import family_of
 from moepress.models.storage.writer import write_index, write_json
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -135,8 +135,7 @@ def _spread_rows(count: int, most: int) -> Tensor:
 
 
 def _dense(stream: Stream, coded: CodedExpert) -> Expert:
-    whole = Expert(gate=coded.gate.dense(), up=coded.up.dense(), down=coded.down.dense())
-    return whole.to(stream.model.device, torch.float32)
+    return coded.dense().to(stream.model.device, torch.float32)
 
 
 def held_out(stream: Stream) -> Tensor:

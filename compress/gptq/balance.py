@@ -36,7 +36,7 @@ def topped_up(
         return found
     assert stream.logits is not None
     rule = stream.model.family.rule
-    sigmoid = rule is not None and rule.scoring == "sigmoid"
+    sigmoid = rule is not None and rule.scoring != "softmax"  # each score hangs on its own logit alone
     with phase("Hessian"):
         own = [found[expert][0] for expert in short]
         ranked = next_ranked(stream.logits, short, own, max(missing[expert] for expert in short), sigmoid=sigmoid)

@@ -97,9 +97,12 @@ class CodedExpert:
 
     def expert(self, model: StreamedModel) -> Expert:
         """Dequantized, on the model's device, in its compute dtype."""
+        return self.dense().to(model.device, model.dtype)
+
+    def dense(self) -> Expert:
+        """What the codes stand for."""
         gate = None if self.gate is None else self.gate.dense()
-        found = Expert(gate=gate, up=self.up.dense(), down=self.down.dense(), **self.biases)
-        return found.to(model.device, model.dtype)
+        return Expert(gate=gate, up=self.up.dense(), down=self.down.dense(), **self.biases)
 
 
 def experts_at_once(model: StreamedModel, memory_bytes: int) -> int:

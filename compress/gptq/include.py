@@ -21,8 +21,6 @@ class Include(StrEnum):
 
 
 _PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}
-# Linears of a gated MLP, in the order of the data.
-_MLP_GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ def linear_groups(
     for part, kind in _PARTS.items():
         if kind not in wanted:
             continue
-        orders = source.family.attention_groups if part is Part.ATTENTION else _MLP_GROUPS
+        orders = source.family.attention_groups if part is Part.ATTENTION else source.family.mlp_groups
         for order in orders:
             leaves = [leaf for leaf in order if leaf not in source.family.never_quantize]
             found = tuple(n for leaf in leaves for n in by_part.get(part, []) if n.split(".")[-2] == leaf)
@@ -80,11 +78,12 @@ def unquantized_modules(source: "Source", layers: int, include: Iterable[Include
     ignored = set()
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)
-        plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.NORMS, Part.MTP, Part.ROUTED}
+        plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.MTP, Part.ROUTED}
         head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
         if plain and name.endswith(".weight") and name not in quantized and not head:
             # Some runtimes compare with names on disk, transformers with those of its modules.
             ignored |= {n.removesuffix(".weight") for n in (name, source.family.module_name(name))}
+    ignored |= {name for name in source.family.linears_outside if not name.endswith("lm_head")}
     if source.family.head not in source.shapes:
         ignored.add(source.family.module_name(source.family.head).removesuffix(".weight"))
     return sorted(ignored, key=source.family.by_layer)

@@ -110,7 +110,9 @@ def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
     names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
-    codes, scales = compressed_tensors.read_layer(module, tensors, job.options.scheme_of(job.stream.model.family.layer_of(name)))
+    codes, scales = compressed_tensors.read_layer(
+        module, tensors, job.options.scheme_of(job.stream.model.family.layer_of(name))
+    )
     return Coded(codes=codes, scales=scales)
 
 

@@ -13,6 +13,7 @@ from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Part, part_of
+from moepress.models.storage.experts import is_fused
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -39,14 +40,32 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> 
         if source.family.head not in source.shapes:
             raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
         wanted.add(source.family.head)
-    for name, shape in source.shapes.items():
-        part = part_of(source.family, name, layers)
-        columns = shape[-1] if name in wanted or (part is Part.ROUTED and len(shape) >= 2) else None
-        if columns is not None:
-            try:
-                scheme.groups(columns)
-            except UsageError as error:
-                raise UsageError(f"{name}: {error}") from error
+    columns = {
+        name: source.shapes[name][-1]
+        for name, shape in source.shapes.items()
+        if name in wanted
+        or (len(shape) == 2 and name.endswith(".weight") and part_of(source.family, name, layers) is Part.ROUTED)
+    }
+    for layer in source.outline.moe_layers:  # fused ones may lie either way round
+        if is_fused(source, layer):
+            first, down = source.family.fused_names(layer)[:2]
+            columns |= {first: source.outline.shape.hidden, down: source.outline.shape.expert_width}
+    for name, count in columns.items():
+        try:
+            scheme.groups(count)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error} {_proposed(scheme, set(columns.values()))}") from error
+
+
+def _proposed(scheme: Scheme, columns: set[int]) -> str:
+    """The largest group size that divides all matrices, by name."""
+    sizes = [size for size in _GROUP_SIZES if size < scheme.group_size and all(count % size == 0 for count in columns)]
+    if not sizes:
+        return "No group size divides all of them; --group-size -1 takes one scale per output row."
+    return f"--group-size {sizes[0]} is the largest that divides all of them."
+
+
+_GROUP_SIZES = (128, 64, 32, 16, 8)
 
 
 def settle_bits(

@@ -15,11 +15,12 @@ from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repair_walk import drop_walk
 from moepress.compress.pruning.repaired import Edits, Repairs, edits_of, scaled
 from moepress.models.forward.tensor_check import check_mtp, check_tensors
-from moepress.models.storage.checkpoint import Checkpoint, nonfinite
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import Cut, cuts_of, mtp_layers, prune_source, pruned_config
 from moepress.models.storage.mtp import Mtp, mtp_keep_sets, mtp_note
 from moepress.models.storage.safetensors_file import Stored, read_bytes
 from moepress.models.storage.tensors import DTYPES, read_tensor, tensor_bytes, tensor_entry
+from moepress.models.storage.unpack import nonfinite
 from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.phases import phase

@@ -26,7 +26,7 @@ from moepress.models.storage.experts import router_disk_names
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")  # frequencies do not depend on the length of the text
 _ROTATED, _AS_IS = 16, 8  # what GroupQueryAttention's head size must be a multiple of, when it rotates and always
 _WINDOWS = ("full_attention", "sliding_attention")  # kinds of layers that GroupQueryAttention has
-_SCORINGS = ("sigmoid", "softmax")
+_SCORINGS = ("sigmoid", "softmax", "sqrtsoftplus")
 _GROUP_SCORES = (None, "top2", "max")
 
 
@@ -339,7 +339,7 @@ def _rule(family: Family) -> Iterator[str]:
         yield f"the router of {family.name} models {_NOT}: the graph's router does not compute {what}"
 
 
-_KNOWN = ("scoring", "bias", "group_score", "renormalise_key", "renormalise", "scale_key")
+_KNOWN = ("scoring", "bias", "group_score", "renormalise_key", "renormalise", "scale_key", "scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -366,8 +366,9 @@ def router_tensors(source: Source, layer: int) -> RouterTensors:
     weight, *others = router_disk_names(source, layer)
     bias = next((name for name in others if name == f"{weight.removesuffix('weight')}bias"), None)
     corrections: Sequence[str] = [name for name in others if name != bias]
-    rule = source.family.rule
-    if len(corrections) > 1 or (corrections and not (rule and rule.bias)):
+    family, rule = source.family, source.family.rule
+    spoken = bool(rule and rule.bias) and family.correction in ("", *family.router[1:])
+    if len(corrections) > 1 or (corrections and not spoken):
         raise UnsupportedError(
             f"The router's {corrections[-1]} {_NOT}: the rule of {source.family.name} models does not speak of it."
         )

@@ -78,8 +78,10 @@ def _route(build: Build, file: str, layer: int, experts: int, router: Router, va
     exact = build.cast(value, 1, f"{scope}/input") if build.onnx_dtype != 1 else value
     tables = [graph.weight(file, weights.plain(name, name, dtype=torch.float32)) for name in given]
     logits = graph.node("Gemm", [exact, *tables], f"{scope}/Gemm", transB=1)
-    if router.sigmoid:
+    if router.scoring == "sigmoid":
         scores = graph.node("Sigmoid", [logits], f"{scope}/Sigmoid")
+    elif router.scoring == "sqrtsoftplus":
+        scores = graph.node("Sqrt", [graph.node("Softplus", [logits], f"{scope}/Softplus")], f"{scope}/Sqrt")
     else:
         scores = graph.node("Softmax", [logits], f"{scope}/Softmax", axis=-1)
     choice = scores

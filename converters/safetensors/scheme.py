@@ -65,8 +65,7 @@ class Scheme:
             return 1
         if in_features % self.group_size:
             raise UsageError(
-                f"--group-size {self.group_size} does not divide the {in_features} input columns of a matrix; "
-                "choose a smaller power of two."
+                f"--group-size {self.group_size} does not divide the {in_features} input columns of a matrix."
             )
         return in_features // self.group_size
 

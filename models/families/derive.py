@@ -9,7 +9,7 @@ transformers before any work (`forward.proof`).
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -98,6 +98,7 @@ class _Derivation:
             top_groups_key=groups[1],
             attention_groups=(),
             mlp_groups=(),
+            never_quantize=self._never_quantized(),
             float32=_float32(self.model, self.places),
             derived=True,
             text_key=self.text_key,
@@ -109,6 +110,11 @@ class _Derivation:
             layers=self.structure.layers,
             additive=False,
             defaults=self._defaults(groups),
+            linears_outside=tuple(
+                name
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.Linear) and self.structure.inner_name(name) is None
+            ),
             templates=tuple(self._templates()),
             converted=tuple(sorted(self.places.converted)),
             **experts,
@@ -119,6 +125,11 @@ class _Derivation:
         keys = ("hidden_size", "vocab_size", "max_position_embeddings", self._top_k_key(), *groups)
         found = ((key, getattr(self.parsed, key, None)) for key in keys if key is not None)
         return tuple((key, value) for key, value in found if type(value) is int)
+
+    def _never_quantized(self) -> tuple[str, ...]:
+        """Latent attention's `kv_b_proj`, over which runtimes trip wherever it occurs."""
+        there = any(".kv_b_proj." in name for name in self.places.first)
+        return ("kv_b_proj",) if there else ()
 
     def _stated(self, key: str) -> bool:
         return isinstance(getattr(self.parsed, key, None), int)
@@ -158,7 +169,7 @@ class _Derivation:
 
     def _expert_width(self) -> int:
         module = self.structure.experts_of(self.model)
-        shape = tuple(module.down_proj.shape)
+        shape = tuple(cast(Tensor, module.down_proj).shape)
         return int(shape[1] if getattr(module, "is_transposed", self.structure.transposed) else shape[2])
 
     def _in_experts(self, module_name: str) -> str | None:
@@ -185,9 +196,8 @@ class _Derivation:
                 key = f"gate of {inner}" if alone and role == self.places.by_pattern[role].source_patterns[0] else inner
                 fused[key] = _pattern(template, 1)
                 example[key] = name
-        names: dict[str, Any]
-        names, loads = _written(self.places, self.structure, self._layers_at())
-        names["loads_single"] = loads
+        written, loads = _written(self.places, self.structure, self._layers_at())
+        names: dict[str, Any] = {**written, "loads_single": loads}
         down = names["down"].format(layer=self.structure.moe_layers[0], expert=0)
         names |= {role: pattern for role, pattern in single.items() if role in ("gate", "up", "down")}
         names["gate"] = names["gate"] if self.structure.gated else ""
@@ -199,9 +209,7 @@ class _Derivation:
                 )
             names |= {"fused_gate_up": fused[first], "fused_down": fused["down_proj"]}
             names["fused_gate"] = fused.get(f"gate of {first}", "")
-            names["fused_biases"] = tuple(
-                fused[bias] for bias in (f"{first}_bias", "down_proj_bias") if bias in fused
-            )
+            names["fused_biases"] = tuple(fused[bias] for bias in (f"{first}_bias", "down_proj_bias") if bias in fused)
             names |= self._orientation(example[first], apart=bool(names["fused_gate"]))
         elif not single and down not in self.shapes:
             raise InvalidInputError(
@@ -228,7 +236,7 @@ class _Derivation:
 
     def _routers(self) -> list[tuple[str, int]]:
         """Names of what has an axis of experts besides the experts themselves, the router's weight first."""
-        found: dict[str, tuple[int, int]] = {}
+        found: dict[str, tuple[bool, int]] = {}
         for name, (module_name, _role_of) in self.places.first.items():
             axis = self._axis(module_name)
             if axis is None or self._in_experts(module_name) is not None:
@@ -237,7 +245,7 @@ class _Derivation:
                 continue
             dimensions = len(self.tensors[module_name])
             weight = name.endswith("weight") and dimensions == 2 and axis == 0
-            found[_pattern(numbered(name)[0], 1)] = (not weight, axis)  # type: ignore[assignment]
+            found[_pattern(numbered(name)[0], 1)] = (not weight, axis)
         ordered = sorted(found, key=lambda pattern: (found[pattern][0], pattern))
         if not ordered or found[ordered[0]][0]:
             raise UnsupportedError(
@@ -248,11 +256,8 @@ class _Derivation:
 
     def _router_extra(self, pattern: str) -> int:
         kind = pattern.replace("{layer}", "#")
-        return next(
-            self.tensors[module][0] - self.structure.count
-            for name, (module, _) in self.places.first.items()
-            if numbered(name)[0] == kind
-        )
+        modules = (module for name, (module, _) in self.places.first.items() if numbered(name)[0] == kind)
+        return int(self.tensors[next(modules)][0]) - self.structure.count
 
     def _tables(self) -> tuple[str, ...]:
         """Integer tensors in the MoE block: expert numbers by token."""
@@ -310,8 +315,13 @@ class _Derivation:
         for name, (module_name, _) in self.places.first.items():
             part, kind, numbers = self._part(name, module_name), *numbered(name)
             there, theirs = numbered(module_name)
-            # Of a tower's tensor under other numbers, and of one expert's, the name on disk has to do.
-            yield kind, there if len(theirs) == len(numbers) else kind, part.value
+            if len(theirs) == len(numbers):
+                yield kind, there, part.value
+                continue
+            yield kind, kind, part.value  # one expert's tensor goes by its name on disk
+            if part is Part.TOWERS:  # under other numbers: by itself
+                for each in self.places.kinds[kind]:
+                    yield each, self.places.place(each)[0], part.value
 
     def _part(self, name: str, module_name: str) -> Part:
         if module_name not in self.tensors:
@@ -361,10 +371,10 @@ class Places:
         self.state = model.state_dict()
         self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
         self.first: dict[str, tuple[str, str | None]] = {}
-        kinds: dict[str, list[str]] = {}
+        self.kinds: dict[str, list[str]] = {}
         for name in shapes:
-            kinds.setdefault(numbered(name)[0], []).append(name)
-        for names in kinds.values():
+            self.kinds.setdefault(numbered(name)[0], []).append(name)
+        for names in self.kinds.values():
             self._place_kind(names)
         self.converted = {
             numbered(name)[0]
@@ -403,7 +413,14 @@ def _text_key(whole: Any, text: Any) -> str | None:
     """Where the text model's config lies in the whole config."""
     if text is whole:
         return None
-    return next((key for key in ("text_config", "llm_config", "language_config", *whole.sub_configs) if getattr(whole, key, None) is text), None)
+    return next(
+        (
+            key
+            for key in ("text_config", "llm_config", "language_config", *whole.sub_configs)
+            if getattr(whole, key, None) is text
+        ),
+        None,
+    )
 
 
 def _pattern(template: str, numbers: int) -> str:
@@ -463,8 +480,12 @@ def _blocks(places: Places, structure: Structure) -> list[str]:
 
 
 def _float32(model: Any, places: Places) -> tuple[str, ...]:
-    """Suffixes of names on disk that transformers keeps in fp32, and of correction biases, which their authors keep so."""
-    stated = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ()), "e_score_correction_bias"}
+    """Suffixes of names on disk that transformers keeps in fp32, and of correction biases, which authors keep so."""
+    stated = {
+        *(model._keep_in_fp32_modules_strict or ()),
+        *(model._keep_in_fp32_modules or ()),
+        "e_score_correction_bias",
+    }
     wanted = re.compile(rf"(^|\.)({'|'.join(map(re.escape, sorted(stated)))})(\.|$)")
     kinds = [numbered(name)[0] for name, (module_name, _) in places.first.items() if wanted.search(module_name)]
     return tuple(sorted({kind.rpartition("#.")[2] for kind in kinds}))

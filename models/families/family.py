@@ -7,7 +7,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from moepress.errors import InvalidInputError, UsageError
+from moepress.errors import InvalidInputError, UnsupportedError, UsageError
 from moepress.models.families.routing_keys import COUNT_NAMES, RoutingKey, require_routing
 
 Config = Mapping[str, Any]
@@ -33,12 +33,13 @@ class RouterRule:
     """How a router turns logits into chosen experts and combine weights (FORMULAS: Routing).
 
     Attributes:
-        scoring: `sigmoid` (DeepSeek-V3) or `softmax`.
+        scoring: `sigmoid` (DeepSeek-V3), `softmax`, or `sqrtsoftplus`, the root of log(1 + e^x).
         bias: a correction bias is added for the choice only, never to the weights.
         group_score: how a group is ranked: the sum of its two best choices, its best one, or no groups.
         renormalise_key: config key that says whether the chosen weights are divided by their sum; None: `renormalise`.
         renormalise: used when there is no key.
-        scale_key: config key of the factor on the weights.
+        scale_key: config key of the factor on the weights; None: `scale`.
+        scale: used when there is no key.
     """
 
     scoring: str
@@ -47,6 +48,7 @@ class RouterRule:
     renormalise_key: str | None = None
     renormalise: bool = False
     scale_key: str | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +65,14 @@ class Family:
         experts_keys: config keys that may hold the number of routed experts.
         rule: how the router chooses; None where it was not found out (`derive`): what needs it is then refused.
         expert_width_key: config key of F; None: `expert_width`.
-        gate, up, down: weight names of one expert, shapes [F, D], [F, D], [D, F]; `gate` is empty where experts have none.
+        gate, up, down: weight names of one expert, shapes [F, D], [F, D], [D, F]; `gate` is empty where there is none.
         router: names of the tensors with an axis of experts; the first one is the router's weight [E, D].
         router_axes: which axis that is, in the order of `router`; 0 where not given.
         router_extra: rows of the router behind those of the experts, such as one for "no expert"; they stay.
         tables: names of tensors that hold expert numbers.
         fused_gate_up, fused_down: names of the experts of a layer in two tensors, [E, 2F, D] and [E, D, F]; where there
             is no gate the first is [E, F, D].
-        fused_gate: where gate and up are fused by themselves, the name of the gates; `fused_gate_up` is that of the ups.
+        fused_gate: where gates and ups are fused apart, the name of the gates; `fused_gate_up` is that of the ups.
         fused_transposed: the last two axes of both lie the other way round on disk.
         fused_interleaved: rows of the first are gate, up, gate, up, ..., not all of one and then all of the other.
         fused_biases: names of the biases of both, or empty.
@@ -86,15 +88,19 @@ class Family:
         keys: the routing keys that its forward pass reads, and what their values may be.
         derived: made by `derive`, not a row.
         text_key: where the text model's config lies in config.json; None: it is config.json.
-        layers_at: the prefix of a decoder layer's names on disk, without its number; `module_layers_at` in transformers.
+        layers_at: prefix of a decoder layer's names on disk, without its number; `module_layers_at` in transformers.
         embeddings, head, norm: the names on disk of the three tensors outside of the layers.
         moe_layers: which layers have experts; None: the routing keys say so.
         layers: how many decoder layers there are; only set by `derive`.
         expert_width: F; only set by `derive`.
         loads_single: transformers loads experts that are stored one by one, as quantized ones are.
         additive: experts' outputs are added to what the rest of a layer gives, and change nothing else in it.
+        residual: the residual stream before the experts is known; else what they get stands for it.
         defaults: numbers that transformers takes where config.json does not state them.
+        linears_outside: transformers' names of Linears outside of the decoder layers, such as those of towers.
         templates: of a derived family, (names on disk with `#` for numbers, the same in transformers, `Part`).
+        correction: name of the tensor that is added to the router's scores for the choice; empty: the first of `router`
+            that ends with `bias`, where the rule has one.
         converted: of `templates`, those that transformers makes its tensors of by more than another name.
     """
 
@@ -141,9 +147,21 @@ class Family:
     expert_width: int = 0
     loads_single: bool = True
     additive: bool = True
+    residual: bool = True
     defaults: tuple[tuple[str, int], ...] = ()
+    linears_outside: tuple[str, ...] = ()
     templates: tuple[tuple[str, str, str], ...] = ()
     converted: tuple[str, ...] = ()
+    correction: str = ""
+
+    @property
+    def known_rule(self) -> RouterRule:
+        """How the router chooses, of a family that has it: rows do."""
+        if self.rule is None:
+            raise UnsupportedError(
+                f"How the router of {self.name} models chooses was not found out; what needs that can not be done."
+            )
+        return self.rule
 
     def text(self, config: Config) -> Config:
         """The part of config.json that speaks of the text model."""
@@ -165,6 +183,8 @@ class Family:
         """The name in transformers' module tree of a tensor on disk; of an expert's own tensor the name on disk."""
         if self.templates:
             template, numbers = numbered(disk_name)
+            if disk_name in self._modules:
+                return self._modules[disk_name][0]
             found = self._modules.get(template)
             return disk_name if found is None else filled(found[0], numbers)
         for old, new in self.renames:
@@ -191,7 +211,7 @@ class Family:
         return tuple(self.at(p, layer) for p in self.router)
 
     def fused_names(self, layer: int) -> tuple[str, ...]:
-        """Disk names of a layer's experts where they are fused: gate and up, down, biases of both; or up, down, gate."""
+        """Disk names of a layer's fused experts: gate and up, down, biases of both; or up, down, gate."""
         names = (self.fused_gate_up, self.fused_down, *self.fused_biases, self.fused_gate)
         return tuple(self.at(p, layer) for p in names if p)
 

@@ -24,7 +24,7 @@ def place_of(kind: str, config: Mapping[str, Any], more: object = None) -> Path:
     """
     from platformdirs import user_cache_path
 
-    asked = {
+    asked: dict[str, Any] = {
         "config": {k: v for k, v in config.items() if k not in DROPPED_KEYS},
         "moepress": __version__,
         "transformers": importlib.metadata.version("transformers"),

@@ -13,7 +13,7 @@ class Router:
     """The numbers of one model's routing rule (FORMULAS: Routing).
 
     Attributes:
-        sigmoid: sigmoid scores instead of softmax.
+        scoring: `sigmoid`, `softmax` or `sqrtsoftplus`.
         group_score: `top2`, `max` or None.
         groups, top_groups: number of groups, and how many of them a token may use.
         top_k: experts per token.
@@ -21,7 +21,7 @@ class Router:
         scale: factor on the weights.
     """
 
-    sigmoid: bool
+    scoring: str
     group_score: str | None
     groups: int
     top_groups: int
@@ -35,19 +35,23 @@ def router_of(family: Family, config: Mapping[str, Any], shape: Shape) -> Router
     rule = family.rule
     if rule is None:
         raise UnsupportedError(
-            f"How the router of {family.name} models chooses was not found out, so what an expert's absence would change "
-            "can not be computed; choose another criterion than loo."
+            f"How the router of {family.name} models chooses was not found out, so what an expert's absence would "
+            "change can not be computed; choose another criterion than loo."
         )
     config = family.text(config)
     # DeepSeek-V2 chooses by groups only where its config says so; V3 has no other way.
-    greedy = rule.group_score == "max" and config.get("topk_method", "greedy") == "greedy"
+    greedy = not family.derived and rule.group_score == "max" and _greedy(config)
     renormalise = rule.renormalise if rule.renormalise_key is None else bool(config.get(rule.renormalise_key, False))
     return Router(
-        sigmoid=rule.scoring == "sigmoid",
+        scoring=rule.scoring,
         group_score=None if greedy else rule.group_score,
         groups=shape.groups,
         top_groups=shape.top_groups,
         top_k=shape.top_k,
         renormalise=renormalise,
-        scale=float(config.get(rule.scale_key, 1.0)) if rule.scale_key else 1.0,
+        scale=float(config.get(rule.scale_key, 1.0)) if rule.scale_key else rule.scale,
     )
+
+
+def _greedy(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("topk_method", "greedy") == "greedy")

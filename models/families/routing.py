@@ -11,9 +11,11 @@ from moepress.models.families.router import Router
 
 
 def scores(router: Router, logits_TE: Tensor) -> Tensor:
-    """Scores in [0, 1], fp32 [T, E], before any bias."""
+    """Scores, 0 or more, fp32 [T, E], before any bias."""
     logits = logits_TE.float()
-    return logits.sigmoid() if router.sigmoid else logits.softmax(dim=-1)
+    if router.scoring == "sqrtsoftplus":
+        return torch.nn.functional.softplus(logits).sqrt()
+    return logits.sigmoid() if router.scoring == "sigmoid" else logits.softmax(dim=-1)
 
 
 def choice_scores(router: Router, scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:

@@ -142,7 +142,7 @@ def _same(value: Any, allowed: Any) -> bool:
 
 def _implied(family: "Family") -> dict[str, tuple[Any, ...]]:
     """Keys that the family's forward pass does not read -> values that say what it does."""
-    rule, read = family.rule, {key.name for key in family.keys}
+    rule, read = family.known_rule, {key.name for key in family.keys}
     methods = {"top2": ("noaux_tc",), None: ("greedy", "topk")}.get(rule.group_score, ())
     found = {
         **_UNREAD,
@@ -164,7 +164,7 @@ def _require_groups(family: "Family", config: Config) -> None:
             "mend "
             "or restore it."
         )
-    if family.rule.group_score != "max":
+    if family.known_rule.group_score != "max":
         return
     method = config.get("topk_method", "greedy")
     if method == "greedy" and groups > 1:

@@ -4,8 +4,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from moepress.errors import InvalidInputError
 from moepress.models.families.attention import register
 from moepress.models.families.hf_config import hf_config

@@ -139,11 +139,11 @@ def family_of(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = Non
             f"Model type {name[:80]!r} is dense: config.json states no experts, and moepress presses "
             "mixture-of-experts models."
         )
-    # How experts lie in one tensor is told by its shape; MXFP4 blocks have another than bf16 of the same config.
+    # Of fused experts the shape tells how they lie; of others the number of axes is enough.
     kinds = (
         None
         if shapes is None
-        else sorted({(numbered(n)[0], len(s), s if len(s) == 3 else ()) for n, s in shapes.items()})
+        else sorted({(numbered(n)[0], shape if len(shape) == 3 else (len(shape),)) for n, shape in shapes.items()})
     )
     file = remembered.place_of("families", config, [kinds])
     found = _recalled(remembered.recall(file))

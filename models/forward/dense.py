@@ -4,13 +4,16 @@ Quantized weights are dequantized as they are read, so what runs is what the cod
 """
 
 import gc
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moepress.errors import MoepressError
+from moepress.models.families.derive import Places, tensors_of
+from moepress.models.families.family import numbered
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
@@ -21,8 +24,8 @@ from moepress.runs.progress import track
 def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> Any:
     """transformers' causal language model with the source's weights, in eval mode.
 
-    The experts lie in the two fused tensors of transformers 5, `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F],
-    and are filled one expert at a time: the peak is the model plus one expert (or one other tensor).
+    The experts lie in the fused tensors of transformers 5 and are filled one expert at a time: the peak is the model
+    plus one expert (or one other tensor).
 
     Args:
         source: where the weights come from.
@@ -39,39 +42,103 @@ def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> A
     _require_memory(model, device, dtype)
     model.requires_grad_(False)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights: dict[str, Tensor] = {}
-    for disk_name in source.shapes:
-        name = source.family.module_name(disk_name)
-        # A multi-token-prediction layer is in the folder and not in transformers' model.
-        if name in shapes and ".experts." not in name:
-            weights[name] = _read(source, disk_name, device, dtype)
+    weights = _rest(source, model, shapes, device, dtype)
     layers = source.outline.moe_layers
     with track("load", len(layers), unit="layers") as advance:
         for layer in layers:
-            block = f"model.layers.{layer}.{source.family.moe_module}.experts"
-            gate_up = torch.empty(shapes[f"{block}.gate_up_proj"], device=device, dtype=dtype)
-            down = torch.empty(shapes[f"{block}.down_proj"], device=device, dtype=dtype)
-            for number in range(gate_up.shape[0]):
-                _put(
-                    read_expert(source, layer, number), gate_up[number], down[number]
-                )  # held by no name: one at a time
-            weights |= {f"{block}.gate_up_proj": gate_up, f"{block}.down_proj": down}
+            weights |= _experts(source, model, layer, device, dtype)
             advance(1)
     weights |= {n: torch.empty(s, dtype=dtype) for n, s in shapes.items() if 0 in s and n not in weights}
     missing = set(model.load_state_dict(weights, strict=False, assign=True).missing_keys)
-    assert missing <= {"lm_head.weight"}, f"not filled: {sorted(missing)}"
-    if missing:  # tied, as check_tensors has seen
-        model.lm_head.weight = model.model.embed_tokens.weight
-    _make_rotary(model, device)
+    tied = _tied(source, model)
+    assert missing <= tied | _towers(source, shapes), f"not filled: {sorted(missing)}"
+    if missing & tied:  # as check_tensors has seen
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            module._buffers[name] = None if buffer is None else buffer.to(device)
     return model.eval()
 
 
-def _put(expert: Expert, gate_up: Tensor, down: Tensor) -> None:
-    """Copy one expert into its place in the fused tensors, [2F, D] and [D, F]."""
-    gate_up_2FD = gate_up.unflatten(0, (2, -1))
-    gate_up_2FD[0].copy_(expert.gate)
-    gate_up_2FD[1].copy_(expert.up)
-    down.copy_(expert.down)
+def _rest(
+    source: Source, model: Any, shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All tensors but the experts', by their names in transformers' model; of converters, what they make."""
+    family, weights, converted = source.family, dict[str, Tensor](), dict[str, Tensor]()
+    fused = {name for layer in source.outline.moe_layers for name in family.fused_names(layer)}
+    for disk_name in source.shapes:
+        if disk_name in fused or family.expert_of(disk_name) is not None:
+            continue
+        if family.converted and numbered(disk_name)[0] in family.converted:
+            converted[disk_name] = _read(source, disk_name, device, dtype)
+        # A multi-token-prediction layer is in the folder and not in transformers' model.
+        elif (name := family.module_name(disk_name)) in shapes:
+            weights[name] = _read(source, disk_name, device, dtype)
+    return weights | (tensors_of(Places(model, source.shapes), converted) if converted else {})
+
+
+def _experts(source: Source, model: Any, layer: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a layer's experts module, filled one expert at a time."""
+    family = source.family
+    path = f"{family.module_layers_at}{layer}.{family.experts_module}"
+    module = model.get_submodule(path)
+    held = {
+        name: torch.empty(value.shape, device=device, dtype=dtype)
+        for name, value in module.named_parameters(recurse=False)
+    }
+    for number in range(len(held["down_proj"])):
+        # Held by no name: one at a time.
+        put_expert(module, {name: value[number] for name, value in held.items()}, read_expert(source, layer, number))
+    return {f"{path}.{name}": value for name, value in held.items()}
+
+
+def put_expert(module: nn.Module, rows: Mapping[str, Tensor], expert: Expert) -> None:
+    """Copy one expert into its rows of transformers' tensors, which may lie transposed and interleaved.
+
+    Args:
+        module: the experts module, which says how they lie.
+        rows: its tensors' rows of that expert, by name; filled.
+        expert: the matrices.
+    """
+    first = rows["gate_up_proj"] if "gate_up_proj" in rows else rows["up_proj"]
+    down = rows["down_proj"]
+    # One of the two shapes tells, for D is not both F and 2F; where there is no gate the class does.
+    differs = first.shape != expert.first.shape or down.shape != expert.down.shape
+    transposed = differs or bool(getattr(module, "is_transposed", False))
+    _put(module, first.mT if transposed else first, expert.gate, expert.up)
+    (down.mT if transposed else down).copy_(expert.down)
+    for name, gate, other in (
+        ("gate_up_proj_bias", expert.gate_bias, expert.up_bias),
+        ("up_proj_bias", None, expert.up_bias),
+        ("down_proj_bias", None, expert.down_bias),
+    ):
+        if name in rows and other is not None:
+            _put(module, rows[name], gate, other)
+
+
+def _put(module: nn.Module, rows: Tensor, gate: Tensor | None, up: Tensor) -> None:
+    if gate is None:
+        rows.copy_(up)
+    elif getattr(module, "is_concatenated", True):
+        rows[: len(gate)].copy_(gate)
+        rows[len(gate) :].copy_(up)
+    else:
+        rows[0::2].copy_(gate)
+        rows[1::2].copy_(up)
+
+
+def _tied(source: Source, model: Any) -> set[str]:
+    """The head's weight, where the folder has none and it is that of the embeddings."""
+    head = model.get_output_embeddings()
+    names = {f"{name}.weight" for name, module in model.named_modules() if head is not None and module is head}
+    return names if source.family.head not in source.shapes else set()
+
+
+def _towers(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """What a derived family's model may have and its text body does not need."""
+    body = source.family.module_layers_at.removesuffix("layers.")
+    return {name for name in shapes if not name.startswith(body)} if source.family.derived else set()
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -107,12 +174,5 @@ def _require_memory(model: Any, device: torch.device, dtype: torch.dtype) -> Non
 def _read(source: Source, disk_name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     float32 = source.family.float32
     keep = bool(float32) and disk_name.endswith(float32)
-    return source.read(disk_name).to(device, torch.float32 if keep else dtype)
-
-
-def _make_rotary(model: Any, device: torch.device) -> None:
-    """Make the rotary embedding anew: its frequencies follow from the config and are in no file."""
-    body = model.model
-    body.rotary_emb = type(body.rotary_emb)(config=model.config).to(device)
-    stray = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    assert not stray, f"not materialised: {stray}"
+    tensor = source.read(disk_name)
+    return tensor.to(device, torch.float32 if keep else dtype) if tensor.is_floating_point() else tensor.to(device)

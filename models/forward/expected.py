@@ -50,7 +50,11 @@ def built(config: Mapping[str, Any]) -> Expected:
 
 def remember(config: Mapping[str, Any], model: Any) -> Expected:
     """Of a model that somebody has built of that config, for the next process to recall."""
-    plain = {k: v for k, v in vars(model.config.get_text_config()).items() if v is None or isinstance(v, bool | int | float | str)}
+    plain = {
+        k: v
+        for k, v in vars(model.config.get_text_config()).items()
+        if v is None or isinstance(v, bool | int | float | str)
+    }
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     remembered.keep(remembered.place_of("tensors", config), {"shapes": shapes, "config": plain})
     return Expected(shapes=shapes, config=plain)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +42,21 @@ def gating_of(module: nn.Module, activation: Callable[[Tensor], Tensor]) -> Gati
         activation: of the model, where the module has none of its own.
     """
     found: Any = getattr(module, "act_fn", activation)
-    after = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    normed = getattr(module, "has_post_expert_norm", False)
+    after = cast(nn.Module, module.post_expert_norm) if normed else None
     if not hasattr(module, "gate_up_proj"):
         return Gating(between=lambda _gate, up: found(up), after=after)
     own = getattr(module, "_apply_gate", None)
     if own is None or _is_usual(own):
         return Gating(between=lambda gate, up: found(gate) * up, after=after)
     if getattr(module, "is_concatenated", True):
-        return Gating(between=lambda gate, up: own(torch.cat((gate, up), dim=-1)), after=after)
-    return Gating(between=lambda gate, up: own(torch.stack((gate, up), dim=-1).flatten(-2)), after=after)
+        return Gating(between=lambda gate, up: own(torch.cat((_there(gate), up), dim=-1)), after=after)
+    return Gating(between=lambda gate, up: own(torch.stack((_there(gate), up), dim=-1).flatten(-2)), after=after)
+
+
+def _there(gate: Tensor | None) -> Tensor:
+    assert gate is not None, "experts of this kind have a gate"
+    return gate
 
 
 def _is_usual(own: Any) -> bool:

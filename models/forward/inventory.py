@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moepress.hub.snapshot import origin_of
 from moepress.models.families.family import Part, legal_counts, part_of
 from moepress.models.families.hf_config import hf_config
-from moepress.models.families.table import family_of
+from moepress.models.families.table import FAMILIES, family_of
 
 if TYPE_CHECKING:
     from moepress.models.storage.checkpoint import Checkpoint
@@ -73,6 +73,8 @@ def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
     Raises:
         InvalidInputError: transformers refuses the config.
     """
+    if config.get("model_type") not in FAMILIES:
+        return attention_of(hf_config(config).get_text_config())
     latent = any("kv_b_proj" in group for group in family_of(config).attention_groups)
     needed = _LATENT if latent else _GROUPED
     stated = all(isinstance(config.get(key), int) for key in needed)
@@ -111,7 +113,11 @@ def _number(parsed: Any, key: str) -> int:
 
 def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """Size of the KV cache of one sequence of that many tokens, in 16 bit; sliding windows are not taken off."""
-    return 2 * attention_shape(config).cached_values * int(config["num_hidden_layers"]) * tokens
+    if config.get("model_type") in FAMILIES:
+        layers = int(config["num_hidden_layers"])
+    else:
+        layers = int(hf_config(config).get_text_config().num_hidden_layers)
+    return 2 * attention_shape(config).cached_values * layers * tokens
 
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""What is looked at while a decoder layer runs: what its experts would get, the router's logits, the residual stream."""
+"""What is looked at while a decoder layer runs: what its experts would get, router logits, the residual stream."""
 
 import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,9 @@ def keep_logits(kept: dict[str, Any], *, recompute: bool) -> Callable[..., None]
         if isinstance(module, nn.Linear) and isinstance(output, Tensor):
             kept["logits"] = output.flatten(0, -2)
         elif recompute:
-            bias = getattr(module, "bias", None)
-            weight: Tensor = module.weight
-            usual = bias is not None and bias.shape == weight.shape[:1]
-            logits = nn.functional.linear(arguments[0].float(), weight.float(), bias.float() if usual else None)
+            weight, bias = cast(Tensor, module.weight), cast("Tensor | None", getattr(module, "bias", None))
+            added = bias.float() if bias is not None and bias.shape == weight.shape[:1] else None
+            logits = nn.functional.linear(arguments[0].float(), weight.float(), added)
             kept["logits"] = logits.flatten(0, -2)
         else:
             kept["logits"] = output[0]
@@ -147,7 +146,8 @@ def keep_residual(kept: dict[str, Any], layer: nn.Module, *, derived: bool) -> l
             if threading.get_ident() == owner:
                 kept["residual"] = arguments[0]
 
-        return [layer.post_attention_layernorm.register_forward_pre_hook(before)]
+        norm = cast(nn.Module, layer.post_attention_layernorm)
+        return [norm.register_forward_pre_hook(before)]
     kept["norms"] = {}
 
     def after(_module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:

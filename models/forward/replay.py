@@ -1,12 +1,11 @@
 """What a decoder layer is called with: the model's own code runs, with passages in the place of its layers.
 
-A passage before the layer that is wanted gives back what the layer before it returned; the one of the wanted layer calls
-that layer and ends the run. So masks, rotary embeddings, token numbers and what one layer hands to another come to it as
-transformers has them. Several threads may be under way at a time, each in a layer of its own (`forward.stepping`).
+A passage before the layer that is wanted gives back what the layer before it returned; the one of the wanted layer
+calls that layer and ends the run. So masks, rotary embeddings, token numbers and what one layer hands to another come
+to it as transformers has them. Several threads may be under way at a time, each in a layer (`forward.stepping`).
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +83,9 @@ class Passage(nn.Module):
 class StandIn(nn.Module):
     """Stands where the embedding was: zeros of its width while its table is not there."""
 
-    def __init__(self, embedding: nn.Module, width: int, dtype: torch.dtype, device: torch.device, calls: Calls) -> None:
+    def __init__(self, embedding: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.__dict__["own"] = (embedding, width, dtype, device, calls)
+        self.__dict__["own"] = (embedding, width, dtype, device)
 
     def __getattr__(self, name: str) -> Any:
         """What the model's code asks of the embedding."""
@@ -97,9 +96,10 @@ class StandIn(nn.Module):
 
     def forward(self, ids: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         """The embeddings, of the rows that were read, under their places in those; zeros where none are there now."""
-        embedding, width, dtype, device, calls = self.__dict__["own"]
+        embedding, width, dtype, device = self.__dict__["own"]
         if "rows_read" in embedding.__dict__:
-            return embedding(torch.searchsorted(embedding.rows_read, ids.contiguous()), *arguments, **keywords)  # type: ignore[no-any-return]
+            places = torch.searchsorted(embedding.rows_read, ids.contiguous())
+            return embedding(places, *arguments, **keywords)  # type: ignore[no-any-return]
         return torch.zeros(*ids.shape, width, dtype=dtype, device=device)
 
 
@@ -179,7 +179,7 @@ def put_away(model: Any, layers_at: str, *, dtype: torch.dtype, device: torch.de
     embedding = model.get_input_embeddings()
     width = int(embedding.weight.shape[1])
     place = next(name for name, module in model.named_modules() if module is embedding)
-    _put(model, place, StandIn(embedding, width, dtype, device, calls))
+    _put(model, place, StandIn(embedding, width, dtype, device))
     output = model.get_output_embeddings() or next(m for n, m in model.named_modules() if n.endswith("lm_head"))
     return Replay(model=model, layers=layers, embedding=embedding, output=output, calls=calls)
 
@@ -187,12 +187,6 @@ def put_away(model: Any, layers_at: str, *, dtype: torch.dtype, device: torch.de
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def moved(returned: Any, device: torch.device | str) -> Any:
-    """What a layer returned, on another device."""
-    move: Callable[[Any], Any] = lambda value: value.to(device) if isinstance(value, Tensor) else value
-    return tuple(map(move, returned)) if isinstance(returned, tuple) else move(returned)
 
 
 def hidden_of(returned: Any) -> Tensor:

@@ -9,9 +9,8 @@ layer without experts, a few experts, and the windows' hidden states.
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -82,7 +81,7 @@ class StreamedModel:
         return self._replay.layers[layer]
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """What the first layer gets of tokens: mostly their embeddings [B, T, D], in the compute dtype, on the device."""
+        """What the first layer gets of tokens: mostly embeddings [B, T, D], in the compute dtype, on the device."""
         return next(self.embed_all(iter((tokens_BT,))))
 
     def embed_all(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -95,13 +94,17 @@ class StreamedModel:
             ids = torch.arange(len(whole)) if whole is not None else tokens.unique()
             rows = whole
             if rows is None:
-                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()]).to(self.device, self.dtype)
+                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()]).to(
+                    self.device, self.dtype
+                )
             embedding.load_state_dict({"weight": rows}, strict=False, assign=True)
             embedding.__dict__["rows_read"] = ids.to(self.device)
             yield self._replay.embed(tokens.to(self.device)).to(self.dtype)
         if not self._looks_back:
             embedding.__dict__.pop("rows_read", None)
-            embedding._parameters["weight"] = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+            embedding.load_state_dict(
+                {"weight": embedding.state_dict()["weight"].to("meta")}, strict=False, assign=True
+            )
 
     @cached_property
     def _looks_back(self) -> bool:
@@ -158,7 +161,9 @@ class StreamedModel:
             return
         for module_name, disk_name in self._outer_names.items():
             parent, _, leaf = module_name.rpartition(".")
-            self.skeleton.get_submodule(parent).load_state_dict({leaf: self._read(disk_name)}, strict=False, assign=True)
+            self.skeleton.get_submodule(parent).load_state_dict(
+                {leaf: self._read(disk_name)}, strict=False, assign=True
+            )
         for owner, value in self._computed.values():
             for name, buffer in owner._buffers.items():
                 if buffer is value:
@@ -242,8 +247,14 @@ class StreamedModel:
         """The correction bias of a layer's router, fp32 [E] on the CPU, or None."""
         if self.family.rule is None or not self.family.rule.bias:
             return None
-        names = [name for name in router_disk_names(self.source, layer) if name.endswith("bias")]
-        return self.source.read(names[0]).float().reshape(-1) if names else None
+        own = self.family.correction
+        names = [self.family.at(own, layer)] if own else router_disk_names(self.source, layer)
+        found = next((name for name in names if name in self.source.shapes and (own or name.endswith("bias"))), None)
+        return None if found is None else self.source.read(found).float().reshape(-1)
+
+    def weighs_inputs(self, layer: int) -> bool:
+        """Whether what a layer's experts get was weighed before, so that their outputs are not."""
+        return self._recorders[layer].scattered
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype | None = None) -> Expert:
         """One expert of a layer on the device, in the compute dtype or another one."""
@@ -322,10 +333,10 @@ def _skeleton(source: Source, counts: Mapping[int, int]) -> Any:
 def _computed(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
     """Buffers that are in no file: the module that has it, and its value, which the skeleton has computed."""
     return {
-        f"{path}.{name}" if path else name: (module, module._buffers[name])  # type: ignore[misc]
+        f"{path}.{name}" if path else name: (module, module._buffers[name])
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
-        if module._buffers.get(name) is not None and not module._buffers[name].is_meta  # type: ignore[union-attr]
+        if module._buffers.get(name) is not None and not module._buffers[name].is_meta
     }
 
 

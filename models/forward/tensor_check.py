@@ -71,7 +71,7 @@ def _problems(
 def _derived_problems(
     family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], wanted: Expected
 ) -> list[str]:
-    """Of a derived family: every tensor of transformers' model is there, and nothing else but what it leaves out itself.
+    """Of a derived family: every tensor of transformers' model is there, and nothing but what it leaves out itself.
 
     Names come from the loader, so a tensor that has no place may be of a part that transformers does not build. Within
     the decoder layers there is no such part.
@@ -207,7 +207,7 @@ def _disk_name(renames: Sequence[tuple[str, str]], name: str) -> str:
 
 def _unstated(family: Family, config: Mapping[str, Any], shape: Shape, parsed: Mapping[str, Any]) -> list[str]:
     """Routing numbers that the config leaves out and that transformers would take differently from us."""
-    router, rule = router_of(family, config, shape), family.rule
+    router, rule = router_of(family, config, shape), family.known_rule
     ours = {
         family.groups_key: router.groups,
         family.top_groups_key: router.top_groups,

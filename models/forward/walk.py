@@ -12,10 +12,10 @@ from torch import Tensor
 from moepress.errors import UsageError
 from moepress.models.families.family import Shape
 from moepress.models.forward.costs import expert_flops, layer_flops, stored_expert_bytes
-from moepress.models.forward.scratch import Rows
-from moepress.models.forward.scratch import Scratch as Scratch  # a walk cannot be opened without one
 from moepress.models.forward.recorder import Routed
 from moepress.models.forward.replay import Returned, hidden_of
+from moepress.models.forward.scratch import Rows
+from moepress.models.forward.scratch import Scratch as Scratch  # a walk cannot be opened without one
 from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.storage.experts import Expert
 from moepress.runs.memory import in_halves, release_memory, settle

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.families.family import Family, Shape, illegal_count, shape_of, strange_prefix
+from moepress.models.families.family import Family, Part, Shape, illegal_count, part_of, shape_of, strange_prefix
 from moepress.models.families.routing_keys import is_moe_layer, layer_keys
 from moepress.models.families.table import FAMILIES, family_of
 from moepress.models.storage.folder import load_config, open_shards, read_json, unread_weights
@@ -141,6 +141,14 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Size of all tensors."""
         return sum(entry.bytes for entry in self.stored.values())
+
+    @property
+    def pressed_as(self) -> str | None:
+        """How the routed experts are stored, where they have four bits or fewer already; None elsewhere."""
+        for name, weight in self.packed.items():
+            if weight.bits <= 4 and part_of(self.family, name, self.shape.layers) is Part.ROUTED:
+                return weight.packing.value
+        return None
 
     def read(self, name: str) -> Tensor:
         """One tensor; fp8 weights come as fp32, others in their stored dtype.

@@ -34,8 +34,9 @@ class Expert:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Expert":
         """The same expert on another device, in another dtype."""
-        every = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Expert(**{name: None if value is None else value.to(device, dtype) for name, value in every.items()})
+        every: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: None if value is None else value.to(device, dtype) for n, value in every.items()}
+        return Expert(**moved)
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:
@@ -86,10 +87,10 @@ def _apart(family: Family, rows: Sequence[Tensor]) -> Expert:
     """The matrices of an expert's rows of the fused tensors."""
     first, down, *biases = rows
     if family.fused_gate:
-        up, gate = first, biases.pop()
+        alone, first = biases.pop(), first.mT.contiguous() if family.fused_transposed else first
         if family.fused_transposed:
-            gate, up, down = gate.mT.contiguous(), up.mT.contiguous(), down.mT.contiguous()
-        return Expert(gate=gate, up=up, down=down)
+            alone, down = alone.mT.contiguous(), down.mT.contiguous()
+        return Expert(gate=alone, up=first, down=down)
     if family.fused_transposed:
         first, down = first.mT.contiguous(), down.mT.contiguous()
     gate, up = _halves(family, first)
@@ -164,7 +165,7 @@ class Cut:
 
 
 def cuts_of(source: Source, layer: int, kept: Sequence[int]) -> dict[str, Cut]:
-    """Tensors of a layer that are cut when only these experts stay, by name on disk; single experts' are not among them."""
+    """Tensors of a layer that are cut when only these experts stay, by name on disk; not those of single experts."""
     family, cuts = source.family, dict[str, Cut]()
     experts = source.outline.shape.experts
     for number, pattern in enumerate(family.router):
@@ -294,7 +295,10 @@ def _renumber(
     base: Source, layer: int, kept: Sequence[int], shapes: dict[str, tuple[int, ...]], renamed: dict[str, str]
 ) -> None:
     family = base.family
-    names = [[*family.expert_names(layer, e), *bias_names(family, layer, e).values()] for e in range(base.outline.shape.experts)]
+    names = [
+        [*family.expert_names(layer, e), *bias_names(family, layer, e).values()]
+        for e in range(base.outline.shape.experts)
+    ]
     for of_expert in names:
         for name in of_expert:
             shapes.pop(name, None)

@@ -128,7 +128,10 @@ def _what_to_do(label: str, sidecar: str | None) -> str:
     return f"{start}."
 
 
-READ = ("GPTQ", "AWQ", "MXFP4", "NVFP4", "compressed-tensors", "fp8", "weights with F8_E8M0", "weights in F4", "4 or 8 bits", "block-scaled")
+READ = (
+    *("GPTQ", "AWQ", "MXFP4", "NVFP4", "compressed-tensors", "fp8", "block-scaled", "4 or 8 bits"),
+    *("weights with F8_E8M0", "weights in F4"),
+)
 """How labels begin of what `packed` reads."""
 FUSED_FP8 = "fp8 with the experts of a layer fused in one tensor"
 ONE_SCALE = "fp8 with one scale per tensor or row"

@@ -28,7 +28,6 @@ _SPELLINGS = {
 }
 _DTYPES = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings}
 _STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 _AT_ONCE = 1 << 24  # bytes
 
 
@@ -132,17 +131,18 @@ def settled_dtype(key: str, stated: object, stored: Mapping[str, Stored]) -> str
     return _DTYPES[name]
 
 
-def _tied_head(_family: Family, config: dict[str, Any], stored: dict[str, Stored]) -> Iterator[str]:
+def _tied_head(family: Family, config: dict[str, Any], stored: dict[str, Stored]) -> Iterator[str]:
     """transformers ties a head that equals the embeddings, and uses one that differs, whatever the config says."""
-    if not config.get("tie_word_embeddings") or _HEAD not in stored or _TABLE not in stored:
+    head, table = family.head, family.embeddings
+    if not config.get("tie_word_embeddings") or head not in stored or table not in stored:
         return
-    if same_data(stored[_HEAD], stored[_TABLE]):
-        del stored[_HEAD]
-        yield f"{_HEAD} is a copy of the embeddings, to which config.json ties it; the copy is dropped."
+    if same_data(stored[head], stored[table]):
+        del stored[head]
+        yield f"{head} is a copy of the embeddings, to which config.json ties it; the copy is dropped."
     else:
         config["tie_word_embeddings"] = False
         yield (
-            f"config.json ties lm_head to the embeddings, and {_HEAD} differs from them: it is used, as transformers "
+            f"config.json ties lm_head to the embeddings, and {head} differs from them: it is used, as transformers "
             "does, and outputs say tie_word_embeddings false, so that vLLM does too."
         )
 

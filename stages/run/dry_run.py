@@ -11,6 +11,7 @@ from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.export import Pressed, estimate_gptq, estimate_onnx, onnx_bytes_after
 from moepress.compress.estimates.figures import Figures, figures_of
 from moepress.compress.estimates.profile import estimate_profile
+from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.estimates.repair import estimate_repair
@@ -51,8 +52,8 @@ class RunEstimate:
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "experts": self.settled.count,
-            "bits": self.settled.scheme.bits,
-            "group_size": self.settled.scheme.group_size,
+            "bits": None if self.settled.scheme is None else self.settled.scheme.bits,
+            "group_size": None if self.settled.scheme is None else self.settled.scheme.group_size,
             "layer_bits": {str(layer): bits for layer, bits in self.settled.layer_bits.items()},
             "sizes": dict(self.sizes),
             **self.stages,
@@ -77,30 +78,34 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     stages = {"profile": estimate_profile(figures, work, rates, bit_losses=budget_request(full) is not None)}
     if full.repair:
         stages["repair"] = estimate_repair(figures, work, rates)
-    stages["quantize"] = estimate_quantize(
-        checkpoint,
-        figures,
-        known.count,
-        known.scheme,
-        work,
-        rates,
-        include=full.include,
-        layer_bits=known.layer_bits,
-        original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
-    )
     linears = included_linears(checkpoint, full.include)
     sizes = estimate_sizes(
         inventory(checkpoint), checkpoint.shape, known.count, known.scheme, known.layer_bits, linears=linears
     )
-    pressed = Pressed(
-        size=sizes.after_bytes,
-        count=known.count,
-        scheme=known.scheme,
-        layer_bits=known.layer_bits,
-        linears=linears,
-    )
-    exports, notes = _exports(full, out, checkpoint, figures, pressed, rates)
-    stages |= exports
+    notes: list[str] = []
+    if known.scheme is None:
+        stages["prune"] = estimate_prune(sizes.after_bytes, rates)
+    else:
+        stages["quantize"] = estimate_quantize(
+            checkpoint,
+            figures,
+            known.count,
+            known.scheme,
+            work,
+            rates,
+            include=full.include,
+            layer_bits=known.layer_bits,
+            original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
+        )
+        pressed = Pressed(
+            size=sizes.after_bytes,
+            count=known.count,
+            scheme=known.scheme,
+            layer_bits=known.layer_bits,
+            linears=linears,
+        )
+        exports, notes = _exports(full, out, checkpoint, figures, pressed, rates)
+        stages |= exports
     notes += [REPORT_NOTE, *([BUDGET_NOTE] if planned is None and budget_request(full) is not None else [])]
     return RunEstimate(
         recipe=full,
@@ -155,7 +160,9 @@ def _exports(
     from moepress.converters.onnx.export import OnnxRequest, onnx_bytes, plan_onnx
 
     before = onnx_bytes(plan_onnx(checkpoint, OnnxRequest()))
-    after = onnx_bytes_after(before, figures, pressed, bias=checkpoint.family.rule is not None and checkpoint.family.rule.bias)
+    after = onnx_bytes_after(
+        before, figures, pressed, bias=checkpoint.family.rule is not None and checkpoint.family.rule.bias
+    )
     rows["export-onnx"] = estimate_onnx(figures, pressed.size, after, pressed.count, rates)
     if not recipe.throughput:
         return rows, []

@@ -21,11 +21,11 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import choose_device, choose_dtype
-from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 from moepress.runs.text import suggestion
 from moepress.stages.export import check_onnx, onnx_bits
-from moepress.stages.groundwork import load_corpus
+from moepress.stages.groundwork import load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
 from moepress.stages.repair import check_repair
@@ -98,7 +98,9 @@ class Recipe(BaseModel):
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Check values and fill in the defaults: three quarters of the experts stay, in 4 bits, unless a budget decides.
+    """Check values and fill in the defaults: three quarters of the experts stay, unless a budget decides.
+
+    Bits stay open: `settled` looks at the model first.
 
     Raises:
         InvalidInputError: naming the first field that is wrong.
@@ -114,7 +116,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
     if budget_request(recipe) is not None:
         return recipe
-    defaults: dict[str, Any] = {"bits": recipe.bits or 4, "group_size": recipe.group_size or 128}
+    defaults: dict[str, Any] = {"group_size": recipe.group_size or 128}
     if recipe.keep is None and recipe.experts is None:
         defaults["keep"] = 0.75
     return recipe.model_copy(update=defaults)
@@ -154,10 +156,13 @@ def wish_of(recipe: Recipe) -> Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What is known of the result before there is a plan; `layer_bits` are those of layers with experts, if mixed."""
+    """What is known of the result before there is a plan; `layer_bits` are those of layers with experts, if mixed.
+
+    `scheme` is None where the model is only pruned: its experts have four bits already, and no others were asked for.
+    """
 
     count: int
-    scheme: Scheme
+    scheme: Scheme | None
     layer_bits: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -174,6 +179,8 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
             raise UsageError("--context and --mixed-bits go with --budget or --target only.")
         degroup = recipe.groups is Groups.DEGROUP
         count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
+        if recipe.bits is None and checkpoint.pressed_as:
+            return Settled(count=count, scheme=None)
         return Settled(count=count, scheme=Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128))
     if recipe.mixed_bits and recipe.bits is not None:
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits.")
@@ -199,20 +206,34 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     """
     folder = model_folder(recipe.model)
     all_targets(_targets_file(recipe))
-    checkpoint = open_checkpoint(folder)
+    checkpoint = opened(folder)
     shape = checkpoint.shape
     known = settled(recipe, checkpoint)
     if recipe.repair:
         check_repair(checkpoint, known.count, frozenset(recipe.repair))
-    check_scheme(checkpoint, known.scheme, recipe.include)
+    if known.scheme is None:
+        _check_unquantized(recipe, checkpoint)
+    else:
+        check_scheme(checkpoint, known.scheme, recipe.include)
     if "gptq" in recipe.to and Include.LM_HEAD in recipe.include:
         raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
-    if "onnx" in recipe.to:
+    if "onnx" in recipe.to and known.scheme is not None:
         check_onnx(checkpoint, known.scheme, recipe.include)
     corpus = load_corpus(folder, calibration_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
     criterion = recipe.criterion or default_criterion(domain_weights(corpus.domains, recipe.domain_weight))
     evaluation_corpus(folder, evaluation_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
     return checkpoint, known.count, criterion
+
+
+def _check_unquantized(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """Refuse what needs new codes, where the experts keep those that they have."""
+    stored = checkpoint.pressed_as
+    if recipe.to or recipe.include:
+        what = f"--to {','.join(recipe.to)}" if recipe.to else "--include"
+        raise UsageError(
+            f"The experts of this model are stored as {stored} already, so `run` prunes them and keeps their codes, "
+            f"and {what} needs others; ask for --bits 4 to quantize again, which costs quality."
+        )
 
 
 def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory_bytes: int) -> Recipe:
@@ -230,11 +251,18 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
         "tokens": recipe.tokens or (EMBEDDED_TOKENS if embedded else DEFAULT_TOKENS),
         "window": recipe.window or min(checkpoint.shape.context, DEFAULT_WINDOW),
         "criterion": criterion,
+        "bits": recipe.bits or _bits(recipe, checkpoint),
         "device": str(device),
         "dtype": str(choose_dtype(recipe.dtype, device)).removeprefix("torch."),
         "max_memory": memory_bytes,
     }
     return recipe.model_copy(update=values)
+
+
+def _bits(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
+    """What is taken where a recipe does not say; a budget chooses by itself."""
+    known = settled(recipe, checkpoint) if budget_request(recipe) is None else None
+    return known.scheme.bits if known is not None and known.scheme is not None else None
 
 
 _PLACES = ("calibration", "domain", "data", "data_domain")
@@ -324,6 +352,6 @@ def runtime_notes(recipe: Recipe) -> list[str]:
     """
     if budget_request(recipe) is not None:
         return []
-    checkpoint = open_checkpoint(model_folder(recipe.model))
+    checkpoint = opened(model_folder(recipe.model))
     known, degroup = settled(recipe, checkpoint), recipe.groups is Groups.DEGROUP
     return notes_before(checkpoint.config, known.count, known.scheme, degroup=degroup, gptq="gptq" in recipe.to)

@@ -27,11 +27,11 @@ from moepress.compress.budget.sizes import linears_of_config
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.onnx.folder import open_onnx
-from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
+from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.models.forward.walk import default_memory
-from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.inside import watched
 from moepress.runs.byte_sizes import size_text
 from moepress.runs.files import JOURNAL, sha256_of, write_atomically
@@ -40,10 +40,11 @@ from moepress.runs.output import check_output, is_ours
 from moepress.runs.progress import note, stage
 from moepress.runs.rows import first_settings
 from moepress.stages.export import export_stage, onnx_stage
-from moepress.stages.groundwork import load_corpus
+from moepress.stages.groundwork import load_corpus, opened, opened_artifact, opened_source
 from moepress.stages.places import Machine, Output, model_folder
 from moepress.stages.plan import plan_within
 from moepress.stages.profile import profile_stage
+from moepress.stages.prune import prune_stage
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.stages.repair import load_repairs, repair_stage
 from moepress.stages.run.recipe import (
@@ -86,7 +87,7 @@ class _Setup:
     recipe: Recipe
     out: Path
     count: int
-    scheme: Scheme
+    scheme: Scheme | None
     machine: Machine
 
 
@@ -135,7 +136,10 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
             with stage(next(number), of):
                 repairs = _repair(setup, run, plan)
         with stage(next(number), of):
-            quantized = _quantize(setup, run, plan, repairs)
+            if setup.scheme is None:
+                quantized = _prune(setup, run, plan, profile, checkpoint)
+            else:
+                quantized = _quantize(setup, run, plan, repairs)
         exported = _Onnx()
         if recipe.to:
             with stage(next(number), of):
@@ -225,6 +229,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
         result: Mapping[str, Any] = read_json(folder / "moepress.json")
     else:
         scheme = plan.quantization.scheme() if plan.quantization else setup.scheme
+        assert scheme is not None, "a model that is only pruned goes another way"
         result = quantize_stage(
             recipe.model,
             _stage_output(setup, "model"),
@@ -241,6 +246,19 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
         )
     kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
     run.mark("model", {k: result[k] for k in kept}, folder="model")
+    return run.pieces["model"].note
+
+
+def _prune(setup: _Setup, run: Run, plan: Plan, profile: Profile, checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The model without the experts that go, where those that stay keep the four bits that they have."""
+    note(
+        f"The experts are stored as {checkpoint.pressed_as} already: they are pruned and keep every byte. --bits 4 "
+        "would quantize them again, which costs quality."
+    )
+    if run.done("model") is None:
+        if not _is_made(setup.out / "model"):
+            prune_stage(setup.recipe.model, _stage_output(setup, "model"), plan)
+        run.mark("model", {"calibration": dict(profile.calibration)}, folder="model")
     return run.pieces["model"].note
 
 
@@ -282,7 +300,7 @@ def no_room(model: str, folder: Path) -> str | None:
     """Why the original is not exported to ONNX, or None: it would be large, and is only needed to be timed."""
     from moepress.converters.onnx.export import OnnxRequest, onnx_bytes, plan_onnx
 
-    size = onnx_bytes(plan_onnx(open_source(model_folder(model)), OnnxRequest()))
+    size = onnx_bytes(plan_onnx(opened_source(model_folder(model)), OnnxRequest()))
     memory, disk = _free_memory(), shutil.disk_usage(folder).free
     lack = f"The original has no throughput in ONNX Runtime: in fp32 it has {size / 2**30:.1f} GiB, and"
     if 2 * size > memory:
@@ -308,20 +326,22 @@ def _report(
     late = recipe.model_dump(mode="json", include=set(LATE_FIELDS) - {"to"})
     if onnx.after is not None:
         late["onnx"] = "before and after" if onnx.before is not None else "after"
-    original = open_checkpoint(folder)
+    original = opened(folder)
     shape, text = original.shape, evaluation_of(recipe)
     late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
     done = run.done("report")
     file = setup.out / JSON_NAME
     if done is not None and file.is_file() and done.note == late | {JSON_NAME: sha256_of(file)}:
         return Report.model_validate_json(file.read_text(encoding="utf-8"))
-    artifact = open_artifact(setup.out / "model")
-    subjects = [subject_of("original", original)]
-    if plan.prunes:
-        subjects.append(pruned_subject("pruned", original, plan, repairs))
-    bits = "mixed bits" if plan.layer_bits else f"{artifact.scheme.bits} bit"
-    name = f"pruned + {bits}" if plan.prunes else bits
-    subjects.append(subject_of(name, artifact))
+    subjects, artifact, bits = [subject_of("original", original)], None, ""
+    if setup.scheme is None:
+        subjects.append(subject_of("pruned", opened(setup.out / "model")))
+    else:
+        artifact = opened_artifact(setup.out / "model")
+        if plan.prunes:
+            subjects.append(pruned_subject("pruned", original, plan, repairs))
+        bits = "mixed bits" if plan.layer_bits else f"{artifact.scheme.bits} bit"
+        subjects.append(subject_of(f"pruned + {bits}" if plan.prunes else bits, artifact))
     if onnx.after is not None:
         subjects.append(onnx_subject(f"{bits}, ONNX", open_onnx(onnx.after)))
     report = validate_stage(
@@ -337,7 +357,7 @@ def _report(
         pruning=pruning_section(plan) if plan.prunes else None,
         usage=usage_section(profile, plan),
         choice=choice_section(plan),
-        quantization=quantization_section(quantized, artifact.scheme, plan),
+        quantization=None if artifact is None else quantization_section(quantized, artifact.scheme, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
         notes=(
             *original.notes,
@@ -355,7 +375,7 @@ def _report(
     return report
 
 
-def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Artifact) -> None:
+def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Artifact | None) -> None:
     """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
     layouts: tuple[tuple[str, Format], ...] = (
         ("model", "compressed-tensors"),
@@ -363,8 +383,8 @@ def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Art
         ("exports/onnx", "onnx"),
     )
     for name, layout in layouts:
-        if (setup.out / name).is_dir():
-            size = open_artifact(setup.out / name).total_bytes if layout == "gptq" else None
+        if (setup.out / name).is_dir() and artifact is not None:
+            size = opened_artifact(setup.out / name).total_bytes if layout == "gptq" else None
             card = model_card(report, original, layout, stored_bytes=size, mixed=len(artifact.schemes) > 1)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
+from moepress.models.families.attention import register
 from moepress.models.families.family import Part, part_of
 from moepress.models.families.router import router_of
 from moepress.models.families.routing import route
-from moepress.models.families.table import FAMILIES
-from moepress.models.families.attention import register
 from moepress.models.families.skeleton import build_skeleton
+from moepress.models.families.table import FAMILIES
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.forward.walk import Limits, Scratch, forward

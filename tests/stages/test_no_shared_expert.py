@@ -13,8 +13,8 @@ from stage_runs import CPU, G32, logits_of, quantized_folder, streamed_logits
 from torch import Tensor
 
 from moepress.compress.gptq.include import Include
-from moepress.models.forward.dense import load_dense
 from moepress.models.families.skeleton import build_skeleton
+from moepress.models.forward.dense import load_dense
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.inspect import inspect_model
 

@@ -27,6 +27,8 @@ def expert_names(facts: Facts) -> Iterator[Problem]:
 
 def _renamed(facts: Facts) -> bool:
     """Whether a family that has names of its own on disk has its experts under those of the modules."""
+    if facts.family.derived:
+        return False
     own, other = facts.family.gate.split("{layer}")[1].split("{expert}")[0], ".mlp.experts."
     return own != other and any(other in name for name in facts.tensors)
 
@@ -118,7 +120,12 @@ def fast_router(facts: Facts) -> Iterator[Problem]:
 def fused_shared_expert(facts: Facts) -> Iterator[Problem]:
     """SGLang computes DeepSeek-V3's shared expert among the routed ones, with the original's count."""
     count = facts.shape.experts
-    if facts.family.rule and facts.family.rule.bias and facts.config.get("n_shared_experts") and count != FUSED_SHARED_EXPERTS:
+    if (
+        facts.family.rule
+        and facts.family.rule.bias
+        and facts.config.get("n_shared_experts")
+        and count != FUSED_SHARED_EXPERTS
+    ):
         yield Problem(
             what=f"{count} experts beside a shared one",
             happens={

@@ -17,8 +17,8 @@ from moepress.converters.safetensors import compressed_tensors_config, gptq_conf
 from moepress.converters.safetensors.patterns import PREFIX, matches
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError
-from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts
-from moepress.models.families.table import family_of
+from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts, with_text
+from moepress.models.families.table import FAMILIES, family_of
 from moepress.models.storage.folder import INDEX, OWN_NAMES, load_config, no_weights, read_json
 from moepress.models.storage.foreign import stored_method
 from moepress.models.storage.safetensors_file import Stored, read_header
@@ -151,12 +151,16 @@ class Facts:
 
     def router_rows(self) -> dict[int, int]:
         """Layer -> rows of its router, for decoder layers; empty before anything was written."""
-        pattern = re.escape(self.family.module_name(self.family.router[0])).replace(r"\{layer\}", r"(\d+)")
-        rows = {}
+        family, rows = self.family, dict[int, int]()
+        if family.derived:
+            routers = {family.at(family.router[0], n): n for n in range(self.shape.layers)}
+            found = ((routers[name], entry) for name, entry in self.tensors.items() if name in routers)
+            return {layer: entry.shape[0] - family.router_extra for layer, entry in sorted(found, key=lambda p: p[0])}
+        pattern = re.escape(family.module_name(family.router[0])).replace(r"\{layer\}", r"(\d+)")
         for name, entry in self.tensors.items():
-            found = re.fullmatch(pattern, self.family.module_name(name))
-            if found and entry.shape:
-                rows[int(found[1])] = entry.shape[0]
+            matched = re.fullmatch(pattern, family.module_name(name))
+            if matched and entry.shape:
+                rows[int(matched[1])] = entry.shape[0]
         return dict(sorted(rows.items()))
 
 
@@ -168,12 +172,16 @@ def read_facts(folder: Path, *, tensor_parallel: int = 1, expert_parallel: int =
         UnsupportedError: the model type is not in the table; an ONNX folder, and onnx is not installed.
     """
     config = load_config(folder)
-    family = family_of(config)
-    shape = shape_of(family, config)
     if is_onnx(folder):
+        family = family_of(config)
+        shape = shape_of(family, config)
         graph = read_graph(folder)
         return Facts(place=str(folder), kind=Kind.ONNX, config=config, family=family, shape=shape, graph=graph)
+    if config.get("model_type") in FAMILIES or "model_type" not in config:
+        shape_of(family_of(config), config)  # refuses what no header need be read for
     stored, index = _read_shards(folder)
+    family = family_of(config, _dense_names(stored))
+    shape = shape_of(family, config)
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise InvalidInputError(f"{folder / 'config.json'}: quantization_config is no object; restore the file.")
@@ -184,7 +192,7 @@ def read_facts(folder: Path, *, tensor_parallel: int = 1, expert_parallel: int =
         place=str(folder),
         kind=kind if foreign is None else Kind.OTHER,
         form=None if foreign is None else foreign[0],
-        prefix=strange_prefix({family.module_name(name): name for name in stored}),
+        prefix=None if family.derived else strange_prefix({family.module_name(name): name for name in stored}),
         config=config,
         family=family,
         shape=shape,
@@ -225,10 +233,10 @@ def facts_to_be(
 ) -> Facts:
     """The facts of a model with so many experts, in that scheme; `layer_bits` where it differs by layer."""
     family = family_of(config)
-    changed = with_experts(config, experts)
+    changed = with_experts(family, config, experts)
     changed.pop("quantization_config", None)
     if degroup and family.groups_key and family.top_groups_key:
-        changed |= {family.groups_key: 1, family.top_groups_key: 1}
+        changed = with_text(family, changed, {family.groups_key: 1, family.top_groups_key: 1})
     if scheme is None or kind not in SUFFIXES:
         return Facts(place=place, kind=Kind.PLAIN, config=changed, family=family, shape=shape_of(family, changed))
     by_bits: dict[int, list[int]] = {}
@@ -236,7 +244,7 @@ def facts_to_be(
         by_bits.setdefault(bits, []).append(layer)
     groups = tuple(
         (
-            (rf"{PREFIX}model\.layers\.({'|'.join(map(str, layers))})\..*",),
+            (rf"{PREFIX}{re.escape(family.layers_at)}({'|'.join(map(str, layers))})\..*",),
             Scheme(bits=bits, group_size=scheme.group_size),
         )
         for bits, layers in sorted(by_bits.items())
@@ -254,6 +262,22 @@ def facts_to_be(
         quantization=quantization,
         widths=_widths(kind, quantization),
     )
+
+
+def _dense_names(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """Names and about the shapes of the dense tensors that stored ones stand for, whatever is wrong with them."""
+    endings = [suffixes[0] for suffixes in SUFFIXES.values()]
+    parts = tuple({suffix for suffixes in (*SUFFIXES.values(), *EXTRAS.values()) for suffix in suffixes})
+    found: dict[str, tuple[int, ...]] = {}
+    for name, entry in stored.items():
+        coded = next((ending for ending in endings if name.endswith(ending)), None)
+        if coded is not None:
+            found[f"{name.removesuffix(coded)}.weight"] = entry.shape
+        elif name.endswith("_blocks") and len(entry.shape) == 4:
+            found[name.removesuffix("_blocks")] = (*entry.shape[:2], entry.shape[2] * 32)
+        elif not name.endswith((*parts, "_scales", "_scale_inv")) or name.endswith(".weight"):
+            found[name] = entry.shape
+    return found
 
 
 def _read_shards(folder: Path) -> tuple[dict[str, Stored], Index]:

@@ -57,8 +57,8 @@ def gptq_in_transformers(facts: Facts) -> Iterator[Problem]:
 
 def gptqmodel_names(facts: Facts) -> Iterator[Problem]:
     """GPTQModel looks for experts under the names of transformers' modules."""
-    own = facts.family.gate
-    if facts.kind is Kind.GPTQ and facts.family.module_name(own) != own:
+    own = facts.family.down
+    if facts.kind is Kind.GPTQ and ".mlp.experts.{expert}.down_proj." not in own:
         if any(".mlp.experts." in name for name in facts.tensors):
             return
         yield Problem(

@@ -10,7 +10,7 @@ from moepress.compress.pruning.repair import Equations, balanced_bias, loads, no
 from moepress.models.families.router import Router
 from moepress.models.families.routing import choice_scores, combine_weights
 
-GROUPED = Router(sigmoid=True, group_score="top2", groups=4, top_groups=2, top_k=4, renormalise=True, scale=2.5)
+GROUPED = Router(scoring="sigmoid", group_score="top2", groups=4, top_groups=2, top_k=4, renormalise=True, scale=2.5)
 
 
 def made(seed: int, *, tokens: int = 40, experts: int = 6, top_k: int = 2, width: int = 5) -> tuple[Tensor, ...]:

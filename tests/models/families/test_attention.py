@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moepress.models.families.attention import NAME, one_width
-from moepress.models.forward.dense import load_dense
 from moepress.models.families.skeleton import build_skeleton
+from moepress.models.forward.dense import load_dense
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.storage.checkpoint import open_checkpoint
 

@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.models.families.family import experts_key, shape_of
 from moepress.models.families.routing_keys import COUNT_NAMES, is_moe_layer, require_routing
-from moepress.models.families.table import FAMILIES, family_of
 from moepress.models.families.skeleton import build_skeleton
+from moepress.models.families.table import FAMILIES, family_of
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import pruned_config
 from moepress.validation.rules.facts import read_facts
