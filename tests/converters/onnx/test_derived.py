@@ -1,6 +1,5 @@
 """Families that nobody wrote down, as ONNX decoders: ONNX Runtime's logits are transformers' own."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,11 @@ from onnx_runs import (
 )
 from stage_runs import keep_of, quantized_folder
 from torch import Tensor
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moepress.converters.onnx.export import OnnxRequest
 from moepress.converters.onnx.folder import open_onnx
-from moepress.converters.safetensors import artifact
-from moepress.models.families.family import Family, RouterRule
-from moepress.models.storage import checkpoint
+from moepress.models.families.shrunk import VOCABULARY, implementations
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import Expert, experts_by_layer, read_expert
 from moepress.stages.export import onnx_stage
@@ -39,21 +36,6 @@ from moepress.stages.places import Output
 from moepress.validation.quality.onnx_check import Checked
 
 EXACT = 2e-5  # relative; 5e-6 is what was seen
-_GLM = RouterRule(
-    scoring="sigmoid",
-    bias=True,
-    group_score="top2",
-    renormalise_key="norm_topk_prob",
-    scale_key="routed_scaling_factor",
-)
-RULES = {  # for what `derive` does not find out
-    "glm4_moe": _GLM,
-    "glm4_moe_lite": _GLM,
-    "dots1": _GLM,
-    "solar_open": _GLM,
-    "minimax_m2": RouterRule(scoring="sigmoid", bias=True, renormalise=True),
-    "gpt_oss": RouterRule(scoring="softmax", renormalise=True),  # a softmax of the chosen logits
-}
 # Name of a case -> model type and what differs from its tiny config.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": (
@@ -72,21 +54,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = ("glm4_moe", "glm4_moe_lite", "gpt_oss_clamped", "minimax_m2")
 Made = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _rules() -> Any:
-    """Rules of routers where none was found out."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (checkpoint, artifact):
-            plain: Callable[..., Family] = module.family_of
-
-            def ruled(*arguments: Any, plain: Callable[..., Family] = plain) -> Family:
-                family = plain(*arguments)
-                return family if family.rule else dataclasses.replace(family, rule=RULES.get(family.name))
-
-            patch.setattr(module, "family_of", ruled)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +99,10 @@ def theirs(folder: Path, length: int = PREFILL + 4) -> Tensor:
     does not load all that moepress writes."""
     source = exact_source(folder)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    model = every_family._empty(CONFIG_MAPPING[config["model_type"]].from_dict(config)).eval()
+    parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    model = AutoModelForCausalLM.from_config(
+        parsed, dtype=torch.float32, **implementations(AutoModelForCausalLM, parsed)
+    ).eval()
     state = {source.family.module_name(n): source.read(n).float() for n in source.shapes if ".experts." not in n}
     for layer, count in experts_by_layer(source).items():
         path = f"model.layers.{layer}.{source.family.experts_module}"
@@ -199,7 +169,7 @@ def test_an_export_passes_its_own_check_and_onnxruntime_genai(pressed: Made, tmp
     assert result.checked.genai_same
     opened = open_onnx(tmp_path / "onnx")
     assert opened.summary["experts_bits"]
-    assert opened.vocabulary == every_family.VOCAB
+    assert opened.vocabulary == VOCABULARY
 
 
 @pytest.mark.parametrize("case", FAMILIES)
