@@ -33,6 +33,7 @@ def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include
     from moepress.converters.onnx.export import OnnxRequest, plan_onnx
     from moepress.converters.onnx.weights import Weights, block_size
 
+    plan_onnx(checkpoint, OnnxRequest())  # first: what follows asks for experts as the graph has them
     weights = Weights(source=checkpoint, dtype=torch.float32)
     for layer in checkpoint.outline.moe_layers:
         block_size(scheme, *weights.expert_shape(layer))
@@ -41,7 +42,6 @@ def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include
     names = {name for group in groups for name in group.names}
     for name in names | ({checkpoint.family.head} if Include.LM_HEAD in include else set()):
         block_size(scheme, checkpoint.shapes[name][1])
-    plan_onnx(checkpoint, OnnxRequest())
 
 
 def onnx_bits() -> tuple[int, ...]:

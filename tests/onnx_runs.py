@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny_models
 import torch
@@ -135,6 +136,32 @@ def onnx_logits(folder: Path, tokens_BS: Tensor, prefill: int | None = None, *, 
     parts = [decoding.step(tokens_BS[:, :prefill])]
     parts += [decoding.step(tokens_BS[:, n : n + 1]) for n in range(prefill, tokens_BS.shape[1])]
     return torch.cat(parts, dim=1)
+
+
+def padded_run(out: Path, rows: list[Tensor], after: list[int]) -> tuple[list[Tensor], Tensor]:
+    """Rows of different length in one batch, padded on the right, then one more token each.
+
+    Returns:
+        Logits [S, V] of every row, and [B, V] of the tokens after.
+    """
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    lengths, width = [len(row) for row in rows], max(len(row) for row in rows)
+
+    def mask(total: int, more: int) -> Any:
+        return np.array([[1] * (n + more) + [0] * (total - n - more) for n in lengths], dtype=np.int64)
+
+    feed = {
+        "input_ids": np.array([row.tolist() + [0] * (width - len(row)) for row in rows]),
+        "attention_mask": mask(width, 0),
+    }
+    for value in session.get_inputs()[2:]:
+        feed[value.name] = np.zeros((len(rows), value.shape[1], 0, value.shape[3]), dtype=np.float32)
+    logits, *cache = session.run(None, feed)
+    feed = {"input_ids": np.array(after)[:, None], "attention_mask": mask(width + 1, 1)}
+    feed |= {value.name: part for value, part in zip(session.get_inputs()[2:], cache, strict=True)}
+    then = session.run(None, feed)[0]
+    first = [torch.from_numpy(row[:n]) for row, n in zip(logits, lengths, strict=True)]
+    return first, torch.from_numpy(then[:, 0])
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

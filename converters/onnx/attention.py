@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from moepress.converters.onnx import modules
 from moepress.converters.onnx.graph import CONTRIB
 from moepress.converters.onnx.parts import Build, linear, reshape, rms_norm
-from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.errors import InvalidInputError
 
-STATIC_ROPE = ("default", "linear", "yarn", "llama3")  # frequencies do not depend on the length of the text
 _LAST_INT64 = (1 << 63) - 1
-_ROTATED, _AS_IS = 16, 8  # what GroupQueryAttention's head size must be a multiple of, when it rotates and always
 _CHUNK_BYTES = 16 << 20  # of angles in fp64
 
 
@@ -56,30 +55,15 @@ class Inputs:
 
 def is_latent(build: Build, layer: int) -> bool:
     """Whether a layer's attention is latent (MLA)."""
-    return build.has(f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight")
+    return modules.is_latent(build.model.model.layers[layer].self_attn)
 
 
 def cache_of(build: Build, layer: int) -> Cache:
-    """The cache's shape of a layer.
-
-    Raises:
-        UnsupportedError: a head size that GroupQueryAttention refuses when it runs.
-    """
+    """The cache's shape of a layer."""
     attention, config = build.model.model.layers[layer].self_attn, build.model.config
-    if is_latent(build, layer):  # rotated before
-        size = attention.kv_lora_rank + attention.qk_rope_head_dim
-        _require_multiple(size, _AS_IS, f"Latent heads of {size} values (kv_lora_rank + qk_rope_head_dim)")
-        return Cache(heads=1, size=size)
-    _require_multiple(attention.head_dim, _ROTATED, f"Heads of {attention.head_dim} values")
+    if is_latent(build, layer):
+        return Cache(heads=1, size=attention.kv_lora_rank + attention.qk_rope_head_dim)
     return Cache(heads=config.num_key_value_heads, size=attention.head_dim)
-
-
-def _require_multiple(size: int, of: int, what: str) -> None:
-    if size % of:
-        raise UnsupportedError(
-            f"{what} can not be exported to ONNX: ONNX Runtime's GroupQueryAttention takes multiples of {of} there; "
-            "run this model in another runtime."
-        )
 
 
 def context_of(config: Any) -> int:
@@ -132,16 +116,9 @@ def shared_inputs(build: Build, file: str) -> Inputs:
 
 def _rotary_tables(build: Build, file: str) -> tuple[str, str]:
     """cos and sin of every position, from the frequencies and the factor of transformers' own rotary module."""
-    config = build.model.config
-    kind = (config.rope_parameters or {}).get("rope_type", "default")
-    if kind not in STATIC_ROPE:
-        raise UnsupportedError(
-            f"The rotary embedding of type {kind!r} changes with the length of the text and can not be exported to "
-            f"ONNX; supported are {', '.join(STATIC_ROPE)}."
-        )
-    rotary = type(build.model.model.rotary_emb)(config=config)
+    rotary = modules.rotary_of(build.model)
     frequencies, factor = rotary.inv_freq.double(), float(rotary.attention_scaling)
-    context = context_of(config)
+    context = context_of(build.model.config)
     step = max(1, _CHUNK_BYTES // (8 * len(frequencies)))
 
     def rows(of: str) -> Iterator[torch.Tensor]:
@@ -180,7 +157,7 @@ def _grouped(build: Build, file: str, layer: int, value: str, inputs: Inputs) ->
     rows = [_as_batch(build, parts[p], inputs, n * cache.size, f"{scope}/{p}_batch") for p, n in _heads(heads, cache)]
     out = graph.node(
         "GroupQueryAttention",
-        [*rows, *_past(layer), inputs.seqlens, inputs.total, inputs.cos, inputs.sin],
+        [*rows, *_past(layer), inputs.seqlens, inputs.total, inputs.cos, inputs.sin, *_sinks(build, file, layer)],
         f"{scope}/GroupQueryAttention",
         outputs=3,
         domain=CONTRIB,
@@ -194,6 +171,13 @@ def _grouped(build: Build, file: str, layer: int, value: str, inputs: Inputs) ->
     _name_cache(build, layer)
     flat = reshape(graph, out, graph.integers(-1, heads * cache.size), f"{scope}/flat")
     return linear(build, file, f"{disk}.o_proj.weight", flat, f"{scope}/o_proj")
+
+
+def _sinks(build: Build, file: str, layer: int) -> tuple[str, ...]:
+    """Inputs that follow the rotary tables: positions and a bias, which are not given, and what each head's softmax
+    has beside its scores, where the model has that (gpt-oss)."""
+    name = f"model.layers.{layer}.self_attn.sinks"
+    return ("", "", build.graph.weight(file, build.weights.plain(name, name))) if build.has(name) else ()
 
 
 def _heads(heads: int, cache: Cache) -> tuple[tuple[str, int], ...]:
@@ -338,6 +322,8 @@ def _name_cache(build: Build, layer: int) -> None:
 def _window(build: Build, layer: int) -> int:
     """Tokens that a layer looks back on, itself included; -1 for all."""
     config = build.model.config
+    if build.weights.source.family.derived:  # not every architecture reads what its config states
+        return int(getattr(build.model.model.layers[layer].self_attn, "sliding_window", None) or -1)
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or kinds[layer] == "sliding_attention"
     return int((getattr(config, "sliding_window", None) if slides else None) or -1)

@@ -23,15 +23,15 @@ import torch
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from moepress.converters.onnx.attention import Cache, Inputs, attention, cache_of, shared_inputs
+from moepress.converters.onnx.expressible import require_expressible
 from moepress.converters.onnx.graph import ONNX_DTYPES, Graph
 from moepress.converters.onnx.moe import moe_block
 from moepress.converters.onnx.parts import Build, Kernel, gated_mlp, linear, rms_norm
 from moepress.converters.onnx.weights import Weights, require_whole
 from moepress.converters.safetensors.artifact import Artifact
-from moepress.errors import UnsupportedError
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.models.storage.experts import experts_by_layer
+from moepress.models.storage.experts import experts_by_layer, router_disk_names
 from moepress.models.storage.writer import Entry
 
 EMBEDDING_FILE, HEAD_FILE = "model.embedding.data", "model.head.data"
@@ -70,15 +70,11 @@ def build_decoder(
         accuracy_level: see `Build`.
 
     Raises:
-        UnsupportedError: a width, group size, head size, activation or rotary embedding that ONNX Runtime has no
-            kernel for.
+        UnsupportedError: a width, a group size, or a part of the model that ONNX Runtime has no kernel for.
         InvalidInputError: a tensor is missing.
     """
     model = build_skeleton(source.config)
-    if model.config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedError(
-            f"Experts with the activation {model.config.hidden_act!r} have no ONNX kernel; use silu."
-        )
+    require_expressible(source, model)
     if isinstance(source, Artifact):  # what is multiplied out here is multiplied out as ONNX Runtime does
         source = dataclasses.replace(source, exact=True)
     build = Build(
@@ -114,11 +110,14 @@ def layer_file(layer: int) -> str:
 
 def _require_tensors(build: Build, layers: int) -> None:
     """What every decoder has; experts are checked where they are used."""
+    source = build.weights.source
     names = ["model.embed_tokens.weight", "model.norm.weight"]
+    routers = {name for layer in source.outline.moe_layers for name in router_disk_names(source, layer)}
+    routers = {source.family.module_name(name) for name in routers}
     stored = {name for name, tensor in build.model.state_dict().items() if tensor.numel()}
-    expected = {name for name in stored if ".experts." not in name and ".mlp.gate." not in name}
+    expected = {name for name in stored - routers if ".experts." not in name}
     names += [n for n in sorted(expected) if n.startswith("model.layers.") and int(n.split(".")[2]) < layers]
-    require_whole(build.weights.source, names)
+    require_whole(source, names)
 
 
 def _embed(build: Build) -> str:

@@ -86,7 +86,7 @@ def plan_onnx(source: Checkpoint | Artifact, request: OnnxRequest) -> Decoder:
             "--experts qmoe, which is one node per layer."
         )
     genai = genai_config(
-        source.config,
+        _stated(source),
         generation_config(source.folder),
         [(cache.heads, cache.size) for cache in decoder.caches],
         context=context_of(decoder.config),
@@ -95,6 +95,12 @@ def plan_onnx(source: Checkpoint | Artifact, request: OnnxRequest) -> Decoder:
         folder=source.folder,
     )
     return dataclasses.replace(decoder, genai=genai)
+
+
+def _stated(source: Checkpoint | Artifact) -> dict[str, Any]:
+    """config.json with the sizes that its readers want, where transformers has them as defaults."""
+    shape = source.outline.shape
+    return {"hidden_size": shape.hidden, "vocab_size": shape.vocabulary, **source.config}
 
 
 def onnx_bytes(decoder: Decoder) -> int:
@@ -136,7 +142,7 @@ def _write_beside(
 ) -> None:
     copy_companions(source.folder, folder)
     (folder / "quantize_config.json").unlink(missing_ok=True)  # of the GPTQ folder that this one was made of
-    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    config = {k: v for k, v in _stated(source).items() if k != "quantization_config"}
     config["max_position_embeddings"] = context_of(decoder.config)  # what the graph has, where it was not stated
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from moepress.converters.onnx.expressible import router_tensors
 from moepress.converters.onnx.graph import CONTRIB
-from moepress.converters.onnx.parts import Build, gated_mlp, linear, reshape, silu
-from moepress.converters.onnx.weights import block_size, require_whole
+from moepress.converters.onnx.modules import Activation, activation_of
+from moepress.converters.onnx.parts import Build, gated_mlp, linear, reshape
+from moepress.converters.onnx.weights import Matrix, Projection, block_size, require_whole
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.router import Router, router_of
 from moepress.models.storage.experts import is_fused, router_disk_names
 
 FAR = -1e4  # exp(-1e4) is 0 in fp32, and fp16 holds it
+_PROJECTIONS: tuple[tuple[Projection, str], ...] = (("gate_up", "fc1"), ("down", "fc2"))
 _TINY = 1e-30  # log of a weight that underflowed
 
 
@@ -70,10 +73,11 @@ def count_experts(build: Build, layer: int) -> int:
 def _route(build: Build, file: str, layer: int, experts: int, router: Router, value: str) -> _Routing:
     """Chosen experts and their weights, as the model's own router gives them."""
     graph, scope = build.graph, f"/model/layers.{layer}/mlp/router"
-    names = router_disk_names(build.weights.source, layer)
+    tensors, weights = router_tensors(build.weights.source, layer), build.weights
+    given = [tensors.weight, *([tensors.bias] if tensors.bias else [])]
     exact = build.cast(value, 1, f"{scope}/input") if build.onnx_dtype != 1 else value
-    table = graph.weight(file, build.weights.plain(names[0], names[0], dtype=torch.float32))
-    logits = graph.node("Gemm", [exact, table], f"{scope}/Gemm", transB=1)
+    tables = [graph.weight(file, weights.plain(name, name, dtype=torch.float32)) for name in given]
+    logits = graph.node("Gemm", [exact, *tables], f"{scope}/Gemm", transB=1)
     if router.scoring == "sigmoid":
         scores = graph.node("Sigmoid", [logits], f"{scope}/Sigmoid")
     elif router.scoring == "sqrtsoftplus":
@@ -81,23 +85,23 @@ def _route(build: Build, file: str, layer: int, experts: int, router: Router, va
     else:
         scores = graph.node("Softmax", [logits], f"{scope}/Softmax", axis=-1)
     choice = scores
-    for name in names[1:]:
-        bias = graph.weight(file, build.weights.plain(name, name, dtype=torch.float32))
+    if tensors.correction:
+        bias = graph.weight(file, weights.plain(tensors.correction, tensors.correction, dtype=torch.float32))
         choice = graph.node("Add", [scores, bias], f"{scope}/AddBias")
     if router.group_score is not None and router.groups > 1:
         choice = _in_groups(build, scope, experts, router, choice)
     count = graph.integers(min(router.top_k, experts))
     graph.node("TopK", [choice, count], f"{scope}/TopK", outputs=2, axis=-1, sorted=1)
     chosen = graph.output(f"{scope}/TopK", 1)
-    weights = graph.node("GatherElements", [scores, chosen], f"{scope}/weights", axis=1)
+    shares = graph.node("GatherElements", [scores, chosen], f"{scope}/weights", axis=1)
     if router.renormalise:
-        total = graph.node("ReduceSum", [weights, graph.integers(1)], f"{scope}/sum", keepdims=1)
+        total = graph.node("ReduceSum", [shares, graph.integers(1)], f"{scope}/sum", keepdims=1)
         guarded = graph.node("Add", [total, _number(build, "tiny_sum", 1e-20)], f"{scope}/sum_guarded")
-        weights = graph.node("Div", [weights, guarded], f"{scope}/normalized")
+        shares = graph.node("Div", [shares, guarded], f"{scope}/normalized")
     if router.scale != 1.0:
-        weights = graph.node("Mul", [weights, _number(build, f"scale_{router.scale}", router.scale)], f"{scope}/scaled")
+        shares = graph.node("Mul", [shares, _number(build, f"scale_{router.scale}", router.scale)], f"{scope}/scaled")
     exact_sum = router.renormalise and router.scale == 1.0
-    return _Routing(chosen=chosen, weights=weights, scores=scores, sums_to_one=exact_sum)
+    return _Routing(chosen=chosen, weights=shares, scores=scores, sums_to_one=exact_sum)
 
 
 def _in_groups(build: Build, scope: str, experts: int, router: Router, choice: str) -> str:
@@ -149,9 +153,8 @@ def _fused(build: Build, file: str, layer: int, experts: int, value: str, routin
         "k": min(top_k, experts),
         "activation_type": "swiglu",
         "swiglu_fusion": 1,
-        "activation_alpha": 1.0,
-        "activation_beta": 0.0,
         "normalize_routing_weights": 1,
+        **_swiglu(activation_at(build, layer)),
     }
     if quantized:
         codes, packing = _codes(build, file, layer, experts)
@@ -160,15 +163,30 @@ def _fused(build: Build, file: str, layer: int, experts: int, value: str, routin
         prefix = f"model.layers.{layer}.mlp.experts"
         parts = [
             graph.weight(file, build.weights.dense_experts(layer, experts, part, f"{prefix}.{name}"))
-            for part, name in (("gate_up", "fc1"), ("down", "fc2"))
+            for part, name in _PROJECTIONS
         ]
-        out = graph.node("MoE", [value, rows, parts[0], "", parts[1]], f"{scope}/MoE", **common)
+        biases = _biases(build, file, layer, experts)
+        out = graph.node("MoE", [value, rows, parts[0], biases[0], parts[1], biases[1]], f"{scope}/MoE", **common)
     if routing.sums_to_one:
         return out
     total = graph.node("ReduceSum", [routing.weights, graph.integers(1)], f"{scope}/weight_sum", keepdims=1)
     if build.onnx_dtype != 1:
         total = build.cast(total, build.onnx_dtype, f"{scope}/weight_sum_cast")
     return graph.node("Mul", [out, total], f"{scope}/scaled")
+
+
+def activation_at(build: Build, layer: int) -> Activation:
+    """What the experts of a layer do between their matrices."""
+    model, family = build.model, build.weights.source.family
+    found = activation_of(model.get_submodule(f"model.layers.{layer}.{family.experts_module}"), model.config)
+    assert found is not None, "refused before"
+    return found
+
+
+def _swiglu(activation: Activation) -> dict[str, float]:
+    """An activation as attributes of QMoE and MoE."""
+    limit = {} if activation.limit is None else {"swiglu_limit": activation.limit}
+    return {"activation_alpha": activation.alpha, "activation_beta": activation.beta, **limit}
 
 
 def _are_codes(build: Build, layer: int, experts: int) -> bool:
@@ -227,17 +245,23 @@ def _codes(build: Build, file: str, layer: int, experts: int) -> tuple[list[str]
         "weights_prepacked": 0,  # codes as they are; the default means packed for CUTLASS
         "accuracy_level": build.accuracy_level,
     }
-    return [entries[0], entries[1], "", entries[2], entries[3]], attributes
+    biases = _biases(build, file, layer, experts)
+    return [entries[0], entries[1], biases[0], entries[2], entries[3], biases[1]], attributes
+
+
+def _biases(build: Build, file: str, layer: int, experts: int) -> tuple[str, str]:
+    """Biases of fc1 and fc2, or "" twice where the experts have none."""
+    weights, prefix = build.weights, f"model.layers.{layer}.mlp.experts"
+    if not weights.expert_biases(layer):
+        return "", ""
+    rows = [weights.biases_of_experts(layer, experts, part, f"{prefix}.{name}_bias") for part, name in _PROJECTIONS]
+    return build.graph.weight(file, rows[0]), build.graph.weight(file, rows[1])
 
 
 def _loop(build: Build, file: str, layer: int, experts: int, value: str, routing: _Routing) -> str:
     """Every expert as matrices of its own, for its own tokens; for widths and providers that have no QMoE."""
     graph, scope = build.graph, f"/model/layers.{layer}/mlp"
-    family = build.weights.source.family
-    if is_fused(build.weights.source, layer):
-        raise UnsupportedError(
-            "--experts loop needs one tensor per expert, and this folder has them fused; use --experts qmoe."
-        )
+    activation = activation_at(build, layer)
     weights = routing.weights
     if build.onnx_dtype != 1:
         weights = build.cast(weights, build.onnx_dtype, f"{scope}/weights_cast")
@@ -250,11 +274,9 @@ def _loop(build: Build, file: str, layer: int, experts: int, value: str, routing
         pairs = graph.node("Transpose", [places], f"{own}/pairs", perm=[1, 0])
         tokens = graph.node("Gather", [places, first], f"{own}/tokens", axis=0)
         inputs = graph.node("Gather", [value, tokens], f"{own}/inputs", axis=0)
-        gate_name, up_name, down_name = family.expert_names(layer, expert)
-        gate = linear(build, file, gate_name, inputs, f"{own}/gate_proj")
-        up = linear(build, file, up_name, inputs, f"{own}/up_proj")
-        middle = graph.node("Mul", [silu(graph, gate, own), up], f"{own}/Mul")
-        result = linear(build, file, down_name, middle, f"{own}/down_proj")
+        gate, up = (_project(build, file, layer, expert, part, inputs, own) for part in ("gate", "up"))
+        middle = _between(build, activation, gate, up, own)
+        result = _project(build, file, layer, expert, "down", middle, own)
         share = graph.node("GatherND", [weights, pairs], f"{own}/share")
         column = graph.node("Unsqueeze", [share, graph.integers(1)], f"{own}/share_column")
         weighted = graph.node("Mul", [result, column], f"{own}/weighted")
@@ -263,8 +285,43 @@ def _loop(build: Build, file: str, layer: int, experts: int, value: str, routing
     return out
 
 
+def _project(build: Build, file: str, layer: int, expert: int, part: Matrix, value: str, scope: str) -> str:
+    """One matrix of one expert, with its bias, from a tensor of its own or a row of a layer's."""
+    weights, scope = build.weights, f"{scope}/{part}_proj"
+    name = weights.source.family.expert_names(layer, expert)[("gate", "up", "down").index(part)]
+    if not is_fused(weights.source, layer):
+        return linear(build, file, name, value, scope)
+    entries = weights.fused_matrix(layer, expert, part, name)
+    return build.graph.node(
+        "Gemm", [value, *(build.graph.weight(file, entry) for entry in entries)], f"{scope}/Gemm", transB=1
+    )
+
+
+def _between(build: Build, activation: Activation, gate: str, up: str, scope: str) -> str:
+    """`Activation` in plain ONNX."""
+    graph = build.graph
+
+    def number(value: float) -> str:
+        name = f"/constants/swiglu_{value}_{_numpy(build).__name__}"
+        return graph.constant(name, np.array(value, dtype=_numpy(build)))
+
+    if activation.limit is not None:
+        most, least = number(activation.limit), number(-activation.limit)
+        gate = graph.node("Clip", [gate, "", most], f"{scope}/gate_clip")
+        up = graph.node("Clip", [up, least, most], f"{scope}/up_clip")
+    if activation.beta:
+        up = graph.node("Add", [up, number(activation.beta)], f"{scope}/up_beta")
+    steep = gate if activation.alpha == 1.0 else graph.node("Mul", [gate, number(activation.alpha)], f"{scope}/steep")
+    gated = graph.node("Mul", [gate, graph.node("Sigmoid", [steep], f"{scope}/Sigmoid")], f"{scope}/Silu")
+    return graph.node("Mul", [gated, up], f"{scope}/Mul")
+
+
+def _numpy(build: Build) -> type[np.floating]:
+    return np.float32 if build.onnx_dtype == 1 else np.float16
+
+
 def _zero(build: Build) -> str:
-    kind = np.float32 if build.onnx_dtype == 1 else np.float16
+    kind = _numpy(build)
     return build.graph.constant(f"/constants/zero_{np.dtype(kind).name}", np.array(0, dtype=kind))
 
 

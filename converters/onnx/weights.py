@@ -16,7 +16,7 @@ Source: ONNX Runtime's operator schemas (docs/ContribOperators.md), checked agai
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +26,16 @@ from moepress.converters.safetensors.packing import pack_bits, to_unsigned
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.storage.checkpoint import Checkpoint, require_finite
-from moepress.models.storage.experts import is_fused
+from moepress.models.storage.experts import bias_names, is_fused, read_expert
 from moepress.models.storage.tensors import DTYPE_NAMES, read_rows, tensor_bytes
 from moepress.models.storage.writer import Entry
 
 ONNX_BITS = (2, 4, 8)
 BLOCKS = (128, 64, 32, 16)
 _CHUNK_BYTES = 32 << 20
+
+Projection = Literal["gate_up", "down"]
+Matrix = Literal["gate", "up", "down"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +128,7 @@ class Weights:
             self._scales(f"{new_name}_scales", (*shape, columns // block), block, tuple(names)),
         )
 
-    def dense_experts(self, layer: int, experts: int, part: str, new_name: str) -> Entry:
+    def dense_experts(self, layer: int, experts: int, part: Projection, new_name: str) -> Entry:
         """One projection of all experts for MoE: `gate_up` with interleaved rows, or `down`."""
 
         def matrices(expert: int) -> Iterator[Any]:
@@ -139,22 +142,71 @@ class Weights:
         """Width F of a layer's experts and hidden size D."""
         family, shapes = self.source.family, self.source.shapes
         if is_fused(self.source, layer):
-            _experts, rows, hidden = shapes[family.fused_gate_up.format(layer=layer)]
-            return rows // 2, hidden
+            _experts, hidden, width = shapes[family.at(family.fused_down, layer)]
+            return (hidden, width) if family.fused_transposed else (width, hidden)
         width, hidden = shapes[family.expert_names(layer, 0)[0]]
         return width, hidden
 
-    def _dense_expert(self, layer: int, expert: int, part: str) -> Tensor:
+    def _dense_expert(self, layer: int, expert: int, part: Projection) -> Tensor:
         source, family = self.source, self.source.family
         if is_fused(source, layer):
-            if part == "down":
-                return source.read_row(family.fused_down.format(layer=layer), expert)
-            gate, up = source.read_row(family.fused_gate_up.format(layer=layer), expert).chunk(2, dim=0)
-            return interleaved((gate, up))
+            whole = read_expert(source, layer, expert)
+            return whole.down if part == "down" else interleaved((*whole.matrices[:2],))
         gate_name, up_name, down_name = family.expert_names(layer, expert)
         if part == "down":
             return source.read(down_name)
         return interleaved((source.read(gate_name), source.read(up_name)))
+
+    def expert_biases(self, layer: int) -> bool:
+        """Whether the experts of a layer have biases."""
+        source = self.source
+        if is_fused(source, layer):
+            return bool(source.family.fused_biases)
+        return any(name in source.shapes for name in bias_names(source.family, layer, 0).values())
+
+    def biases_of_experts(self, layer: int, experts: int, part: Projection, new_name: str) -> Entry:
+        """The biases of one projection of all experts: [E, 2F] as its rows lie, or [E, D]."""
+        width, hidden = self.expert_shape(layer)
+
+        def rows(expert: int) -> Iterator[Any]:
+            found = self._biases(layer, expert)
+            row = found["down"] if part == "down" else torch.stack((found["gate"], found["up"]), dim=1).flatten()
+            yield tensor_bytes(cast(row, self.dtype, new_name))
+
+        shape = (experts, hidden if part == "down" else 2 * width)
+        return self._entry(new_name, self.dtype, shape, lambda: _each(rows, experts))
+
+    def _biases(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """An expert's biases, without its matrices; zeros where it has none of one."""
+        source, family = self.source, self.source.family
+        if is_fused(source, layer):
+            first, down = (source.read_row(family.at(name, layer), expert) for name in family.fused_biases)
+            gate, up = (first[0::2], first[1::2]) if family.fused_interleaved else first.chunk(2)
+            return {"gate": gate, "up": up, "down": down}
+        width, hidden = self.expert_shape(layer)
+        names = bias_names(family, layer, expert)
+        sizes = {"gate": width, "up": width, "down": hidden}
+        return {
+            part: source.read(name) if (name := names[f"{part}_bias"]) in source.shapes else torch.zeros(size)
+            for part, size in sizes.items()
+        }
+
+    def fused_matrix(self, layer: int, expert: int, part: Matrix, new_name: str) -> tuple[Entry, ...]:
+        """One matrix of one expert of a layer that has them in one tensor, and its bias where there is one."""
+        width, hidden = self.expert_shape(layer)
+        source = self.source
+        shape = (hidden, width) if part == "down" else (width, hidden)
+
+        def matrix() -> Tensor:
+            found = getattr(read_expert(source, layer, expert), part)
+            assert isinstance(found, Tensor)
+            return found.contiguous()
+
+        made = self.made(new_name, shape, matrix)
+        if not self.expert_biases(layer):
+            return (made,)
+        bias_name = f"{new_name.removesuffix('weight')}bias"
+        return made, self.made(bias_name, shape[:1], lambda: self._biases(layer, expert)[part].contiguous())
 
     def _codes(
         self, name: str, shape: tuple[int, ...], columns: int, scheme: Scheme, groups: tuple[tuple[str, ...], ...]

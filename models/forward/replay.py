@@ -102,7 +102,7 @@ class StandIn(nn.Module):
         """The embeddings, of the rows that were read, under their places in those; zeros where none are there now."""
         embedding, width, dtype, device = self.__dict__["own"]
         if "rows_read" in embedding.__dict__:
-            places = torch.searchsorted(embedding.rows_read, ids)
+            places = torch.searchsorted(embedding.rows_read, ids.contiguous())
             return embedding(places, *arguments, **keywords)  # type: ignore[no-any-return]
         return torch.zeros(*ids.shape, width, dtype=dtype, device=device)
 

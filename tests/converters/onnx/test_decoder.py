@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_runs
-import onnxruntime
 import pytest
 import tiny_models
 import torch
@@ -25,6 +24,7 @@ from onnx_runs import (
     initializers_of,
     onnx_logits,
     own_logits,
+    padded_run,
     relative_error,
     to_onnx,
     token_errors,
@@ -129,9 +129,8 @@ def test_fp8_folders_run(tiny_copy: Callable[..., Path], tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["qwen2_moe", "mixtral"])
 def test_folders_with_fused_experts_run(models: Models, key: str) -> None:
     folder = models.tiny(key, fused=True)
-    require_equal(models.own_logits(folder), models.onnx(folder))
-    with pytest.raises(UnsupportedError, match="use --experts qmoe"):
-        build_decoder(open_source(folder), dtype=torch.float32, kernel="loop")
+    for kernel in ("qmoe", "loop"):
+        require_equal(models.own_logits(folder), models.onnx(folder, kernel=kernel))
 
 
 def test_a_layer_for_multi_token_prediction_is_left_out(tiny_copy: Callable[..., Path], tmp_path: Path) -> None:
@@ -376,32 +375,6 @@ def test_values_that_overflow_fp16_are_refused_by_name(tiny_copy: Callable[..., 
     with pytest.raises(UnsupportedError, match=f"{name} holds values that fp16 can not; export with --for cpu"):
         to_onnx(folder, tmp_path / "onnx", preset="cuda")
     assert not (tmp_path / "onnx").exists()
-
-
-def padded_run(out: Path, rows: list[Tensor], after: list[int]) -> tuple[list[Tensor], Tensor]:
-    """Rows of different length in one batch, padded on the right, then one more token each.
-
-    Returns:
-        Logits [S, V] of every row, and [B, V] of the tokens after.
-    """
-    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    lengths, width = [len(row) for row in rows], max(len(row) for row in rows)
-
-    def mask(total: int, more: int) -> Any:
-        return np.array([[1] * (n + more) + [0] * (total - n - more) for n in lengths], dtype=np.int64)
-
-    feed = {
-        "input_ids": np.array([row.tolist() + [0] * (width - len(row)) for row in rows]),
-        "attention_mask": mask(width, 0),
-    }
-    for value in session.get_inputs()[2:]:
-        feed[value.name] = np.zeros((len(rows), value.shape[1], 0, value.shape[3]), dtype=np.float32)
-    logits, *cache = session.run(None, feed)
-    feed = {"input_ids": np.array(after)[:, None], "attention_mask": mask(width + 1, 1)}
-    feed |= {value.name: part for value, part in zip(session.get_inputs()[2:], cache, strict=True)}
-    then = session.run(None, feed)[0]
-    first = [torch.from_numpy(row[:n]) for row, n in zip(logits, lengths, strict=True)]
-    return first, torch.from_numpy(then[:, 0])
 
 
 @pytest.mark.parametrize("key", tiny_models.KEYS)
