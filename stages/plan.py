@@ -9,7 +9,13 @@ from typing import Any
 from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, verdict
-from moepress.compress.budget.sizes import Linear, group_size_within, linears_of_config, probe_scheme
+from moepress.compress.budget.sizes import (
+    Linear,
+    group_size_within,
+    linears_of_config,
+    predicting_bytes,
+    probe_scheme,
+)
 from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
 from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights, keep_sets
@@ -17,6 +23,7 @@ from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Shape, legal_counts
 from moepress.models.forward.inventory import cache_bytes
+from moepress.models.storage.mtp import Mtp
 from moepress.stages.places import context_notes
 from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, target_of
 
@@ -103,8 +110,8 @@ def load_profiles(folders: Sequence[Path]) -> Profile:
     return merge_profiles([load_profile(folder) for folder in folders])
 
 
-def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -> Budget:
-    """The budget in bytes.
+def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape, *, predicting: int = 0) -> Budget:
+    """The budget in bytes; `predicting` are those of a multi-token-prediction layer that stays (`predicting_bytes`).
 
     Raises:
         UsageError: both or neither of size and GPU are given, or there is no such GPU.
@@ -115,7 +122,9 @@ def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -
     if request.target is None:
         assert request.limit_bytes is not None
         cache = cache_bytes(config, request.context) if request.context else 0
-        return Budget(limit_bytes=request.limit_bytes, cache_bytes=cache, context=request.context)
+        return Budget(
+            limit_bytes=request.limit_bytes, cache_bytes=cache, context=request.context, predicting_bytes=predicting
+        )
     target = target_of(request.target, request.targets_file)
     memory = target.memory_bytes
     context = request.context or min(DEFAULT_CONTEXT, shape.context)
@@ -125,10 +134,11 @@ def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape) -
         cache_bytes=cache_bytes(config, context),
         context=context,
         target=target.id,
+        predicting_bytes=predicting,
     )
 
 
-def plan_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
+def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mtp = Mtp.KEEP) -> Plan:
     """The plan of the smallest estimated loss that fits, with its alternatives.
 
     Raises:
@@ -137,7 +147,9 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
     """
     shape, every = profile.shape, domain_weights(profile.domains, wish.weights)
     linears = linears_of_config(profile.config, wish.include)
-    budget, counts = budget_of(request, profile.config, shape), wish.counts(shape)
+    predicting = predicting_bytes(profile.inventory, shape, wish.widths) if mtp is Mtp.KEEP else 0
+    budget = budget_of(request, profile.config, shape, predicting=predicting)
+    counts = wish.counts(shape)
     group_size = wish.group(shape, linears)
     criterion = wish.criterion or default_criterion(every)
     selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)

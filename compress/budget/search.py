@@ -26,6 +26,7 @@ class Budget(BaseModel):
         limit_bytes: the size given, or the target's memory.
         reserve_bytes: of it, what stays free for activations, the runtime, the screen.
         cache_bytes: of it, the KV cache of `context` tokens.
+        predicting_bytes: of it, a multi-token-prediction layer that stays, at most.
         context: tokens in the KV cache; None for no cache.
         target: id of a GPU in the table.
     """
@@ -35,13 +36,14 @@ class Budget(BaseModel):
     limit_bytes: int = Field(gt=0)
     reserve_bytes: int = Field(default=0, ge=0)
     cache_bytes: int = Field(default=0, ge=0)
+    predicting_bytes: int = Field(default=0, ge=0)
     context: int | None = None
     target: str | None = None
 
     @property
     def weight_bytes(self) -> int:
         """What is left for weights; may be negative."""
-        return self.limit_bytes - self.reserve_bytes - self.cache_bytes
+        return self.limit_bytes - self.reserve_bytes - self.cache_bytes - self.predicting_bytes
 
 
 class Alternative(BaseModel):

@@ -153,6 +153,24 @@ def expert_bytes(shape: Shape, scheme: Scheme, scale_bytes: int = 2) -> int:
     return inner + matrix_bytes(shape.hidden, shape.expert_width, scheme, scale_bytes)
 
 
+def predicting_bytes(inventory: Mapping[str, Any], shape: Shape, widths: Iterable[int | None]) -> int:
+    """What multi-token-prediction layers take at most, whichever of the widths is chosen; None is no quantization.
+
+    All their experts are counted, for those that go are not known yet.
+    """
+    row = inventory.get(Part.MTP.value)
+    if row is None:
+        return 0
+    size, parameters = int(row["bytes"]), int(row["parameters"])
+    each = 3 * shape.hidden * shape.expert_width * shape.experts
+    layers = parameters // each
+    scheme = Scheme(bits=bits, group_size=min(USUAL_GROUPS))
+    width = scale_bytes_of(inventory)
+    return min(
+        2 * size, layers * shape.experts * expert_bytes(shape, scheme, width) + width * (parameters - layers * each)
+    )
+
+
 def part_sizes(
     inventory: Mapping[str, Any],
     shape: Shape,

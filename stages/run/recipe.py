@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moepress.compress.budget.search import most_common
-from moepress.compress.budget.sizes import included_linears
+from moepress.compress.budget.sizes import included_linears, predicting_bytes
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.pruning.plan import count_from_keep
@@ -190,10 +190,12 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits.")
     if recipe.mixed_bits and "gptq" in recipe.to:
         raise UsageError("--mixed-bits and --to gptq exclude each other: the GPTQ layout has one width for all layers.")
-    wish, budget = wish_of(recipe), budget_of(request, checkpoint.config, shape)
+    wish, kept = wish_of(recipe), inventory(checkpoint)
+    predicting = predicting_bytes(kept, shape, wish.widths) if recipe.mtp is Mtp.KEEP else 0
+    budget = budget_of(request, checkpoint.config, shape, predicting=predicting)
     linears = included_linears(checkpoint, wish.include)
     layers = checkpoint.outline.moe_layers
-    found = require_possible(inventory(checkpoint), shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits)
+    found = require_possible(kept, shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits)
     scheme = Scheme(bits=most_common(found.widths) or 4, group_size=wish.group(shape, linears))
     bits = {layers[n]: width for n, width in found.widths.items() if width is not None}
     return Settled(count=found.count, scheme=scheme, layer_bits=bits if found.mixed else {})

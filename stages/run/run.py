@@ -183,7 +183,7 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
     if run.done("plan") is None:
         request = budget_request(recipe)
         if request is not None:
-            plan = plan_within(profile, request, wish_of(recipe))
+            plan = plan_within(profile, request, wish_of(recipe), mtp=recipe.mtp)
         else:
             plan = make_plan(
                 profile,
