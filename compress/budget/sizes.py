@@ -163,12 +163,15 @@ def predicting_bytes(inventory: Mapping[str, Any], shape: Shape, widths: Iterabl
         return 0
     size, parameters = int(row["bytes"]), int(row["parameters"])
     each = 3 * shape.hidden * shape.expert_width * shape.experts
-    layers = parameters // each
-    scheme = Scheme(bits=bits, group_size=min(USUAL_GROUPS))
-    width = scale_bytes_of(inventory)
-    return min(
-        2 * size, layers * shape.experts * expert_bytes(shape, scheme, width) + width * (parameters - layers * each)
-    )
+    layers, found, width = parameters // each, [0], scale_bytes_of(inventory)
+    for bits in widths:
+        if bits is None:
+            found.append(size)
+            continue
+        scheme = Scheme(bits=bits, group_size=min(USUAL_GROUPS))
+        experts = layers * shape.experts * expert_bytes(shape, scheme, width)
+        found.append(experts + width * (parameters - layers * each))
+    return max(found)
 
 
 def part_sizes(
