@@ -39,6 +39,7 @@ from moepress.calibration.profile import SHARDS, Profile, fingerprint, save_prof
 from moepress.errors import MoepressError
 from moepress.models.forward.inventory import inventory
 from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.writer import write_index, write_json
 from moepress.stages.places import model_folder
 
@@ -1080,7 +1081,7 @@ def made_profile(folder: Path, target: Path) -> None:
     statistics = {
         layer: {name: 1000 * (1 + draws.random(shape)) for name in ACCUMULATORS}
         | {name: np.full(shape[:2], 1e6) for name in TOTALS}
-        for layer in checkpoint.outline.moe_layers
+        for layer in (*checkpoint.outline.moe_layers, *mtp_layers(checkpoint))
     }
     profile = Profile(
         model=fingerprint(checkpoint),
@@ -1092,7 +1093,8 @@ def made_profile(folder: Path, target: Path) -> None:
         layers=checkpoint.outline.moe_layers,
         calibration={"tokens": 8_000_000, "notes": ["made by benchmarks/real_headers.py"]},
         inventory=inventory(checkpoint),
-        statistics=statistics,
+        statistics={layer: statistics[layer] for layer in checkpoint.outline.moe_layers},
+        mtp={layer: statistics[layer] for layer in mtp_layers(checkpoint)},
     )
     target.mkdir()
     save_profile(profile, target)
@@ -1124,6 +1126,10 @@ def attempts(folder: Path, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     planned = command("plan", profile, "--keep", "0.75", "-o", plan)
     yield "plan --keep 0.75", planned
+    named = re.search(r"(--group-size) (\d+) is the largest", planned["stderr"])
+    if planned["rc"] and named:  # as it says
+        planned = command("plan", profile, "--keep", "0.75", "-o", plan, *named.groups())
+        yield f"plan --keep 0.75 --group-size {named[2]}", planned
     if planned["rc"] == 0:
         yield "prune --dry-run", command("prune", folder, "--plan", plan, "-o", never, "--dry-run")
         yield "quantize --dry-run", command("quantize", folder, "--plan", plan, "-o", never, "--dry-run")

@@ -10,7 +10,7 @@ from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.converters.safetensors.artifact import Source
 from moepress.converters.safetensors.compressed_tensors_config import Groups
 from moepress.converters.safetensors.patterns import PREFIX
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.scheme import Scheme, proposed_group
 from moepress.errors import UsageError
 from moepress.models.families.family import Family, Part, part_of
 from moepress.models.storage.experts import is_fused
@@ -54,18 +54,8 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> 
         try:
             scheme.groups(count)
         except UsageError as error:
-            raise UsageError(f"{name}: {error} {_proposed(scheme, set(columns.values()))}") from error
-
-
-def _proposed(scheme: Scheme, columns: set[int]) -> str:
-    """The largest group size that divides all matrices, by name."""
-    sizes = [size for size in _GROUP_SIZES if size < scheme.group_size and all(count % size == 0 for count in columns)]
-    if not sizes:
-        return "No group size divides all of them; --group-size -1 takes one scale per output row."
-    return f"--group-size {sizes[0]} is the largest that divides all of them."
-
-
-_GROUP_SIZES = (128, 64, 32, 16, 8)
+            proposal = proposed_group(scheme.group_size, columns.values())
+            raise UsageError(f"{name}: {error} {proposal}") from error
 
 
 def settle_bits(

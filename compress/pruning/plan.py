@@ -161,8 +161,7 @@ def make_plan(
     shape, every = profile.shape, domain_weights(profile.domains, weights or {})
     require_legal(shape, count, degroup=groups is Groups.DEGROUP)
     if scheme is not None:
-        for columns in (shape.hidden, shape.expert_width, *(linear.columns for linear in linears)):
-            scheme.groups(columns)
+        scheme.require((shape.hidden, shape.expert_width, *(linear.columns for linear in linears)))
     chosen = criterion or default_criterion(every)
     selection = Selection(criterion=chosen, count=count, weights=every, groups=groups)
     kept = keep_sets(profile, selection)

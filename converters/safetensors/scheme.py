@@ -1,6 +1,6 @@
 """How a weight matrix is quantized: the few numbers that solver, packers and runtimes must agree on."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from moepress.errors import UsageError
@@ -17,6 +17,18 @@ def is_group_size(value: object) -> bool:
 def is_one_of(value: object, accepted: Collection[object]) -> bool:
     """Whether a value from a file is one of those, and of its type: 4.0 and True are no numbers of bits."""
     return any(type(value) is type(choice) and value == choice for choice in accepted)
+
+
+def proposed_group(group_size: int, columns: Iterable[int]) -> str:
+    """A sentence that names the largest smaller group size that divides all these widths."""
+    every = set(columns)
+    sizes = [size for size in _SIZES if size < group_size and all(count % size == 0 for count in every)]
+    if not sizes:
+        return "No group size divides all of them; --group-size -1 takes one scale per output row."
+    return f"--group-size {sizes[0]} is the largest that divides all."
+
+
+_SIZES = (128, 64, 32, 16, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +80,19 @@ class Scheme:
                 f"--group-size {self.group_size} does not divide the {in_features} input columns of a matrix."
             )
         return in_features // self.group_size
+
+    def require(self, columns: Iterable[int]) -> None:
+        """Refuse matrices of other widths, and name the largest group size that fits all of them.
+
+        Raises:
+            UsageError: the group size does not divide one of them.
+        """
+        every = set(columns)
+        for count in sorted(every):
+            try:
+                self.groups(count)
+            except UsageError as error:
+                raise UsageError(f"{error} {proposed_group(self.group_size, every)}") from error
 
     def columns_per_group(self, in_features: int) -> int:
         """Input columns that share a scale, for a matrix of that many columns."""
