@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.errors import MoepressError
 from moepress.models.families.attention import register
-from moepress.models.families.derive import Places
+from moepress.models.families.places import Places
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.families.table import FAMILIES
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint

@@ -6,19 +6,17 @@ of them, comes of building the model a second time with fewer. What a family der
 transformers before any work (`forward.proof`).
 """
 
-import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Config, Family, Part, numbered
+from moepress.models.families.places import Places, Shapes
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.families.structure import Structure, structure_of
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k", "top_k")
 _GROUPS = (("n_group", "topk_group"), ("num_expert_group", "num_limited_groups"))
@@ -210,7 +208,7 @@ class _Derivation:
             names |= {"fused_gate_up": fused[first], "fused_down": fused["down_proj"]}
             names["fused_gate"] = fused.get(f"gate of {first}", "")
             names["fused_biases"] = tuple(fused[bias] for bias in (f"{first}_bias", "down_proj_bias") if bias in fused)
-            names |= self._orientation(example[first], apart=bool(names["fused_gate"]))
+            names |= self._orientation(example[first], example["down_proj"], apart=bool(names["fused_gate"]))
         elif not single and down not in self.shapes:
             raise InvalidInputError(
                 "None of the folder's tensors is one of the routed experts that config.json states; restore the folder."
@@ -219,19 +217,21 @@ class _Derivation:
             names |= {"fused_gate_up": "", "fused_down": ""}
         return names
 
-    def _orientation(self, first: str, *, apart: bool) -> dict[str, bool]:
+    def _orientation(self, first: str, down: str, *, apart: bool) -> dict[str, bool]:
         """How the fused tensors on disk lie, by what transformers makes of them and how it uses that."""
         module = self.structure.experts_of(self.model)
-        turned, mixed = self.places.changes(first, self.shapes[first])
+        turned, mixed = self.places.changes(first)
         transposed = bool(getattr(module, "is_transposed", self.structure.transposed)) != turned
         interleaved = mixed or not getattr(module, "is_concatenated", True)
         both = self.structure.gated and not apart
-        shape, width = self.shapes[first], self._expert_width() * (2 if both else 1)
-        # Where the two widths differ, the shape itself says it: MXFP4 blocks lie as [E, 2F, D] whatever the class has.
-        if shape[1] != shape[2]:
-            transposed = shape[2] == width
-        elif first in self.places.blocks:
-            transposed = False
+        # Shapes say it, for D is not both F and 2F: MXFP4 blocks lie as [E, 2F, D] whatever the class has.
+        for shape, out in (
+            (self.shapes[first], self._expert_width() * (2 if both else 1)),
+            (self.shapes[down], int(self.parsed.hidden_size)),
+        ):
+            if shape[1] != shape[2] and out in shape[1:]:
+                transposed = shape[2] == out
+                break
         return {"fused_transposed": transposed, "fused_interleaved": interleaved}
 
     def _routers(self) -> list[tuple[str, int]]:
@@ -351,64 +351,6 @@ class _Derivation:
         return Part.NORMS if module_name.startswith(body) else Part.TOWERS
 
 
-class Places:
-    """Where transformers' loader puts every name on disk.
-
-    Attributes:
-        first: a name on disk of each kind (numbers apart) -> (tensor in transformers' model, pattern of its converter).
-        converted: kinds of names that pass through a converter without being an expert's.
-        blocks: names of tensors that were MXFP4 blocks on disk.
-    """
-
-    def __init__(self, model: Any, shapes: Shapes, blocks: Iterable[str] = ()) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        transforms = get_model_conversion_mapping(model)
-        self.model, self.blocks = model, frozenset(blocks)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self.state = model.state_dict()
-        self.by_pattern = {p: c for c in self.converters for p in c.source_patterns}
-        self.first: dict[str, tuple[str, str | None]] = {}
-        self.kinds: dict[str, list[str]] = {}
-        for name in shapes:
-            self.kinds.setdefault(numbered(name)[0], []).append(name)
-        for names in self.kinds.values():
-            self._place_kind(names)
-        self.converted = {
-            numbered(name)[0]
-            for name, (module, pattern) in self.first.items()
-            if pattern is not None and ".experts." not in module
-        }
-
-    def place(self, name: str) -> tuple[str, str | None]:
-        """The tensor that a name on disk goes into, and the pattern of the converter that it passes through."""
-        from transformers.core_model_loading import rename_source_key
-
-        base = self.model.base_model_prefix
-        found, pattern = rename_source_key(name, self.renamings, self.converters, base, self.state)
-        if found not in self.state and name in self.state:
-            found, pattern = rename_source_key(name, [], [], base_model_prefix=base, meta_state_dict=self.state)
-        return found, pattern
-
-    def _place_kind(self, names: list[str]) -> None:
-        """One name stands for its kind; one that has a place is preferred, for a kind may go on behind the layers."""
-        for name in (names[0], names[-1]):
-            found = self.place(name)
-            if found[0] in self.state:
-                self.first[name] = found
-                return
-        self.first[names[0]] = self.place(names[0])
-
-    def changes(self, name: str, shape: tuple[int, ...]) -> tuple[bool, bool]:
-        """Whether the converter of a fused tensor turns its last axes, and whether it sorts interleaved rows."""
-        _found, pattern = self.first[name]
-        operations = [] if pattern is None else [type(op).__name__ for op in self.by_pattern[pattern].operations]
-        del shape
-        return "Transpose" in operations, "Interleave" in operations
-
-
 def _text_key(whole: Any, text: Any) -> str | None:
     """Where the text model's config lies in the whole config."""
     if text is whole:
@@ -489,25 +431,3 @@ def _float32(model: Any, places: Places) -> tuple[str, ...]:
     wanted = re.compile(rf"(^|\.)({'|'.join(map(re.escape, sorted(stated)))})(\.|$)")
     kinds = [numbered(name)[0] for name, (module_name, _) in places.first.items() if wanted.search(module_name)]
     return tuple(sorted({kind.rpartition("#.")[2] for kind in kinds}))
-
-
-def tensors_of(places: Places, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of transformers' model that its converters make of tensors on disk.
-
-    Args:
-        places: of the model.
-        given: names on disk -> tensors; all that a converter wants.
-    """
-    grouped: dict[str, list[str]] = {}
-    for name in given:
-        grouped.setdefault(places.place(name)[0], []).append(name)
-    made: dict[str, Tensor] = {}
-    for target, names in grouped.items():
-        pattern = places.place(names[0])[1]
-        assert pattern is not None
-        converter = copy.deepcopy(places.by_pattern[pattern])
-        for name in sorted(names):
-            converter.add_tensor(target, name, places.place(name)[1], given[name])
-        found = converter.convert(target, model=places.model, config=places.model.config)
-        made |= {key: value[0] if isinstance(value, list) else value for key, value in found.items()}
-    return made

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import MoepressError
-from moepress.models.families.derive import Places, tensors_of
 from moepress.models.families.family import numbered
+from moepress.models.families.places import Places, tensors_of
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from moepress.errors import InvalidInputError
-from moepress.models.families.derive import Places, tensors_of
 from moepress.models.families.family import Family, Part, numbered
+from moepress.models.families.places import Places, tensors_of
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.gating import Gating, gating_of

@@ -69,6 +69,7 @@ RULES: tuple[Rule, ...] = (
     _rule("mtp", experts.mtp, _SERVERS),
     _rule("correction-bias-fp32", experts.float32_bias, "GPTQModel 7.7's bf16 copy (tried)"),
     _rule("gptq-in-transformers", quantized.gptq_in_transformers, _TRANSFORMERS),
+    _rule("experts-in-transformers", quantized.single_in_transformers, _TRANSFORMERS),
     _rule("gptqmodel-names", quantized.gptqmodel_names, "GPTQModel 7.7 (tried)"),
     _rule("bits", quantized.kernel_bits, _SERVERS),
     _rule("group-size", quantized.group_size, _VLLM),

@@ -55,6 +55,16 @@ def gptq_in_transformers(facts: Facts) -> Iterator[Problem]:
         )
 
 
+def single_in_transformers(facts: Facts) -> Iterator[Problem]:
+    """Of some models transformers makes the experts of a layer of one tensor alone, which has no quantized form."""
+    if facts.kind is Kind.COMPRESSED and not facts.family.loads_single:
+        yield Problem(
+            what="the experts are stored one by one, and transformers has no loader of such for this model",
+            happens={Runtime.TRANSFORMERS: (_WRONG, "starts the experts at random, with a warning")},
+            mend="prune without quantizing where transformers is to run it",
+        )
+
+
 def gptqmodel_names(facts: Facts) -> Iterator[Problem]:
     """GPTQModel looks for experts under the names of transformers' modules."""
     own = facts.family.down
