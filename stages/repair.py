@@ -19,7 +19,7 @@ from moepress.compress.pruning.repair import Repair
 from moepress.compress.pruning.repair_walk import collect_repairs, drop_walk
 from moepress.compress.pruning.repaired import Repairs, parse_repairs
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries, prune
-from moepress.errors import InvalidInputError, UsageError
+from moepress.errors import InvalidInputError, UnsupportedError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint
@@ -43,6 +43,11 @@ def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair])
     """
     if experts >= checkpoint.shape.experts:
         raise UsageError("--repair mends what pruning changes, and here every expert stays; leave --repair out.")
+    if Repair.GAIN in parts and checkpoint.packed:
+        raise UnsupportedError(
+            f"--repair gain: the experts are stored as {checkpoint.pressed_as or 'fp8 of another kind'}, whose scales "
+            "can not take a factor without rounding again; prune without it."
+        )
     if Repair.BIAS in parts and not (checkpoint.family.rule and checkpoint.family.rule.bias):
         raise UsageError(
             f"--repair bias: the routers of {checkpoint.family.name} models have no correction bias; use --repair gain."

@@ -29,6 +29,7 @@ from moepress.models.families.attention import register
 from moepress.models.families.places import Places
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.families.table import FAMILIES
+from moepress.models.forward.proof import proven_family
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import cuts_of, prune_source, router_disk_names
 from moepress.models.storage.safetensors_file import read_bytes
@@ -145,9 +146,16 @@ def quantized_loads(subject: Subject) -> None:
     assert_same(ours, logits(model, subject.tokens), 1e-4)
 
 
+def router(subject: Subject) -> None:
+    """The family proves itself, and how its router chooses and weighs is one of the rules that moepress knows."""
+    family = proven_family(subject.checkpoint.family, subject.checkpoint.config)
+    assert family.rule is not None, "how its router chooses, or weighs, is none of the rules that moepress knows"
+
+
 CRITERIA: Mapping[str, Callable[[Subject], None]] = {
     "names": names,
     "streamed": streamed,
+    "router": router,
     "keeps bytes": keeps_bytes,
     "pruned": pruned_is_masked,
     "quantized": quantized_loads,

@@ -19,6 +19,7 @@ from torch import Tensor
 from moepress.calibration.corpus import Corpus
 from moepress.compress.pruning.repair import Repair, balanced_bias, loads, no_equations, solve_gains
 from moepress.compress.pruning.repaired import LayerRepair
+from moepress.errors import UnsupportedError
 from moepress.models.families.router import router_of
 from moepress.models.families.routing import route, scores
 from moepress.models.forward.costs import expert_flops
@@ -162,6 +163,12 @@ def _open(
 
 
 def _repair_layer(walk: Walk, layer: int, run: Run) -> None:
+    model = walk.original.model
+    if Repair.GAIN in walk.parts and layer in model.moe_layers and model.gating(layer).after is not None:
+        raise UnsupportedError(
+            f"--repair gain: {model.family.name} models have a norm behind each expert, which undoes gains; use "
+            "--repair bias, or none."
+        )
     streams = (walk.original, walk.pruned)
     routed = False
     for stream in streams:

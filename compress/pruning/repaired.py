@@ -5,7 +5,7 @@ pruned source with it applied; `Edits` name the same changes for a folder that i
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from moepress.compress.pruning.repair import Repair
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import Source, SourceView
-from moepress.models.storage.experts import experts_by_layer, is_fused, router_disk_names
+from moepress.models.storage.experts import bias_names, experts_by_layer, is_fused, router_disk_names
 
 
 class LayerRepair(BaseModel):
@@ -99,15 +99,28 @@ def edits_of(pruned: Source, repairs: Repairs) -> Edits:
         routers, experts = router_disk_names(pruned, layer), counts.get(layer, 0)
         if any(values is not None and len(values) != experts for values in (repair.gains, repair.bias)):
             raise InvalidInputError(f"The repair of layer {layer} is not for {experts} experts; repair again.")
-        if repair.gains is not None and is_fused(pruned, layer):
-            factors[pruned.family.at(pruned.family.fused_down, layer)] = tuple(repair.gains)
-        elif repair.gains is not None:
-            for expert, gain in enumerate(repair.gains):
-                factors[pruned.family.expert_names(layer, expert)[-1]] = (gain,)
+        if repair.gains is not None:
+            factors |= _gains(pruned, layer, repair.gains)
         if repair.bias is not None:
-            bias = next(name for name in routers if name.endswith("bias"))
-            tensors[bias] = torch.tensor(repair.bias, dtype=torch.float32)
+            own = pruned.family.correction and pruned.family.at(pruned.family.correction, layer)
+            bias = own or next(name for name in routers if name.endswith("bias"))
+            tensors[bias] = torch.tensor(repair.bias, dtype=torch.float32).reshape(pruned.shapes[bias])
     return Edits(factors=factors, tensors=tensors)
+
+
+def _gains(pruned: Source, layer: int, gains: Sequence[float]) -> dict[str, tuple[float, ...]]:
+    """What experts' outputs are multiplied by, as factors on their down projections and the biases of those."""
+    family = pruned.family
+    if is_fused(pruned, layer):
+        names = [family.fused_names(layer)[1], *(family.at(bias, layer) for bias in family.fused_biases[1:])]
+        return {name: tuple(gains) for name in names}
+    found: dict[str, tuple[float, ...]] = {}
+    for expert, gain in enumerate(gains):
+        found[family.expert_names(layer, expert)[-1]] = (gain,)
+        bias = bias_names(family, layer, expert)["down_bias"]
+        if bias in pruned.shapes:
+            found[bias] = (gain,)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +140,7 @@ class RepairedSource(SourceView):
         tensor, factors = self.base.read(name), self.edits.factors.get(name)
         if factors is None:
             return tensor
-        if tensor.ndim == 2:
+        if len(factors) == 1:
             return scaled(tensor, factors[0])
         return torch.stack([scaled(row, factor) for row, factor in zip(tensor, factors, strict=True)])
 
@@ -138,7 +151,7 @@ class RepairedSource(SourceView):
         tensor, factors = self.base.read_row(name, row), self.edits.factors.get(name)
         if factors is None:
             return tensor
-        return scaled(tensor, factors[row if tensor.ndim == 2 else 0])
+        return scaled(tensor, factors[row] if len(factors) > 1 else factors[0])
 
 
 def repaired_source(pruned: Source, repairs: Repairs) -> RepairedSource:
