@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from r1_models import make_r1
 
 from moepress.models.families.skeleton import build_skeleton
@@ -109,7 +108,7 @@ def bf16_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]
     """Names and shapes of transformers' own model, the experts one by one as they are published."""
     family, rows = family_of(config), list[tuple[str, str, tuple[int, ...]]]()
     for name, tensor in build_skeleton(config).state_dict().items():
-        assert tensor.device == torch.device("meta")
+        assert tensor.is_meta or tensor.numel() < 1 << 15
         for old, new in family.renames:
             name = name.replace(new, old)
         if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):

@@ -85,7 +85,7 @@ def unquantized_modules(
     wanted, family = set(include), source.family
     fused = {name for layer in predicting for name in family.fused_names(layer)}
     quantized = quantized_linears(source, layers, wanted)
-    ignored = set()
+    kept = []
     for name, shape in source.shapes.items():
         part = part_of(source.family, name, layers)
         plain = len(shape) == 2 and part not in {Part.EMBEDDINGS, Part.MTP, Part.ROUTED}
@@ -93,9 +93,8 @@ def unquantized_modules(
             plain = name not in fused and family.expert_of(name) is None and "embed_tokens" not in name
         head = part is Part.LM_HEAD and Include.LM_HEAD in wanted
         if plain and name.endswith(".weight") and name not in quantized and not head:
-            # Some runtimes compare with names on disk, transformers with those of its modules.
-            ignored |= {n.removesuffix(".weight") for n in (name, source.family.module_name(name))}
-    ignored |= {name for name in source.family.linears_outside if not name.endswith("lm_head")}
+            kept.append(name)
     if source.family.head not in source.shapes:
-        ignored.add(source.family.module_name(source.family.head).removesuffix(".weight"))
+        kept.append(source.family.head)
+    ignored = source.family.excluded(kept)
     return sorted(ignored, key=source.family.by_layer)

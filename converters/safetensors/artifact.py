@@ -143,7 +143,7 @@ def open_artifact(folder: Path) -> Artifact:
     config = load_config(folder)
     quantization, method = _stated(config)
     if method not in _SUFFIXES:
-        refuse_foreign(folder, config, open_shards(folder)[0])  # names what it is, where that shows
+        refuse_foreign(folder, config, open_shards(folder)[0], also_read=True)  # names what it is, where that shows
         raise UnsupportedError(
             f"{folder} is not in a quantized layout that moepress reads (compressed-tensors or gptq, not {method!r}); "
             "make one with `moepress quantize`."

@@ -129,8 +129,10 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
         )
         write_json(run.folder / "quantize_config.json", config["quantization_config"])
     else:
-        tied = [] if artifact.family.head in artifact.shapes else ["lm_head"]
-        config["quantization_config"] = compressed_tensors_config.quantization_config(artifact.scheme, plain + tied)
+        tied = [] if artifact.family.head in artifact.shapes else [artifact.family.head]
+        names = artifact.family.excluded([*(f"{name}.weight" for name in plain), *tied])
+        ignored = sorted(names, key=artifact.family.by_layer)
+        config["quantization_config"] = compressed_tensors_config.quantization_config(artifact.scheme, ignored)
     write_json(run.folder / "config.json", config)
     copy_companions(artifact.folder, run.folder)
     if target != "gptq":

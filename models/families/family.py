@@ -202,6 +202,15 @@ class Family:
             disk_name = disk_name.replace(old, new)
         return disk_name
 
+    def excluded(self, weights: Iterable[str]) -> set[str]:
+        """Modules whose weights stay plain, for the lists of quantization configs.
+
+        By their names on disk, with which some runtimes compare, and by transformers'; of towers all that are Linears.
+        """
+        names = {name for weight in weights for name in (weight, self.module_name(weight))}
+        outside = {name for name in self.linears_outside if not name.endswith("lm_head")}
+        return {name.removesuffix(".weight") for name in names} | outside
+
     def part_of(self, disk_name: str) -> Part | None:
         """What `derive` found a tensor to be; None for names that it has not seen, and in rows."""
         found = self._modules.get(numbered(disk_name)[0]) if self.templates else None

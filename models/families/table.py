@@ -120,6 +120,12 @@ KIMI_K2 = replace(DEEPSEEK_V3, name="kimi_k2")
 FAMILIES = {row.name: row for row in (DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V2, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE)}
 
 
+def is_row(config: Config) -> bool:
+    """Whether a config's family is written down here, and known without asking transformers."""
+    name = config.get("model_type")
+    return isinstance(name, str) and name in FAMILIES
+
+
 def family_of(config: Config, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Family:
     """The row for a model's config, or what is derived for it.
 

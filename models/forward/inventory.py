@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moepress.hub.snapshot import origin_of
 from moepress.models.families.family import Part, legal_counts, part_of
 from moepress.models.families.hf_config import hf_config
-from moepress.models.families.table import FAMILIES, family_of
+from moepress.models.families.table import family_of, is_row
 from moepress.models.storage.experts import mtp_layers
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
     Raises:
         InvalidInputError: transformers refuses the config.
     """
-    if config.get("model_type") not in FAMILIES:
+    if not is_row(config):
         return attention_of(hf_config(config).get_text_config())
     latent = any("kv_b_proj" in group for group in family_of(config).attention_groups)
     needed = _LATENT if latent else _GROUPED
@@ -113,7 +113,7 @@ def _number(parsed: Any, key: str) -> int:
 
 def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """Size of the KV cache of one sequence of that many tokens, in 16 bit; sliding windows are not taken off."""
-    if config.get("model_type") in FAMILIES:
+    if is_row(config):
         layers = int(config["num_hidden_layers"])
     else:
         layers = int(hf_config(config).get_text_config().num_hidden_layers)

@@ -120,21 +120,24 @@ class StreamedModel:
         self._load_outer()
         large = 4 * math.prod(self.source.shapes[name]) > _TABLE_BYTES
         whole = None if large and not self._looks_back else self._read(name)
-        for tokens in batches:
-            ids = torch.arange(len(whole)) if whole is not None else tokens.unique()
-            rows = whole
-            if rows is None:
-                rows = torch.stack([self.source.read_row(name, row) for row in ids.tolist()]).to(
-                    self.device, self.dtype
-                )
-            embedding.load_state_dict({"weight": rows}, strict=False, assign=True)
-            embedding.__dict__["rows_read"] = ids.to(self.device)
-            yield self._replay.embed(tokens.to(self.device)).to(self.dtype)
-        if not self._looks_back:
-            embedding.__dict__.pop("rows_read", None)
-            embedding.load_state_dict(
-                {"weight": embedding.state_dict()["weight"].to("meta")}, strict=False, assign=True
-            )
+        try:
+            for tokens in batches:
+                ids = torch.arange(len(whole)) if whole is not None else tokens.unique()
+                rows = self._rows(ids) if whole is None else whole
+                # Fewer rows than the module had, perhaps.
+                embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+                embedding.__dict__["rows_read"] = ids.to(self.device)
+                yield self._replay.embed(tokens.to(self.device)).to(self.dtype)
+        finally:  # also where only the first batch was wanted
+            if not self._looks_back:
+                embedding.__dict__.pop("rows_read", None)
+                table = torch.empty(self.source.shapes[name], device="meta")
+                embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Some rows of the embedding table, [U, D]."""
+        name = self.family.embeddings
+        return torch.stack([self.source.read_row(name, row) for row in ids.tolist()]).to(self.device, self.dtype)
 
     @cached_property
     def _looks_back(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family, Part, Shape, illegal_count, part_of, shape_of, strange_prefix
 from moepress.models.families.routing_keys import is_moe_layer, layer_keys
-from moepress.models.families.table import FAMILIES, family_of
+from moepress.models.families.table import family_of, is_row
 from moepress.models.storage.folder import load_config, open_shards, read_json, unread_weights
 from moepress.models.storage.foreign import (
     FP8,
@@ -220,7 +220,7 @@ def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoin
         UnsupportedError: the family or the way of quantization is not handled.
     """
     config = load_config(folder)
-    if config.get("model_type") in FAMILIES or "model_type" not in config:
+    if is_row(config) or not isinstance(config.get("model_type"), str):
         shape_of(family_of(config), config)  # refuses what no header need be read for
     every, shards = open_shards(folder)
     refuse_foreign(folder, config, every)
@@ -263,9 +263,15 @@ def _packed(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored
     found = stored_method(stored)
     if found is None or (found[0] == ONE_SCALE and stated_block(config) is not None):
         return {}
+    stated = config.get("quantization_config")
+    if stated is not None and not (isinstance(stated, dict) and isinstance(stated.get("quant_method"), str)):
+        raise InvalidInputError(
+            f"{folder / 'config.json'}: quantization_config names no quant_method, and {found[1].name} is quantized; "
+            "take config.json from the original folder."
+        )
     sidecar = next((folder / name for name in SIDECARS if (folder / name).is_file()), None)
-    stated = config if stated_method(config) is not None or sidecar is None else read_json(sidecar)
-    return find_packed(stated, stored)
+    told = config if stated_method(config) is not None or sidecar is None else read_json(sidecar)
+    return find_packed(told, stored)
 
 
 def _dense_shapes(stored: Mapping[str, Stored], packed: Mapping[str, Packed]) -> dict[str, tuple[int, ...]]:

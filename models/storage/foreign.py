@@ -76,8 +76,10 @@ def stored_method(stored: Mapping[str, Stored]) -> tuple[str, Stored] | None:
     return None
 
 
-def refuse_foreign(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-    """Refuse what is stored in a form that is not read; what `packed` reads passes.
+def refuse_foreign(
+    folder: Path, config: Mapping[str, Any], stored: Mapping[str, Stored], *, also_read: bool = False
+) -> None:
+    """Refuse what is stored in a form that is not read; what `packed` reads passes, but with `also_read`.
 
     Raises:
         UnsupportedError: naming the form, what shows it, and what to do.
@@ -90,7 +92,7 @@ def refuse_foreign(folder: Path, config: Mapping[str, Any], stored: Mapping[str,
             return  # plain, or a tensor that is no weight, of which `checkpoint` speaks
         found = str(stated), strange[0]
     label, entry = found
-    if label.startswith(READ):
+    if label.startswith(READ) and not also_read:
         return
     if label == ONE_SCALE and stated_block(config) is not None:
         return  # a block's scales that do not fit, of which `checkpoint` speaks

@@ -317,7 +317,7 @@ def _sized(packed: Packed, stated: _Stated, sizes: dict[tuple[object, ...], tupl
 
 def true_shape(shape: Stored) -> tuple[int, int]:
     """Rows and columns that a `weight_shape`, I64 [2], holds."""
-    numbers = read_array(shape).reshape(-1).tolist() if shape.dtype in ("I64", "I32") else []
+    numbers = read_array(shape).tolist() if shape.dtype in ("I64", "I32") and len(shape.shape) == 1 else []
     if len(numbers) != 2 or min(numbers) < 1:
         raise InvalidInputError(f"{shape.file}: {shape.name} holds no rows and columns ({numbers}); {_AGAIN}.")
     return int(numbers[0]), int(numbers[1])

@@ -382,10 +382,10 @@ def test_windows_that_do_not_fit_into_memory_are_run_in_halves(
 
     inner = StreamedModel.run_layer
 
-    def tight(model: Any, layer: int, hidden: Any) -> Any:
+    def tight(model: Any, layer: int, hidden: Any, *more: Any, **options: Any) -> Any:
         if len(hidden) > 8:
             raise MemoryError
-        return inner(model, layer, hidden)
+        return inner(model, layer, hidden, *more, **options)
 
     monkeypatch.setattr(StreamedModel, "run_layer", tight)
     errors = done(command(*commands(made)["profile"], "-o", tmp_path / "out"))

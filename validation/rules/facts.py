@@ -18,7 +18,7 @@ from moepress.converters.safetensors.patterns import PREFIX, matches
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts, with_text
-from moepress.models.families.table import FAMILIES, family_of
+from moepress.models.families.table import family_of, is_row
 from moepress.models.storage.folder import INDEX, OWN_NAMES, load_config, no_weights, read_json
 from moepress.models.storage.foreign import stored_method
 from moepress.models.storage.safetensors_file import Stored, read_header
@@ -177,7 +177,7 @@ def read_facts(folder: Path, *, tensor_parallel: int = 1, expert_parallel: int =
         shape = shape_of(family, config)
         graph = read_graph(folder)
         return Facts(place=str(folder), kind=Kind.ONNX, config=config, family=family, shape=shape, graph=graph)
-    if config.get("model_type") in FAMILIES or "model_type" not in config:
+    if is_row(config) or not isinstance(config.get("model_type"), str):
         shape_of(family_of(config), config)  # refuses what no header need be read for
     stored, index = _read_shards(folder)
     family = family_of(config, _dense_names(stored))

@@ -22,7 +22,7 @@ from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.export import check_target
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError, UsageError
-from moepress.models.families.family import layer_of
+from moepress.models.families.table import DEEPSEEK_V3
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
@@ -48,7 +48,7 @@ def test_every_layer_has_its_bits(mixed: tuple[Path, dict[str, Any]]) -> None:
     for name in artifact.shapes:
         if artifact.is_quantized(name):
             codes, _ = artifact.codes(name)
-            widths.setdefault(layer_of(name), set()).add(artifact.scheme_of(name).bits)
+            widths.setdefault(DEEPSEEK_V3.layer_of(name), set()).add(artifact.scheme_of(name).bits)
             assert int(codes.max()) < 1 << (artifact.scheme_of(name).bits - 1)
     assert widths == {0: {8}, 1: {2}, 2: {4}, None: {4}}
     said = json.loads((folder / "moepress.json").read_text())
@@ -105,7 +105,7 @@ def test_a_layer_is_quantized_as_in_a_model_of_its_bits(
     scheme = Scheme(bits=8, group_size=16)
     quantized_folder(tiny_model("deepseek_v3"), WINDOWS, tmp_path / "8", include=EVERYTHING, scheme=scheme)
     ours, theirs = tiny_models.load_tensors(mixed[0]), tiny_models.load_tensors(tmp_path / "8")
-    names = [name for name in theirs if layer_of(name) == 0]
+    names = [name for name in theirs if DEEPSEEK_V3.layer_of(name) == 0]
     assert len(names) > 10
     assert all(torch.equal(ours[name], theirs[name]) for name in names)
 
@@ -136,7 +136,7 @@ def test_pieces_are_cut_by_the_bits_of_their_layer(
     monkeypatch.setattr(pieces, "PIECE_BYTES", 8 * 4608)  # eight experts of 3 * 64 * 64 weights at 2 + 1 bits
     quantized_folder(tiny_model("deepseek_v3"), WINDOWS, tmp_path / "q", layer_bits={1: 2, 2: 8})
     index = json.loads((tmp_path / "q" / tiny_models.INDEX).read_text())["weight_map"]
-    files = {layer: {f for n, f in index.items() if layer_of(n) == layer} for layer in (1, 2)}
+    files = {layer: {f for n, f in index.items() if DEEPSEEK_V3.layer_of(n) == layer} for layer in (1, 2)}
     assert [len(found) for found in files.values()] == [2, 8]
 
 

@@ -33,7 +33,7 @@ from moepress.compress.gptq.pieces import layer_report
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
-from moepress.models.families.family import Part, layer_of, part_of
+from moepress.models.families.family import Part, part_of
 from moepress.models.forward import walk
 from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Scratch, Stream, add_experts, first_step, open_stream, read_ahead
@@ -149,7 +149,9 @@ def test_calibration_flows_through_the_pruned_and_quantized_layers(
         hidden = walked(before, 2, tmp_path).hidden
         stream = walked(source, 0, tmp_path)
         stream.hidden.copy_(hidden)
-        linears = {n: artifact.read(n) for n in artifact.shapes if layer_of(n) == 2 and artifact.is_quantized(n)}
+        linears = {
+            n: artifact.read(n) for n in artifact.shapes if source.family.layer_of(n) == 2 and artifact.is_quantized(n)
+        }
         stream.model.load_layer(2, linears)
         first_step(stream, 2)
         positions = tokens_of(stream.chosen, stream.model.shape.experts)

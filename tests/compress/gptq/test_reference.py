@@ -51,11 +51,11 @@ def test_the_second_stream_is_the_original_model_s(
     seen: list[Tensor] = []
     save = pipeline._save
 
-    def watch(job: pipeline.Job, layer: int) -> None:
+    def watch(job: pipeline.Job, layer: int, **options: bool) -> None:
         assert job.originals is not None
         seen.append(job.originals.hidden.clone())
         assert not torch.equal(seen[-1], job.stream.hidden) or layer == 0
-        save(job, layer)
+        save(job, layer, **options)
 
     monkeypatch.setattr(pipeline, "_save", watch)
     keep = keep_of(open_checkpoint(folder), 8)

@@ -1,5 +1,6 @@
 """Quantized folders read as dense ones: our dequantized weights and forward pass are those of transformers."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -151,9 +152,13 @@ def test_a_folder_that_is_not_quantized_is_no_artifact(
         open_artifact(folder)
 
 
-def test_a_quantized_folder_is_no_checkpoint_to_start_from(quantized: Callable[..., Path]) -> None:
-    with pytest.raises(UnsupportedError, match="already quantized"):
-        open_checkpoint(quantized("deepseek_v3"))
+def test_a_quantized_folder_is_a_checkpoint_to_start_from(quantized: Callable[..., Path]) -> None:
+    """Its weights are what the codes stand for, and pruning moves the codes."""
+    folder = quantized("deepseek_v3")
+    source, artifact = open_checkpoint(folder), dataclasses.replace(open_artifact(folder), exact=True)
+    assert source.pressed_as == "int4"
+    name = source.family.expert_names(1, 3)[0]
+    assert torch.equal(source.read(name), artifact.read(name).float())
 
 
 @pytest.fixture

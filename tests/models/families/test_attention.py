@@ -90,7 +90,13 @@ def test_plain_causal_models_get_no_mask(tiny_model: Callable[..., Path], key: s
     """Flash attention on CUDA takes no mask; transformers makes one only where a window cuts some tokens off."""
     model = StreamedModel(open_checkpoint(tiny_model(key)), device=CPU, dtype=torch.float32)
     assert model.config._attn_implementation == NAME
-    masks = [arguments["attention_mask"] for arguments in model._layer_arguments(2, 24)]
+    masks: list[Tensor | None] = []
+    for layer in range(model.shape.layers):
+        keep = lambda _module, _arguments, keywords: masks.append(keywords["attention_mask"])  # noqa: E731
+        with_mask = model.layer(layer).register_forward_pre_hook(keep, with_kwargs=True)
+        model.load_layer(layer)
+        model.run_layer(layer, torch.zeros(2, 24, model.shape.hidden))
+        with_mask.remove()
     assert [mask is not None for mask in masks] == [key == "mixtral_window"] * model.shape.layers
 
 

@@ -9,9 +9,11 @@ import pytest
 import tiny_models
 import torch
 from stage_runs import keep_of
+from torch import nn
 
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward import streamed
+from moepress.models.forward.gating import gating_of
 from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import (
     Limits,
@@ -37,9 +39,10 @@ def test_every_chosen_expert_gets_its_tokens_and_slots_in_order() -> None:
 def test_an_expert_is_a_gated_mlp() -> None:
     torch.manual_seed(0)
     expert = Expert(gate=torch.randn(6, 4), up=torch.randn(6, 4), down=torch.randn(4, 6))
-    inputs = torch.randn(3, 4)
+    inputs, experts = torch.randn(3, 4), nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.empty(2, 12, 4))
     expected = (torch.relu(inputs @ expert.gate.T) * (inputs @ expert.up.T)) @ expert.down.T
-    torch.testing.assert_close(apply_expert(expert, inputs, torch.relu), expected)
+    torch.testing.assert_close(apply_expert(expert, inputs, gating_of(experts, torch.relu)), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from stage_runs import keep_of
 
-from moepress.models.families.family import layer_of
+from moepress.models.families.table import DEEPSEEK_V3
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import prune_source
 
@@ -36,4 +36,4 @@ def test_names_by_layer_hold_every_name_once_in_order(tiny_copy: Callable[..., P
     assert found.keys() == {None, 0, 1, 2, 3}
     assert sorted(found[None]) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     for layer, names in found.items():
-        assert names == [name for name in source.shapes if layer_of(name) == layer]
+        assert names == [name for name in source.shapes if DEEPSEEK_V3.layer_of(name) == layer]
