@@ -295,7 +295,8 @@ def _experts(source: Source, model: Any, layer: int, block: Any) -> Iterator[str
     rest = {name for name in names if not name.startswith(f"{inner}.")} - routers
     for shared in _SHARED:
         mine = frozenset(name.removeprefix(f"{shared}.") for name in rest if name.startswith(f"{shared}."))
-        rest -= {f"{shared}.{name}" for name in mine} | ({f"{shared}_gate.weight"} if mine else set())
+        there = hasattr(block, shared)  # it may have no width, and then its gate counts for nothing
+        rest -= {f"{shared}.{name}" for name in mine} | ({f"{shared}_gate.weight"} if there else set())
         if mine and not _MLP.fits(mine):
             yield f"the shared expert of layer {layer} {_NOT}: the graph's have gate, up and down projections"
         elif mine and not is_silu(getattr(getattr(block, shared), "act_fn", None)):
