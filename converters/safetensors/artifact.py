@@ -160,11 +160,11 @@ def open_artifact(folder: Path) -> Artifact:
             "config.json, or take the folder that it was made for."
         )
     unread, suffixes = unread_weights(folder, shards, every), _SUFFIXES[method]
+    for name, entry in every.items():
+        _check_part(name, entry, method)
     family = family_of(config, _dense_shapes(every, suffixes, schemes[0][1], method))
     settled = settle(family, config, every)
     stored = settled.stored
-    for name, entry in stored.items():
-        _check_part(name, entry, method)
     shapes = _dense_shapes(stored, suffixes, schemes[0][1], method)
     return Artifact(
         folder=folder,

@@ -89,5 +89,7 @@ def structure_of(model: Any) -> Structure | None:
 def is_experts(module: nn.Module) -> bool:
     """Whether a module keeps the matrices of many experts in tensors of three dimensions."""
     held = module._parameters
-    down = held.get("down_proj")
-    return down is not None and down.ndim == 3 and (held.get("gate_up_proj") is not None or "up_proj" in held)
+    down, first = held.get("down_proj"), held.get("gate_up_proj", held.get("up_proj"))
+    if down is None or first is None or down.ndim != 3:
+        return False
+    return int(down.shape[0]) == int(first.shape[0])  # more of the first are experts that compute nothing
