@@ -96,7 +96,8 @@ def test_what_has_four_bits_already_is_only_pruned(name: str, tmp_path: Path) ->
     model, found = loaded(out / "model")
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
-    assert_same(streamed_logits(after, TOKENS, tmp_path), logits(model, TOKENS), 1e-3)
+    # transformers multiplies codes and scales out in the scales' bf16, and we do in fp32.
+    assert_same(streamed_logits(after, TOKENS, tmp_path), logits(model, TOKENS), 1e-3 if "mxfp4" in name else 1e-2)
     code, _, told = command("run", folder, "-o", tmp_path / "again", "--keep", "0.75", "--to", "gptq", *SMALL)
     assert code == 2
     assert "--bits 4" in told
