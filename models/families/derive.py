@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Config, Family, Part, numbered
 from moepress.models.families.places import Places, Shapes
+from moepress.models.families.routing_keys import COUNT_NAMES
 from moepress.models.families.skeleton import build_skeleton
 from moepress.models.families.structure import Structure, structure_of
 
@@ -81,7 +82,7 @@ class _Derivation:
         return Family(
             name=str(self.config["model_type"]),
             architecture=type(self.model).__name__,
-            experts_keys=(self.count_key,),
+            experts_keys=(self.count_key, *self._count_names()),
             rule=None,
             expert_width_key=None,
             expert_width=self._expert_width(),
@@ -156,6 +157,11 @@ class _Derivation:
             f"No key of config.json states the {stated} experts that transformers builds for "
             f"{self.config.get('model_type')}; write the number of experts into it as the original folder does."
         )
+
+    def _count_names(self) -> list[str]:
+        """Other names of the same number, which transformers takes for each other: all of them are to change."""
+        stated = self.structure.count
+        return [key for key in COUNT_NAMES if key != self.count_key and self.text.get(key) == stated]
 
     def _axis(self, module_name: str) -> int | None:
         """The axis of experts of a tensor in transformers' model, or None."""

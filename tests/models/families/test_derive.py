@@ -13,7 +13,7 @@ import torch
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families import remembered
 from moepress.models.families.derive import derive
-from moepress.models.families.family import Part, numbered, part_of
+from moepress.models.families.family import Part, numbered, part_of, with_experts
 from moepress.models.families.table import family_of
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import read_expert
@@ -40,6 +40,14 @@ def test_the_key_that_counts_experts_is_found_among_equal_numbers(made: Make) ->
     folder = made("glm4_moe", vocab_size=288)
     config = json.loads((folder / "config.json").read_text()) | {"num_something_expert": 12}
     assert derive(config).experts_keys == ("n_routed_experts",)
+
+
+def test_all_names_of_the_count_are_changed_together(made: Make) -> None:
+    config = json.loads((made("minimax_m2") / "config.json").read_text()) | {"num_experts": 12}
+    family = derive(config)
+    assert set(family.experts_keys) == {"num_local_experts", "num_experts"}
+    changed = with_experts(family, config, 8)
+    assert changed["num_local_experts"] == changed["num_experts"] == 8
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
