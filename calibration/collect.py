@@ -13,7 +13,7 @@ from moepress.models.forward.predicting import add_predicting, enter
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
 from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, last_step, open_stream
 from moepress.models.storage.safetensors_file import read_array, read_header
-from moepress.models.storage.tensors import read_row, tensor_entry
+from moepress.models.storage.tensors import tensor_entry
 from moepress.models.storage.writer import write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import release_memory
@@ -106,8 +106,8 @@ def save_hidden(run: Run, stream: Stream, layer: int, *, last: bool) -> None:
         if last:
             run.write("hidden-end", "hidden.end", _touch)
         else:
-            entry = tensor_entry("hidden", stream.hidden)
-            run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, [entry]))
+            entries = stream.kept()
+            run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, entries))
         run.drop(f"hidden-{layer - 1}")
 
 
@@ -122,10 +122,9 @@ def resume_hidden(run: Run, stream: Stream, layers: int) -> int:
     for layer in reversed(range(layers - 1)):
         piece = run.done(f"hidden-{layer}")
         if piece is not None:
-            stored = read_header(run.path(piece))["hidden"]
-            with phase("hidden states", size=stored.bytes):
-                for window in range(stream.hidden.shape[0]):
-                    stream.hidden[window] = read_row(stored, window)
+            stored = read_header(run.path(piece))
+            with phase("hidden states", size=sum(entry.bytes for entry in stored.values())):
+                stream.restore(stored)
             return layer + 1
     return 0
 

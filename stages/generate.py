@@ -112,7 +112,7 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
     dtype = choose_dtype(machine.dtype, device)
     source = opened_source(folder)
     announce(source)
-    config = hf_config(source.config)
+    config = hf_config(source.config).get_text_config()
     return Runnable(
         context=int(config.max_position_embeddings),
         vocabulary=int(config.vocab_size),

@@ -15,7 +15,6 @@ from moepress.models.forward.streamed import StreamedModel, require_finite_hidde
 from moepress.models.forward.walk import Stream, add_output, first_step, last_step
 from moepress.models.storage.experts import Expert
 from moepress.models.storage.safetensors_file import read_header
-from moepress.models.storage.tensors import read_row, tensor_entry
 from moepress.models.storage.writer import write_shard
 from moepress.runs.journal import Run
 from moepress.runs.phases import phase
@@ -122,8 +121,8 @@ def save_original(run: Run, reference: Reference, layer: int, *, last: bool) -> 
     hidden = reference.stream.hidden
     if not last:
         with phase("hidden states", size=hidden.numel() * hidden.element_size()):
-            entry, file = tensor_entry("hidden", hidden), f"hidden-original-{layer:05d}.safetensors"
-            run.write(_piece(layer), file, lambda path: write_shard(path, [entry]))
+            entries, file = reference.stream.kept(), f"hidden-original-{layer:05d}.safetensors"
+            run.write(_piece(layer), file, lambda path: write_shard(path, entries))
 
 
 def drop_original(run: Run, layer: int) -> None:
@@ -133,12 +132,9 @@ def drop_original(run: Run, layer: int) -> None:
 
 def resume_original(run: Run, reference: Reference, first: int, layers: int) -> None:
     """Load what was kept before layer `first` of so many, where a run goes on; nothing at the beginning and the end."""
-    hidden = reference.stream.hidden
     piece = run.done(_piece(first - 1)) if 0 < first < layers else None
     if piece is None:
         return
-    stored = read_header(run.path(piece))["hidden"]
-    with phase("hidden states", size=stored.bytes):
-        for window in range(hidden.shape[0]):
-            hidden[window] = read_row(stored, window)
-            reference.stream.touch(hidden.shape[1])
+    stored = read_header(run.path(piece))
+    with phase("hidden states", size=sum(entry.bytes for entry in stored.values())):
+        reference.stream.restore(stored)

@@ -28,7 +28,6 @@ from moepress.models.forward.streamed import StreamedModel, apply_expert, requir
 from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, last_step, open_stream, read_ahead
 from moepress.models.storage.experts import Expert
 from moepress.models.storage.safetensors_file import read_header
-from moepress.models.storage.tensors import read_row, tensor_entry
 from moepress.models.storage.writer import write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import release_memory
@@ -315,9 +314,8 @@ def _read(run: Run, layer: int) -> LayerRepair:
 def _save(run: Run, walk: Walk, layer: int) -> None:
     """Keep both hidden states after a layer as a piece (behind the last an empty one), and drop those before it."""
     last = layer == walk.original.model.shape.layers - 1
-    kept = [] if last else [("original", walk.original.hidden), ("pruned", walk.pruned.hidden)]
-    with phase("hidden states", size=sum(hidden.nbytes for _, hidden in kept)):
-        entries = [tensor_entry(name, hidden) for name, hidden in kept]
+    entries = [] if last else [*walk.original.kept("original"), *walk.pruned.kept("pruned")]
+    with phase("hidden states", size=sum(entry.bytes for entry in entries)):
         run.write(f"hidden-{layer}", f"hidden-{layer:05d}.safetensors", lambda path: write_shard(path, entries))
         run.drop(f"hidden-{layer - 1}")
 
@@ -332,7 +330,6 @@ def _resume(run: Run, walk: Walk) -> int:
         stored = read_header(run.path(piece))
         for name, stream in (("original", walk.original), ("pruned", walk.pruned)) if layer < layers - 1 else ():
             with phase("hidden states", size=stored[name].bytes):
-                for window in range(stream.hidden.shape[0]):
-                    stream.hidden[window] = read_row(stored[name], window)
+                stream.restore(stored, name)
         return layer + 1
     return 0

@@ -5,6 +5,7 @@ A repair scales down projections as they are copied (of fp8 weights their block 
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from moepress import __version__
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repair_walk import drop_walk
 from moepress.compress.pruning.repaired import Edits, Repairs, edits_of, scaled
+from moepress.errors import UnsupportedError
+from moepress.models.families.family import Family
 from moepress.models.forward.tensor_check import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import Cut, cuts_of, mtp_layers, prune_source, pruned_config
@@ -54,6 +57,10 @@ def prune(
             checkpoint.family, checkpoint.config, checkpoint.outline.shape, checkpoint.shapes, folder=checkpoint.folder
         )
     predicting = mtp_keep(checkpoint, plan, mtp)
+    config = pruned_config(
+        checkpoint.family, checkpoint.config, plan.experts, degroup=plan.degroup, keep_mtp=bool(predicting)
+    )
+    config = _renumbered(config, checkpoint, {**plan.keep, **predicting})  # refused before anything is written
     edits = edits_of(prune_source(checkpoint, plan.keep, degroup=plan.degroup), repairs) if repairs else _NOTHING
     planned = planned_entries(checkpoint, {**plan.keep, **predicting}, edits)
     with track("prune", len(planned), unit="shards") as advance:
@@ -65,9 +72,6 @@ def prune(
     weight_map = {entry.name: shard for shard, entries in planned.items() for entry in entries}
     after = planned_bytes(planned)
     write_index(run.folder, weight_map, after)
-    config = pruned_config(
-        checkpoint.family, checkpoint.config, plan.experts, degroup=plan.degroup, keep_mtp=bool(predicting)
-    )
     write_json(run.folder / "config.json", config)
     copied = copy_companions(checkpoint.folder, run.folder)
     dropped = sum(1 for name in checkpoint.stored if (checkpoint.family.layer_of(name) or 0) >= checkpoint.shape.layers)
@@ -94,6 +98,42 @@ def prune(
         drop_walk(run)
     run.finish()
     return result
+
+
+def _renumbered(config: dict[str, Any], checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+    """The config, with experts under their new numbers in the lists of what a quantization leaves out.
+
+    Raises:
+        UnsupportedError: a pattern in such a list goes by the numbers of experts.
+    """
+    stated, family = config.get("quantization_config"), checkpoint.family
+    if not isinstance(stated, dict):
+        return config
+    changed = dict(stated)
+    for key in ("ignore", "modules_to_not_convert"):
+        if isinstance(stated.get(key), list):
+            found = [_renamed(family, entry, keep) for entry in stated[key]]
+            changed[key] = [entry for entry in found if entry is not None]
+    return config | {"quantization_config": changed}
+
+
+def _renamed(family: Family, entry: Any, keep: Mapping[int, Sequence[int]]) -> Any:
+    """An entry of such a list; None where it is of an expert that goes."""
+    if not isinstance(entry, str):
+        return entry
+    if entry.startswith("re:"):
+        if re.search(r"experts(\\)?\.[(\[]?\d", entry):
+            raise UnsupportedError(
+                f"config.json: quantization_config leaves out {entry[:80]!r}, which goes by numbers of experts; these "
+                "change: write the modules' names in its place."
+            )
+        return entry
+    expert = family.expert_of(f"{entry}.weight")
+    if expert is None or expert[0] not in keep:
+        return entry
+    layer, number, rest = expert
+    kept = list(keep[layer])
+    return family.renumber(layer, kept.index(number), rest).removesuffix(".weight") if number in kept else None
 
 
 def _summary(plan: Plan) -> dict[str, Any]:

@@ -200,8 +200,11 @@ class _Derivation:
                 key = f"gate of {inner}" if alone and role == self.places.by_pattern[role].source_patterns[0] else inner
                 fused[key] = _pattern(template, 1)
                 example[key] = name
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
         written, loads = _written(self.places, self.structure, self._layers_at())
-        names: dict[str, Any] = {**written, "loads_single": loads}
+        patched = type(self.structure.experts_of(self.model)).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
+        names: dict[str, Any] = {**written, "loads_single": loads or patched}
         down = names["down"].format(layer=self.structure.moe_layers[0], expert=0)
         names |= {role: pattern for role, pattern in single.items() if role in ("gate", "up", "down")}
         names["gate"] = names["gate"] if self.structure.gated else ""

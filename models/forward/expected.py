@@ -56,6 +56,8 @@ def remember(config: Mapping[str, Any], model: Any) -> Expected:
         if v is None or isinstance(v, bool | int | float | str)
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    head = model.get_output_embeddings()
+    plain["tied_head"] = head is not None and head.weight is model.get_input_embeddings().weight
     remembered.keep(remembered.place_of("tensors", config), {"shapes": shapes, "config": plain})
     return Expected(shapes=shapes, config=plain)
 

@@ -98,7 +98,7 @@ def _derived_problems(
             problems.append(f"{name} has shape {list(found)} and the config wants {list(wanted.shapes[module])}")
     problems += _missing(family, wanted, covered)
     for layer in family.moe_layers or ():
-        problems += _expert_problems(family, shape, shapes, layer)
+        problems += _expert_problems(family, shape, shapes, layer, _expert_hidden(family, wanted, layer))
     return problems
 
 
@@ -106,7 +106,7 @@ def _missing(family: Family, wanted: Expected, covered: set[str]) -> list[str]:
     """Tensors of the layers, and outside of them of the language model, that have no counterpart on disk."""
     made_of = {disk: module for disk, module, _ in family.templates}
     converted = {made_of[disk] for disk in family.converted}
-    known = {module for _, module, part in family.templates if part != Part.TOWERS}
+    body, tied = family.module_layers_at.removesuffix("layers."), bool(wanted.config.get("tied_head"))
     missing = []
     for name, size in wanted.shapes.items():
         kind = numbered(name)[0]
@@ -114,7 +114,8 @@ def _missing(family: Family, wanted: Expected, covered: set[str]) -> list[str]:
         experts = inside and name.removeprefix(family.module_layers_at).partition(".")[2].startswith(
             f"{family.experts_module}."
         )
-        if name in covered or 0 in size or experts or kind in converted or not (inside or kind in known):
+        needed = name.startswith(body) or (name.endswith("lm_head.weight") and not tied)
+        if name in covered or 0 in size or experts or kind in converted or not needed:
             continue
         if any(module.rpartition(".")[0] == kind.rpartition(".")[0] for module in converted):
             continue  # one stored tensor makes several
@@ -122,18 +123,37 @@ def _missing(family: Family, wanted: Expected, covered: set[str]) -> list[str]:
     return missing
 
 
-def _expert_problems(family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], layer: int) -> list[str]:
-    """Every expert of a layer is whole, and of the size that the config states."""
-    wide, hidden = family.expert_width, shape.hidden
-    names = family.fused_names(layer)
+def _expert_hidden(family: Family, wanted: Expected, layer: int) -> int:
+    """D of the experts, which may have another one than the model."""
+    down = wanted.shapes[f"{family.module_layers_at}{layer}.{family.experts_module}.down_proj"]
+    return down[1] * down[2] // family.expert_width
+
+
+def _fused_sizes(family: Family, experts: int, hidden: int) -> list[tuple[int, ...]]:
+    """What `Family.fused_names` are to have, in that order."""
+    first = family.expert_width * (2 if family.gate and not family.fused_gate else 1)
+    sizes = [(first, hidden), (hidden, family.expert_width)]
+    if family.fused_transposed:
+        sizes = [(columns, rows) for rows, columns in sizes]
+    biases = [(first,), (hidden,)][: len(family.fused_biases)]
+    more = [sizes[0]] if family.fused_gate else []
+    return [(experts, *size) for size in (*sizes, *biases, *more)]
+
+
+def _expert_problems(
+    family: Family, shape: Shape, shapes: Mapping[str, tuple[int, ...]], layer: int, hidden: int
+) -> list[str]:
+    """Every expert of a layer is whole, there once, and of the size that the config states."""
+    wide, names = family.expert_width, family.fused_names(layer)
     if names and names[0] in shapes:
-        missing = [f"{name} is missing" for name in names if name not in shapes]
-        rows = [
-            f"{name} has {shapes[name][0]} experts and the config states {shape.experts}"
-            for name in names
-            if name in shapes and shapes[name][0] != shape.experts
+        problems = [f"{name} is missing" for name in names if name not in shapes]
+        problems += [
+            f"{name} has shape {list(shapes[name])} and the config wants {list(size)}"
+            for name, size in zip(names, _fused_sizes(family, shape.experts, hidden), strict=True)
+            if name in shapes and shapes[name] != size
         ]
-        return missing + rows
+        single = family.expert_names(layer, 0)[-1]
+        return [*problems, f"{single} is there twice, fused too"] if single in shapes else problems
     problems = []
     for expert in range(shape.experts):
         *firsts, down = family.expert_names(layer, expert)

@@ -1,7 +1,7 @@
 """Walk a streamed model layer by layer over many windows, within a memory limit."""
 
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,6 +18,9 @@ from moepress.models.forward.scratch import Rows
 from moepress.models.forward.scratch import Scratch as Scratch  # a walk cannot be opened without one
 from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
 from moepress.models.storage.experts import Expert
+from moepress.models.storage.safetensors_file import Stored
+from moepress.models.storage.tensors import read_row, read_tensor, tensor_entry
+from moepress.models.storage.writer import Entry
 from moepress.runs.memory import in_halves, release_memory, settle
 from moepress.runs.phases import beside, phase
 from moepress.runs.progress import track
@@ -145,6 +148,25 @@ class Stream:
                 self.states[place][rows] = value.to("cpu")
             else:
                 self.states.pop(place, None)
+
+    def kept(self, name: str = "hidden") -> list[Entry]:
+        """What a resume needs of the stream after a layer, to be written: hidden states, and what layers hand on."""
+        entries = [tensor_entry(name, self.hidden)]
+        if self.form:
+            entries.append(tensor_entry(f"{name}.form", torch.tensor([self.form])))
+            entries += [tensor_entry(f"{name}.{place}", state) for place, state in sorted(self.states.items())]
+        return entries
+
+    def restore(self, stored: Mapping[str, Stored], name: str = "hidden") -> None:
+        """The inverse of `kept`."""
+        for window in range(self.hidden.shape[0]):
+            self.hidden[window] = read_row(stored[name], window)
+            self.touch(self.hidden.shape[1])
+        form = stored.get(f"{name}.form")
+        self.form = 0 if form is None else int(read_tensor(form))
+        for place in range(1, self.form):
+            if (state := stored.get(f"{name}.{place}")) is not None:
+                self.states[place] = read_tensor(state)
 
     def touch(self, tokens: int) -> None:
         """Say that the buffers of so many tokens were gone over, so that mapped pages are given back in time."""

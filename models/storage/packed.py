@@ -75,6 +75,7 @@ class _Stated:
     method: str = ""
     version: str = ""
     in_order: bool = False
+    asymmetric: bool = False
     bits: set[int] = field(default_factory=set)
     groups: set[int] = field(default_factory=set)
     blocks: list[tuple[int, int]] = field(default_factory=list)
@@ -185,6 +186,10 @@ def _compressed(codes: Stored, stored: Mapping[str, Stored], stated: _Stated) ->
     parts = {"codes": codes, "scales": scales, "shape": _part(f"{base}_shape", codes, stored)}
     if (zeros := stored.get(f"{base}_zero_point")) is not None:
         parts["zeros"] = zeros
+    elif stated.asymmetric:
+        raise InvalidInputError(
+            f"{codes.file}: {base}_zero_point is missing, and the config says that codes are not symmetric; {_AGAIN}."
+        )
     # The true size is in the data of `weight_shape`: `_sized`
     return _packed(Packing.INT4, base, codes.shape, parts, (1, 1), stored, fits=False)
 
@@ -399,6 +404,8 @@ def _stated_in(stated: Mapping[str, Any]) -> _Stated:
         in_order=stated.get("desc_act") is False or method == "auto-round",
     )
     for rows in _rows(stated):
+        if rows.get("symmetric") is False:
+            found = replace(found, asymmetric=True)
         found.bits.update(_sizes(rows, "bits", "w_bit", "num_bits"))
         found.groups.update(_sizes(rows, "group_size", "q_group_size"))
         found.groups.update(0 for key in ("group_size", "q_group_size") if rows.get(key, 0) in (None, -1))

@@ -134,13 +134,17 @@ def settled_dtype(key: str, stated: object, stored: Mapping[str, Stored]) -> str
 def _tied_head(family: Family, config: dict[str, Any], stored: dict[str, Stored]) -> Iterator[str]:
     """transformers ties a head that equals the embeddings, and uses one that differs, whatever the config says."""
     head, table = family.head, family.embeddings
-    if not config.get("tie_word_embeddings") or head not in stored or table not in stored:
+    text = config.get(family.text_key) if family.text_key else None
+    holders = [config, *([text] if isinstance(text, dict) else [])]
+    if not any(holder.get("tie_word_embeddings") for holder in holders) or head not in stored or table not in stored:
         return
     if same_data(stored[head], stored[table]):
         del stored[head]
         yield f"{head} is a copy of the embeddings, to which config.json ties it; the copy is dropped."
     else:
         config["tie_word_embeddings"] = False
+        if isinstance(text, dict) and family.text_key:
+            config[family.text_key] = text | {"tie_word_embeddings": False}
         yield (
             f"config.json ties lm_head to the embeddings, and {head} differs from them: it is used, as transformers "
             "does, and outputs say tie_word_embeddings false, so that vLLM does too."

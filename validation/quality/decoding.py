@@ -44,8 +44,9 @@ class TorchDecoder:
     """
 
     def __init__(self, model: Any) -> None:
-        self.context = int(model.config.max_position_embeddings)
-        self.vocabulary = int(model.config.vocab_size)
+        config = model.config.get_text_config()
+        self.context = int(config.max_position_embeddings)
+        self.vocabulary = int(config.vocab_size)
         self._model, self._cache = model, None
 
     def step(self, tokens_BS: Tensor) -> Tensor:

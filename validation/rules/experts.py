@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moepress.models.families.family import MTP_KEYS
+from moepress.models.families.family import MTP_KEYS, Part
 from moepress.validation.rules.facts import Facts
 from moepress.validation.rules.findings import Effect, Problem, Runtime
 
@@ -188,6 +188,8 @@ def float32_bias(facts: Facts) -> Iterator[Problem]:
         entry
         for name, entry in facts.tensors.items()
         if facts.family.float32 and name.endswith(facts.family.float32) and entry.dtype not in ("F32", "F64")
+        # Of a derived family all that transformers keeps in fp32 is listed: norms and the like choose no experts.
+        if not facts.family.derived or (name.endswith("bias") and facts.family.part_of(name) is Part.ROUTER)
     ]
     if wrong:
         yield Problem(

@@ -129,7 +129,7 @@ class Facts:
     def plain_linears(self) -> Iterator[str]:
         """Modules whose weight is a matrix and no codes, routers among them; embeddings are not."""
         for name, entry in self.tensors.items():
-            if name.endswith(".weight") and len(entry.shape) == 2 and "embed_tokens" not in name:
+            if name.endswith(".weight") and len(entry.shape) == 2 and name != self.family.embeddings:
                 yield name.removesuffix(".weight")
 
     def width_of(self, module: str) -> Width | None:

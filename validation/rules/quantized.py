@@ -279,7 +279,8 @@ def kv_b_proj(facts: Facts) -> Iterator[Problem]:
 
 def plain_embeddings(facts: Facts) -> Iterator[Problem]:
     """Embeddings are not quantized, nor a GPTQ model's lm_head."""
-    wrong = [m for m in facts.modules() if "embed_tokens" in m or (facts.kind is Kind.GPTQ and m == "lm_head")]
+    table = facts.family.embeddings.removesuffix(".weight")
+    wrong = [m for m in facts.modules() if m == table or (facts.kind is Kind.GPTQ and m == "lm_head")]
     if wrong or (facts.kind is Kind.GPTQ and facts.quantization.get("lm_head") is True):
         yield Problem(
             what=f"{wrong[0] if wrong else 'lm_head'} is quantized",

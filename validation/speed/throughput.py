@@ -191,9 +191,10 @@ def _load(subject: Subject, bench: Bench) -> Any:
 
 
 def _prepare(subject: Subject, model: Any, bench: Bench) -> Loaded:
-    context = int(getattr(model.config, "max_position_embeddings", 0) or bench.prompt + bench.decode)
+    config = model.config.get_text_config()
+    context = int(getattr(config, "max_position_embeddings", 0) or bench.prompt + bench.decode)
     prompt, decode = lengths(context, bench.prompt, bench.decode)
-    tokens = random_prompt(int(model.config.vocab_size), prompt).to(bench.device)
+    tokens = random_prompt(int(config.vocab_size), prompt).to(bench.device)
     return Loaded(
         provider=bench.device.type.upper(),
         tests={

@@ -8,9 +8,9 @@ import pytest
 import tiny_models
 import tiny_storages
 import torch
+from byte_tokenizer import byte_tokenizer
 from family_criteria import assert_same, loaded, logits
 from stage_runs import command, streamed_logits
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.forward.dense import load_dense
@@ -34,16 +34,6 @@ TOKENS = tiny_models.windows(every_family.TEXT_VOCAB, count=2, length=20)
 
 def job(name: str) -> object:
     return pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-
-
-def byte_tokenizer(folder: Path) -> None:
-    """Text as its bytes: ids below 256, as tiny vocabularies want them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def made(name: str, folder: Path) -> Path:
