@@ -275,7 +275,7 @@ def _fit_layers(before: Mapping[str, Any], values: dict[str, Any]) -> None:
         return
     by_kind = {before["layer_types"][int(layer)]: sizes for layer, sizes in before["per_layer_config"].items()}
     values["per_layer_config"] = {
-        str(layer): {key: values[key] * size // before[key] for key, size in by_kind[kind].items()}
+        str(layer): {key: max(values[key] * size // before[key], 1) for key, size in by_kind[kind].items()}
         for layer, kind in enumerate(values["layer_types"])
         if kind in by_kind
     }
