@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepress.errors import InvalidInputError
+from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family, Part, numbered
 from moepress.models.families.places import Places, tensors_of
 from moepress.models.families.skeleton import build_skeleton
@@ -72,6 +72,7 @@ class StreamedModel:
             layer: self.skeleton.get_submodule(f"{path}{layer}.{self.family.experts_module}")
             for layer in sorted(self.moe_layers)
         }
+        _require_width(self.family, self.shape.hidden, self._gatings)
         self._replay = put_away(self.skeleton, path, dtype=dtype, device=device)
         self._twins: dict[int, int] = {}
         self._usual: dict[str, str] = {}  # of added layers: name on disk -> the same tensor's in the layer's twin
@@ -366,6 +367,21 @@ def _skeleton(source: Source, counts: Mapping[int, int]) -> Any:
         for layer in (layer for layer, own in counts.items() if own == count):
             model.get_submodule(path)[layer] = other.get_submodule(path)[layer]
     return model
+
+
+def _require_width(family: Family, hidden: int, experts: Mapping[int, Any]) -> None:
+    """Refuse experts that work on another width than the model's, for which no buffers are made.
+
+    Raises:
+        UnsupportedError: naming both widths.
+    """
+    for module in list(experts.values())[:1] if family.derived else ():
+        _count, rows, columns = module.down_proj.shape
+        if rows * columns != family.expert_width * hidden:
+            raise UnsupportedError(
+                f"The experts of this {family.name} model work on {rows * columns // family.expert_width} columns and "
+                f"the model on {hidden}; such a model can not be run layer by layer here."
+            )
 
 
 def _computed(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from moepress.compress.pruning.rewrite import _renamed
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.table import DEEPSEEK_V3
+from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.validation.rules.check import check_folder
@@ -95,6 +96,13 @@ def test_nothing_is_found_in_a_sound_folder(tmp_path: Path, model_type: str) -> 
         checked = check_folder(tmp_path / out, [Runtime.TRANSFORMERS])
         rules = {found.rule for found in checked.findings if found.fails}
         assert rules <= {"experts-in-transformers"}, out
+
+
+def test_experts_of_another_width_than_the_model_s_are_refused(tmp_path: Path) -> None:
+    folder = every_family.save(every_family.build("muse_spark", moe_hidden_size=32), tmp_path / "muse")
+    source = open_checkpoint(folder)
+    with pytest.raises(UnsupportedError, match="work on 32 columns and the model on 64"):
+        StreamedModel(source, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_text_comes_from_a_composite_model(tmp_path: Path) -> None:
