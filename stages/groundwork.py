@@ -84,6 +84,16 @@ def _proven(source: Opened) -> Opened:
         return replace(source, family=proven_family(source.family, source.config))
 
 
+def tell_of_residual(source: Checkpoint) -> None:
+    """Say where the residual stream before the experts is not known, for one criterion is formed of it."""
+    if source.family.derived and not source.family.residual:
+        text = (
+            f"{source.family.name} models have no norm right before their experts whose input would be the residual "
+            "stream: easy-ep takes the experts' inputs in its place. Other criteria do not use it."
+        )
+        _say(source.folder, [text])
+
+
 def can_leave_out(source: Checkpoint) -> bool:
     """Whether leave-one-out losses can be formed, which need the router's rule; says so where they can not."""
     if source.family.rule is not None:

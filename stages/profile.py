@@ -27,6 +27,7 @@ from moepress.stages.groundwork import (
     opened,
     require_room,
     streamed,
+    tell_of_residual,
     warn_of_memory,
     workload,
 )
@@ -53,6 +54,7 @@ def profile_stage(
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
     work = _profile_workload(corpus, machine, output)
+    tell_of_residual(checkpoint)
     leave_one_out = leave_one_out and can_leave_out(checkpoint)
     estimate = estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out, bit_losses=bit_losses)
     require_room(output, estimate.disk_bytes)
