@@ -16,7 +16,7 @@ from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Config, Family, Part, numbered
 from moepress.models.families.places import Places, Shapes
 from moepress.models.families.routing_keys import COUNT_NAMES
-from moepress.models.families.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton, head_of
 from moepress.models.families.structure import Structure, structure_of
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k", "top_k")
@@ -104,7 +104,7 @@ class _Derivation:
             layers_at=layers_at,
             module_layers_at=self.structure.layers_at,
             embeddings=self._outer(self.model.get_input_embeddings(), "embed_tokens"),
-            head=self._outer(self.model.get_output_embeddings(), "lm_head"),
+            head=self._outer(head_of(self.model), "lm_head"),
             moe_layers=self.structure.moe_layers,
             layers=self.structure.layers,
             additive=False,
@@ -304,8 +304,6 @@ class _Derivation:
 
     def _outer(self, module: nn.Module | None, usual: str) -> str:
         """The name on disk of the weight of a module outside of the layers."""
-        if module is None:
-            module = next((other for name, other in self.model.named_modules() if name.endswith(usual)), None)
         path = next((name for name, other in self.model.named_modules() if other is module), usual)
         for name, (module_name, _) in self.places.first.items():
             if module is not None and module_name == f"{path}.weight":
@@ -350,7 +348,7 @@ class _Derivation:
 
     def _outer_part(self, module_name: str) -> Part:
         for module, part in (
-            (self.model.get_output_embeddings(), Part.LM_HEAD),
+            (head_of(self.model), Part.LM_HEAD),
             (self.model.get_input_embeddings(), Part.EMBEDDINGS),
         ):
             path = next((n for n, other in self.model.named_modules() if other is module), None)

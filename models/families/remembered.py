@@ -1,6 +1,7 @@
 """What was once asked of transformers, kept in the user's cache: asking imports torch and builds a model."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ from moepress.models.families.hf_config import DROPPED_KEYS
 
 
 def place_of(kind: str, config: Mapping[str, Any], more: object = None) -> Path:
-    """The file of an answer that depends on a config, on our version and transformers', and on `more`, plain JSON.
+    """The file of an answer that depends on a config, on our code and transformers' version, and on `more`, plain JSON.
 
     Args:
         kind: the folder of answers of one sort.
@@ -26,13 +27,22 @@ def place_of(kind: str, config: Mapping[str, Any], more: object = None) -> Path:
 
     asked: dict[str, Any] = {
         "config": {k: v for k, v in config.items() if k not in DROPPED_KEYS},
-        "moepress": __version__,
+        "moepress": [__version__, _code()],
         "transformers": importlib.metadata.version("transformers"),
     }
     if more is not None:
         asked["more"] = more
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return user_cache_path("moepress") / kind / f"{digest}.json"
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of the sources that answer: between two releases the version stays and answers change."""
+    found, root = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        found.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()
 
 
 def keep(file: Path, answer: Mapping[str, Any]) -> None:

@@ -45,6 +45,17 @@ def _built(auto: Any, parsed: Any, attention: str) -> Any:
         return auto.from_config(parsed, dtype="float32", attn_implementation=attention).eval()
 
 
+def head_of(model: Any) -> Any:
+    """The module that makes logits: what the model says it is, else the one of that name (a composite may say none).
+
+    None where a model has neither.
+    """
+    said = model.get_output_embeddings()
+    if said is not None:
+        return said
+    return next((module for name, module in model.named_modules() if name.endswith("lm_head")), None)
+
+
 def auto_class(parsed: Any) -> Any:
     """transformers' auto class for a config: with its towers where the config has some, else the language model alone.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moepress.errors import MoepressError
 from moepress.models.families.family import numbered
 from moepress.models.families.places import Places, tensors_of
-from moepress.models.families.skeleton import build_skeleton
+from moepress.models.families.skeleton import build_skeleton, head_of
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import Expert, read_expert
@@ -53,7 +53,7 @@ def load_dense(source: Source, *, device: torch.device, dtype: torch.dtype) -> A
     tied = _tied(source, model)
     assert missing <= tied | _towers(source, shapes), f"not filled: {sorted(missing)}"
     if missing & tied:  # as check_tensors has seen
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        head_of(model).weight = model.get_input_embeddings().weight
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers.get(name)
@@ -130,7 +130,7 @@ def _put(module: nn.Module, rows: Tensor, gate: Tensor | None, up: Tensor) -> No
 
 def _tied(source: Source, model: Any) -> set[str]:
     """The head's weight, where the folder has none and it is that of the embeddings."""
-    head = model.get_output_embeddings()
+    head = head_of(model)
     names = {f"{name}.weight" for name, module in model.named_modules() if head is not None and module is head}
     return names if source.family.head not in source.shapes else set()
 

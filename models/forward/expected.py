@@ -50,13 +50,15 @@ def built(config: Mapping[str, Any]) -> Expected:
 
 def remember(config: Mapping[str, Any], model: Any) -> Expected:
     """Of a model that somebody has built of that config, for the next process to recall."""
+    from moepress.models.families.skeleton import head_of
+
     plain = {
         k: v
         for k, v in vars(model.config.get_text_config()).items()
         if v is None or isinstance(v, bool | int | float | str)
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    head = model.get_output_embeddings()
+    head = head_of(model)
     plain["tied_head"] = head is not None and head.weight is model.get_input_embeddings().weight
     remembered.keep(remembered.place_of("tensors", config), {"shapes": shapes, "config": plain})
     return Expected(shapes=shapes, config=plain)

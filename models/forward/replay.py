@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moepress.models.families.skeleton import head_of
+
 Returned = Tensor | tuple[Any, ...]
 """What a decoder layer returns: hidden states, perhaps with a state for the next layer behind them."""
 
@@ -191,8 +193,7 @@ def put_away(model: Any, layers_at: str, *, dtype: torch.dtype, device: torch.de
     width = int(embedding.weight.shape[1])
     place = next(name for name, module in model.named_modules() if module is embedding)
     _put(model, place, StandIn(embedding, width, dtype, device))
-    output = model.get_output_embeddings() or next(m for n, m in model.named_modules() if n.endswith("lm_head"))
-    return Replay(model=model, layers=layers, embedding=embedding, output=output, calls=calls)
+    return Replay(model=model, layers=layers, embedding=embedding, output=head_of(model), calls=calls)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -147,3 +147,18 @@ def test_a_correction_bias_of_two_axes_and_a_table_of_expert_numbers_are_found(m
     family = open_checkpoint(made("deepseek_v4")).family
     assert [name.rpartition(".")[2] for name in family.tables] == ["tid2eid"]
     assert tiny_models.TINY  # the rows' own models are tried in test_family_rows.py
+
+
+def test_what_other_sources_answered_is_not_recalled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = {"model_type": "y"}
+    remembered.keep(remembered.place_of("families", config), {"a": 1})
+    assert remembered.recall(remembered.place_of("families", config)) == {"a": 1}
+    monkeypatch.setattr(remembered, "_code", lambda: "of another commit")
+    assert remembered.recall(remembered.place_of("families", config)) is None
+
+
+def test_a_composite_that_says_of_no_head_has_the_one_of_that_name(tmp_path: Path) -> None:
+    every_family.save(every_family.build("nemotron_h_omni"), tmp_path / "model")
+    family = open_checkpoint(tmp_path / "model").family
+    assert family.part_of(family.head) is Part.LM_HEAD
