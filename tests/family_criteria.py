@@ -174,7 +174,7 @@ def masked(subject: Subject, keep: Mapping[int, Sequence[int]]) -> Iterator[None
     for layer, kept in keep.items():
         removed = torch.tensor(sorted(set(range(experts)) - set(kept)))
         routers = router_disk_names(source, layer)
-        for number, (name, cut) in enumerate(cuts_of(source, layer, kept).items()):
+        for name, cut in cuts_of(source, layer, kept).items():
             tensor = state.get(places.place(name)[0])
             if tensor is None or name in source.family.fused_names(layer):
                 continue
@@ -186,7 +186,6 @@ def masked(subject: Subject, keep: Mapping[int, Sequence[int]]) -> Iterator[None
             elif "bias" in name and tensor.numel() in (experts, experts + source.family.router_extra):
                 undo.append((tensor, tensor.clone()))
                 tensor.data.view(-1)[removed] = -1e30
-            del number
     plain = nn.functional.linear
 
     def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,14 +1,14 @@
 """Every row of the family table is held against transformers' own model of that family."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from torch import Tensor, nn
+from stage_runs import masked
+from torch import Tensor
 
 from moepress.errors import InvalidInputError
 from moepress.models.families.attention import register
@@ -200,43 +200,6 @@ def test_an_expert_reads_as_the_rows_of_the_fused_weights(
     last = read_expert(source, layer, source.shape.experts - 1)
     assert torch.equal(torch.cat([last.gate, last.up]), experts.gate_up_proj[-1])
     assert torch.equal(last.down, experts.down_proj[-1])
-
-
-@contextmanager
-def masked(model: Any, keep: dict[int, list[int]]) -> Iterator[None]:
-    """Add -1e9 to what a router chooses by, for every expert that is not kept."""
-    plain, undo = nn.functional.linear, []
-
-    def mask_of(kept: Sequence[int], experts: int) -> Tensor:
-        return torch.full((experts,), -1e9).index_fill(0, torch.tensor(kept), 0.0)
-
-    def wrap(gate: nn.Module, mask: Tensor) -> None:
-        inner = gate.forward
-
-        def forward_masked(hidden: Tensor) -> Any:
-            nn.functional.linear = lambda *arguments: plain(*arguments) + mask  # type: ignore[assignment]
-            try:
-                return inner(hidden)
-            finally:
-                nn.functional.linear = plain  # type: ignore[assignment]
-
-        gate.forward = forward_masked  # type: ignore[assignment]
-        undo.append(lambda: gate.__dict__.pop("forward"))
-
-    for layer, kept in keep.items():
-        gate = model.model.layers[layer].mlp.gate
-        mask = mask_of(kept, gate.weight.shape[0])
-        if hasattr(gate, "e_score_correction_bias"):
-            before = gate.e_score_correction_bias
-            gate.e_score_correction_bias = nn.Buffer(before + mask)
-            undo.append(lambda gate=gate, before=before: setattr(gate, "e_score_correction_bias", before))
-        else:
-            wrap(gate, mask)
-    try:
-        yield
-    finally:
-        for step in undo:
-            step()
 
 
 @every_key
