@@ -10,7 +10,7 @@ from moepress.compress.gptq.include import Include, linear_groups
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.costs import stored_bytes
-from moepress.models.forward.inventory import AttentionShape, Weight, attention_shape, inventory, weigh
+from moepress.models.forward.inventory import AttentionShape, Weight, attention_shape, weigh
 from moepress.models.storage.checkpoint import Checkpoint
 
 
@@ -124,12 +124,13 @@ def pressed_sizes(
     return {part: round(size) for part, size in sizes.items()}
 
 
-def mtp_bytes(checkpoint: Checkpoint, layers: Iterable[int], count: int, scheme: Scheme) -> int:
+def mtp_bytes(checkpoint: Checkpoint, figures: Figures, layers: Iterable[int], count: int, scheme: Scheme) -> int:
     """Bytes of multi-token-prediction layers with so many quantized experts; of fp8 tensors the rest becomes bf16."""
     family, shape, total = checkpoint.family, checkpoint.shape, 0
+    experts = count * expert_bytes(shape, scheme, scale_bytes_of(figures.inventory))
     for layer in layers:
         fused, routers = set(family.fused_names(layer)), set(family.router_names(layer))
-        total += count * expert_bytes(shape, scheme, scale_bytes_of(inventory(checkpoint)))
+        total += experts
         for name in checkpoint.outline.names_by_layer.get(layer, ()):
             if name in fused or family.expert_of(name) is not None:
                 continue

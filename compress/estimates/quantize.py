@@ -81,7 +81,7 @@ def estimate_quantize(
     include = frozenset(include)
     extra = included_matrices(checkpoint, include)
     sizes = pressed_sizes(checkpoint, figures, count, scheme, include, layer_bits)
-    output = sum(sizes.values()) + mtp_bytes(checkpoint, predicting, count, scheme)
+    output = sum(sizes.values()) + mtp_bytes(checkpoint, figures, predicting, count, scheme)
     buffers, spilled = buffer_bytes(figures, work, limits, observe=False, streams=streams, logits=balanced)
     at_once = experts_that_fit(replace(shape, experts=count), limits.memory_bytes)
     layers = streams if is_apart(include) else 1
