@@ -13,7 +13,6 @@ from moepress.compress.gptq.grid import dequantize
 from moepress.compress.gptq.include import LinearGroup
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.stepping import Stepping, held_bytes
-from moepress.models.forward.streamed import inner_name
 from moepress.models.forward.walk import Stream
 from moepress.runs.phases import phase
 
@@ -115,7 +114,7 @@ def solve_stepping(
 
 def _place(stream: Stream, layer: int, name: str) -> str:
     """A Linear's name inside of its layer."""
-    return inner_name(stream.model.family, name, layer).removesuffix(".weight")
+    return stream.model.family.inner_name(name, layer).removesuffix(".weight")
 
 
 class _CapturedError(Exception):

@@ -72,11 +72,20 @@ class _Derivation:
         self.tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.count_key, self.fewer = self._count_key()
         self.places = Places(model, shapes)
-        self._prefix = self._layers_at()
+        self.layers_at = self._layers_at()
+        self.outside = {  # name of the module -> part
+            path: part
+            for part, module in (
+                (Part.EMBEDDINGS, model.get_input_embeddings()),
+                (Part.LM_HEAD, head_of(model)),
+            )
+            for path, other in model.named_modules()
+            if module is not None and other is module
+        }
 
     def family(self) -> Family:
         """All that was found."""
-        experts, layers_at = self._experts(), self._layers_at()
+        experts, layers_at = self._experts(), self.layers_at
         routers = self._routers()
         groups = next(((g, t) for g, t in _GROUPS if self._stated(g)), (None, None))
         return Family(
@@ -103,8 +112,8 @@ class _Derivation:
             text_key=self.text_key,
             layers_at=layers_at,
             module_layers_at=self.structure.layers_at,
-            embeddings=self._outer(self.model.get_input_embeddings(), "embed_tokens"),
-            head=self._outer(head_of(self.model), "lm_head"),
+            embeddings=self._outer(Part.EMBEDDINGS, "embed_tokens"),
+            head=self._outer(Part.LM_HEAD, "lm_head"),
             moe_layers=self.structure.moe_layers,
             layers=self.structure.layers,
             additive=False,
@@ -194,7 +203,7 @@ class _Derivation:
             template, numbers = numbered(name)
             # A tensor of one expert has a number more than transformers' tensor of all.
             if len(numbers) > len(numbered(module_name)[1]):
-                single[_role(inner, role, template)] = _pattern(template, 2)
+                single[_role(inner, template)] = _pattern(template, 2)
             else:
                 alone = role is not None and len(self.places.by_pattern[role].source_patterns) > 1
                 key = f"gate of {inner}" if alone and role == self.places.by_pattern[role].source_patterns[0] else inner
@@ -202,7 +211,7 @@ class _Derivation:
                 example[key] = name
         from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-        written, loads = _written(self.places, self.structure, self._layers_at())
+        written, loads = _written(self.places, self.structure, self.layers_at)
         patched = type(self.structure.experts_of(self.model)).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION
         names: dict[str, Any] = {**written, "loads_single": loads or patched}
         down = names["down"].format(layer=self.structure.moe_layers[0], expert=0)
@@ -302,13 +311,11 @@ class _Derivation:
             return max(found, key=lambda prefix: found[prefix])
         raise InvalidInputError("The folder has no decoder layer of the model that config.json states; restore it.")
 
-    def _outer(self, module: nn.Module | None, usual: str) -> str:
+    def _outer(self, part: Part, usual: str) -> str:
         """The name on disk of the weight of a module outside of the layers."""
-        path = next((name for name, other in self.model.named_modules() if other is module), usual)
-        for name, (module_name, _) in self.places.first.items():
-            if module is not None and module_name == f"{path}.weight":
-                return name
-        return f"{path}.weight"
+        weight = next((f"{path}.weight" for path, found in self.outside.items() if found is part), f"{usual}.weight")
+        names = (name for name, (module_name, _) in self.places.first.items() if module_name == weight)
+        return next(names, weight)
 
     def _mtp(self, layers_at: str) -> dict[str, Any]:
         """Whether tensors of multi-token prediction lie behind the layers, or under a prefix of their own."""
@@ -332,7 +339,7 @@ class _Derivation:
 
     def _part(self, name: str, module_name: str) -> Part:
         if module_name not in self.tensors:
-            inside = f"{self._prefix}#.{self.structure.experts}.#."
+            inside = f"{self.layers_at}#.{self.structure.experts}.#."
             return Part.ROUTED if numbered(name)[0].startswith(inside) else Part.TOWERS
         if self._in_experts(module_name) is not None:
             return Part.ROUTED
@@ -347,12 +354,8 @@ class _Derivation:
         return self.structure.part_of(self.model, module_name, inner)
 
     def _outer_part(self, module_name: str) -> Part:
-        for module, part in (
-            (head_of(self.model), Part.LM_HEAD),
-            (self.model.get_input_embeddings(), Part.EMBEDDINGS),
-        ):
-            path = next((n for n, other in self.model.named_modules() if other is module), None)
-            if module is not None and path is not None and module_name.startswith(f"{path}."):
+        for path, part in self.outside.items():
+            if module_name.startswith(f"{path}."):
                 return part
         body = self.structure.layers_at.rpartition("layers.")[0]
         return Part.NORMS if module_name.startswith(body) else Part.TOWERS
@@ -381,7 +384,7 @@ def _pattern(template: str, numbers: int) -> str:
 _ROLES = (("gate", ("gate_proj", "w1")), ("up", ("up_proj", "w3")), ("down", ("down_proj", "w2")))
 
 
-def _role(inner: str, pattern: str | None, template: str) -> str:
+def _role(inner: str, template: str) -> str:
     """Which matrix of an expert a tensor of one expert is: by what it is made part of, and its place in that."""
     if not template.endswith(".weight"):
         return f"{inner}{template.rpartition('.')[2]}"
@@ -389,7 +392,6 @@ def _role(inner: str, pattern: str | None, template: str) -> str:
         return "down"
     if inner.startswith("up"):
         return "up"
-    del pattern
     leaf = template.split(".")[-2]
     return next((role for role, leaves in _ROLES if leaf in leaves), leaf)
 

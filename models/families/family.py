@@ -202,6 +202,10 @@ class Family:
             disk_name = disk_name.replace(old, new)
         return disk_name
 
+    def inner_name(self, disk_name: str, layer: int) -> str:
+        """A tensor's name inside of transformers' decoder layer."""
+        return self.module_name(disk_name).removeprefix(f"{self.module_layers_at}{layer}.")
+
     def excluded(self, weights: Iterable[str]) -> set[str]:
         """Modules whose weights stay plain, for the lists of quantization configs.
 

@@ -102,8 +102,7 @@ class Recorder(nn.Module):
 def router_path(family: Family, source: Source, layer: int) -> str:
     """The module inside of a layer that holds the router's weight."""
     weight = router_disk_names(source, layer)[0]
-    inner = family.module_name(weight).removeprefix(f"{family.module_layers_at}{layer}.")
-    return inner.rpartition(".")[0]
+    return family.inner_name(weight, layer).rpartition(".")[0]
 
 
 def keep_logits(kept: dict[str, Any], *, recompute: bool) -> Callable[..., None]:

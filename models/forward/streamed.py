@@ -399,18 +399,13 @@ def empty_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if tensor.numel() == 0}
 
 
-def inner_name(family: Family, disk_name: str, layer: int) -> str:
-    """A tensor's name inside of transformers' decoder layer."""
-    return family.module_name(disk_name).removeprefix(f"{family.module_layers_at}{layer}.")
-
-
 def _names_by_layer(source: Source) -> dict[int, dict[str, str]]:
     """Per layer: name on disk -> name inside transformers' decoder layer, without the routed experts."""
     outline, family = source.outline, source.family
     fused = {name for layer in outline.moe_layers for name in family.fused_names(layer)}
     return {
         layer: {
-            name: inner_name(family, name, layer)
+            name: family.inner_name(name, layer)
             for name in outline.names_by_layer.get(layer, ())
             if name not in fused and family.expert_of(name) is None and not name.endswith("rotary_emb.inv_freq")
         }
