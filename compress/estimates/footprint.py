@@ -229,9 +229,9 @@ def probe_bytes(figures: Figures, at_once: int) -> int:
 
 
 def _solving_bytes(rows: int, columns: int) -> int:
-    """A stacked matrix, its Hessian, and the solver's copies of them (see `compress.gptq.solver`)."""
+    """A stacked matrix, its Hessian, and the solver's copies of them (see `compress.gptq.batch`; `cpu` takes less)."""
     weight, hessian = 4 * rows * columns, 4 * columns * columns
-    return weight + hessian + max(3 * hessian, hessian + 3 * weight, 4 * weight)
+    return weight + hessian + max(3 * hessian, hessian + 5 * weight)
 
 
 def _moving_bytes(rows: int, columns: int) -> int:

@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from moepress.compress.gptq.grid import search_scales
+from moepress.compress.gptq import native
+from moepress.compress.gptq.grid import search_scales_on
+from moepress.compress.gptq.levels import DEFAULT_SEARCH, Grid
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.fp8 import dequantize_blocks
@@ -33,6 +35,7 @@ class Rates:
         load_seconds: per weight, to turn what is stored into fp32 and to look for NaN, on the CPU.
         read_bytes_per_second: of the model's own shards, past the system's cache.
         read_measured: False where that is `ASSUMED_READ`.
+        native: whether the solver's inner loops are native ones, on the CPU.
         others_share: of the cores, what other processes took while all this was measured.
     """
 
@@ -43,6 +46,7 @@ class Rates:
     load_seconds: float
     read_bytes_per_second: float
     read_measured: bool
+    native: bool = False
     others_share: float = 0.0
 
     @property
@@ -65,6 +69,7 @@ def measure_rates(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
             load_seconds=_load_seconds(fp8=checkpoint.block is not None),
             read_bytes_per_second=read or ASSUMED_READ,
             read_measured=read is not None,
+            native=native.library() is not None,
         )
     return replace(rates, others_share=_others_share(before, _busy_seconds()))
 
@@ -89,11 +94,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
 
 
 def _search_seconds(device: torch.device) -> float:
-    weight = torch.randn(1, 512 if device.type == "cpu" else 8192, 2048, device=device)
-    importance = torch.rand(1, 2048, device=device)
-    scheme = Scheme(bits=4, group_size=128)
-    search = lambda: search_scales(weight, importance, scheme, scale_dtype=torch.bfloat16)[0, 0, 0].item()  # noqa: E731
-    return _best_seconds(search) / weight.numel()
+    weight_OI = torch.randn(512 if device.type == "cpu" else 8192, 2048, device=device)
+    importance_I, grid = torch.rand(2048, device=device), Grid.of(Scheme(bits=4, group_size=128))
+    if device.type == "cpu" and native.library() is not None:
+        turned_IO, out_GO = weight_OI.T.contiguous(), torch.empty(16, 512)
+        given = (turned_IO, importance_I, grid, DEFAULT_SEARCH, 128, torch.bfloat16, out_GO)
+        return _best_seconds(lambda: native.search_scales(*given)) / weight_OI.numel() / torch.get_num_threads()
+    asked = (weight_OI[None], importance_I[None], grid, 128, torch.bfloat16)
+    return _best_seconds(lambda: search_scales_on(*asked)[0, 0, 0].item()) / weight_OI.numel()
 
 
 def _load_seconds(*, fp8: bool) -> float:

@@ -6,12 +6,15 @@ from moepress.compress.estimates.footprint import (
     hidden_bytes,
 )
 from moepress.compress.estimates.rates import Rates
-from moepress.compress.gptq.options import SolverOptions
+from moepress.compress.gptq.costs import solve_flops
 from moepress.models.families.family import Part
 
-# Fitted to gptq.py on 2 cores at 1024 to 4096 columns; the spread between widths was a third.
-_FACTOR_COST = 3.0  # Cholesky and inverse, against 2/3 I^3 at the rate of a large matmul
-_COLUMN_SECONDS = 50e-6  # some eight small operations for each column of a loop
+# Fitted to compress/gptq on 2 cores at 1024 to 4096 columns; the spread between widths was a third.
+_FACTOR_COST = 3.0  # Cholesky, against I^3 / 3 at the rate of a large matmul
+_GROUP = 128
+_NATIVE_PASSES = 5  # over all weights, each as long as a search of scales: GPTQ's rounding, sweeps, refits
+_TORCH_PASSES = 3
+_COLUMN_SECONDS = 50e-6  # some eight small operations for each column of a loop in torch
 START_SECONDS = 2.0  # transformers' model on the meta device, text to tokens
 _FEW_TOKENS_COST = 1.3  # an expert's matmuls with a few hundred tokens, against large ones
 
@@ -45,12 +48,14 @@ def hidden_seconds(figures: Figures, work: Workload, spilled: int, rates: Rates)
 
 
 def solve_seconds(matrices: Matrices, rates: Rates, at_once: int) -> dict[str, float]:
-    """One Cholesky and inverse, the column loop, the sweeps, three losses: 1 + 2 x sweeps + 3 times O I^2."""
-    sweeps = SolverOptions().sweeps
-    square = matrices.rows * matrices.columns**2
-    loops = matrices.columns * (1 + sweeps) * _COLUMN_SECONDS / at_once
+    """Products at the rate of large ones, and the loops over columns: natively they go over each weight a few times."""
+    flops = solve_flops(matrices.rows, matrices.columns, _GROUP)
+    products = sum(count for name, count in flops.items() if name != "factor")
+    passes, loops = _NATIVE_PASSES, 0.0
+    if rates.device != "cpu" or not rates.native:
+        passes, loops = _TORCH_PASSES, matrices.columns * _TORCH_PASSES * _COLUMN_SECONDS / at_once
     return {
-        "factor": matrices.count * _FACTOR_COST * 2 / 3 * matrices.columns**3 / rates.solver_flops,
-        "solve": matrices.count * (4 + 2 * sweeps) * square / rates.solver_flops,
-        "rounding": matrices.weights * (2 + sweeps) * rates.search_seconds + matrices.count * loops,
+        "factor": matrices.count * _FACTOR_COST * flops["factor"] / rates.solver_flops,
+        "solve": matrices.count * products / rates.solver_flops,
+        "rounding": matrices.weights * passes * rates.search_seconds + matrices.count * loops,
     }

@@ -1,127 +1,132 @@
-"""After GPTQ: codes and scales that lower the exact loss, column by column and group by group."""
+"""After GPTQ: codes and scales that lower the exact loss, column by column and group by group, in torch.
+
+H stands for the damped H here. With the residual R = W - Q and the slope S = R H, moving a weight by d changes the loss
+by d^2 H_jj - 2 d S_j, and moving a group's scale by d changes it by d^2 q H q - 2 d q S: both minima are exact. S is
+kept true all the time, so no step ever works on an old one and no product tells the loss.
+
+Matrices lie as [E, I, O], so that a column of the weight is contiguous.
+"""
+
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from moepress.compress.gptq.columns import INNER_COLUMNS, inner_loops
+from moepress.compress.gptq.columns import inner_loops
 from moepress.compress.gptq.grid import storable_scales
-from moepress.compress.gptq.options import SolverOptions
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.compress.gptq.levels import Grid
 
-_SLOPE_COLUMNS = 512  # columns whose slopes one matrix product gives: thin products are slow
+_QUADRATIC_COLUMNS = 512  # thin products are slow
 
 
-def descend(
-    weight_EIO: torch.Tensor,
-    hessian_EII: torch.Tensor,
-    ridge_E: torch.Tensor,
-    codes_EIO: torch.Tensor,
-    scales_EGO: torch.Tensor,
-    scheme: Scheme,
-    scale_dtype: torch.dtype,
-    options: SolverOptions,
-) -> None:
-    """One sweep of coordinate descent over scales and codes, both changed in place.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descent:
+    """What stays the same while a batch descends.
 
-    H stands for the damped H here, H + ridge I. With the residual R = W - Q and the slope S = H R, moving a group's
-    scale by d changes the loss by d^2 q^T H q - 2 d q^T S, and moving a code by k steps of scale s by
-    (k s)^2 H_jj - 2 k s S_j: both minima are exact.
+    Attributes:
+        hessian: [E, I, I], not damped.
+        ridge: [E, I], what damping adds to its diagonal.
+        grid: what codes may stand for.
+        group: columns that share a scale.
+        dtype: what scales are rounded to.
+        sweeps: over all codes, at most; ended when none changes.
     """
-    columns = weight_EIO.shape[1]
-    width = scheme.columns_per_group(columns)
-    panel = max(width, _SLOPE_COLUMNS // width * width)
-    residual_EIO = residual(weight_EIO, codes_EIO, scales_EGO)
-    for left in range(0, columns, panel):
-        right = min(left + panel, columns)
-        slope_EPO = hessian_EII[:, left:right] @ residual_EIO
-        for first in range(left, right, width):
-            last = first + width
-            span, group = slice(first, last), first // width
-            residual_EgO, scale_EO = residual_EIO[:, span], scales_EGO[:, group]
-            damped_Egg = hessian_EII[:, span, span].clone()
-            damped_Egg.diagonal(dim1=1, dim2=2).add_(ridge_E[:, None])
-            slope_EgO = slope_EPO[:, first - left : last - left]
-            slope_EgO.addcmul_(residual_EgO, ridge_E[:, None, None])
-            values_EgO = codes_EIO[:, span].float()
-            if options.refit_scales:
-                refit_group(damped_Egg, slope_EgO, values_EgO, scale_EO, scale_dtype)
-            improve_codes(damped_Egg, slope_EgO.div_(scale_EO.unsqueeze(1)), values_EgO, scheme)
-            codes_EIO[:, span] = values_EgO
-            after_EgO = torch.addcmul(weight_EIO[:, span], values_EgO, scale_EO.unsqueeze(1), value=-1)
-            if last < right:
-                change_EgO = residual_EgO.sub_(after_EgO)
-                slope_EPO[:, last - left :].baddbmm_(hessian_EII[:, last:right, span], change_EgO, alpha=-1)
-            residual_EgO.copy_(after_EgO)
+
+    hessian: Tensor
+    ridge: Tensor
+    grid: Grid
+    group: int
+    dtype: torch.dtype
+    sweeps: int
+
+    def own(self, span: slice) -> Tensor:
+        """The damped H of some columns among themselves, a copy."""
+        found_EBB = self.hessian[:, span, span].clone()
+        found_EBB.diagonal(dim1=1, dim2=2).add_(self.ridge[:, span])
+        return found_EBB
 
 
-def refit_group(
-    hessian_Egg: torch.Tensor,
-    slope_EgO: torch.Tensor,
-    values_EgO: torch.Tensor,
-    scale_EO: torch.Tensor,
-    scale_dtype: torch.dtype,
+def improve_codes(
+    problem: Descent, slope_EIO: Tensor, scales_EGO: Tensor, values_EIO: Tensor, span: slice | None = None
 ) -> None:
-    """Move each row's scale of one group to the least-squares value; scale and slope are changed in place.
+    """Sweeps over the codes of all columns, or of one group of them, until none changes or all sweeps are spent.
 
-    `values_EgO` are the codes, as fp32.
+    Levels change in place; the slope stays true, within the group where one is given.
     """
-    response_EgO = hessian_Egg @ values_EgO
+    columns = slope_EIO.shape[1]
+    inside = span or slice(0, columns)
+    _, improve, width = inner_loops(slope_EIO.device)
+    for _ in range(problem.sweeps):
+        moved = False
+        for start in range(inside.start, inside.stop, width):
+            block = slice(start, min(start + width, inside.stop))
+            slope_EBO, values_EBO = slope_EIO[:, block], values_EIO[:, block]
+            groups_B = torch.arange(block.start, block.stop, device=slope_EIO.device) // problem.group
+            moves_EBO = torch.empty_like(slope_EBO)
+            improve(problem.own(block), slope_EBO.clone(), scales_EGO[:, groups_B], problem.grid, values_EBO, moves_EBO)
+            slope_EIO[:, inside].baddbmm_(problem.hessian[:, inside, block], moves_EBO, alpha=-1)
+            slope_EBO.addcmul_(problem.ridge[:, block, None], moves_EBO, value=-1)
+            moved = moved or bool(moves_EBO.any())
+        if not moved:
+            break
+
+
+def refit(problem: Descent, slope_EIO: Tensor, scales_EGO: Tensor, values_EIO: Tensor) -> None:
+    """Every group's scales and then its codes, given all others; all three change in place.
+
+    A group takes from the slope what those before it have moved, and when all are done what those behind it have: one
+    product in all, and the slope is true again.
+    """
+    hessian_EII, columns, width = problem.hessian, slope_EIO.shape[1], problem.group
+    change_EIO = torch.empty_like(slope_EIO)
+    for start in range(0, columns, width):
+        span = slice(start, start + width)
+        slope_EgO, before_EO = slope_EIO[:, span], scales_EGO[:, start // width].clone()
+        if start:
+            slope_EgO.baddbmm_(hessian_EII[:, span, :start], change_EIO[:, :start], alpha=-1)
+        torch.mul(values_EIO[:, span], before_EO[:, None], out=change_EIO[:, span])
+        refit_group(problem, span, slope_EgO, values_EIO[:, span], scales_EGO[:, start // width])
+        improve_codes(problem, slope_EIO, scales_EGO, values_EIO, span)
+        after_EgO = values_EIO[:, span] * scales_EGO[:, start // width, None]
+        change_EIO[:, span] = after_EgO - change_EIO[:, span]
+    for start in range(0, columns - width, width):
+        stop = start + width
+        slope_EIO[:, start:stop].baddbmm_(hessian_EII[:, start:stop, stop:], change_EIO[:, stop:], alpha=-1)
+
+
+def refit_group(problem: Descent, span: slice, slope_EgO: Tensor, values_EgO: Tensor, scale_EO: Tensor) -> None:
+    """Move each row's scale of one group to the least-squares value; scale and slope are changed in place."""
+    response_EgO = problem.own(span) @ values_EgO
     gain_EO = (values_EgO * slope_EgO).sum(dim=1)
     curvature_EO = (values_EgO * response_EgO).sum(dim=1)
     wanted_EO = scale_EO + gain_EO / torch.where(curvature_EO > 0, curvature_EO, 1.0)
-    step_EO = storable_scales(wanted_EO, scale_dtype) - scale_EO
-    better_EO = (wanted_EO > 0) & (curvature_EO > 0) & (step_EO * (step_EO * curvature_EO - 2 * gain_EO) < 0)
+    either = problem.grid.either_sign
+    step_EO = storable_scales(wanted_EO, problem.dtype, either_sign=either) - scale_EO
+    better_EO = (wanted_EO * scale_EO > 0) & (curvature_EO > 0)
+    better_EO &= step_EO * (step_EO * curvature_EO - 2 * gain_EO) < 0
     step_EO = torch.where(better_EO, step_EO, 0.0)
     scale_EO.add_(step_EO)
     slope_EgO.addcmul_(response_EgO, step_EO.unsqueeze(1), value=-1)
 
 
-def improve_codes(hessian_Egg: torch.Tensor, slope_EgO: torch.Tensor, values_EgO: torch.Tensor, scheme: Scheme) -> None:
-    """Best code of each column of a group in turn, given all others; codes and slope are changed in place.
-
-    Args:
-        hessian_Egg: the group's part of the damped H.
-        slope_EgO: S divided by the row's scale, so that a code's best step is S_j / H_jj.
-        values_EgO: the codes, as fp32.
-        scheme: bits and group size.
-    """
-    columns = values_EgO.shape[1]
-    _, inner_improve = inner_loops(values_EgO.device)
-    for start in range(0, columns, INNER_COLUMNS):
-        stop = min(start + INNER_COLUMNS, columns)
-        inner = slice(start, stop)
-        step_EBO = torch.empty_like(values_EgO[:, inner])
-        inner_improve(
-            hessian_Egg[:, inner, inner],
-            slope_EgO[:, inner],
-            values_EgO[:, inner],
-            step_EBO,
-            scheme.code_min,
-            scheme.code_max,
-        )
-        if stop < columns:
-            slope_EgO[:, stop:].baddbmm_(hessian_Egg[:, stop:, inner], step_EBO, alpha=-1)
-
-
-def residual(weight_EIO: torch.Tensor, codes_EIO: torch.Tensor, scales_EGO: torch.Tensor) -> torch.Tensor:
+def residual(weight_EIO: Tensor, values_EIO: Tensor, scales_EGO: Tensor) -> Tensor:
     """W - Q, [E, I, O] fp32."""
     experts, columns, rows = weight_EIO.shape
-    codes_EGgO = codes_EIO.view(experts, scales_EGO.shape[1], -1, rows)
-    return weight_EIO - (codes_EGgO * scales_EGO.unsqueeze(2)).view(experts, columns, rows)
+    values_EGgO = values_EIO.view(experts, scales_EGO.shape[1], -1, rows)
+    return weight_EIO - (values_EGgO * scales_EGO.unsqueeze(2)).view(experts, columns, rows)
 
 
-def row_loss(
-    weight_EIO: torch.Tensor, hessian_EII: torch.Tensor, codes_EIO: torch.Tensor, scales_EGO: torch.Tensor
-) -> torch.Tensor:
+def row_loss(weight_EIO: Tensor, hessian_EII: Tensor, values_EIO: Tensor, scales_EGO: Tensor) -> Tensor:
     """(w - q) H (w - q)^T of every row, [E, O] fp64 (products in fp32, sums in fp64)."""
-    return quadratic(residual(weight_EIO, codes_EIO, scales_EGO), hessian_EII)
+    return quadratic(residual(weight_EIO, values_EIO, scales_EGO), hessian_EII)
 
 
-def quadratic(rows_EIO: torch.Tensor, hessian_EII: torch.Tensor) -> torch.Tensor:
+def quadratic(rows_EIO: Tensor, hessian_EII: Tensor) -> Tensor:
     """v H v^T of every row v, [E, O] fp64; of the symmetric H only the lower triangle is multiplied."""
     experts, columns, rows = rows_EIO.shape
     total_EO = torch.zeros(experts, rows, dtype=torch.float64, device=rows_EIO.device)
-    for left in range(0, columns, _SLOPE_COLUMNS):
-        span = slice(left, left + _SLOPE_COLUMNS)
+    for left in range(0, columns, _QUADRATIC_COLUMNS):
+        span = slice(left, left + _QUADRATIC_COLUMNS)
         part_EPO = rows_EIO[:, span]
         product_EPO = hessian_EII[:, span, span] @ part_EPO
         if left:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 
 _ROWS = 64  # output rows of a program
+COLUMNS = 128
+"""Columns that one launch takes."""
 
 
 def _launch(name: int, tensors: tuple[torch.Tensor, ...], shape: tuple[int, int, int], low: int, high: int) -> None:

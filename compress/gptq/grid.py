@@ -7,29 +7,29 @@ and always exactly what the disk will hold.
 
 import torch
 
+from moepress.compress.gptq.levels import DEFAULT_SEARCH, Grid, SearchPlan
 from moepress.converters.safetensors.scheme import Scheme
 
-DEFAULT_STEPS = 10
-DEFAULT_LOWEST = 0.3
-DEFAULT_HALVINGS = 2
 _CHUNK_ELEMENTS = 1 << 20
 """Weights searched at a time: small enough for caches, large enough that threads need not be woken too often."""
 
 
-def storable_scales(scales: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
-    """Round scales to what `scale_dtype` can hold, keeping them positive and finite.
+def storable_scales(scales: torch.Tensor, scale_dtype: torch.dtype, *, either_sign: bool = False) -> torch.Tensor:
+    """Round scales to what `scale_dtype` can hold, keeping them finite and off zero.
 
     Args:
-        scales: any shape, fp32, not NaN. Zero and negative values (nothing to represent) become 1.0.
+        scales: any shape, fp32, not NaN. Zero (nothing to represent) becomes 1.0, and so do negative ones.
         scale_dtype: torch.bfloat16, torch.float16 or torch.float32.
+        either_sign: negative scales stay so.
 
     Returns:
         fp32 tensor of the same shape, each value exactly representable in `scale_dtype`.
     """
     info = torch.finfo(scale_dtype)
     smallest = info.tiny * info.eps if scale_dtype == torch.float16 else info.tiny
-    positive = torch.where(scales > 0, scales, 1.0).clamp(smallest, info.max)
-    return positive.to(scale_dtype).float()
+    size = scales.abs() if either_sign else scales
+    positive = torch.where(size > 0, size, 1.0).clamp(smallest, info.max).to(scale_dtype).float()
+    return torch.where(scales < 0, -positive, positive) if either_sign else positive
 
 
 def absmax_scales(weight_EOI: torch.Tensor, scheme: Scheme, *, scale_dtype: torch.dtype) -> torch.Tensor:
@@ -54,91 +54,90 @@ def search_scales(
     scheme: Scheme,
     *,
     scale_dtype: torch.dtype,
-    steps: int = DEFAULT_STEPS,
-    lowest: float = DEFAULT_LOWEST,
-    halvings: int = DEFAULT_HALVINGS,
+    plan: SearchPlan = DEFAULT_SEARCH,
+) -> torch.Tensor:
+    """`search_scales_on` the symmetric integers of a scheme: positive scales [E, O, G]."""
+    group = scheme.columns_per_group(weight_EOI.shape[-1])
+    return search_scales_on(weight_EOI, importance_EI, Grid.of(scheme), group, scale_dtype, plan)
+
+
+def search_scales_on(
+    weight_EOI: torch.Tensor,
+    importance_EI: torch.Tensor,
+    grid: Grid,
+    group: int,
+    scale_dtype: torch.dtype,
+    plan: SearchPlan = DEFAULT_SEARCH,
 ) -> torch.Tensor:
     """Find the scale of each row and group with the least weighted rounding error, by a search from coarse to fine.
 
-    The coarse grid shrinks the scale that puts the largest magnitude on `code_max`, in equal steps down to the share
-    `lowest`: clipping a few weights pays when the rest gets a finer grid. Codes reach one step further down than up, so
-    the smallest scale that clips neither side is tried too (half as large at 2 bits, where the extreme weights are
-    negative). Then both neighbours of the best at half the step, and again at half of that: at 2 to 4 bits as good as a
-    grid of 48 in a third of the time. Candidates are rounded to `scale_dtype` before their error is measured; of equal
-    ones the first tried wins.
+    The coarse shares shrink the scale that puts the largest magnitude on the largest level: clipping a few weights pays
+    when the rest gets a finer grid. Levels may reach further down than up, so the smallest scale that clips neither
+    side is tried too (half as large at 2 bits, where the extreme weights are negative), and where scales may have
+    either sign the shares the other way round. Then both neighbours of the best at half the step, and again at half of
+    that. Candidates are rounded to `scale_dtype` before their error is measured; of equal ones the first tried wins.
 
     Args:
         weight_EOI: [E, O, I] fp32.
         importance_EI: [E, I] fp32, >= 0: weight of a column's squared error (the diagonal of H). Where it is zero on a
             whole group, all columns of that group count alike.
-        scheme: bits and group size.
+        grid: what codes may stand for; without a minimum.
+        group: columns that share a scale; divides I.
         scale_dtype: dtype the scales are stored in.
-        steps: shrink factors of the coarse grid, >= 1.
-        lowest: smallest shrink factor of it, in (0, 1].
-        halvings: refinements, >= 0.
+        plan: the shares.
 
     Returns:
-        scales [E, O, G], fp32 values representable in `scale_dtype`, positive; 1.0 for all-zero groups.
-
-    Raises:
-        ValueError: `steps`, `lowest` or `halvings` is out of range.
+        scales [E, O, G], fp32 values representable in `scale_dtype`, not zero; 1.0 for all-zero groups.
     """
-    if steps < 1 or not 0 < lowest <= 1 or halvings < 0:
-        raise ValueError(
-            f"steps={steps}, lowest={lowest}, halvings={halvings}: need steps >= 1, 0 < lowest <= 1 and halvings >= 0."
-        )
     experts, rows, columns = weight_EOI.shape
-    groups = scheme.groups(columns)
-    importance_EGg = importance_EI.reshape(experts, groups, -1).float()
-    importance_EGg = torch.where(importance_EGg.amax(dim=-1, keepdim=True) > 0, importance_EGg, 1.0)
-    importance_EGg = importance_EGg / importance_EGg.amax(dim=-1, keepdim=True)
-    factors = torch.linspace(1.0, lowest, steps, dtype=torch.float64).tolist()
-    flat_RGg = weight_EOI.reshape(experts * rows, groups, -1)
-    scales_RG = flat_RGg.new_empty((experts * rows, groups))
+    importance_EGg = normalised(importance_EI.reshape(experts, columns // group, -1).float())
+    flat_RGg = weight_EOI.reshape(experts * rows, columns // group, -1)
+    scales_RG = flat_RGg.new_empty((experts * rows, columns // group))
     # Small chunks stay in a CPU's cache; a GPU wants few launches.
     chunk = max(1, (_CHUNK_ELEMENTS if weight_EOI.device.type == "cpu" else _CHUNK_ELEMENTS << 8) // columns)
     for start in range(0, experts * rows, chunk):
         stop = min(start + chunk, experts * rows)
         owner_R = torch.arange(start, stop, device=weight_EOI.device) // rows
-        scales_RG[start:stop] = _search_chunk(
-            flat_RGg[start:stop], importance_EGg[owner_R], scheme, scale_dtype, factors, halvings
-        )
-    return scales_RG.view(experts, rows, groups)
+        scales_RG[start:stop] = _search_chunk(flat_RGg[start:stop], importance_EGg[owner_R], grid, scale_dtype, plan)
+    return scales_RG.view(experts, rows, -1)
+
+
+def normalised(importance_Gg: torch.Tensor) -> torch.Tensor:
+    """Importance with the largest of each group (last dimension) 1; ones where a whole group has 0."""
+    importance_Gg = torch.where(importance_Gg.amax(dim=-1, keepdim=True) > 0, importance_Gg, 1.0)
+    return importance_Gg / importance_Gg.amax(dim=-1, keepdim=True)
 
 
 def _search_chunk(
-    weight_RGg: torch.Tensor,
-    importance_RGg: torch.Tensor,
-    scheme: Scheme,
-    scale_dtype: torch.dtype,
-    factors: list[float],
-    halvings: int,
+    weight_RGg: torch.Tensor, importance_RGg: torch.Tensor, grid: Grid, scale_dtype: torch.dtype, plan: SearchPlan
 ) -> torch.Tensor:
-    """Best scale [R, G] of a few rows R; see `search_scales`."""
+    """Best scale [R, G] of a few rows R; see `search_scales_on`."""
+    up, down, either = grid.high, grid.low, grid.either_sign
     lowest_RG, highest_RG = weight_RGg.aminmax(dim=-1)
-    base_RG = torch.maximum(highest_RG, -lowest_RG) / scheme.code_max
-    unclipped_RG = torch.maximum(highest_RG / scheme.code_max, lowest_RG / scheme.code_min)
+    base_RG = torch.maximum(highest_RG, -lowest_RG) / up
+    unclipped_RG = torch.maximum(highest_RG / up, lowest_RG / down)
     best_RG = storable_scales(base_RG, scale_dtype)
     share_RG = torch.ones_like(best_RG)
     best_error_RG = torch.full_like(best_RG, torch.inf)
-    scratch_RGg = torch.empty_like(weight_RGg)
 
     def attempt(factor: float | torch.Tensor) -> None:
-        scale_RG = storable_scales(base_RG * factor, scale_dtype)
-        scale_RG1 = scale_RG.unsqueeze(-1)
-        torch.div(weight_RGg, scale_RG1, out=scratch_RGg)
-        scratch_RGg.round_().clamp_(scheme.code_min, scheme.code_max).mul_(scale_RG1).sub_(weight_RGg)
-        error_RG = scratch_RGg.square_().mul_(importance_RGg).sum(dim=-1)
+        scale_RG = storable_scales(base_RG * factor, scale_dtype, either_sign=either)
+        level_RGg = grid.nearest(weight_RGg * scale_RG.reciprocal().unsqueeze(-1))
+        error_RGg = level_RGg.mul_(scale_RG.unsqueeze(-1)).sub_(weight_RGg).square_().mul_(importance_RGg)
+        error_RG = error_RGg.sum(dim=-1)
         better_RG = error_RG < best_error_RG
         torch.where(better_RG, scale_RG, best_RG, out=best_RG)
         torch.where(better_RG, error_RG, best_error_RG, out=best_error_RG)
         torch.where(better_RG, torch.as_tensor(factor, dtype=share_RG.dtype), share_RG, out=share_RG)
 
-    for factor in factors:
+    for factor in plan.factors:
         attempt(factor)
     attempt(unclipped_RG / torch.where(base_RG > 0, base_RG, 1.0))
-    step = factors[0] - factors[1] if len(factors) > 1 else 1 - DEFAULT_LOWEST
-    for _ in range(halvings):
+    if either:
+        for factor in plan.factors:
+            attempt(-factor * min(1.0, up / max(up, -down)))
+    step = plan.step
+    for _ in range(plan.halvings):
         step, middle_RG = step / 2, share_RG.clone()
         attempt(middle_RG + step)
         attempt(middle_RG - step)

@@ -2,32 +2,72 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from moepress.compress.gptq.levels import Grid
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverOptions:
-    """How to solve; the defaults are what measured best at about three times the time of plain GPTQ.
+    """How to solve; the defaults are what measured best for their time (docs/benchmarks.md).
 
     Attributes:
         damp: share of mean(diag H) added to the diagonal; times 10 on each failed Cholesky. Measured on new text, 0.03
             is never worse than 0.01; with about one token per column and no pooled H mixed in, 0.1 is better still.
         act_order: columns in order of decreasing diag H instead of their own order.
-        block: columns between two lazy updates.
         scale_search: grid search weighted by diag H instead of absmax scales.
-        refit_scales: let the descent move the scales too.
-        sweeps: coordinate-descent sweeps after GPTQ; 0 leaves plain GPTQ.
+        sweeps: coordinate descent after GPTQ, so many sweeps over the codes of a row at most; a row ends earlier when
+            none of its codes changes. 0 leaves plain GPTQ. None for as many as pay: a sweep of a native loop or a
+            kernel costs next to nothing, one in torch alone as much as all of GPTQ.
+        refits: rounds of the descent in which every scale goes to its least-squares value and the codes follow.
     """
 
     damp: float = 0.03
     act_order: bool = True
-    block: int = 128
     scale_search: bool = True
-    refit_scales: bool = True
-    sweeps: int = 3
+    sweeps: int | None = None
+    refits: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp < 1 or self.block < 1 or self.sweeps < 0:
-            raise ValueError(f"{self}: need 0 < damp < 1, block >= 1 and sweeps >= 0.")
+        if not 0 < self.damp < 1 or (self.sweeps or 0) < 0 or self.refits < 0:
+            raise ValueError(f"{self}: need 0 < damp < 1, sweeps >= 0 and refits >= 0.")
+
+    def sweeps_of(self, *, cheap: bool) -> int:
+        """`sweeps`, or what is meant by None where sweeps are cheap and where they are not."""
+        return (MANY_SWEEPS if cheap else 1) if self.sweeps is None else self.sweeps
 
 
-PLAIN = SolverOptions(damp=0.01, act_order=False, scale_search=False, refit_scales=False, sweeps=0)
+MANY_SWEEPS = 20
+"""In which nearly every row comes to rest."""
+PLAIN = SolverOptions(damp=0.01, act_order=False, scale_search=False, sweeps=0, refits=0)
 """GPTQ as in the paper, with absmax scales fixed beforehand."""
+
+EFFORTS = {
+    "fast": SolverOptions(refits=0),
+    "normal": SolverOptions(),
+    "high": SolverOptions(refits=4),
+}
+"""Levels of `--effort`, from least time to least loss."""
+DEFAULT_EFFORT = "normal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is the same for all matrices of a call.
+
+    Attributes:
+        grid: what codes stand for.
+        group: columns that share a scale.
+        dtype: what scales are rounded to.
+        options: of the solver.
+    """
+
+    grid: Grid
+    group: int
+    dtype: torch.dtype
+    options: SolverOptions
+
+    @property
+    def sweeps(self) -> int:
+        """With native loops."""
+        return self.options.sweeps_of(cheap=True)

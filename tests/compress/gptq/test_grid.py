@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest, search_scales, storable_scales
+from moepress.compress.gptq.levels import SearchPlan
 from moepress.converters.safetensors.scheme import Scheme
 
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,9 +28,8 @@ def weighted_error(
 def test_the_search_finds_what_a_readable_loop_finds(bits: int, scale_dtype: torch.dtype) -> None:
     weight_EOI, scheme = weights_of(0), Scheme(bits=bits, group_size=16)
     importance_EI = weights_of(1, rows=1).abs().squeeze(1)
-    found_EOG = search_scales(
-        weight_EOI, importance_EI, scheme, scale_dtype=scale_dtype, steps=7, lowest=0.4, halvings=2
-    )
+    plan = SearchPlan.even(7, 0.4, 2)
+    found_EOG = search_scales(weight_EOI, importance_EI, scheme, scale_dtype=scale_dtype, plan=plan)
 
     def error_of(scale: torch.Tensor, part: torch.Tensor, share: torch.Tensor) -> float:
         codes = (part / scale).round().clamp(scheme.code_min, scheme.code_max)
@@ -136,7 +136,7 @@ def test_the_search_does_not_depend_on_how_rows_are_chunked(monkeypatch: pytest.
 
 def test_senseless_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="steps"):
-        search_scales(weights_of(0), torch.ones(2, 32), Scheme(group_size=8), scale_dtype=torch.bfloat16, steps=0)
+        SearchPlan.even(0, 0.3, 2)
 
 
 def test_scales_that_do_not_fit_the_scheme_are_refused() -> None:

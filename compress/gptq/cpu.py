@@ -1,0 +1,420 @@
+"""The solver on the CPU with native loops: one matrix after the other, a block of its rows at a time.
+
+What `batch` does for all experts of a batch at once in torch, in the form that a CPU wants. A thread takes a matrix,
+factors its Hessian and solves its rows in blocks that stay in the cache; where there are fewer matrices than threads,
+threads share the blocks of one. Buffers are a thread's own and are used again for the next matrix: fresh ones of this
+size cost a page fault every 4 KiB, a fifth of the solver's time.
+
+Inside of GPTQ matrices lie as [I, O] in the order of solving backwards, which is that of the factor; the descent wants
+rows, [O, I], in their own order.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moepress.compress.gptq import native
+from moepress.compress.gptq.batch import Found
+from moepress.compress.gptq.cholesky import factor_in_place
+from moepress.compress.gptq.costs import SKETCHED
+from moepress.compress.gptq.factor import DAMP_ATTEMPTS, column_order, mean_alive, ridge_of
+from moepress.compress.gptq.grid import normalised, search_scales_on
+from moepress.compress.gptq.levels import DEFAULT_SEARCH
+from moepress.compress.gptq.options import Task
+from moepress.compress.gptq.parts import side_by_side
+from moepress.runs.phases import phase
+
+_SLOPE_COLUMNS = 256  # of the triangle that one product takes
+_BLOCK_BYTES = 1 << 20  # of one fp32 buffer of a block of rows: several of them are in use together
+_LEAST_ROWS = 128
+
+
+@dataclass(slots=True)
+class Workspace:
+    """Buffers by name, as large as the largest ever asked for."""
+
+    _flat: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A contiguous buffer of that shape with whatever is in it."""
+        wanted = 1
+        for size in shape:
+            wanted *= size
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < wanted:
+            flat = self._flat[name] = torch.empty(wanted, dtype=dtype)
+        return flat[:wanted].view(shape)
+
+
+class Workspaces(threading.local):
+    """A workspace for each thread that asks."""
+
+    def __init__(self) -> None:
+        self.own = Workspace()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factored:
+    """A Hessian and its factor H + diag(ridge) = U diag(square) U^T, U lower with a unit diagonal.
+
+    Rows and columns of the factor are in the order of solving, the last one first.
+
+    Attributes:
+        hessian, unit: [I, I]; of `unit` what is above the diagonal means nothing outside of diagonal blocks of
+            `_SLOPE_COLUMNS`, and nothing is there inside of them.
+        square: [I].
+        back, group: int32 [I]; the column at each place, and its group.
+        ridge, diagonal, inverse: [I] in the columns' own order; diag H + ridge and 1 over it.
+        importance: [I], diag H, as the search of scales weighs columns.
+        sketch: [K, I], of `_sketch`.
+        damping: the share of mean(diag H) that was needed.
+    """
+
+    hessian: Tensor
+    unit: Tensor
+    square: Tensor
+    back: Tensor
+    group: Tensor
+    ridge: Tensor
+    diagonal: Tensor
+    inverse: Tensor
+    importance: Tensor
+    sketch: Tensor
+    damping: float
+
+
+def factored(work: Workspace, hessian_II: Tensor, task: Task) -> Factored | None:
+    """Factor a Hessian into a buffer of the workspace; None where no damping makes it positive, or where it is zero."""
+    columns = len(hessian_II)
+    importance_I = hessian_II.diagonal().clamp(min=0)
+    mean = float(mean_alive(importance_I[None]))
+    if mean <= 0:
+        return None
+    back_I = column_order(importance_I[None], act_order=task.options.act_order)[0].flip(0)
+    unit_II, inverses = work.tensor("unit", columns, columns), work.tensor("inverses", columns // 64 + 1, 64, 64)
+    some = work.tensor("gathered", columns, columns)
+    damping = task.options.damp
+    for _ in range(DAMP_ATTEMPTS):
+        torch.index_select(hessian_II, 0, back_I, out=some)
+        torch.index_select(some, 1, back_I, out=unit_II)
+        ridge_I = ridge_of(importance_I[None], torch.tensor([damping], dtype=torch.float64))[0]
+        unit_II.mul_(1 / mean)
+        unit_II.diagonal().copy_((importance_I + ridge_I)[back_I] / mean)
+        if factor_in_place(unit_II, inverses) and bool(unit_II.diagonal().isfinite().all()):
+            break
+        damping *= 10
+    else:
+        return None
+    pivot_I = unit_II.diagonal().clone()
+    unit_II.div_(pivot_I)
+    for start in range(0, columns, _SLOPE_COLUMNS):
+        span = slice(start, start + _SLOPE_COLUMNS)
+        unit_II[span, span].tril_()
+    diagonal_I = importance_I + ridge_I
+    return Factored(
+        hessian=hessian_II,
+        unit=unit_II,
+        square=pivot_I.square().mul_(mean),
+        back=back_I.int(),
+        group=(back_I // task.group).int(),
+        ridge=ridge_I,
+        diagonal=diagonal_I,
+        inverse=diagonal_I.reciprocal(),
+        importance=importance_I,
+        sketch=_sketch(hessian_II, back_I),
+        damping=damping,
+    )
+
+
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Rows that are solved together, whatever the number of threads, so that this changes no bit."""
+    size = max(_LEAST_ROWS, _BLOCK_BYTES // (4 * columns) // 32 * 32)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What was lost of some rows, (w - q) H (w - q)^T, and of how much, w H w^T: fp64 [O], with the undamped H."""
+
+    loss: Tensor
+    energy: Tensor
+
+
+def solve_rows(
+    work: Workspace, weight_OI: Tensor, found: Factored, scales_OG: Tensor, codes_OI: Tensor, task: Task
+) -> Rows:
+    """Quantize some rows of a matrix.
+
+    Args:
+        work: this thread's.
+        weight_OI: contiguous rows.
+        found: the Hessian.
+        scales_OG: absmax scales, where `scale_search` is off; becomes the scales.
+        codes_OI: int8; becomes the codes.
+        task: see `Task`.
+    """
+    rows, columns = weight_OI.shape
+    groups = columns // task.group
+    loss_O = torch.zeros(rows, dtype=torch.float64)
+    with phase("scales"):
+        turned_IO = work.tensor("turned", columns, rows)
+        turned_IO.copy_(weight_OI.T)
+        scales_GO = work.tensor("scales", groups, rows)
+        if task.options.scale_search:
+            search = native.search_scales
+            weights_I = normalised(found.importance.view(groups, -1))
+            search(turned_IO, weights_I, task.grid, DEFAULT_SEARCH, task.group, task.dtype, scales_GO)
+            scales_OG.copy_(scales_GO.T)
+        else:
+            scales_GO.copy_(scales_OG.T)
+    codes_IO, errors_IO = _compensated(work, turned_IO, scales_GO, found, task, loss_O)
+    with phase("columns"):
+        native.turn(codes_IO, found.back, codes_OI)
+    slope_OI = None
+    if task.sweeps:
+        slope_OI = _slope(work, errors_IO, found)
+        _descend(found, slope_OI, codes_OI, scales_OG, task, loss_O)
+        for _ in range(task.options.refits):
+            _refit(work, found, slope_OI, codes_OI, scales_OG, task, loss_O)
+            _descend(found, slope_OI, codes_OI, scales_OG, task, loss_O)
+    return _settled(work, weight_OI, turned_IO, scales_GO, found, codes_OI, scales_OG, task, loss_O)
+
+
+def _compensated(
+    work: Workspace, turned_IO: Tensor, scales_GO: Tensor, found: Factored, task: Task, loss_O: Tensor
+) -> tuple[Tensor, Tensor]:
+    """GPTQ by feedback of residuals: codes int8 and weighed errors [I, O] in the order of solving.
+
+    Column p takes w_p + sum over the columns solved before it of U_kp r_k, with the residuals r = w - q: the same codes
+    as spreading errors by the inverse's factor (QuIP, arXiv 2307.13304, theorem 6), and nothing is inverted. What is
+    left of each column adds square * e^2 to the damped loss.
+    """
+    columns, rows = turned_IO.shape
+    codes_IO = work.tensor("codes", columns, rows, dtype=torch.int8)
+    residual_IO, errors_IO = work.tensor("residual", columns, rows), work.tensor("errors", columns, rows)
+    with phase("columns", flops=float(rows) * columns * columns):
+        for stop in range(columns, 0, -native.BLOCK_COLUMNS):
+            block = slice(max(0, stop - native.BLOCK_COLUMNS), stop)
+            feedback_BO = None
+            if stop < columns:
+                feedback_BO = work.tensor("feedback", block.stop - block.start, rows)
+                torch.mm(found.unit[stop:, block].T, residual_IO[stop:], out=feedback_BO)
+            native.round_block(
+                feedback_BO,
+                turned_IO,
+                found.back[block],
+                found.unit[block, block],
+                found.square[block],
+                found.group[block],
+                scales_GO,
+                None,
+                task.grid,
+                codes_IO[block],
+                residual_IO[block],
+                errors_IO[block],
+                loss_O,
+            )
+    return codes_IO, errors_IO
+
+
+def _slope(work: Workspace, errors_IO: Tensor, found: Factored) -> Tensor:
+    """(W - Q)(H + ridge) [O, I] in the columns' own order: U times the weighed errors, half of a product."""
+    columns, rows = errors_IO.shape
+    slope_IO, slope_OI = work.tensor("residual", columns, rows), work.tensor("slope", rows, columns)
+    with phase("slope", flops=float(rows) * columns * columns):
+        for start in range(0, columns, _SLOPE_COLUMNS):
+            stop = min(start + _SLOPE_COLUMNS, columns)
+            torch.mm(found.unit[start:stop, :stop], errors_IO[:stop], out=slope_IO[start:stop])
+        native.turn(slope_IO, found.back, slope_OI)
+    return slope_OI
+
+
+def _descend(
+    found: Factored, slope_OI: Tensor, codes_OI: Tensor, scales_OG: Tensor, task: Task, loss_O: Tensor
+) -> None:
+    given = (found.hessian, found.inverse, found.diagonal, found.ridge, task.grid, task.sweeps)
+    with phase("descent"):
+        native.descend(*given, codes_OI, scales_OG, slope_OI, loss_O)
+
+
+def _refit(
+    work: Workspace,
+    found: Factored,
+    slope_OI: Tensor,
+    codes_OI: Tensor,
+    scales_OG: Tensor,
+    task: Task,
+    loss_O: Tensor,
+) -> None:
+    """Each group's scales and then its codes, given all others; the slope is true again at the end.
+
+    A group takes from the slope what those before it have moved, and when all are done what those behind it have: one
+    product in all.
+    """
+    rows, columns = slope_OI.shape
+    change_OI, hessian_II, width = work.tensor("errors", rows, columns), found.hessian, task.group
+    values_Og, response_Og = work.tensor("values", rows, width), work.tensor("response", rows, width)
+    with phase("refit", flops=2.0 * rows * columns * columns):
+        for start in range(0, columns, width):
+            span = slice(start, start + width)
+            slope_Og, own_gg = slope_OI[:, span], hessian_II[span, span]
+            if start:
+                slope_Og.addmm_(change_OI[:, :start], hessian_II[:start, span], alpha=-1)
+            values_Og.copy_(task.grid.values(codes_OI[:, span]))
+            torch.mm(values_Og, own_gg, out=response_Og)
+            native.refit_group(
+                own_gg,
+                found.inverse[span],
+                found.diagonal[span],
+                found.ridge[span],
+                task.grid,
+                task.sweeps,
+                task.dtype,
+                response_Og,
+                codes_OI[:, span],
+                scales_OG[:, start // width, None],
+                slope_Og,
+                change_OI[:, span],
+                loss_O,
+            )
+        for start in range(0, columns - width, width):
+            stop = start + width
+            slope_OI[:, start:stop].addmm_(change_OI[:, stop:], hessian_II[stop:, start:stop], alpha=-1)
+
+
+def _settled(
+    work: Workspace,
+    weight_OI: Tensor,
+    turned_IO: Tensor,
+    scales_GO: Tensor,
+    found: Factored,
+    codes_OI: Tensor,
+    scales_OG: Tensor,
+    task: Task,
+    damped_O: Tensor,
+) -> Rows:
+    """Sums over what was found; rows that rounding to nearest serves better take its codes and scales."""
+    rows, columns = weight_OI.shape
+    left_O, whole_O = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
+    with phase("losses", flops=float(rows) * columns * columns):
+        native.squares(weight_OI, codes_OI, scales_OG, None, task.grid, found.ridge, left_O, whole_O)
+        loss_O = (damped_O - left_O).clamp_(min=0)
+        doubted = (loss_O > _nearest_at_least(work, turned_IO, scales_GO, found, task)).nonzero()[:, 0]
+        if len(doubted):
+            some_RI, nearest_RG = weight_OI[doubted], scales_GO.T[doubted]
+            nearest_RI = task.grid.nearest(some_RI.view(*nearest_RG.shape, -1) / nearest_RG[..., None])
+            codes = codes_OI[doubted], task.grid.codes(nearest_RI).view(len(doubted), columns)
+            scales = scales_OG[doubted], nearest_RG
+            mine, theirs = (
+                _loss(some_RI, task.grid.values(q), s, found.hessian) for q, s in zip(codes, scales, strict=True)
+            )
+            better_R = theirs <= mine
+            codes_OI[doubted] = torch.where(better_R[:, None], codes[1], codes[0])
+            scales_OG[doubted] = torch.where(better_R[:, None], scales[1], scales[0])
+            loss_O[doubted] = torch.minimum(mine, theirs)
+        return Rows(loss=loss_O, energy=_energy(work, turned_IO, found, whole_O))
+
+
+def _nearest_at_least(work: Workspace, turned_IO: Tensor, scales_GO: Tensor, found: Factored, task: Task) -> Tensor:
+    """A loss that rounding each row to nearest can not go below, fp64 [O].
+
+    H - G M^-1 G^T is positive for G = H V, M = V^T H V with any V (Nystroem), so that what G alone sees of a row's
+    rounding errors bounds its loss from below. With a few random V, which find what is large in H, that is for nearly
+    every row more than what GPTQ reached, and the product that would tell exactly is saved.
+    """
+    columns, rows = turned_IO.shape
+    residual_IO = work.tensor("residual", columns, rows)
+    native.nearest(turned_IO, found.back, found.group, scales_GO, task.grid, residual_IO)
+    seen_KO = torch.mm(found.sketch, residual_IO, out=work.tensor("slope", len(found.sketch), rows))
+    return seen_KO.square_().sum(dim=0, dtype=torch.float64)
+
+
+def _sketch(hessian_II: Tensor, back_I: Tensor) -> Tensor:
+    """M^-1/2 G^T of `_nearest_at_least`, [K, I] in the order of solving."""
+    columns = len(hessian_II)
+    directions_IK = torch.randn(columns, min(SKETCHED, columns), generator=torch.Generator().manual_seed(0))
+    seen_IK = hessian_II @ directions_IK
+    middle_KK = directions_IK.double().T @ seen_IK.double()
+    middle_KK.diagonal().add_(1e-5 * middle_KK.diagonal().mean())  # only ever lowers the bound
+    lower_KK, info = torch.linalg.cholesky_ex(middle_KK)
+    if int(info):
+        return torch.zeros(1, columns)
+    sketch_KI: Tensor = torch.linalg.solve_triangular(lower_KK, seen_IK[back_I].double().T, upper=False)
+    return sketch_KI.float()
+
+
+def _loss(weight_RI: Tensor, values_RI: Tensor, scales_RG: Tensor, hessian_II: Tensor) -> Tensor:
+    """(w - q) H (w - q)^T of rows, fp64 sums of fp32 products."""
+    rest_RI = weight_RI - (values_RI.view(*scales_RG.shape, -1) * scales_RG[..., None]).view(weight_RI.shape)
+    return (rest_RI @ hessian_II).mul_(rest_RI).sum(dim=1, dtype=torch.float64)
+
+
+def _energy(work: Workspace, turned_IO: Tensor, found: Factored, penalty_O: Tensor) -> Tensor:
+    """w H w^T of every row, fp64 [O], from the factor: half of a product."""
+    columns, rows = turned_IO.shape
+    weight_IO = torch.index_select(turned_IO, 0, found.back, out=work.tensor("residual", columns, rows))
+    spread_BO = work.tensor("errors", _SLOPE_COLUMNS, rows)
+    total_O = -penalty_O
+    for start in range(0, columns, _SLOPE_COLUMNS):
+        stop = min(start + _SLOPE_COLUMNS, columns)
+        part_BO = spread_BO[: stop - start]
+        torch.mm(found.unit[start:, start:stop].T, weight_IO[start:], out=part_BO)
+        total_O += part_BO.square_().mul_(found.square[start:stop, None]).sum(dim=0, dtype=torch.float64)
+    return total_O.clamp_(min=0)
+
+
+def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task: Task) -> Found:
+    """`batch.solve_batch` on the CPU by native loops."""
+    experts, rows, columns = weight_EOI.shape
+    found = Found(
+        codes=torch.empty(weight_EOI.shape, dtype=torch.int8),
+        scales=absmax_EOG.clone(),
+        loss=torch.zeros(experts, dtype=torch.float64),
+        energy=torch.zeros(experts, dtype=torch.float64),
+        damping=torch.zeros(experts, dtype=torch.float64),
+    )
+    weight_EOI, blocks, spaces = weight_EOI.contiguous(), row_blocks(rows, columns), Workspaces()
+
+    def rows_of(index: int, factor: Factored, block: slice) -> Rows:
+        given = weight_EOI[index, block], factor, found.scales[index, block], found.codes[index, block]
+        return solve_rows(spaces.own, *given, task)
+
+    def settle(index: int, factor: Factored | None, parts: Sequence[Rows]) -> None:
+        if factor is None:
+            _round(weight_EOI[index], hessian_EII[index], found, index, task)
+            return
+        found.loss[index] = sum(float(part.loss.sum()) for part in parts)
+        found.energy[index] = sum(float(part.energy.sum()) for part in parts)
+        found.damping[index] = factor.damping
+
+    def alone(index: int) -> None:
+        factor = factored(spaces.own, hessian_EII[index], task)
+        settle(index, factor, [rows_of(index, factor, block) for block in blocks] if factor else ())
+
+    threads = torch.get_num_threads()
+    whole = experts // threads * threads if threads > 1 else experts
+    if whole:
+        with side_by_side(threads) as each:
+            each(alone, range(whole))
+    for index in range(whole, experts):  # fewer than threads: these share the rows of each
+        factor = factored(spaces.own, hessian_EII[index], task)
+        with side_by_side(min(threads, len(blocks))) as each:
+            settle(index, factor, each(partial(rows_of, index, factor), blocks) if factor else ())
+    return found
+
+
+def _round(weight_OI: Tensor, hessian_II: Tensor, found: Found, index: int, task: Task) -> None:
+    """Rounding to nearest, where there is no usable Hessian."""
+    importance_I = hessian_II.diagonal().clamp(min=0)
+    if task.options.scale_search:
+        given = (weight_OI[None], importance_I[None], task.grid, task.group, task.dtype)
+        found.scales[index] = search_scales_on(*given)[0]
+    scales_OG = found.scales[index]
+    values_OI = task.grid.nearest(weight_OI.view(*scales_OG.shape, -1) / scales_OG[..., None]).view(weight_OI.shape)
+    found.codes[index] = task.grid.codes(values_OI)
+    found.loss[index] = _loss(weight_OI, values_OI, scales_OG, hessian_II).sum().clamp(min=0)
+    found.energy[index] = (weight_OI @ hessian_II).mul_(weight_OI).sum(dtype=torch.float64).clamp(min=0)
