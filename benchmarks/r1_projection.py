@@ -22,6 +22,7 @@ import torch
 from make_r1 import BYTES, r1_tensors
 from r1_scaling import (
     FORWARD,
+    HESSIANS,
     HIDDEN,
     SCHEME,
     Layer,
@@ -47,6 +48,7 @@ from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import ASSUMED_READ
+from moepress.compress.gptq.costs import solve_flops
 from moepress.compress.gptq.experts import experts_that_fit
 from moepress.compress.gptq.options import SolverOptions
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
@@ -224,15 +226,19 @@ def gpu_term(name: str, amount: float, rate: str, what: str) -> Term:
 
 
 def solver_flops(layer: Layer, count: int) -> dict[str, float]:
-    """FLOP of the solver for so many experts: gate and up as one matrix of their columns, and down."""
-    hidden, width, sweeps = layer.hidden, int(layer.config["moe_intermediate_size"]), SolverOptions().sweeps
-    cubes, squares = hidden**3 + width**3, 2 * width * hidden**2 + hidden * width**2
-    return {
-        "factor": count * 2 / 3 * cubes,
-        "columns": count * 1.0 * squares,
-        "sweeps": count * 2.0 * sweeps * squares,
-        "losses": count * 6.0 * squares,
-    }
+    """FLOP of the solver for so many experts by phase: gate and up as one matrix of their columns, and down."""
+    hidden, width, group = layer.hidden, int(layer.config["moe_intermediate_size"]), SCHEME.group_size
+    first, second = solve_flops(2 * width, hidden, group), solve_flops(hidden, width, group)
+    return {name: count * (first[name] + second[name]) for name in first}
+
+
+def counted(found: Measured, tokens: int, count: int) -> dict[str, float]:
+    """FLOP of all MoE layers of `quantize` with so many experts: the solver's phases, Hessians, the forward pass."""
+    layer = layer_of(found.report["config"], 1)
+    work = Work(tokens=tokens, window=found.window, experts=count, routed=tokens * found.top_k)
+    forward = first_step_flops(layer, work) + 2.0 * work.routed * layer.expert
+    each = solver_flops(layer, count) | {HESSIANS: sum(hessian_parts(layer, work)), FORWARD: forward}
+    return {name: MOE_LAYERS * flops for name, flops in each.items()}
 
 
 def gpu_quantize(found: Measured, config: Mapping[str, Any], figures: Figures, tokens: int, count: int) -> list[Term]:
@@ -266,17 +272,20 @@ def gpu_quantize(found: Measured, config: Mapping[str, Any], figures: Figures, t
 
 def _gpu_solver(layer: Layer, work: Work, figures: Figures) -> list[Term]:
     flops = solver_flops(layer, work.experts)
-    rates = {"factor": "factor_flops", "columns": "fp32_flops", "sweeps": "fp32_flops", "losses": "fp32_flops"}
+    del flops["scales"]  # below, by bandwidth
     columns = layer.hidden + int(layer.config["moe_intermediate_size"])
     together = experts_that_fit(figures.shape, GPU_MEMORY_BYTES)
-    loops = columns * (1 + SolverOptions().sweeps) * _COLUMN_OPERATIONS * math.ceil(work.experts / together)
+    loops = columns * (2 + SolverOptions().refits) * _COLUMN_OPERATIONS * math.ceil(work.experts / together)
     least, most = (
         4.0 * passes * work.experts * layer.expert / ASSUMED["bandwidth"][end]
         for passes, end in ((_SEARCH_PASSES[1], 1), (_SEARCH_PASSES[0], 0))
     )
     return [
         gpu_term("Hessian", sum(hessian_parts(layer, work)), "fp32_flops", "per token and expert, by FLOP"),
-        *(gpu_term(name, flops[name], rate, "per expert, by FLOP") for name, rate in rates.items()),
+        *(
+            gpu_term(name, each, "factor_flops" if name == "factor" else "fp32_flops", "per expert, by FLOP")
+            for name, each in flops.items()
+        ),
         Term(name="scales", low=least, high=most, scaled="per weight, by bandwidth"),
         gpu_term("small operations", loops, "launch", f"per column and batch of {together} experts"),
     ]
@@ -400,6 +409,17 @@ def print_rows(rows: Sequence[Mapping[str, Any]], tokens: int) -> None:
     print(table(("stage", "time", "peak GiB", "GPU GiB", "disk GiB"), lines))
 
 
+def print_counts(counts: Mapping[int, Mapping[str, float]]) -> None:
+    """The FLOP of `quantize`, and those of its solver."""
+    outside = (HESSIANS, FORWARD)
+    names = [*next(iter(counts.values()))]
+    lines = [[name, *(f"{found[name] / 1e15:.2f}" for found in counts.values())] for name in names]
+    solver = [sum(flops for name, flops in found.items() if name not in outside) for found in counts.values()]
+    lines.append(["solver alone", *(f"{flops / 1e15:.2f}" for flops in solver)])
+    print(f"\nPFLOP of `quantize` in {MOE_LAYERS} MoE layers, counted from shapes")
+    print(table(("phase", *(f"{count} experts" for count in counts)), lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, default=RESULTS / "r1_layer.json", help="what r1_layer.py wrote")
@@ -413,14 +433,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         config = whole_config(found.report["config"], small=found.options["small"])
         rows = project(found, hollow(Path(name), config), given.tokens)
+    counts = {n: counted(found, given.tokens, n) for n in (found.experts * 3 // 4, found.experts // 2)}
     print_rows(rows, given.tokens)
+    print_counts(counts)
     print(f"\nAssumed of {GPU}, slowest and fastest:")
     for name, (slow, fast, said) in ASSUMED.items():
         print(f"  {name}: {slow:.3g} to {fast:.3g} {said}")
     file = given.measured.with_name("r1_projection.json")
     assumed = {name: {"slow": slow, "fast": fast, "what": said} for name, (slow, fast, said) in ASSUMED.items()}
     about = {"measured": found.report["machine"], "measured_options": found.options, "tokens": given.tokens}
-    content = {"projected": True, **about, "assumed": assumed, "rows": rows}
+    content = {"projected": True, **about, "assumed": assumed, "flops": counts, "rows": rows}
     file.write_text(json.dumps(content, indent=2) + "\n")
     print(f"\nwritten to {file.relative_to(ROOT) if file.is_relative_to(ROOT) else file}")
 

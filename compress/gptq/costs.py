@@ -22,6 +22,7 @@ def solve_flops(rows: int, columns: int, group: int, options: SolverOptions | No
 
     Returns:
         factor: Cholesky of the damped H.
+        scales: 0, see above.
         sketch: H times a few directions.
         columns: each column's feedback from the residuals of those before it, a product with a triangle.
         slope: (W - Q) H from the loop's own errors, a product with a triangle again.
@@ -34,6 +35,7 @@ def solve_flops(rows: int, columns: int, group: int, options: SolverOptions | No
     refits = options.refits if options.sweeps != 0 else 0
     return {
         "factor": columns**3 / 3,
+        "scales": 0.0,
         "sketch": 2.0 * SKETCHED * columns**2,
         "columns": square,
         "slope": square if options.sweeps != 0 else 0.0,
