@@ -8,7 +8,17 @@ import torch
 from peers.read_gptq import codes_of, dequantize, matrices
 from safetensors import safe_open
 
+from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.converters.safetensors.artifact import Artifact, open_artifact
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.models.families.family import Part, part_of
+from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+
+# With the routed experts: every Linear but routers, `lm_head` and what `quantize` never touches.
+EVERYTHING = (Include.ATTENTION, Include.SHARED, Include.DENSE)
+SAMPLED = 12  # matrices that are read to see whether they are the model's
+# Twice what normal weights lose to rounding at 2 bits; a matrix that is not the model's differs by 1.4 of its size.
+LARGEST_ERROR = 0.8
 
 
 def open_exact(folder: Path) -> Artifact:
@@ -37,6 +47,46 @@ def check_reading(artifact: Artifact) -> int:
 def quantized_names(artifact: Artifact) -> set[str]:
     """Weights that are stored as codes."""
     return {name for name in artifact.shapes if artifact.is_quantized(name)}
+
+
+def expected_names(base: Checkpoint) -> set[str]:
+    """The weights that every tool is to quantize."""
+    layers = base.shape.layers
+    routed = {name for name in base.shapes if part_of(base.family, name, layers) is Part.ROUTED}
+    return routed | quantized_linears(base, layers, EVERYTHING)
+
+
+def require_quantized(folder: Path, model: Path, scheme: Scheme) -> dict[str, float]:
+    """Make sure that a tool did all of the work, and did it to this model.
+
+    Args:
+        folder: what it wrote.
+        model: the original.
+        scheme: what was asked for.
+
+    Returns:
+        linears: how many matrices are quantized; weight_error: |W - Q| / |W|, the mean over some of them.
+
+    Raises:
+        SystemExit: other matrices, bits or groups, or weights that are far from the model's.
+    """
+    base, artifact = open_checkpoint(model), open_exact(folder)
+    wanted, found = expected_names(base), quantized_names(artifact)
+    if found != wanted:
+        some = ", ".join(sorted(found ^ wanted)[:3])
+        raise SystemExit(
+            f"{folder}: {len(found)} matrices are quantized, {len(wanted)} were to be; not the same: {some}"
+        )
+    if (artifact.scheme.bits, artifact.scheme.group_size) != (scheme.bits, scheme.group_size):
+        raise SystemExit(f"{folder}: it has {artifact.scheme}, wanted was {scheme}")
+    names = sorted(wanted)
+    errors = []
+    for name in names[:: max(1, len(names) // SAMPLED)]:
+        weight = base.read(name).float()
+        errors.append(float((artifact.read(name) - weight).norm() / weight.norm()))
+        if not errors[-1] < LARGEST_ERROR:
+            raise SystemExit(f"{folder}: {name} differs from the model's by {errors[-1]:.2f} of its size")
+    return {"linears": len(found), "weight_error": sum(errors) / len(errors)}
 
 
 def _gptq(folder: Path, bits: int) -> Iterator[tuple[str, torch.Tensor]]:

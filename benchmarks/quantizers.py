@@ -1,4 +1,4 @@
-"""moepress, GPTQModel and llm-compressor as commands: one task, the same calibration windows, a process each."""
+"""moepress and the peers as commands: one task, the same calibration windows, a process each."""
 
 import json
 import os
@@ -18,8 +18,49 @@ from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.groundwork import load_corpus
 from moepress.stages.places import Calibration
 
-TOOLS = ("moepress", "gptqmodel", "llmcompressor")
-NAMES = {"moepress": "moepress", "gptqmodel": "GPTQModel", "llmcompressor": "llm-compressor"}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A quantizer in one of its modes.
+
+    Attributes:
+        title: for tables.
+        peer: the environment that peers/setup.sh makes, and the script peers/quantize_PEER.py; None for moepress.
+        package: what its environment calls it.
+        mode: what tells it from the same tool in another row.
+        options: of the script, beyond those of the task.
+    """
+
+    title: str
+    peer: str | None
+    package: str
+    mode: str = ""
+    options: tuple[str, ...] = ()
+
+    def named(self, version: str = "") -> str:
+        """Title, version and mode."""
+        return f"{self.title} {version}".rstrip() + (f", {self.mode}" if self.mode else "")
+
+
+TOOLS = {
+    "moepress": Tool(title="moepress", peer=None, package="moepress"),
+    "gptqmodel": Tool(title="GPTQModel", peer="gptqmodel", package="gptqmodel"),
+    "llmcompressor": Tool(
+        title="llm-compressor", mode="all tokens to every expert", peer="llmcompressor", package="llmcompressor"
+    ),
+    "llmcompressor-routed": Tool(
+        title="llm-compressor",
+        mode="routed tokens only",
+        peer="llmcompressor",
+        package="llmcompressor",
+        options=("--routed-only",),
+    ),
+    "autoround-rtn": Tool(
+        title="AutoRound", mode="RTN", peer="autoround", package="auto-round", options=("--iters", "0")
+    ),
+    "autoround": Tool(title="AutoRound", mode="tuned", peer="autoround", package="auto-round"),
+}
+NAMES = {name: tool.named() for name, tool in TOOLS.items()}
 INCLUDE = ("attention", "shared", "dense")
 ENVIRONMENTS = Path.home() / ".cache" / "moepress-peers"  # where peers/setup.sh makes them
 
@@ -41,20 +82,35 @@ class Task:
     threads: int
 
 
-def peer_python(tool: str) -> Path | None:
-    """The interpreter of a peer's environment; None where there is none."""
-    python = ENVIRONMENTS / tool / "bin" / "python"
+def tool_python(tool: str) -> Path | None:
+    """The interpreter that a tool runs in; None where its environment is not there."""
+    peer = TOOLS[tool].peer
+    python = Path(sys.executable) if peer is None else ENVIRONMENTS / peer / "bin" / "python"
     return python if python.exists() else None
 
 
 def available(tools: Sequence[str]) -> list[str]:
     """Those tools that can run here; the others are said on stderr."""
-    found = []
+    found = [tool for tool in tools if tool_python(tool)]
     for tool in tools:
-        if tool == "moepress" or peer_python(tool):
-            found.append(tool)
-        else:
-            print(f"{NAMES[tool]} is left out: make it by benchmarks/peers/setup.sh {tool}", file=sys.stderr)
+        if tool not in found:
+            print(
+                f"{NAMES[tool]} is left out: make it by benchmarks/peers/setup.sh {TOOLS[tool].peer}", file=sys.stderr
+            )
+    return found
+
+
+_VERSIONS = """
+import json, platform, sys
+from importlib.metadata import version
+print(json.dumps({"python": platform.python_version()} | {name: version(name) for name in sys.argv[1:]}))
+"""
+
+
+def versions(tool: str) -> dict[str, str]:
+    """What runs a tool: python, torch, transformers and the tool itself, as its own environment has them."""
+    command = [str(tool_python(tool)), "-c", _VERSIONS, "torch", "transformers", TOOLS[tool].package]
+    found: dict[str, str] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found
 
 
@@ -76,7 +132,7 @@ def run_tool(tool: str, task: Task, out: Path, windows: Path) -> dict[str, Any]:
 
     Returns:
         wall_seconds, cpu_seconds, peak_rss_bytes of the whole process; seconds_quantize without imports, loading and
-        saving, for moepress without reading the text; version.
+        saving, for moepress without reading the text; version; for moepress its phases, as `--timings` has them.
 
     Raises:
         SystemExit: it failed.
@@ -117,17 +173,29 @@ def _moepress(task: Task, out: Path, timings: Path) -> list[str]:
 
 
 def _peer(tool: str, task: Task, out: Path, windows: Path) -> list[str]:
-    script = ROOT / "benchmarks" / "peers" / f"quantize_{tool}.py"
+    script = ROOT / "benchmarks" / "peers" / f"quantize_{TOOLS[tool].peer}.py"
     kept = [rf".*\.{leaf}$" for leaf in open_checkpoint(task.model).family.never_quantize]  # what moepress leaves
-    command = [str(peer_python(tool)), str(script), str(task.model), str(out), "--tokens-file", str(windows)]
-    command += ["--bits", str(task.scheme.bits), "--group-size", str(task.scheme.group_size)]
+    command = [str(tool_python(tool)), str(script), str(task.model), str(out), "--tokens-file", str(windows)]
+    command += ["--bits", str(task.scheme.bits), "--group-size", str(task.scheme.group_size), *TOOLS[tool].options]
     return [*command, "--keep", *kept] if kept else command
 
 
 def _moepress_says(timings: Path) -> dict[str, Any]:
     document = json.loads(timings.read_text())
     started = sum(row["seconds"] for row in document["rows"] if row["phase"] == "start" and not row.get("background"))
-    return {"seconds_quantize": document["wall_seconds"] - started, "version": document["moepress"]}
+    said = {"seconds_quantize": document["wall_seconds"] - started, "version": document["moepress"]}
+    return said | {"phases": by_phase(document["rows"])}
+
+
+def by_phase(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `--timings` summed over layers, the longest phase first; those beside the others are apart."""
+    found: dict[tuple[str, bool], dict[str, Any]] = {}
+    for row in rows:
+        key = row["phase"], bool(row.get("background"))
+        own = found.setdefault(key, {"phase": key[0], "background": key[1], "seconds": 0.0, "flops": 0.0, "bytes": 0})
+        for figure in ("seconds", "flops", "bytes"):
+            own[figure] += row[figure]
+    return sorted(found.values(), key=lambda own: (own["background"], -own["seconds"]))
 
 
 def _peer_says(log: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the benchmarks share: the trained model and the texts of ../shared where it is there, else the demo."""
 
+import hashlib
 import json
 import platform
 from pathlib import Path
@@ -39,6 +40,19 @@ def machine() -> dict[str, Any]:
         "model": bench_model().name,
         "data": "shared" if texts("test") else "embedded",
     }
+
+
+def code_digest() -> str:
+    """A digest of moepress's own code, tests and benchmarks apart: figures of other code are not continued."""
+    found = hashlib.sha256()
+    packages = sorted(
+        file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name not in ("tests", "benchmarks")
+    )
+    for package in packages:
+        for file in sorted(package.rglob("*")):
+            if file.suffix in (".py", ".cpp", ".h", ".json") and "__pycache__" not in file.parts:
+                found.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def save(name: str, rows: Any, **more: Any) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with one other quantizer, so that its reader or its quality can be compared with ours.
 #
-#   setup.sh gptqmodel|autogptq|llmcompressor [FOLDER [PYTHON]]
+#   setup.sh gptqmodel|autogptq|autoround|llmcompressor [FOLDER [PYTHON]]
 #
 # FOLDER defaults to ~/.cache/moepress-peers/NAME, PYTHON to python3 (AutoGPTQ was tried with 3.11). Each
 # peer pins another torch or transformers than moepress, which is why none of them is an extra. Versions are those of
@@ -18,7 +18,7 @@ usage() {
 [ $# -ge 1 ] && [ $# -le 3 ] || usage
 name=$1
 folder=${2:-$HOME/.cache/moepress-peers/$name}
-case $name in gptqmodel | autogptq | llmcompressor) ;; *) usage ;; esac
+case $name in gptqmodel | autogptq | autoround | llmcompressor) ;; *) usage ;; esac
 
 "${3:-python3}" -m venv "$folder"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
@@ -40,6 +40,11 @@ case $name in
         "${pip[@]}" torch==2.13.0 "numpy<3" "transformers==4.48.3" "accelerate==1.3.0" "peft==0.14.0" datasets gekko safetensors
         BUILD_CUDA_EXT=0 "${pip[@]}" --no-deps auto-gptq==0.7.1
         check='import auto_gptq, torch; print("auto_gptq", auto_gptq.__version__, "torch", torch.__version__)'
+        ;;
+    autoround)
+        "${pip[@]}" -c "$pins" torch
+        "${pip[@]}" -c "$pins" auto-round
+        check='import auto_round, torch; print("auto_round", auto_round.__version__, "torch", torch.__version__)'
         ;;
     llmcompressor)
         "${pip[@]}" -c "$pins" torch
