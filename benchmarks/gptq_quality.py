@@ -6,7 +6,8 @@ The bench model (without ../shared the demo), every Linear but router, kv_b_proj
 of 512 tokens of the train texts. A seed chooses the windows; all tools get the same ones. Measured on 12 windows of 512
 tokens per domain of the test texts, by one code for all tools: codes times scales in fp32, the forward in fp32. The
 overall figure is the mean over domains of log-perplexity. With --work the peers' outputs stay there and are taken again
-in the next run; moepress is always run. --quick is the demo with little text, to try the script.
+in the next run; moepress is always run. AutoRound's learned rounding (--tools moepress autoround, or autoround-light)
+takes half an hour a seed and is no default: of a call without it the rows stay in the file. --quick is the demo with little text, to try the script.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from peer_weights import check_reading, open_exact, quantized_names
-from quantizers import INCLUDE, NAMES, TOOLS, Task, available, run_tool, write_windows
+from quantizers import INCLUDE, NAMES, QUICK, TOOLS, Task, available, run_tool, write_windows
 from setting import RESULTS, bench_model, machine, texts
 
 from moepress.calibration.corpus import EvaluationCorpus
@@ -284,7 +285,7 @@ def write(file: Path | None, section: str, runs: list[dict[str, Any]], first: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["peers", "options"])
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=QUICK, help=f"default: {' '.join(QUICK)}")
     parser.add_argument("--options", nargs="+", help="names of rows of the table of options (default: all)")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

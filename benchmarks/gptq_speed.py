@@ -1,6 +1,6 @@
 """GPTQ beside the peers: time and memory of moepress, GPTQModel, llm-compressor and AutoRound on the same tokens.
 
-    python benchmarks/gptq_speed.py [--repeat 3] [--threads 2] [--tools moepress ...] [--tuned] [--work FOLDER]
+    python benchmarks/gptq_speed.py [--repeat 3] [--threads 2] [--tools moepress ...] [--work FOLDER]
 
 Two models: the bench model (without ../shared the demo), 4 bits in groups of 64, 64 windows of 512 tokens; and a made
 Qwen3-MoE of 411 M parameters (4 layers of 64 experts, hidden 1024, width 512, top-8), 4 bits in groups of 128,
@@ -9,7 +9,8 @@ of threads, one after the other; a round is all tools once, and each round begin
 where benchmarks/peers/setup.sh made their environment, with their own defaults but for what their names say.
 What a tool wrote is opened: it must have quantized the same matrices, to codes that stand for the model's weights.
 
---tuned adds AutoRound's learned rounding, on the bench model alone: it takes many times as long as all others together.
+--tuned adds AutoRound's learned rounding, on the bench model and in the first round alone: with its default of 200
+iterations it takes many times as long as all others together, with its light recipe of 50 a quarter of that.
 --work keeps every sample as soon as it is there: the same command goes on after the last one when it was stopped.
 --quick is the demo with little text, to try the script.
 """
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from peer_weights import require_quantized
-from quantizers import NAMES, TOOLS, Task, available, run_tool, versions, write_windows
+from quantizers import LEARNED, NAMES, QUICK, TOOLS, Task, available, run_tool, versions, write_windows
 from setting import RESULTS, bench_model, code_digest, machine, texts
 from speed_tables import phases_of, phases_table, rows_of, table
 
@@ -36,8 +37,8 @@ from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.places import Calibration, model_folder
 
 WINDOW = 512
+MADE_NAME = "made Qwen3-MoE"
 MADE = {"layers": 4, "experts": 64, "hidden": 1024, "width": 512, "top_k": 8}
-TUNED = "autoround"
 
 
 def tasks(work: Path, threads: int, names: list[str], *, quick: bool) -> dict[str, Task]:
@@ -57,7 +58,7 @@ def tasks(work: Path, threads: int, names: list[str], *, quick: bool) -> dict[st
             threads=threads,
         )
     if "made" in names:
-        found["made Qwen3-MoE"] = Task(
+        found[MADE_NAME] = Task(
             model=made(work / "made"),
             scheme=Scheme(bits=4, group_size=128),
             calibration=Calibration(domains=texts("train"), tokens=8 * WINDOW, window=WINDOW),
@@ -80,13 +81,16 @@ def parameters(model: Path) -> int:
     return sum(math.prod(shape) for shape in open_checkpoint(model).shapes.values())
 
 
-def measure(name: str, task: Task, tools: list[str], rounds: int, work: Path, kept: Path) -> list[dict[str, Any]]:
+def measure(
+    name: str, task: Task, tools: list[str], once: list[str], rounds: int, work: Path, kept: Path
+) -> list[dict[str, Any]]:
     """All samples of a model, those of an earlier call among them: tools in turn, round after round.
 
     Args:
         name: of the model.
         task: what each tool is given.
         tools: which of them; round r begins with the r-th.
+        once: those of them that the first round alone has.
         rounds: how many.
         work: a folder for outputs.
         kept: file of one sample a line; what is in it is not measured again.
@@ -96,8 +100,9 @@ def measure(name: str, task: Task, tools: list[str], rounds: int, work: Path, ke
     before = {(s["model"], s["tool"], s["round"]): s for s in map(json.loads, lines)}
     samples = []
     for repetition in range(rounds):
-        first = repetition % len(tools)
-        for tool in (*tools[first:], *tools[:first]):
+        own = [tool for tool in tools if tool not in once or not repetition]
+        first = repetition % len(own)
+        for tool in (*own[first:], *own[:first]):
             sample = before.get((name, tool, repetition))
             if sample is None:
                 sample = {"model": name, "tool": tool, "round": repetition, "windows": corpus.digest}
@@ -147,10 +152,9 @@ def claim(work: Path, about: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=1, help="rounds of all tools in turn")
-    default = [tool for tool in TOOLS if tool != TUNED]
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=default, help=f"default: all but {TUNED}")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=QUICK, help=f"default: {' '.join(QUICK)}")
     parser.add_argument(
-        "--tuned", action="store_true", help=f"also {TUNED}, on the bench model (with --quick the demo)"
+        "--tuned", nargs="+", choices=LEARNED, default=[], help="once, on the bench model (or the demo)"
     )
     parser.add_argument("--models", nargs="+", choices=["bench", "made"], default=["bench", "made"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -159,8 +163,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures (default: benchmarks/results/gptq_speed.json)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    wanted = [*options.tools, *([TUNED] if options.tuned and TUNED not in options.tools else [])]
-    tools = available(wanted)
+    once = [tool for tool in options.tuned if tool not in options.tools]
+    tools = available([*options.tools, *once])
     about = {"threads": options.threads, "quick": options.quick, "code": code_digest()}
     about |= {"versions": {tool: versions(tool) for tool in tools}}
     rows, samples, shapes, phases = [], [], {}, {}
@@ -170,8 +174,8 @@ def main() -> None:
         claim(work, about)
         print_versions(about["versions"], options.threads)
         for label, task in tasks(work, options.threads, options.models, quick=options.quick).items():
-            own = [tool for tool in tools if tool in options.tools or label != "made Qwen3-MoE"]
-            found = measure(label, task, own, options.repeat, work, work / "samples.jsonl")
+            own = [tool for tool in tools if tool not in once or label != MADE_NAME]
+            found = measure(label, task, own, once, options.repeat, work, work / "samples.jsonl")
             samples += found
             rows += rows_of(label, found, own)
             phases[label] = phases_of(found)

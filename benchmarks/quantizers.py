@@ -58,8 +58,13 @@ TOOLS = {
     "autoround-rtn": Tool(
         title="AutoRound", mode="RTN", peer="autoround", package="auto-round", options=("--iters", "0")
     ),
-    "autoround": Tool(title="AutoRound", mode="tuned", peer="autoround", package="auto-round"),
+    "autoround-light": Tool(
+        title="AutoRound", mode="50 iterations", peer="autoround", package="auto-round", options=("--iters", "50")
+    ),
+    "autoround": Tool(title="AutoRound", mode="200 iterations", peer="autoround", package="auto-round"),
 }
+LEARNED = ("autoround-light", "autoround")  # minutes for a layer of a small model on two cores
+QUICK = tuple(tool for tool in TOOLS if tool not in LEARNED)
 NAMES = {name: tool.named() for name, tool in TOOLS.items()}
 INCLUDE = ("attention", "shared", "dense")
 ENVIRONMENTS = Path.home() / ".cache" / "moepress-peers"  # where peers/setup.sh makes them
