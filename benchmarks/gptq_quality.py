@@ -7,7 +7,8 @@ of 512 tokens of the train texts. A seed chooses the windows; all tools get the 
 tokens per domain of the test texts, by one code for all tools: codes times scales in fp32, the forward in fp32. The
 overall figure is the mean over domains of log-perplexity. With --work the peers' outputs stay there and are taken again
 in the next run; moepress is always run. AutoRound's learned rounding (--tools moepress autoround, or autoround-light)
-takes half an hour a seed and is no default: of a call without it the rows stay in the file. --quick is the demo with little text, to try the script.
+takes half an hour a seed and is no default; what it gave stays in the file when others are measured again. --quick is
+the demo with little text, to try the script.
 """
 
 import argparse
