@@ -31,7 +31,7 @@ from setting import RESULTS, bench_model, machine, texts
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.options import SolverOptions
+from moepress.compress.gptq.options import EFFORTS, SolverOptions
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import open_checkpoint
@@ -56,9 +56,11 @@ DEFAULT = Variant(name="default")  # at all bits with --match own, which --match
 VARIANTS = (
     Variant(name="act_order off", solver={"act_order": False}),
     Variant(name="scale_search off", solver={"scale_search": False}),
-    Variant(name="refit_scales off", solver={"refit_scales": False}),
+    Variant(name="effort fast", solver={"refits": 0}),
+    Variant(name="effort high", solver={"refits": EFFORTS["high"].refits}),
     Variant(name="sweeps 0", solver={"sweeps": 0}),
     Variant(name="sweeps 1", solver={"sweeps": 1}),
+    Variant(name="sweeps 2", solver={"sweeps": 2}),
     Variant(name="weight_power 1", hessian={"weight_power": 1}),
     Variant(name="weight_power 2", hessian={"weight_power": 2}),
     Variant(name="shrinkage 0", hessian={"shrinkage_tokens": 0.0}),

@@ -32,7 +32,7 @@ from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN
 
 INCLUDE = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})
-PLAIN = SolverOptions(act_order=False, scale_search=False, refit_scales=False, sweeps=0)
+PLAIN = SolverOptions(act_order=False, scale_search=False, sweeps=0, refits=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

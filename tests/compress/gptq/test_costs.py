@@ -29,9 +29,9 @@ def test_options_change_what_hangs_on_them() -> None:
     assert plain["slope"] == plain["refit"] == 0 < plain["columns"] == one["columns"]
 
 
-def test_the_solver_of_r1_takes_a_third_of_what_three_sweeps_and_three_losses_took() -> None:
+def test_the_solver_of_r1_takes_two_fifths_of_what_three_sweeps_and_three_losses_took() -> None:
     hidden, width, group, experts = 7168, 2048, 128, 58 * 192
     lean = experts * sum(sum(solve_flops(*shape, group).values()) for shape in ((2 * width, hidden), (hidden, width)))
     squares, cubes = 2 * width * hidden**2 + hidden * width**2, hidden**3 + width**3
     before = experts * (13 * squares + 2 / 3 * cubes)
-    assert lean == pytest.approx(before * 0.41, rel=0.02)
+    assert lean == pytest.approx(before * 0.4, rel=0.01)
