@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
-INSTALL_INPUTS := pyproject.toml constraints.txt __init__.py
+INSTALL_INPUTS := pyproject.toml setup.py compress/gptq/loops.cpp constraints.txt __init__.py
 
 .DEFAULT_GOAL := help
 .PHONY: help venv dev demo test gates unit test-slow test-faults test-families clean
@@ -66,5 +66,6 @@ test-faults: dev
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-out demo-out.partial
+	rm -f compress/gptq/_loops_*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -67,6 +67,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield from ((name, version) for name, version in facts.packages.items() if version)
     yield "not installed", ", ".join(name for name, version in facts.packages.items() if not version)
     yield "torch computes on", ", ".join(["cpu", *["cuda"] * bool(torch.devices), *["mps"] * torch.mps])
+    yield "solver's loops", f"native, {torch.loops}" if torch.loops else f"in torch alone ({torch.no_loops})"
     yield "torch's CUDA", torch.cuda_build or "none"
     for index, device in enumerate(torch.devices):
         memory = f"{gib_text(device.memory_bytes)}, {gib_text(device.free_memory_bytes)} free"

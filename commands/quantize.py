@@ -12,6 +12,7 @@ from moepress.commands.console import emit, note, quiet_libraries, show_estimate
 from moepress.commands.options import (
     calibration_options,
     dry_run_option,
+    effort_option,
     include_option,
     json_option,
     machine_options,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @scheme_options
 @include_option
 @match_option
+@effort_option
 @mtp_option
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
@@ -106,6 +108,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
 
 def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
     """What is asked of `quantize`: the plan's bits and parts, unless options name others, of which a note tells."""
+    from moepress.compress.gptq.options import EFFORTS
     from moepress.converters.safetensors.scheme import Scheme
     from moepress.stages.quantize import QuantizeRequest
 
@@ -118,7 +121,8 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     include, notes = _includes_for(plan, options)
     note(*notes)
     hessian = _hessian_of(options, scheme.bits, layer_bits)
-    return QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian)
+    solver = EFFORTS[options["effort"]]
+    return QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian, solver=solver)
 
 
 def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -> None:

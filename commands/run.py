@@ -14,6 +14,7 @@ from moepress.commands.options import (
     budget_options,
     calibration_options,
     dry_run_option,
+    effort_option,
     evaluation_options,
     include_option,
     json_option,
@@ -36,7 +37,7 @@ from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
 _RECIPE_OPTIONS = (
-    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match", "mtp"),
+    *("keep", "experts", "criterion", "groups", "bits", "group_size", "include", "match", "effort", "mtp"),
     *("target", "context", "mixed_bits"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
@@ -56,6 +57,7 @@ _RECIPE_OPTIONS = (
 @scheme_options
 @include_option
 @match_option
+@effort_option
 @mtp_option
 @calibration_options
 @evaluation_options

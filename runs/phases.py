@@ -50,6 +50,8 @@ class Clock:
     owner: int = field(default_factory=threading.get_ident)
     _inner: list[float] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _helping: dict[str, float] = field(default_factory=dict)
+    _own: threading.local = field(default_factory=threading.local)
 
     def add(
         self, name: str, seconds: float, flops: float = 0.0, size: int = 0, *, layer: int, background: bool = False
@@ -114,7 +116,8 @@ def in_layer(layer: int) -> Iterator[None]:
 def phase(name: str, *, flops: float = 0.0, size: int = 0) -> Iterator[None]:
     """Count the time of the block, in the main thread, less that of the phases inside.
 
-    In a thread that the main one waits for, the seconds are the main one's: FLOP and bytes alone are counted.
+    In a thread that the main one waits for, the seconds are the main one's: FLOP and bytes alone are counted, and by
+    `shared` the phases of such threads share what the main one waited.
 
     Args:
         name: read, forward, Hessian, factor, scales, columns, sweeps, losses, pack, write, ...
@@ -133,7 +136,8 @@ def phase(name: str, *, flops: float = 0.0, size: int = 0) -> Iterator[None]:
 def _counted(name: str, flops: float, size: int) -> Iterator[None]:
     clock = _running[-1]
     if threading.get_ident() != clock.owner:
-        yield
+        with _helping(clock, name):
+            yield
         clock.add(name, 0.0, flops, size, layer=clock.layer)
         return
     _wait_for_gpu()
@@ -148,6 +152,42 @@ def _counted(name: str, flops: float, size: int) -> Iterator[None]:
         if clock._inner:
             clock._inner[-1] += whole
         clock.add(name, whole - inside, flops, size, layer=clock.layer)
+
+
+@contextmanager
+def _helping(clock: Clock, name: str) -> Iterator[None]:
+    """Count the time of a phase of a thread that the main one waits for, less that of the phases inside."""
+    inner: list[float] = clock._own.__dict__.setdefault("inner", [])
+    start = time.perf_counter()
+    inner.append(0.0)
+    try:
+        yield
+    finally:
+        whole = time.perf_counter() - start
+        inside = inner.pop()
+        if inner:
+            inner[-1] += whole
+        with clock._lock:
+            clock._helping[name] = clock._helping.get(name, 0.0) + whole - inside
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """The main thread waits for others in the block: their phases share the time, each by what it took of them."""
+    if not _running or threading.get_ident() != _running[-1].owner:
+        yield
+        return
+    clock, start = _running[-1], time.perf_counter()
+    clock._helping.clear()
+    try:
+        yield
+    finally:
+        whole, taken = time.perf_counter() - start, dict(clock._helping)
+        clock._helping.clear()
+        if clock._inner and taken:
+            clock._inner[-1] += whole
+            for name, seconds in taken.items():
+                clock.add(name, whole * seconds / sum(taken.values()), layer=clock.layer)
 
 
 def place_of(error: BaseException) -> str:

@@ -14,7 +14,6 @@ _OTHER = {  # settings whose values are digests, or long, or follow from other t
     "keep": "the plan keeps other experts",
     "layer_bits": "the plan has other bits by layer",
     "repair": "--repair, or what was repaired, is another one",
-    "solver": "the solver's options are others",
     "piece_bytes": "the size of pieces is another one; go on with the version of moepress that began",
     "command": "it was made by another command",
 }
@@ -32,6 +31,7 @@ _NAMES = {
     "torch": "the version of torch",
     "batch_windows": "the number of windows at once (it follows from --max-memory)",
     "hessian.asymmetry": "--match (auto follows --bits)",
+    "solver.refits": "--effort (how often scales are refitted)",
     "schema_version": "the recipe's schema_version",
     "recipe.model": "MODEL",
     "recipe.target": "--target",
@@ -56,7 +56,7 @@ def _clause(key: str, before: Any, now: Any) -> list[str]:
     if name in _FLAGS:
         flag, given = _FLAGS[name]
         return [f"{flag} was {_whether(before == given)}, now {_whether(now == given)}"]
-    if isinstance(before, dict) and isinstance(now, dict) and name in ("scheme", "hessian"):
+    if isinstance(before, dict) and isinstance(now, dict) and name in ("scheme", "hessian", "solver"):
         parts = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         return [_of_group(name, part, before.get(part), now.get(part)) for part in parts]
     return [_was(_NAMES.get(key) or _NAMES.get(name) or _option(name), name, before, now)]

@@ -75,6 +75,8 @@ class Torch:
     Attributes:
         cuda_build: the CUDA version that torch was built for; None for other builds.
         error: what torch said while it was imported or looked for devices.
+        loops: the build of the solver's native inner loops that this processor gets; None where there is none.
+        no_loops: why there is none.
     """
 
     cuda_build: str | None = None
@@ -82,6 +84,8 @@ class Torch:
     mps: bool = False
     imported: bool = True
     error: str | None = None
+    loops: str | None = None
+    no_loops: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +160,20 @@ def hints_of(facts: Facts) -> tuple[str, ...]:
 
 def notes_of(facts: Facts) -> tuple[str, ...]:
     """What is as it may be."""
+    return (*_loops_notes(facts.torch), *_runtime_notes(facts))
+
+
+def _loops_notes(torch: Torch) -> Iterator[str]:
+    if torch.no_loops:
+        yield (
+            f"The solver has no native loops ({torch.no_loops}), and quantizes three times slower; with a C++ "
+            "compiler at hand, `pip install --force-reinstall --no-deps moepress` builds them."
+        )
+
+
+def _runtime_notes(facts: Facts) -> Iterator[str]:
     if facts.runtime.version is None and facts.runtime.error is None:
-        return (f"ONNX Runtime is not installed, which only ONNX models need; {INSTALL}.",)
-    return ()
+        yield f"ONNX Runtime is not installed, which only ONNX models need; {INSTALL}."
 
 
 def _runtime_hints(facts: Facts) -> Iterator[str]:
@@ -279,6 +294,9 @@ def _torch() -> Torch:
         import torch
     except Exception as error:  # a missing library is an OSError, files of two versions fail in any way
         return Torch(imported=False, error=str(error))
+    from moepress.compress.gptq import native
+
+    built = native.library() is not None
     devices: list[Device] = []
     said: str | None = None
     with warnings.catch_warnings(record=True) as caught:  # "The NVIDIA driver on your system is too old ..."
@@ -297,6 +315,8 @@ def _torch() -> Torch:
         devices=tuple(devices),
         mps=torch.backends.mps.is_available(),
         error=said,
+        loops=native.status() if built else None,
+        no_loops=None if built else native.status(),
     )
 
 

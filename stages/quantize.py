@@ -189,6 +189,7 @@ def _estimate(
         layer_bits=options.layer_bits,
         original_targets=request.hessian.asymmetry > 0,
         balanced=request.hessian.least_tokens > 0,
+        solver=request.solver,
         predicting=predicting,
     )
 

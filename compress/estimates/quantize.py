@@ -42,6 +42,7 @@ from moepress.compress.estimates.seconds import (
 )
 from moepress.compress.gptq.experts import experts_that_fit
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.reference import is_apart
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part
@@ -61,6 +62,7 @@ def estimate_quantize(
     original_targets: bool = False,
     balanced: bool = False,
     predicting: Iterable[int] = (),
+    solver: SolverOptions | None = None,
 ) -> Estimate:
     """One forward pass, in which every layer is solved before the next.
 
@@ -76,6 +78,7 @@ def estimate_quantize(
         original_targets: the original model is walked beside the quantized one, see `compress.gptq.reference`.
         balanced: the router's logits are kept, see `compress.gptq.balance`.
         predicting: multi-token-prediction layers that stay; only their disk is counted.
+        solver: how it is asked to solve; by default as it does by default.
     """
     shape, limits, streams = figures.shape, limits_of(figures, work), 2 if original_targets else 1
     include = frozenset(include)
@@ -94,7 +97,7 @@ def estimate_quantize(
     time = {}
     if rates is not None:
         again = [] if stepped else extra
-        time = _quantize_seconds(figures, count, work, rates, at_once, extra, again, spilled, output)
+        time = _quantize_seconds(figures, count, work, rates, at_once, extra, again, spilled, output, solver)
         if original_targets:
             time = _moved_seconds(figures, count, work, rates, extra, time)
     peak, least = quantize_peak(rest), least_memory(figures, work, (extra, sizes, output))
@@ -130,6 +133,7 @@ def _quantize_seconds(
     passed: Sequence[Matrices],
     spilled: int,
     output: int,
+    solver: SolverOptions | None,
 ) -> dict[str, float]:
     """`passed`: of the extra matrices those that want a forward pass of their own."""
     shape, sample = figures.shape, HessianOptions().pooled_tokens
@@ -146,7 +150,8 @@ def _quantize_seconds(
     for matrices in passed:  # each wants its layer's attention once more
         share = matrices.count / max(shape.layers, 1)
         forward = {term: seconds * (1 + share / 2) for term, seconds in forward.items()}
-    solved = [solve_seconds(m, rates, at_once if m.part is Part.ROUTED else 1) for m in chain((gate_up, down), extra)]
+    every = chain((gate_up, down), extra)
+    solved = [solve_seconds(m, rates, at_once if m.part is Part.ROUTED else 1, solver) for m in every]
     return {
         "start": START_SECONDS,
         "read": kept / rates.read_bytes_per_second,

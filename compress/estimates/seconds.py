@@ -7,6 +7,7 @@ from moepress.compress.estimates.footprint import (
 )
 from moepress.compress.estimates.rates import Rates
 from moepress.compress.gptq.costs import solve_flops
+from moepress.compress.gptq.options import SolverOptions
 from moepress.models.families.family import Part
 
 # Fitted to compress/gptq on 2 cores at 1024 to 4096 columns; the spread between widths was a third.
@@ -47,9 +48,11 @@ def hidden_seconds(figures: Figures, work: Workload, spilled: int, rates: Rates)
     return ((layers - 1) * hidden_bytes(figures, work) + 4 * layers * spilled) / rates.read_bytes_per_second
 
 
-def solve_seconds(matrices: Matrices, rates: Rates, at_once: int) -> dict[str, float]:
+def solve_seconds(
+    matrices: Matrices, rates: Rates, at_once: int, solver: SolverOptions | None = None
+) -> dict[str, float]:
     """Products at the rate of large ones, and the loops over columns: natively they go over each weight a few times."""
-    flops = solve_flops(matrices.rows, matrices.columns, _GROUP)
+    flops = solve_flops(matrices.rows, matrices.columns, _GROUP, solver)
     products = sum(count for name, count in flops.items() if name != "factor")
     passes, loops = _NATIVE_PASSES, 0.0
     if rates.device != "cpu" or not rates.native:

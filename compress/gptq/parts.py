@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from moepress.runs.phases import shared
+
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
@@ -41,7 +43,8 @@ def side_by_side(parts: int) -> Iterator[Callable[[Callable[[Given], Made], Sequ
             # The number is torch's own in every thread, but MKL's is one for all: it is set back for what comes next.
             torch.set_num_threads(1)
             try:
-                return list(pool.map(partial(_inside, step, torch.is_inference_mode_enabled()), given))
+                with shared():
+                    return list(pool.map(partial(_inside, step, torch.is_inference_mode_enabled()), given))
             finally:
                 torch.set_num_threads(threads)
 

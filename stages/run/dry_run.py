@@ -15,6 +15,7 @@ from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.estimates.repair import estimate_repair
+from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import estimate_sizes, load_plan
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import default_memory
@@ -98,6 +99,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
             include=full.include,
             layer_bits=known.layer_bits,
             original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
+            solver=EFFORTS[full.effort],
             predicting=mtp_layers(checkpoint) if full.mtp is Mtp.KEEP else (),
         )
         pressed = Pressed(

@@ -87,6 +87,7 @@ class Recipe(BaseModel):
     mixed_bits: bool = False
     include: tuple[Include, ...] = ()
     match: Literal["auto", "own", "original"] = "auto"
+    effort: Literal["fast", "normal", "high"] = "normal"
     repair: tuple[Repair, ...] = ()
     mtp: Mtp = Mtp.KEEP
     to: tuple[Literal["gptq", "onnx"], ...] = ()

@@ -24,6 +24,7 @@ from moepress import __version__
 from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile, fingerprint, load_profile
 from moepress.compress.budget.sizes import linears_of_config
+from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.onnx.folder import open_onnx
@@ -239,6 +240,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
                 layer_bits=plan.layer_bits,
                 include=frozenset(recipe.include),
                 hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
+                solver=EFFORTS[recipe.effort],
             ),
             calibration_of(recipe),
             setup.machine,
