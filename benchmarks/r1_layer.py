@@ -11,7 +11,8 @@ disk. `quantize` solves --max-pieces pieces (9 experts each) of the checkpoint p
 with --resume. What is said of the whole layer is then projected from these, and says so; with --max-pieces 0 it is
 measured.
 
-Written to benchmarks/results/r1_layer.json; with --small to WORK-runs/r1_layer.json. --stages runs some of the stages;
+Written to benchmarks/results/r1_layer.json, on CUDA to r1_layer_cuda.json (the projection is from the CPU's); with
+--small to WORK-runs/r1_layer.json; or where --json says. --stages runs some of the stages;
 the figures of the others stay where the options are the same.
 """
 
@@ -30,7 +31,7 @@ import torch
 from make_r1 import make_r1, r1_config
 from processes import watched
 from r1_scaling import Term, Work, by_phase, human, layer_of, project_quantize, table, total
-from setting import RESULTS, machine, save, texts
+from setting import RESULTS, machine, texts
 
 from moepress.compress.estimates.rates import matmul_rate, read_rate
 from moepress.runs.files import JOURNAL
@@ -376,6 +377,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)} (default: all)")
     parser.add_argument("--keep", action="store_true", help="leave the pruned and quantized folders")
     parser.add_argument("--small", action="store_true", help="a tiny R1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     given = parser.parse_args()
     given.work = given.work.resolve()
     named = given.stages.split(",")
@@ -399,10 +401,11 @@ def main() -> None:
     names = ("small", "device", "tokens", "window", "max_memory", "max_pieces", "quantize_experts")
     data = "shared" if texts("train") else "embedded"
     options = {name: getattr(given, name) for name in names} | {"vocab": config["vocab_size"], "data": data}
-    file = bench.runs / "r1_layer.json" if given.small else RESULTS / "r1_layer.json"
     bench.runs.mkdir(parents=True, exist_ok=True)
     make_checkpoint(given.work, config)
     device = device_of(given.device)
+    name = "r1_layer_cuda.json" if device.type == "cuda" and not given.small else "r1_layer.json"
+    file = given.json or (bench.runs if given.small else RESULTS) / name
     facts: dict[str, Any] = {
         "options": options,
         "config": config,
@@ -416,10 +419,7 @@ def main() -> None:
         # After every stage, for a later one may fail after an hour.
         about = machine() | {"model": given.work.name, "data": data, "device": device_name(device)}
         report = {"machine": about, **facts, "rows": rows}
-        if given.small:
-            file.write_text(json.dumps(report, indent=2) + "\n")
-        else:
-            save("r1_layer", rows, **{key: value for key, value in report.items() if key != "rows"})
+        file.write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)
 
 

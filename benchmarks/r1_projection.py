@@ -229,7 +229,7 @@ def solver_flops(layer: Layer, count: int) -> dict[str, float]:
     """FLOP of the solver for so many experts by phase: gate and up as one matrix of their columns, and down."""
     hidden, width, group = layer.hidden, int(layer.config["moe_intermediate_size"]), SCHEME.group_size
     first, second = solve_flops(2 * width, hidden, group), solve_flops(hidden, width, group)
-    return {name: count * (first[name] + second[name]) for name in first}
+    return {phase: count * (first[phase] + second[phase]) for phase in first}
 
 
 def counted(found: Measured, tokens: int, count: int) -> dict[str, float]:
@@ -272,7 +272,7 @@ def gpu_quantize(found: Measured, config: Mapping[str, Any], figures: Figures, t
 
 def _gpu_solver(layer: Layer, work: Work, figures: Figures) -> list[Term]:
     flops = solver_flops(layer, work.experts)
-    del flops["scales"]  # below, by bandwidth
+    flops = {name: count for name, count in flops.items() if count}  # not the scales: below, by bandwidth
     columns = layer.hidden + int(layer.config["moe_intermediate_size"])
     together = experts_that_fit(figures.shape, GPU_MEMORY_BYTES)
     loops = columns * (2 + SolverOptions().refits) * _COLUMN_OPERATIONS * math.ceil(work.experts / together)
