@@ -100,9 +100,7 @@ def measure(
     before = {(s["model"], s["tool"], s["round"]): s for s in map(json.loads, lines)}
     samples = []
     for repetition in range(rounds):
-        own = [tool for tool in tools if tool not in once or not repetition]
-        first = repetition % len(own)
-        for tool in (*own[first:], *own[:first]):
+        for tool in in_turn(tools, once, repetition):
             sample = before.get((name, tool, repetition))
             if sample is None:
                 sample = {"model": name, "tool": tool, "round": repetition, "windows": corpus.digest}
@@ -113,6 +111,13 @@ def measure(
             said = f"{sample['wall_seconds']:.1f} s, {sample['peak_rss_bytes'] / 1e9:.2f} GB"
             print(f"{name}, round {repetition + 1}: {NAMES[tool]} {said}", file=sys.stderr, flush=True)
     return samples
+
+
+def in_turn(tools: list[str], once: list[str], repetition: int) -> list[str]:
+    """The order of a round: each begins with the next tool; those of `once` are in the first alone."""
+    own = [tool for tool in tools if tool not in once or not repetition]
+    first = repetition % len(own)
+    return [*own[first:], *own[:first]]
 
 
 def one_sample(tool: str, task: Task, work: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
@@ -21,11 +22,12 @@ from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-PEERS = ("gptqmodel", "llmcompressor")
+PEERS = ("gptqmodel", "llmcompressor", "autoround")
+MODES = ("gptqmodel", "llmcompressor", "llmcompressor-routed", "autoround-rtn")
 ENVIRONMENTS = Path.home() / ".cache" / "moepress-peers"
 needs_peers = pytest.mark.skipif(
     not all((ENVIRONMENTS / peer / "bin" / "python").exists() for peer in PEERS),
-    reason="benchmarks/peers/setup.sh gptqmodel, and llmcompressor",
+    reason="benchmarks/peers/setup.sh gptqmodel, llmcompressor and autoround",
 )
 
 
@@ -33,6 +35,12 @@ needs_peers = pytest.mark.skipif(
 def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module("gptq_quality")
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("gptq_speed")
 
 
 def run(script: str, *arguments: str) -> str:
@@ -83,6 +91,57 @@ def test_weights_that_are_not_codes_times_scales_are_noticed(quality: ModuleType
         quality.check_reading(replace(artifact, shapes=shapes))
 
 
+def test_a_tool_that_did_less_or_something_else_is_noticed(speed: ModuleType, tmp_path: Path) -> None:
+    model, scheme, plain = speed.model_folder("demo"), Scheme(bits=4, group_size=32), SolverOptions(sweeps=0)
+
+    def quantized(name: str, *include: Include, bits: int = 4) -> Path:
+        folder, chosen = tmp_path / name, replace(scheme, bits=bits)
+        request = QuantizeRequest(scheme=chosen, include=frozenset(include), solver=plain)
+        quantize_stage("demo", Output(folder=folder), None, request, Calibration(tokens=512, window=128), Machine())
+        return folder
+
+    everything = (Include.ATTENTION, Include.SHARED, Include.DENSE)
+    whole = quantized("whole", *everything)
+    found = speed.require_quantized(whole, model, scheme)
+    assert found["linears"] > 200
+    assert 0.01 < found["weight_error"] < 0.2
+    with pytest.raises(SystemExit, match=r"matrices are quantized, \d+ were to be"):
+        speed.require_quantized(quantized("less", Include.SHARED), model, scheme)
+    with pytest.raises(SystemExit, match="wanted was"):
+        speed.require_quantized(whole, model, replace(scheme, bits=8))
+    shard = next(iter(whole.glob("*.safetensors")))
+    tensors = load_file(shard)
+    for name in tensors:
+        if name.endswith("weight_packed"):
+            tensors[name] = tensors[name].flip(0)  # rows of another matrix, in effect
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="differs from the model's by"):
+        speed.require_quantized(whole, model, scheme)
+
+
+def test_each_round_begins_with_the_next_tool_and_one_that_takes_long_is_in_the_first(speed: ModuleType) -> None:
+    rounds = [speed.in_turn(["a", "b", "long"], ["long"], number) for number in range(3)]
+    assert rounds == [["a", "b", "long"], ["b", "a"], ["a", "b"]]
+
+
+def test_phases_are_summed_over_layers_and_held_against_the_matmul_rate_of_their_round(speed: ModuleType) -> None:
+    tables = importlib.import_module("speed_tables")
+    by_phase = importlib.import_module("quantizers").by_phase
+    common = {"phase": "Hessian", "bytes": 0, "background": False}
+    rows = [
+        {**common, "layer": 0, "seconds": 1.0, "flops": 4e9},
+        {**common, "layer": 1, "seconds": 3.0, "flops": 4e9},
+        {**common, "layer": 1, "phase": "read beside", "seconds": 9.0, "flops": 0.0, "background": True},
+    ]
+    one = {"tool": "moepress", "phases": by_phase(rows), "fp32_flops": 4e9}
+    other = {"tool": "moepress", "phases": by_phase(rows[:1] + rows[2:]), "fp32_flops": 8e9}
+    hessian, beside, whole = tables.phases_of([one, other])
+    assert (hessian["seconds"], hessian["flops_per_second"]) == (2.5, 3e9)  # of 4 s and 1 s; of 2 and 4 GFLOP/s
+    assert hessian["of_matmul"] == pytest.approx(0.5)
+    assert (beside["background"], whole["seconds"]) == (True, 2.5)
+    assert "| Hessian | 2.50 | 100% |" in tables.phases_table([hessian, beside, whole])
+
+
 def test_the_launcher_reports_the_command_and_not_itself(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     code = "import sys, time; held = bytearray(200 << 20); time.sleep(0.2); sys.exit(3)"
@@ -122,6 +181,22 @@ def test_moepress_is_timed_on_the_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_benchmark_that_was_stopped_goes_on_and_not_with_other_code(tmp_path: Path) -> None:
+    file, work = tmp_path / "speed.json", tmp_path / "work"
+    options = ["--quick", "--threads", "1", "--tools", "moepress", "--work", str(work), "--json", str(file)]
+    run("gptq_speed.py", *options)
+    first = json.loads(file.read_text())["samples"]
+    run("gptq_speed.py", *options, "--repeat", "2")
+    again = json.loads(file.read_text())["samples"]
+    assert again[0] == first[0]
+    assert [sample["round"] for sample in again] == [0, 1]
+    about = json.loads((work / "about.json").read_text())
+    (work / "about.json").write_text(json.dumps(about | {"code": "other"}))
+    with pytest.raises(AssertionError, match="was begun with other code; give another --work"):
+        run("gptq_speed.py", *options)
+
+
+@pytest.mark.slow
 def test_moepress_and_its_options_are_measured_on_the_demo(tmp_path: Path) -> None:
     file = tmp_path / "quality.json"
     few = ["--quick", "--threads", "1", "--bits", "3", "--seeds", "0", "--json", str(file)]
@@ -143,8 +218,8 @@ def test_moepress_and_its_options_are_measured_on_the_demo(tmp_path: Path) -> No
 @needs_peers
 @pytest.mark.slow
 def test_the_peers_quantize_the_same_matrices_and_are_timed(tmp_path: Path) -> None:
-    rows = speed_rows(tmp_path / "speed.json", "moepress", *PEERS)
-    assert set(rows) == {"moepress", *PEERS}
+    rows = speed_rows(tmp_path / "speed.json", "moepress", *MODES)
+    assert set(rows) == {"moepress", *MODES}
     assert rows["gptqmodel"]["wall_seconds"]["ratio"] > 1
     file, work = tmp_path / "quality.json", tmp_path / "work"
     few = ["--quick", "--threads", "1", "--bits", "4", "--seeds", "0", "--json", str(file), "--work", str(work)]
