@@ -4,10 +4,11 @@
 
 WINDOWS is a safetensors file with `input_ids`, int64 [windows, tokens]. Every Linear of the decoder layers is
 quantized, symmetrically, but routers and what --keep names (regular expressions). With `--iters 0` it rounds to
-nearest, with scales that it searches by the squares of the inputs; otherwise it learns the rounding in so many steps
-per layer (200: its default; 50 is its own light recipe, with the learning rate that it documents for that). All other
-settings are its defaults, 8 windows in one step among them. Written in the layout of GPTQ. The last line is JSON:
-seconds_quantize (its `quantize` alone), seconds_total (with imports, loading and saving), peak_rss_bytes, version.
+nearest, with scales that it searches by the squares of the inputs (but of routed experts); otherwise it learns the
+rounding in so many steps per layer (200: its default; 50 is its own light recipe, with the learning rate that it
+documents for that). All other settings are its defaults, 8 windows in one step among them. Written in the layout of
+GPTQ. The last line is JSON: seconds_quantize (its `quantize` alone), seconds_total (with imports, loading and saving),
+peak_rss_bytes, version.
 """
 
 import json
