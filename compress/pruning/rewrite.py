@@ -20,10 +20,10 @@ from moepress.models.families.family import Family
 from moepress.models.forward.tensor_check import check_mtp, check_tensors
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import Cut, cuts_of, mtp_layers, prune_source, pruned_config
+from moepress.models.storage.finite import all_finite, nonfinite
 from moepress.models.storage.mtp import Mtp, mtp_keep_sets, mtp_note
 from moepress.models.storage.safetensors_file import Stored, read_bytes
 from moepress.models.storage.tensors import DTYPES, read_tensor, tensor_bytes, tensor_entry
-from moepress.models.storage.unpack import nonfinite
 from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.phases import phase
@@ -252,7 +252,7 @@ def _copy(
 ) -> Iterator[Chunk]:
     """The bytes of these ranges in chunks, each range times its factor where there are factors."""
     check: Callable[[bytearray], bool] = (
-        (lambda _chunk: True) if allow_nonfinite else functools.partial(_finite, stored.dtype)
+        (lambda _chunk: True) if allow_nonfinite else functools.partial(all_finite, stored.dtype)
     )
     for number, (begin, length) in enumerate(ranges):
         for offset in range(begin, begin + length, CHUNK_BYTES):
@@ -269,13 +269,3 @@ def _copy(
 def _times(stored: Stored, chunk: bytearray, factor: float) -> memoryview:
     values = scaled(torch.frombuffer(chunk, dtype=DTYPES[stored.dtype]), factor)
     return tensor_bytes(values)
-
-
-def _finite(dtype: str, chunk: bytearray) -> bool:
-    kind = DTYPES[dtype]
-    if not kind.is_floating_point or not chunk:
-        return True
-    if kind is torch.float8_e4m3fn:  # no infinities; NaN has all seven lower bits set
-        return not bool((torch.frombuffer(chunk, dtype=torch.uint8) & 0x7F).eq(0x7F).any())
-    values = torch.frombuffer(chunk, dtype=kind)
-    return bool(torch.isfinite(values.float() if kind.itemsize == 1 else values).all())

@@ -25,9 +25,9 @@ from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.packing import pack_bits, to_unsigned
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.storage.checkpoint import Checkpoint, require_finite
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import bias_names, is_fused, read_expert
-from moepress.models.storage.tensors import DTYPE_NAMES, read_rows, tensor_bytes
+from moepress.models.storage.tensors import DTYPE_NAMES, read_rows, require_finite, tensor_bytes
 from moepress.models.storage.writer import Entry
 
 ONNX_BITS = (2, 4, 8)

@@ -12,13 +12,13 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family
 from moepress.models.families.table import family_of
-from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint, require_finite
+from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.folder import load_config, open_shards, unread_weights
 from moepress.models.storage.foreign import refuse_foreign
 from moepress.models.storage.outline import Outline, outline_of
 from moepress.models.storage.safetensors_file import Stored
 from moepress.models.storage.settled import leftover_quantization, settle
-from moepress.models.storage.tensors import read_row, read_tensor
+from moepress.models.storage.tensors import read_row, read_tensor, require_finite
 
 
 class Layout(Protocol):

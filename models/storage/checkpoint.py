@@ -1,17 +1,20 @@
-"""A model folder on disk: config, index, shards. Opened and checked as a whole, read tensor by tensor."""
+"""A model folder on disk: config, index, shards. Opened and checked as a whole, read tensor by tensor.
+
+To open, check and plan one torch is not wanted: what needs it is imported where a tensor is read.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family, Part, Shape, illegal_count, part_of, shape_of, strange_prefix
 from moepress.models.families.routing_keys import is_moe_layer, layer_keys
 from moepress.models.families.table import family_of, is_row
+from moepress.models.storage.finite import nonfinite
 from moepress.models.storage.folder import load_config, open_shards, read_json, unread_weights
 from moepress.models.storage.foreign import (
     FP8,
@@ -25,15 +28,13 @@ from moepress.models.storage.foreign import (
     stated_method,
     stored_method,
 )
-from moepress.models.storage.fp8 import dequantize_blocks, is_finite
 from moepress.models.storage.outline import Outline, outline_of
 from moepress.models.storage.packed import Packed, find_packed
 from moepress.models.storage.safetensors_file import Stored
 from moepress.models.storage.settled import settle
-from moepress.models.storage.tensors import read_row, read_tensor
-from moepress.models.storage.unpack import dequantize, nonfinite
 
-_CHECKED_AT_ONCE = 1 << 22  # elements
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Source(Protocol):
@@ -156,10 +157,14 @@ class Checkpoint:
         Raises:
             InvalidInputError: the tensor holds NaN or Inf, or is not there.
         """
+        from moepress.models.storage.fp8 import dequantize_blocks, is_finite
+        from moepress.models.storage.tensors import read_tensor
+        from moepress.models.storage.unpack import dequantize
+
         if name in self.packed:
             return dequantize(self.packed[name], allow_nonfinite=self.allow_nonfinite)
         tensor = read_tensor(self._entry(name))
-        if tensor.dtype == torch.float8_e4m3fn and self.block is not None:
+        if self.stored[name].dtype == FP8 and self.block is not None:
             scales = read_tensor(self._entry(f"{name}_scale_inv"))
             if not self.allow_nonfinite and not is_finite(tensor, scales):
                 raise nonfinite(self.stored[name])
@@ -168,6 +173,9 @@ class Checkpoint:
 
     def read_row(self, name: str, row: int) -> Tensor:
         """`read(name)[row]` as it is stored, reading nothing else: an expert of a fused tensor, a row of a matrix."""
+        from moepress.models.storage.tensors import read_row
+        from moepress.models.storage.unpack import dequantize
+
         packed = self.packed.get(name)
         if packed is not None and len(packed.shape) == 3:
             return dequantize(packed, row, allow_nonfinite=self.allow_nonfinite)
@@ -193,23 +201,11 @@ class Checkpoint:
             raise InvalidInputError(f"{self.folder} has no tensor {name}; download or copy the folder again.") from None
 
     def _checked(self, name: str, tensor: Tensor, expert: int | None = None) -> Tensor:
+        from moepress.models.storage.tensors import require_finite
+
         if not self.allow_nonfinite:
             require_finite(self.stored[name], tensor, expert)
         return tensor
-
-
-def require_finite(entry: Stored, tensor: Tensor, expert: int | None = None) -> None:
-    """Refuse NaN and Inf; `expert` is the row of a fused tensor, whose name does not hold it.
-
-    Raises:
-        InvalidInputError: naming the tensor (its name holds the layer and the expert) and its file.
-    """
-    if not tensor.is_floating_point():
-        return
-    for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE):  # a test of all at once takes copies of all
-        values = part.float() if part.dtype.itemsize == 1 else part
-        if not bool(torch.isfinite(values).all()):
-            raise nonfinite(entry, expert)
 
 
 def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint:

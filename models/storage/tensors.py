@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moepress.models.storage.finite import all_finite, nonfinite
 from moepress.models.storage.safetensors_file import Stored, read_bytes
 from moepress.models.storage.writer import Entry
 
@@ -52,6 +53,16 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The data of a tensor as it lies in a file: contiguous, little-endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def require_finite(entry: Stored, tensor: Tensor, expert: int | None = None) -> None:
+    """Refuse NaN and Inf in what was read of an entry, in its dtype.
+
+    Raises:
+        InvalidInputError: naming the tensor (its name holds the layer and the expert) and its file.
+    """
+    if not all_finite(entry.dtype, tensor_bytes(tensor)):
+        raise nonfinite(entry, expert)
 
 
 def tensor_entry(name: str, tensor: Tensor) -> Entry:

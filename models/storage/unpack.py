@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InvalidInputError
+from moepress.models.storage.finite import nonfinite
 from moepress.models.storage.fp8 import dequantize_blocks, is_finite
 from moepress.models.storage.packed import EXPONENTS, Packed, Packing, grid_of, misfit, true_shape
 from moepress.models.storage.safetensors_file import Stored
@@ -127,15 +128,6 @@ def _read(entry: Stored, index: int | None) -> Tensor:
     elif entry.dtype in ("F8_E8M0", "I8"):
         entry = replace(entry, dtype="U8")
     return read_tensor(entry) if index is None else read_row(entry, index)
-
-
-def nonfinite(entry: Stored, expert: int | None = None) -> InvalidInputError:
-    """The refusal of a tensor that holds NaN or Inf, in the words of `Checkpoint`."""
-    where = "" if expert is None else f" (expert {expert})"
-    return InvalidInputError(
-        f"{entry.name}{where} in {entry.file} holds NaN or Inf; download the file again "
-        "(profile and prune can go on with --allow-nonfinite)."
-    )
 
 
 def exponents(scales: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
-from moepress.models.storage import checkpoint, unpack
+from moepress.models.storage import unpack
 from moepress.models.storage.packed import Packed, Packing, find_packed
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import DTYPE_NAMES, tensor_bytes
@@ -474,12 +474,6 @@ def test_an_fp8_code_that_is_nan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="NaN or Inf"):
         dequantize(found)
     assert dequantize(found, allow_nonfinite=True)[3, 5].isnan()
-
-
-def test_the_refusal_of_nan_is_the_checkpoints(tmp_path: Path) -> None:
-    entry = stored_in(tmp_path, fp8_parts())[WEIGHT]
-    for expert in (None, 3):
-        assert str(unpack.nonfinite(entry, expert)) == str(checkpoint.nonfinite(entry, expert))
 
 
 def test_groups_out_of_range_are_refused(tmp_path: Path) -> None:
