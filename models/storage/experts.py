@@ -1,15 +1,21 @@
-"""One expert at a time, wherever and however it is stored."""
+"""One expert at a time, wherever and however it is stored.
+
+Names and shapes of experts are asked for by commands that read no tensor: torch is imported where one is computed.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moepress.models.families.family import MTP_KEYS, Family, experts_key, with_experts, with_text
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.outline import Outline, outline_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +38,7 @@ class Expert:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Expert":
+    def to(self, device: torch.device, dtype: torch.dtype) -> Expert:
         """The same expert on another device, in another dtype."""
         every: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {n: None if value is None else value.to(device, dtype) for n, value in every.items()}
@@ -46,6 +52,8 @@ class Expert:
     @property
     def first(self) -> Tensor:
         """Gate and up, which see the same input, one above the other: [2F, D], or [F, D] without a gate."""
+        import torch
+
         return self.up if self.gate is None else torch.cat((self.gate, self.up))
 
 
@@ -155,6 +163,8 @@ class Cut:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor, cut."""
+        import torch
+
         if self.table:
             return renumbered(tensor, self.kept)
         return tensor.index_select(self.axis, torch.tensor(self.kept))
@@ -190,6 +200,8 @@ def renumbered(table_VK: Tensor, kept: Sequence[int]) -> Tensor:
     Experts that stay get their new numbers. In the place of one that goes comes one that stays and that the token does
     not have yet, counted on from the token's own number, so that tokens spread over all.
     """
+    import torch
+
     table = table_VK.to(torch.int64)
     number = torch.full((int(max(int(table.max()), *kept)) + 1,), -1, dtype=torch.int64)
     number[torch.tensor(list(kept))] = torch.arange(len(kept))

@@ -1,4 +1,6 @@
-"""What a command imports before it says that a path is wrong: neither torch nor transformers, whatever the command."""
+"""What a command imports: neither torch nor transformers before it says that a path is wrong, whatever the command; and
+with a model only what its work takes.
+"""
 
 import json
 import os
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stage_runs import command
 
 # Runs command lines one after the other in one process that has imported nothing; prints their codes and imports.
 DRIVER = """
@@ -22,7 +25,8 @@ for arguments in json.loads(sys.argv[1]):
             main()
         except SystemExit as done:
             code = done.code
-    found.append([code, err.getvalue(), sorted({"torch", "transformers", "pyarrow", "onnx"} & sys.modules.keys())])
+    heavy = {"torch", "transformers", "pyarrow", "onnx", "onnxruntime", "matplotlib", "jinja2", "sympy"}
+    found.append([code, err.getvalue(), sorted(heavy & sys.modules.keys())])
 print(json.dumps(found))
 """
 
@@ -65,22 +69,58 @@ LINES: list[tuple[list[str], int, str]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, list[str]]]:
-    lines = json.dumps([line for line, _, _ in LINES])
-    place = tmp_path_factory.mktemp("empty")
-    line, offline = [sys.executable, "-c", DRIVER, lines], os.environ | {"HF_HUB_OFFLINE": "1"}
+Outcomes = list[tuple[int, str, list[str]]]
+
+# One after the other, in one process that starts without any of these: who may import least comes first.
+WITH_A_MODEL: list[tuple[list[str], set[str]]] = [
+    (["plan", "profile", "--keep", "0.75", "-o", "again.json"], set()),
+    (["check", "pruned"], set()),
+]
+
+
+def driven(lines: list[list[str]], place: Path) -> Outcomes:
+    line, offline = [sys.executable, "-c", DRIVER, json.dumps(lines)], os.environ | {"HF_HUB_OFFLINE": "1"}
     found = subprocess.run(line, capture_output=True, text=True, check=True, cwd=place, env=offline)
-    assert list(place.iterdir()) == []
     return [(code, said, loaded) for code, said, loaded in json.loads(found.stdout)]
 
 
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    place = tmp_path_factory.mktemp("empty")
+    found = driven([line for line, _, _ in LINES], place)
+    assert list(place.iterdir()) == []
+    return found
+
+
+@pytest.fixture(scope="module")
+def with_a_model(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What these commands import once a process before them has asked transformers about the models."""
+    place = tmp_path_factory.mktemp("model")
+    profile, plan, pruned = place / "profile", place / "plan.json", place / "pruned"
+    for line in (
+        ("profile", "demo", "-o", profile, "--tokens", 256, "--window", 32, "--no-bit-losses"),
+        ("plan", profile, "--keep", "0.75", "-o", plan),
+        ("prune", "demo", "--plan", plan, "-o", pruned),
+        ("check", pruned),
+    ):
+        code, _printed, errors = command(*line)
+        assert code == 0, errors
+    return driven([line for line, _ in WITH_A_MODEL], place)
+
+
 @pytest.mark.parametrize("number", range(len(LINES)), ids=[" ".join(line) for line, _, _ in LINES])
-def test_a_command_without_a_model_imports_no_torch(outcomes: list[tuple[int, str, list[str]]], number: int) -> None:
+def test_a_command_without_a_model_imports_no_torch(outcomes: Outcomes, number: int) -> None:
     (code, said, loaded), (_, expected, message) = outcomes[number], LINES[number]
     assert (code, loaded) == (expected, [])
     assert message in said
     assert said.count("\n") == (1 if message else 0)
+
+
+@pytest.mark.parametrize("number", range(len(WITH_A_MODEL)), ids=[" ".join(line) for line, _ in WITH_A_MODEL])
+def test_a_command_imports_only_what_its_work_takes(with_a_model: Outcomes, number: int) -> None:
+    code, said, loaded = with_a_model[number]
+    assert code == 0, said
+    assert set(loaded) <= WITH_A_MODEL[number][1]
 
 
 def test_paths_are_refused_in_the_words_of_what_would_read_them(tmp_path: Path) -> None:
