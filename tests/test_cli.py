@@ -83,7 +83,8 @@ def test_help_comes_fast_because_nothing_heavy_is_imported() -> None:
 
 def test_what_libraries_leave_in_memory_is_not_searched_as_they_are_imported_nor_at_the_end() -> None:
     code = (
-        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 10_000, gc.get_threshold()[0]))\n"
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 10_000, gc.get_threshold()[0]))\n"
         "from moepress.cli import main; sys.argv = ['moepress', 'targets', '--json']; main()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
