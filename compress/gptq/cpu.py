@@ -20,7 +20,7 @@ from torch import Tensor
 from moepress.compress.gptq import native
 from moepress.compress.gptq.batch import Found
 from moepress.compress.gptq.cholesky import factor_in_place
-from moepress.compress.gptq.costs import SKETCHED
+from moepress.compress.gptq.costs import SKETCHED, solve_flops
 from moepress.compress.gptq.factor import DAMP_ATTEMPTS, column_order, mean_alive, ridge_of
 from moepress.compress.gptq.grid import normalised, search_scales_on
 from moepress.compress.gptq.levels import DEFAULT_SEARCH
@@ -89,6 +89,11 @@ class Factored:
 
 def factored(work: Workspace, hessian_II: Tensor, task: Task) -> Factored | None:
     """Factor a Hessian into a buffer of the workspace; None where no damping makes it positive, or where it is zero."""
+    with phase("factor", flops=solve_flops(0, len(hessian_II), task.group)["factor"]):
+        return _factored(work, hessian_II, task)
+
+
+def _factored(work: Workspace, hessian_II: Tensor, task: Task) -> Factored | None:
     columns = len(hessian_II)
     importance_I = hessian_II.diagonal().clamp(min=0)
     mean = float(mean_alive(importance_I[None]))
@@ -330,7 +335,9 @@ def _nearest_at_least(work: Workspace, turned_IO: Tensor, scales_GO: Tensor, fou
     residual_IO = work.tensor("residual", columns, rows)
     native.nearest(turned_IO, found.back, found.group, scales_GO, task.grid, residual_IO)
     seen_KO = torch.mm(found.sketch, residual_IO, out=work.tensor("slope", len(found.sketch), rows))
-    return seen_KO.square_().sum(dim=0, dtype=torch.float64)
+    total_O = torch.zeros(rows, dtype=torch.float64)
+    native.add_squares(seen_KO, torch.ones(len(seen_KO)), total_O)
+    return total_O
 
 
 def _sketch(hessian_II: Tensor, back_I: Tensor) -> Tensor:
@@ -363,7 +370,7 @@ def _energy(work: Workspace, turned_IO: Tensor, found: Factored, penalty_O: Tens
         stop = min(start + _SLOPE_COLUMNS, columns)
         part_BO = spread_BO[: stop - start]
         torch.mm(found.unit[start:, start:stop].T, weight_IO[start:], out=part_BO)
-        total_O += part_BO.square_().mul_(found.square[start:stop, None]).sum(dim=0, dtype=torch.float64)
+        native.add_squares(part_BO, found.square[start:stop], total_O)
     return total_O.clamp_(min=0)
 
 

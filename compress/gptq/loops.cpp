@@ -357,6 +357,19 @@ void nearest(const Grid& grid, const float* weight, Size ldw, const int* column,
     }
 }
 
+// Adds to every row's total the weighed squares of a few columns.
+void add_squares(const float* in, Size ldi, const float* weight, int columns, Size rows, double* total) {
+    for (Size row = 0; row < rows; row += kTile) {
+        const int n = static_cast<int>(std::min<Size>(kTile, rows - row));
+        for (int first = 0; first < columns; first += kBlock) {
+            float some[kTile] = {}; // of a few columns: a float holds them well
+            for (int p = first; p < std::min(first + kBlock, columns); p++)
+                for (int t = 0; t < n; t++) some[t] += weight[p] * in[p * ldi + row + t] * in[p * ldi + row + t];
+            for (int t = 0; t < n; t++) total[row + t] += some[t];
+        }
+    }
+}
+
 // out[o][index[p]] = in[p][o]
 template <class Number>
 void turn(const Number* in, Size ldi, const int* index, int columns, Size rows, Number* out, Size ldo) {
@@ -473,6 +486,11 @@ EXPORT void moepress_squares(GRID, const float* weight, Size ldw, const int8_t* 
                              const float* offsets, Size lds, int columns, int group, Size rows, const float* ridge,
                              double* left, double* whole) {
     WITH(squares, weight, ldw, codes, ldc, scales, offsets, lds, columns, group, rows, ridge, left, whole);
+}
+
+EXPORT void moepress_add_squares(const float* in, Size ldi, const float* weight, int columns, Size rows,
+                                 double* total) {
+    add_squares(in, ldi, weight, columns, rows, total);
 }
 
 EXPORT void moepress_turn_floats(const float* in, Size ldi, const int* index, int columns, Size rows, float* out,

@@ -37,6 +37,7 @@ _SIGNATURES = {
     "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 5, _P),
     "nearest": (*_GRID, _P, _S, _P, _P, _P, _S, _I, _S, _P, _S),
     "squares": (*_GRID, *(_P, _S) * 2, _P, _P, _S, _I, _I, _S, *(_P,) * 3),
+    "add_squares": (_P, _S, _P, _I, _S, _P),
     "turn_floats": (_P, _S, _P, _I, _S, _P, _S),
     "turn_codes": (_P, _S, _P, _I, _S, _P, _S),
 }  # fmt: skip
@@ -249,6 +250,11 @@ def squares(
         scales_OG.stride(0), columns, columns // scales_OG.shape[1], rows, ridge_I.data_ptr(),
         left_O.data_ptr(), whole_O.data_ptr(),
     )  # fmt: skip
+
+
+def add_squares(given_BO: Tensor, weight_B: Tensor, total_O: Tensor) -> None:
+    """Add the weighed squares of a few columns to each row's total (fp64)."""
+    _call("add_squares", *_rows(given_BO), weight_B.data_ptr(), *given_BO.shape, total_O.data_ptr())
 
 
 def turn(given_IO: Tensor, index_I: Tensor, out_OI: Tensor) -> None:
