@@ -216,7 +216,6 @@ def _compensated(
                 found.square[block],
                 found.group[block],
                 scales_GO,
-                None,
                 task.grid,
                 codes_IO[block],
                 residual_IO[block],
@@ -306,7 +305,7 @@ def _settled(
     rows, columns = weight_OI.shape
     left_O, whole_O = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
     with phase("losses", flops=float(rows) * columns * columns):
-        native.squares(weight_OI, codes_OI, scales_OG, None, task.grid, found.ridge, left_O, whole_O)
+        native.squares(weight_OI, codes_OI, scales_OG, task.grid, found.ridge, left_O, whole_O)
         loss_O = (damped_O - left_O).clamp_(min=0)
         doubted = (loss_O > _nearest_at_least(work, turned_IO, scales_GO, found, task)).nonzero()[:, 0]
         if len(doubted):

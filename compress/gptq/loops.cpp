@@ -197,7 +197,7 @@ void search(const Grid& grid, const float* weight, Size ldw, const float* import
 template <class Codes>
 void round_columns(const Grid& grid, const float* feedback, Size ldf, const float* weight, Size ldw, const int* column,
                    const float* unit, Size ldu, const float* square, const int* group, const float* scales,
-                   const float* offsets, Size lds, int width, Size rows, int8_t* out, Size ldo, float* residual,
+                   Size lds, int width, Size rows, int8_t* out, Size ldo, float* residual,
                    Size ldr, float* errors, Size lde, double* loss) {
     const Codes codes(grid);
     float down[kBlock][kBlock]; // down[j][i] = unit[i][j]: what column j takes of the residuals of those behind it
@@ -208,7 +208,7 @@ void round_columns(const Grid& grid, const float* feedback, Size ldf, const floa
         const int n = static_cast<int>(std::min<Size>(kTile, rows - row));
         float lost[kTile] = {};
         for (int j = width - 1; j >= 0; j--) {
-            alignas(64) float sum[kTile] = {}, w[kTile] = {}, s[kTile], m[kTile] = {};
+            alignas(64) float sum[kTile] = {}, w[kTile] = {}, s[kTile];
             for (int i = j + 1; i < width; i++) {
                 const float factor = down[j][i];
                 for (int t = 0; t < kTile; t++) sum[t] += factor * rest[i][t];
@@ -216,16 +216,14 @@ void round_columns(const Grid& grid, const float* feedback, Size ldf, const floa
             const float *wj = weight + column[j] * ldw + row, *sj = scales + group[j] * lds + row;
             for (int t = 0; t < kTile; t++) s[t] = 1;
             for (int t = 0; t < n; t++) w[t] = wj[t], s[t] = sj[t];
-            if (offsets)
-                for (int t = 0; t < n; t++) m[t] = offsets[group[j] * lds + row + t];
             if (feedback)
                 for (int t = 0; t < n; t++) sum[t] += feedback[j * ldf + row + t];
             alignas(64) float q[kTile], e[kTile];
             for (int t = 0; t < kTile; t++) {
-                const float x = w[t] + sum[t] - m[t];
+                const float x = w[t] + sum[t];
                 q[t] = codes.nearest(x / s[t]);
                 e[t] = x - q[t] * s[t];
-                rest[j][t] = w[t] - m[t] - q[t] * s[t];
+                rest[j][t] = w[t] - q[t] * s[t];
             }
             for (int t = 0; t < kTile; t++) {
                 const float weighed = square[j] * e[t];
@@ -385,7 +383,7 @@ void turn(const Number* in, Size ldi, const int* index, int columns, Size rows, 
 // Of every row: sum of ridge * (w - q)^2, and of ridge * w^2.
 template <class Codes>
 void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code, Size ldc, const float* scales,
-             const float* offsets, Size lds, int columns, int group, Size rows, const float* ridge,
+              Size lds, int columns, int group, Size rows, const float* ridge,
              double* left, double* whole) {
     const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
@@ -394,10 +392,9 @@ void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code
             const float* w = weight + row * ldw + first;
             const int8_t* c = code + row * ldc + first;
             const float s = scales[row * lds + first / group];
-            const float m = offsets ? offsets[row * lds + first / group] : 0.0f;
             float some[kLanes] = {}, every[kLanes] = {};
             auto add = [&](int j, int lane) {
-                const float rest = w[j] - m - codes.value(c[j]) * s;
+                const float rest = w[j] - codes.value(c[j]) * s;
                 some[lane] += ridge[first + j] * rest * rest;
                 every[lane] += ridge[first + j] * w[j] * w[j];
             };
@@ -455,10 +452,10 @@ EXPORT void moepress_search_scales(GRID, const float* weight, Size ldw, const fl
 
 EXPORT void moepress_round_block(GRID, const float* feedback, Size ldf, const float* weight, Size ldw,
                                  const int* column, const float* unit, Size ldu, const float* square, const int* group,
-                                 const float* scales, const float* offsets, Size lds, int width, Size rows,
+                                 const float* scales,  Size lds, int width, Size rows,
                                  int8_t* codes, Size ldc, float* residual, Size ldr, float* errors, Size lde,
                                  double* loss) {
-    WITH(round_columns, feedback, ldf, weight, ldw, column, unit, ldu, square, group, scales, offsets, lds, width, rows,
+    WITH(round_columns, feedback, ldf, weight, ldw, column, unit, ldu, square, group, scales, lds, width, rows,
          codes, ldc, residual, ldr, errors, lde, loss);
 }
 
@@ -483,9 +480,9 @@ EXPORT void moepress_nearest(GRID, const float* weight, Size ldw, const int* col
 }
 
 EXPORT void moepress_squares(GRID, const float* weight, Size ldw, const int8_t* codes, Size ldc, const float* scales,
-                             const float* offsets, Size lds, int columns, int group, Size rows, const float* ridge,
+                              Size lds, int columns, int group, Size rows, const float* ridge,
                              double* left, double* whole) {
-    WITH(squares, weight, ldw, codes, ldc, scales, offsets, lds, columns, group, rows, ridge, left, whole);
+    WITH(squares, weight, ldw, codes, ldc, scales, lds, columns, group, rows, ridge, left, whole);
 }
 
 EXPORT void moepress_add_squares(const float* in, Size ldi, const float* weight, int columns, Size rows,

@@ -31,12 +31,12 @@ _SIGNATURES = {
     "factor_leaf": (_P, _S, _I, _P),
     "search_scales": (*_GRID, _P, _S, _P, _I, _I, _S, _I, _I, _P, _I, _F, _I, _P, _S),
     "round_block": (
-        *_GRID, *(_P, _S) * 2, _P, _P, _S, _P, _P, _P, _P, _S, _I, _S, *(_P, _S) * 3, _P,
+        *_GRID, *(_P, _S) * 2, _P, _P, _S, _P, _P, _P, _S, _I, _S, *(_P, _S) * 3, _P,
     ),
     "descend": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 3, _P),
     "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 5, _P),
     "nearest": (*_GRID, _P, _S, _P, _P, _P, _S, _I, _S, _P, _S),
-    "squares": (*_GRID, *(_P, _S) * 2, _P, _P, _S, _I, _I, _S, *(_P,) * 3),
+    "squares": (*_GRID, *(_P, _S) * 3, _I, _I, _S, *(_P,) * 3),
     "add_squares": (_P, _S, _P, _I, _S, _P),
     "turn_floats": (_P, _S, _P, _I, _S, _P, _S),
     "turn_codes": (_P, _S, _P, _I, _S, _P, _S),
@@ -137,7 +137,6 @@ def round_block(
     square_B: Tensor,
     group_B: Tensor,
     scales_GO: Tensor,
-    offsets_GO: Tensor | None,
     grid: Grid,
     codes_BO: Tensor,
     residual_BO: Tensor,
@@ -148,7 +147,7 @@ def round_block(
     width, rows = residual_BO.shape
     _call(
         "round_block", *_grid(grid), *_rows(feedback_BO), *_rows(weight_IO), column_B.data_ptr(), *_rows(unit_BB),
-        square_B.data_ptr(), group_B.data_ptr(), scales_GO.data_ptr(), _rows(offsets_GO)[0], scales_GO.stride(0),
+        square_B.data_ptr(), group_B.data_ptr(), *_rows(scales_GO),
         width, rows, *_rows(codes_BO), *_rows(residual_BO), *_rows(errors_BO), loss_O.data_ptr(),
     )  # fmt: skip
 
@@ -237,7 +236,6 @@ def squares(
     weight_OI: Tensor,
     codes_OI: Tensor,
     scales_OG: Tensor,
-    offsets_OG: Tensor | None,
     grid: Grid,
     ridge_I: Tensor,
     left_O: Tensor,
@@ -246,8 +244,8 @@ def squares(
     """Of every row, fp64: the sum of ridge * (w - q)^2, and of ridge * w^2."""
     rows, columns = weight_OI.shape
     _call(
-        "squares", *_grid(grid), *_rows(weight_OI), *_rows(codes_OI), scales_OG.data_ptr(), _rows(offsets_OG)[0],
-        scales_OG.stride(0), columns, columns // scales_OG.shape[1], rows, ridge_I.data_ptr(),
+        "squares", *_grid(grid), *_rows(weight_OI), *_rows(codes_OI), *_rows(scales_OG),
+        columns, columns // scales_OG.shape[1], rows, ridge_I.data_ptr(),
         left_O.data_ptr(), whole_O.data_ptr(),
     )  # fmt: skip
 

@@ -17,15 +17,17 @@ trace((W - Q) H (W - Q)^T) per expert, with H = sum_t a_t x_t x_t^T over its tok
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moepress.compress.gptq import cpu, native
 from moepress.compress.gptq.batch import Found, solve_batch
+from moepress.compress.gptq.descent import quadratic
 from moepress.compress.gptq.grid import absmax_scales
 from moepress.compress.gptq.levels import Grid
+from moepress.compress.gptq.minimum import search_with_minimum, spread
 from moepress.compress.gptq.options import SolverOptions, Task
 from moepress.compress.gptq.parts import side_by_side
 from moepress.converters.safetensors.scheme import Scheme
@@ -38,12 +40,14 @@ class Solved:
     """Quantized weights of a batch of experts.
 
     Attributes:
-        codes: [E, O, I] int8, within the scheme's range.
-        scales: [E, O, G] fp32, positive, each exactly representable in the dtype they were asked for.
+        codes: [E, O, I] int8, of the grid.
+        scales: [E, O, G] fp32, each exactly representable in the dtype they were asked for; positive, unless the grid
+            has scales of either sign.
         loss: [E] fp64, trace((W - Q) H (W - Q)^T) with the undamped H.
         energy: [E] fp64, trace(W H W^T): what the loss is a share of.
         damping: [E] fp64, the share of mean(diag H) that was needed; 0 where `rounded`.
         rounded: [E] bool, no usable Hessian (no token, or not positive even when damped): rounded to nearest.
+        offsets: [E, O, G] fp32, of grids with a minimum: the weight is level * scale + offset.
     """
 
     codes: Tensor
@@ -52,6 +56,7 @@ class Solved:
     energy: Tensor
     damping: Tensor
     rounded: Tensor
+    offsets: Tensor | None = None
 
 
 def solve(
@@ -83,13 +88,29 @@ def solve(
     _check(weight_EOI, hessian_EII)
     group = scheme.columns_per_group(weight_EOI.shape[2])
     task = Task(grid=grid or Grid.of(scheme), group=group, dtype=scale_dtype, options=options or SolverOptions())
-    absmax_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype)
+    if task.grid.minimum:
+        return _solve_above(weight_EOI, hessian_EII, task)
+    return _solve(weight_EOI, hessian_EII, absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype), task)
+
+
+def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
+    """With a minimum per group: what is above it is solved."""
+    importance_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
+    scales_EOG, offsets_EOG = search_with_minimum(weight_EOI, importance_EI, task.grid, task.group, task.dtype)
+    above = replace(task, options=replace(task.options, scale_search=False))
+    solved = _solve(weight_EOI - spread(offsets_EOG, task.group), hessian_EII, scales_EOG, above)
+    energy_E = quadratic(weight_EOI.mT, hessian_EII).sum(dim=1).clamp(min=0)
+    return replace(solved, offsets=offsets_EOG, energy=energy_E)
+
+
+def _solve(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, task: Task) -> Solved:
+    """`scales_EOG`: where none are searched."""
     if weight_EOI.device.type != "cpu":
-        found = [solve_batch(weight_EOI, hessian_EII, absmax_EOG, task)]
+        found = [solve_batch(weight_EOI, hessian_EII, scales_EOG, task)]
     elif native.library() is not None:
-        found = [cpu.solve_all(weight_EOI, hessian_EII, absmax_EOG, task)]
+        found = [cpu.solve_all(weight_EOI, hessian_EII, scales_EOG, task)]
     else:
-        parts = (weight_EOI.split(_AT_ONCE), hessian_EII.split(_AT_ONCE), absmax_EOG.split(_AT_ONCE))
+        parts = (weight_EOI.split(_AT_ONCE), hessian_EII.split(_AT_ONCE), scales_EOG.split(_AT_ONCE))
         given = list(zip(*parts, strict=True))
         with side_by_side(min(len(given), torch.get_num_threads())) as each:
             found = each(lambda one: solve_batch(one[0], one[1], one[2], task), given)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moepress.compress.gptq import native
 from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest, search_scales
+from moepress.compress.gptq.levels import Grid
 from moepress.compress.gptq.options import PLAIN, SolverOptions
 from moepress.compress.gptq.solver import Solved, solve
 from moepress.converters.safetensors.scheme import Scheme
@@ -286,3 +287,45 @@ def test_shapes_dtypes_and_options_that_do_not_fit_are_refused() -> None:
         solve(weight_EOI.bfloat16(), hessian_EII, SCHEME, scale_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="damp"):
         SolverOptions(damp=0.0)
+
+
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # GGUF's IQ4_NL
+GRIDS = {
+    "either sign": Grid(levels=tuple(map(float, range(-4, 4))), either_sign=True),
+    "minimum": Grid(levels=tuple(map(float, range(8))), minimum=True),
+    "table": Grid(levels=tuple(map(float, IQ4))),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_other_grids_are_solved_by_the_same_solver(name: str) -> None:
+    grid = GRIDS[name]
+    weight_EOI, hessian_EII = problem(20, rows=40)
+    losses = []
+    for options in (PLAIN, SolverOptions(refits=0), SolverOptions()):
+        solved = solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16, options=options, grid=grid)
+        levels = grid.values(solved.codes).view(*solved.scales.shape, -1)
+        assert bool(torch.isin(levels, torch.tensor(grid.levels)).all())
+        offsets = torch.zeros_like(solved.scales) if solved.offsets is None else solved.offsets
+        quantized_EOI = (levels * solved.scales[..., None] + offsets[..., None]).view(weight_EOI.shape)
+        for e in range(3):
+            expected = loss_of(weight_EOI[e], quantized_EOI[e], hessian_EII[e])
+            torch.testing.assert_close(solved.loss[e], expected, rtol=1e-3, atol=0)
+        losses.append(float(solved.loss.sum()))
+        assert bool((solved.scales < 0).any()) == (grid.either_sign and options.scale_search)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_scales_of_either_sign_and_a_minimum_lose_less_than_symmetric_codes() -> None:
+    weight_EOI, hessian_EII = problem(21, rows=64)
+    plain, either = (
+        float(solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16, grid=grid).loss.sum())
+        for grid in (None, GRIDS["either sign"])
+    )
+    shifted = weight_EOI + 0.1  # what symmetric codes serve badly
+    without, above = (
+        float(solve(shifted, hessian_EII, SCHEME, scale_dtype=torch.bfloat16, grid=grid).loss.sum())
+        for grid in (None, GRIDS["minimum"])
+    )
+    assert either < plain
+    assert above < without
