@@ -63,15 +63,22 @@ class Step:
     mild: tuple[tuple[int, str], ...] = ()
 
 
-def steps(work: Path, *, cuda: bool, small: bool) -> list[Step]:
-    """All steps; the limits of those on a GPU come to 570 seconds."""
+def steps(work: Path, *, cuda: bool, small: bool, card_bytes: int = 24 << 30) -> list[Step]:
+    """All steps; the limits of those on a GPU come to 570 seconds.
+
+    Args:
+        work: a folder for what is made.
+        cuda: on the GPU.
+        small: small shapes.
+        card_bytes: memory of the GPU, of which half is given to the layer of R1's width, as moepress would by itself.
+    """
     results = RESULTS if cuda and not small else work
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     solver, r1, onnx = (str(SCRIPTS / name) for name in ("gptq_cuda.py", "r1_layer.py", "onnx_cuda.py"))
     device = ("--device", "cuda" if cuda else "cpu")
     few = ("--small",) if small else ()
     layer = ("--stages", "quantize", "--max-pieces", "0", "--quantize-experts", "32" if small else "256")
-    layer += () if small else ("--tokens", "131072")
+    layer += () if small else ("--tokens", "131072", "--max-memory", f"{card_bytes >> 31}GiB")
     no_tests = ((NO_TESTS, "no tests"),)
     files = {name: results / f"{name}.json" for name in ("gptq_cuda", "r1_layer_cuda")}
     return [
@@ -214,7 +221,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="moepress-gpu-", dir=given.work) as name:
         work = Path(name)
         around = environment(work)
-        for step in steps(work, cuda=cuda, small=given.small):
+        for step in steps(work, cuda=cuda, small=given.small, card_bytes=about.get("memory_bytes", 24 << 30)):
             if step.name not in given.steps:
                 continue
             row = run(step, around, work / f"{step.name}.log")
