@@ -274,7 +274,7 @@ def _gpu_solver(layer: Layer, work: Work, figures: Figures) -> list[Term]:
     flops = solver_flops(layer, work.experts)
     flops = {name: count for name, count in flops.items() if count}  # not the scales: below, by bandwidth
     columns = layer.hidden + int(layer.config["moe_intermediate_size"])
-    together = experts_that_fit(figures.shape, GPU_MEMORY_BYTES)
+    together = experts_that_fit(figures.shape, GPU_MEMORY_BYTES, torch.device("cuda"))
     loops = columns * (2 + SolverOptions().refits) * _COLUMN_OPERATIONS * math.ceil(work.experts / together)
     least, most = (
         4.0 * passes * work.experts * layer.expert / ASSUMED["bandwidth"][end]

@@ -16,7 +16,7 @@ ORIGINAL_ASYMMETRY = 1.0
 ORIGINAL_BITS = 3
 """With `--match auto`: at 3 bits it takes a quarter of the divergence away, at 4 a sixth (docs/benchmarks.md)."""
 _ROWS_AT_ONCE = 8192
-_STRIP = 1024  # columns of a wide Hessian that are formed together
+_STRIP = 256  # columns of a Hessian that are formed together: what is above them is not computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class HessianOptions:
         shrinkage_tokens: tau; an expert with n tokens gets n / (n + tau) of its own mean Hessian and tau / (n + tau)
             of the layer's pooled one, so that an expert without tokens falls back to the pooled one.
         pooled_tokens: tokens of the layer that the pooled Hessian of `down` is formed of, by sending them through the
-            expert as if they had been routed to it.
+            expert as if they had been routed to it; with n tokens of its own n fewer, but at least a quarter.
         least_tokens: an expert that fewer tokens chose is topped up to so many, in its Hessians alone, with those that
             the router ranks next for it (`compress.gptq.balance`); they count for `shrinkage_tokens`. 0 for never; then
             no router logits are kept.
@@ -147,15 +147,14 @@ def shrink(own_II: Tensor, mass: float, tokens: int, pooled_II: Tensor, tau: flo
     """The Hessian used for an expert: its own mean, drawn towards the pooled mean where tokens are few.
 
     Args:
-        own_II: sum of a_t x_t x_t^T over the expert's tokens.
+        own_II: sum of a_t x_t x_t^T over the expert's tokens; becomes the result.
         mass: sum of a_t.
         tokens: number of the expert's tokens.
         pooled_II: mean of x_t x_t^T over the layer's tokens.
         tau: shrinkage in tokens.
     """
     share = tokens / (tokens + tau) if tokens else 0.0
-    own = own_II * (share / mass) if mass > 0 else torch.zeros_like(own_II)
-    return own.add_(pooled_II, alpha=1 - share)
+    return own_II.mul_(share / mass if mass > 0 else 0.0).add_(pooled_II, alpha=1 - share)
 
 
 def shrink_moments(own: Moments, mass: float, tokens: int, pooled: Moments, tau: float) -> Moments:

@@ -86,7 +86,7 @@ def estimate_quantize(
     sizes = pressed_sizes(checkpoint, figures, count, scheme, include, layer_bits)
     output = sum(sizes.values()) + mtp_bytes(checkpoint, figures, predicting, count, scheme)
     buffers, spilled = buffer_bytes(figures, work, limits, observe=False, streams=streams, logits=balanced)
-    at_once = experts_that_fit(replace(shape, experts=count), limits.memory_bytes)
+    at_once = experts_that_fit(replace(shape, experts=count), limits.memory_bytes, work.device)
     layers = streams if is_apart(include) else 1
     rest = resident(figures, work, limits, (buffers, spilled), streams=streams, layers=layers)
     rest |= solver_memory(figures, at_once, extra, sizes, output, moved=original_targets)

@@ -1,6 +1,6 @@
 """GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +22,7 @@ from moepress.models.storage.experts import Expert
 from moepress.runs.phases import phase
 
 _ROWS_AT_ONCE = 8192
+_EXPERTS_A_THREAD = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,15 +107,20 @@ class CodedExpert:
 
 
 def experts_at_once(model: StreamedModel, memory_bytes: int) -> int:
-    """How many experts of a model fit into a quarter of the memory limit while they are solved."""
-    return experts_that_fit(model.shape, memory_bytes)
+    """How many experts of a model are solved together: those that fit into a quarter of the memory limit.
+
+    On the CPU no more than a few a thread: each thread solves one after the other there, and more of them in hand are
+    only more memory that has to come from the system.
+    """
+    return experts_that_fit(model.shape, memory_bytes, model.solver_device)
 
 
-def experts_that_fit(shape: Shape, memory_bytes: int) -> int:
-    """`experts_at_once` of any model of that shape, one at least."""
+def experts_that_fit(shape: Shape, memory_bytes: int, device: torch.device) -> int:
+    """`experts_at_once` of any model of that shape, one at least, on the solver's device."""
     hessians = 4 * shape.hidden * shape.hidden
     matrices = 10 * 2 * shape.expert_width * shape.hidden
-    return max(1, min(shape.experts, memory_bytes // 4 // (4 * (hessians + matrices))))
+    most = _EXPERTS_A_THREAD * torch.get_num_threads() if device.type == "cpu" else shape.experts
+    return max(1, min(shape.experts, most, memory_bytes // 4 // (4 * (hessians + matrices))))
 
 
 def pooled_inputs(stream: Stream, options: HessianOptions) -> Tensor:
@@ -258,17 +264,19 @@ def _targets(
         device: where the moments are formed.
     """
 
-    def some(part: slice) -> list[Tensor]:
-        hessians = []
-        for index in range(len(weight_EOI))[part]:
+    experts, columns = len(weight_EOI), weight_EOI.shape[2]
+    hessian_EII = weight_EOI.new_empty(experts, columns, columns)
+
+    def some(part: slice) -> None:
+        for index in range(experts)[part]:
             found = of(index)
             move_target(weight_EOI[index], found, options.hessian.asymmetry, options.solver.damp)
-            hessians.append(found.hessian.to(weight_EOI.device))
-        return hessians
+            hessian_EII[index] = found.hessian
 
-    parts = part_slices(len(weight_EOI), device)
+    parts = part_slices(experts, device)
     with phase("Hessian"), side_by_side(len(parts)) as each:
-        return torch.stack([hessian for found in each(some, parts) for hessian in found])
+        each(some, parts)
+    return hessian_EII
 
 
 def _middles_fit(stream: Stream, seen: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
@@ -331,10 +339,15 @@ class _Inputs:
     originals: Originals | None
     options: HessianOptions
 
-    def none(self, like_II: Tensor) -> Moments:
-        """Sums over no token yet."""
-        zero = torch.zeros_like(like_II)
-        return Moments(hessian=zero, cross=zero.clone() if self.originals is not None else None)
+    def summed(self, parts: Iterator[Moments], like_II: Tensor) -> Moments:
+        """Sums over all parts; zero of that shape for none."""
+        total = next(parts, None)
+        if total is None:
+            zero = torch.zeros_like(like_II)
+            return Moments(hessian=zero, cross=zero.clone() if self.originals is not None else None)
+        for part in parts:
+            total.add(part)
+        return total
 
     def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Inputs of these tokens, and those in the original model."""
@@ -348,10 +361,12 @@ def _input_moments(inputs: _Inputs, position: tuple[Tensor, Tensor], pooled_DD: 
     options, tokens, originals = inputs.options, len(position[0]), inputs.originals
     weights = token_weights(inputs.stream, position, options)
     with phase("Hessian"):
-        own = inputs.none(pooled_DD)
         pooled = Moments(hessian=pooled_DD, cross=originals.pooled if originals else None)
-        for rows in _slices(tokens):
-            own.add(moments(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]))
+        parts = (
+            moments(*inputs.rows(position[0][rows]), None if weights is None else weights[rows])
+            for rows in _slices(tokens)
+        )
+        own = inputs.summed(parts, pooled_DD)
         return shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
 
 
@@ -372,7 +387,8 @@ def _down_moments(
     """
     model, tokens, options, originals = inputs.stream.model, len(position[0]), inputs.options, inputs.originals
     streams, gating = 1 if originals is None else 2, model.gating(layer)
-    flops = 2.0 * streams * (tokens + sample_PD.shape[0]) * sum(m.codes.numel() for m in gate_up if m is not None)
+    picked = _picked(len(sample_PD), tokens)
+    flops = 2.0 * streams * (tokens + len(picked)) * sum(m.codes.numel() for m in gate_up if m is not None)
     with phase("Hessian", flops=flops):
         kept: list[Tensor] = []
         whole = original.to(model.device, model.dtype)
@@ -387,13 +403,24 @@ def _down_moments(
             return moments(got, aim, weights_T)
 
         weights = token_weights(inputs.stream, position, options)
-        pooled = of(sample_PD, originals.sample if originals else None, None).over(max(sample_PD.shape[0], 1))
-        own = inputs.none(pooled.hessian)
+        pooled = of(sample_PD[picked], originals.sample[picked] if originals else None, None).over(max(len(picked), 1))
         kept.clear()
-        for rows in _slices(tokens):
-            own.add(of(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]))
+        parts = (
+            of(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]) for rows in _slices(tokens)
+        )
+        own = inputs.summed(parts, pooled.hessian)
         found = shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
         return found, torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)
+
+
+def _picked(sampled: int, tokens: int) -> Tensor:
+    """Which of the layer's sampled tokens an expert with so many of its own is shown besides, spread evenly.
+
+    What they add is drawn towards by 128 tokens' weight: an expert that has many is told little by them, and each costs
+    as much as one of its own.
+    """
+    count = max(sampled // 4, sampled - tokens)
+    return torch.arange(count) * sampled // max(count, 1)
 
 
 def relative_errors(solved: Solved) -> list[float]:

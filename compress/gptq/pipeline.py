@@ -271,7 +271,7 @@ def _do_chunk(
                 if done is None:
                     tensors |= expert_tensors(job, layer, expert, coded)
                     note["experts"][str(expert)] = [coded.tokens, *coded.error, coded.rounded]
-            release_memory()
+    release_memory()
     if done is None:
         _write_piece(job, piece, [tensor_entry(name, tensor) for name, tensor in tensors.items()], note)
 
