@@ -8,45 +8,74 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
+
+import psutil
 
 from moepress.runs.phases import phase
 from moepress.runs.progress import note
 
-_MAPPED_BYTES = 4 << 20
+_MAPPED_BYTES, _MAPPED_SHARE = 4 << 20, 32  # tensors from here on get pages of their own: bytes, and share of the limit
+_KEPT_SHARE = 8  # of the limit: what the process may hold, live or freed, before freed memory goes back
 _ARENAS = 2
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
+_MOST = 2**31 - 1  # mallopt takes an int
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 
 
-def settle() -> None:
+@dataclass(slots=True)
+class _Settled:
+    """Resident bytes above which freed memory goes back whenever `release_memory` is called; 0 for always."""
+
+    resident: int = 0
+
+
+_settled = _Settled()
+
+
+def settle(memory_bytes: int) -> None:
     """Before a walk over layers.
 
-    What lives now is not looked through again whenever memory is released: transformers has a million objects. And
-    tensors of 4 MiB or more get pages of their own, which go back as soon as they are freed. Left alone, glibc raises
-    that size up to 32 MiB as it sees tensors go, and keeps the rest in a heap for each thread: threads that come from
-    now on share one, because `models.forward.stepping` has a thread for each batch of windows, and each heap keeps what
+    What lives now is not looked through again whenever memory is released: transformers has a million objects.
+
+    And freed memory is kept where the limit has room for it. A page that the system gives anew costs 3 us, so a tensor
+    that comes and goes with every batch costs more than the arithmetic on it: with pages of their own for all of 4 MiB
+    or more, and a trim whenever memory was released, that was a fifth of the CPU time of `quantize`. Where the limit
+    is small they still have them: a heap has holes, which grow with what may lie in it. Threads that come from now on
+    share one heap, because `models.forward.stepping` has a thread for each batch of windows, and each heap keeps what
     its largest moment left behind (13 threads: 130 MB of 700).
+
+    Args:
+        memory_bytes: the limit.
     """
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    _trim()
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _MAPPED_SHARE), _MOST))
+        mallopt(_M_TRIM_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _KEPT_SHARE), _MOST))
         mallopt(_M_ARENA_MAX, _ARENAS)
+    _settled.resident = psutil.Process().memory_info().rss + memory_bytes // _KEPT_SHARE
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system.
+    """Give freed memory back to the system, where the process holds more than it may keep (`settle`).
 
     Modules hold each other in cycles, and glibc keeps what tensors of many sizes leave behind: over sixty layers that
     adds up to gigabytes of resident memory that nobody uses.
     """
     with phase("release"):
         gc.collect()
-        trim = getattr(_libc(), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        if psutil.Process().memory_info().rss > _settled.resident:
+            _trim()
+
+
+def _trim() -> None:
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 Item = TypeVar("Item")

@@ -192,7 +192,7 @@ def open_stream(
 
     `observe` also keeps the residual stream and the router's logits, `logits` only these.
     """
-    settle()
+    settle(limits.memory_bytes)
     windows, length = windows_NT.shape
     tokens, shape = windows * length, model.shape
     routed = bool(model.moe_layers)
