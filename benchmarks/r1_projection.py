@@ -29,6 +29,7 @@ from r1_scaling import (
     Term,
     Work,
     by_phase,
+    expert_forward,
     first_step_flops,
     hessian_parts,
     human,
@@ -236,7 +237,7 @@ def counted(found: Measured, tokens: int, count: int) -> dict[str, float]:
     """FLOP of all MoE layers of `quantize` with so many experts: the solver's phases, Hessians, the forward pass."""
     layer = layer_of(found.report["config"], 1)
     work = Work(tokens=tokens, window=found.window, experts=count, routed=tokens * found.top_k)
-    forward = first_step_flops(layer, work) + 2.0 * work.routed * layer.expert
+    forward = first_step_flops(layer, work) + work.routed * expert_forward(layer)
     each = solver_flops(layer, count) | {HESSIANS: sum(hessian_parts(layer, work)), FORWARD: forward}
     return {name: MOE_LAYERS * flops for name, flops in each.items()}
 
@@ -247,7 +248,7 @@ def gpu_quantize(found: Measured, config: Mapping[str, Any], figures: Figures, t
     for number, layers, kind, experts in ((0, DENSE_LAYERS, "dense", 0), (1, MOE_LAYERS, "MoE", count)):
         layer = layer_of(found.report["config"], number)
         work = Work(tokens=tokens, window=found.window, experts=experts, routed=tokens * found.top_k * bool(experts))
-        flops = first_step_flops(layer, work) + 2.0 * work.routed * layer.expert
+        flops = first_step_flops(layer, work) + work.routed * expert_forward(layer)
         each = [
             gpu_term(
                 "read", 2.0 * layer.rest_bytes + experts * layer.expert_bytes, "read", "per byte, none of it hidden"

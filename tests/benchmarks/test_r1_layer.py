@@ -118,7 +118,7 @@ def test_a_tiny_r1_is_measured_resumed_and_projected(tmp_path: Path, scaling: Mo
     rows = scaling.by_phase(second["timings"]["rows"], 1)
     assert rows["Hessian"]["flops"] == pytest.approx(sum(scaling.hessian_parts(layer, measured)), rel=1e-6)
     # But for the router's rows of 8 experts that are pruned: of R1's width they are a few thousandths of the layer.
-    forward = scaling.first_step_flops(layer, measured) + 2.0 * measured.routed * layer.expert
+    forward = scaling.first_step_flops(layer, measured) + measured.routed * scaling.expert_forward(layer)
     forward -= 2.0 * measured.tokens * 8 * layer.hidden
     assert rows["forward"]["flops"] == pytest.approx(forward, rel=1e-6)
     assert rows["read beside"]["bytes"] == 24 * layer.expert_bytes
