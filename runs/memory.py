@@ -19,7 +19,7 @@ from moepress.runs.progress import note
 _MAPPED_BYTES, _MAPPED_SHARE = 4 << 20, 32  # tensors from here on get pages of their own: bytes, and share of the limit
 _KEPT_SHARE = 8  # of the limit: what the process may hold, live or freed, before freed memory goes back
 _ARENAS = 2
-_MOST = 2**31 - 1  # mallopt takes an int
+_MOST_MAPPED, _MOST_KEPT = 64 << 20, 256 << 20  # beyond these more memory saves no more time
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 
 
@@ -54,10 +54,10 @@ def settle(memory_bytes: int) -> None:
     _trim()
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _MAPPED_SHARE), _MOST))
-        mallopt(_M_TRIM_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _KEPT_SHARE), _MOST))
+        mallopt(_M_MMAP_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _MAPPED_SHARE), _MOST_MAPPED))
+        mallopt(_M_TRIM_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _KEPT_SHARE), _MOST_KEPT))
         mallopt(_M_ARENA_MAX, _ARENAS)
-    _settled.resident = psutil.Process().memory_info().rss + memory_bytes // _KEPT_SHARE
+    _settled.resident = psutil.Process().memory_info().rss + min(memory_bytes // _KEPT_SHARE, _MOST_KEPT)
 
 
 def release_memory() -> None:
