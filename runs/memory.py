@@ -19,7 +19,7 @@ from moepress.runs.progress import note
 _MAPPED_BYTES, _MAPPED_SHARE = 4 << 20, 32  # tensors from here on get pages of their own: bytes, and share of the limit
 _KEPT_SHARE = 8  # of the limit: what the process may hold, live or freed, before freed memory goes back
 _ARENAS = 2
-_MOST_MAPPED, _MOST_KEPT = 64 << 20, 256 << 20  # beyond these more memory saves no more time
+_MOST_MAPPED, _MOST_KEPT = 16 << 20, 64 << 20  # beyond these more memory saves no more time
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 
 
