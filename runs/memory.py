@@ -33,6 +33,11 @@ class _Settled:
 _settled = _Settled()
 
 
+def kept_bytes(memory_bytes: int) -> int:
+    """How much of freed memory may be kept under this limit."""
+    return min(max(_MAPPED_BYTES, memory_bytes // _KEPT_SHARE), _MOST_KEPT)
+
+
 def settle(memory_bytes: int) -> None:
     """Before a walk over layers.
 
@@ -55,9 +60,9 @@ def settle(memory_bytes: int) -> None:
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _MAPPED_SHARE), _MOST_MAPPED))
-        mallopt(_M_TRIM_THRESHOLD, min(max(_MAPPED_BYTES, memory_bytes // _KEPT_SHARE), _MOST_KEPT))
+        mallopt(_M_TRIM_THRESHOLD, kept_bytes(memory_bytes))
         mallopt(_M_ARENA_MAX, _ARENAS)
-    _settled.resident = psutil.Process().memory_info().rss + min(memory_bytes // _KEPT_SHARE, _MOST_KEPT)
+    _settled.resident = psutil.Process().memory_info().rss + kept_bytes(memory_bytes)
 
 
 def release_memory() -> None:

@@ -15,6 +15,7 @@ from moepress.models.forward.scratch import mapped_limit_bytes
 from moepress.models.forward.stepping import waiting_bytes
 from moepress.models.forward.walk import Limits, choose_limits
 from moepress.runs.byte_sizes import size_text
+from moepress.runs.memory import kept_bytes
 
 ROWS_AT_ONCE = 8192
 """Tokens of an expert that pass through it together."""
@@ -239,9 +240,19 @@ def _moving_bytes(rows: int, columns: int) -> int:
     return 4 * (4 * columns * columns + 3 * rows * columns)
 
 
+def freed(limits: Limits, memory: dict[str, int]) -> int:
+    """What the heap keeps of tensors that have gone: of those that come and go with batches, what lies between others.
+
+    A quarter of the largest of them, measured, within what the limit leaves for it (`runs.memory`).
+    """
+    forward = memory["activations"] + memory.get("waiting tokens", 0)
+    passing = max(forward, memory.get("solver", 0), memory.get("experts", 0))
+    return min(kept_bytes(limits.memory_bytes), passing // 4)
+
+
 def peak_of(memory: dict[str, int], *moments: Sequence[str]) -> int:
     """What is there all the time, and the largest of the sums of terms that meet."""
-    always = memory["libraries"] + memory["token buffers"] + memory["mapped files"]
+    always = memory["libraries"] + memory["token buffers"] + memory["mapped files"] + memory.get("freed tensors", 0)
     return always + max(sum(memory[name] for name in names) for names in moments)
 
 

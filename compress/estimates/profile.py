@@ -14,6 +14,7 @@ from moepress.compress.estimates.footprint import (
     buffer_bytes,
     device_bytes,
     disk_peak,
+    freed,
     hidden_disk,
     kept_outputs,
     least_memory,
@@ -60,6 +61,7 @@ def estimate_profile(
     rest |= {"routed outputs": outputs, "experts": 3 * expert * 8 + slice_bytes(figures, rows)}
     probed = experts_to_solve(shape, work.tokens) if bit_losses else 0
     rest["bit losses"] = probe_bytes(figures, min(probed, experts_that_fit(shape, limits.memory_bytes, work.device)))
+    rest["freed tensors"] = freed(limits, rest)
     statistics = figures.moe_layers * shape.experts * len(ACCUMULATORS) * SHARDS * 8 * work.domains
     disk = {"output": statistics, "statistics by layer": statistics} | hidden_disk(figures, work, spilled)
     disk["experts' outputs"] = kept.table

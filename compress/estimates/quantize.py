@@ -21,6 +21,7 @@ from moepress.compress.estimates.footprint import (
     buffer_bytes,
     device_bytes,
     disk_peak,
+    freed,
     hidden_disk,
     least_memory,
     limits_of,
@@ -93,6 +94,7 @@ def estimate_quantize(
     stepped = waiting(figures, work, limits, streams) if is_apart(include) else 0
     rest |= {"waiting tokens": stepped, "intermediates": middles(figures, work, limits, at_once / count)}
     rest["expert's tokens"] = streams * slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
+    rest["freed tensors"] = freed(limits, rest)
     disk = {"output": output} | hidden_disk(figures, work, spilled, streams)
     time = {}
     if rates is not None:
