@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepress.compress.gptq.columns import fused_loops, inner_loops
+from moepress.compress.gptq.columns import inner_loops
 from moepress.compress.gptq.descent import Descent, improve_codes, quadratic, refit, row_loss
 from moepress.compress.gptq.factor import Factor, column_order, factor, ridge_of
-from moepress.compress.gptq.grid import search_scales_on
-from moepress.compress.gptq.levels import Grid
+from moepress.compress.gptq.levels import DEFAULT_SEARCH, Grid
 from moepress.compress.gptq.options import Task
 from moepress.runs.phases import phase
 
@@ -37,17 +36,20 @@ def solve_batch(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, tas
     product, options = float(weight_EOI.numel()) * columns, task.options
     importance_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
     back_EI = column_order(importance_EI, act_order=options.act_order).flip(1)
+    loops = inner_loops(weight_EOI.device)
     with phase("factor", flops=experts * columns**3 / 3):
         found = factor(hessian_EII, importance_EI, back_EI, options.damp)
     with phase("scales"):
-        scales_EOG = absmax_EOG
+        turned_EIO = weight_EOI.mT.contiguous()
         if options.scale_search:
-            scales_EOG = search_scales_on(weight_EOI, importance_EI, task.grid, task.group, task.dtype)
-        turned_EIO, scales_EGO = weight_EOI.mT.contiguous(), scales_EOG.mT.contiguous()
+            given = (task.grid, task.group, task.dtype, DEFAULT_SEARCH)
+            scales_EGO = loops.search_scales(turned_EIO, importance_EI, *given)
+        else:
+            scales_EGO = absmax_EOG.mT.contiguous()
     with phase("columns", flops=product):
         values_EIO, errors_EIO = _compensated(turned_EIO, scales_EGO, found, back_EI, task)
     nearest = _nearest(turned_EIO, scales_EGO, task.grid), scales_EGO.clone()
-    sweeps = options.sweeps_of(cheap=fused_loops(weight_EOI.device))
+    sweeps = loops.sweeps if options.sweeps is None else options.sweeps
     if sweeps:
         with phase("slope", flops=product):
             place_EI = back_EI.argsort(dim=1)
@@ -82,7 +84,7 @@ def _compensated(
 ) -> tuple[Tensor, Tensor]:
     """GPTQ by feedback of residuals, as in `cpu`: levels in the columns' own order, errors in that of solving."""
     columns = turned_EIO.shape[1]
-    inner_round, _, width = inner_loops(turned_EIO.device)
+    loops = inner_loops(turned_EIO.device)
     weight_EIO, group_EI = _rows_of(turned_EIO, back_EI), back_EI // task.group
     residual_EIO, errors_EIO, values_EIO = (torch.empty_like(weight_EIO) for _ in range(3))
     for stop in range(columns, 0, -_BLOCK):
@@ -91,10 +93,10 @@ def _compensated(
         if stop < columns:
             target_EBO.baddbmm_(found.unit[:, stop:, start:stop].mT, residual_EIO[:, stop:])
         scales_EBO = _rows_of(scales_EGO, group_EI[:, start:stop])
-        for last in range(stop, start, -width):
-            block = slice(max(start, last - width), last)
+        for last in range(stop, start, -loops.columns):
+            block = slice(max(start, last - loops.columns), last)
             inner = slice(block.start - start, block.stop - start)
-            inner_round(
+            loops.round_columns(
                 target_EBO[:, inner],
                 weight_EIO[:, block],
                 found.unit[:, block, block],

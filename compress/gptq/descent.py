@@ -51,23 +51,27 @@ def improve_codes(
 ) -> None:
     """Sweeps over the codes of all columns, or of one group of them, until none changes or all sweeps are spent.
 
-    Levels change in place; the slope stays true, within the group where one is given.
+    Levels change in place; the slope stays true, within the group where one is given. Whether codes still change is
+    asked on the CPU alone: a GPU would be waited for, once a sweep.
     """
-    columns = slope_EIO.shape[1]
-    inside = span or slice(0, columns)
-    _, improve, width = inner_loops(slope_EIO.device)
-    for _ in range(problem.sweeps):
-        moved = False
-        for start in range(inside.start, inside.stop, width):
-            block = slice(start, min(start + width, inside.stop))
+    inside, loops = span or slice(0, slope_EIO.shape[1]), inner_loops(slope_EIO.device)
+    width, inner = loops.columns, min(loops.block_sweeps, problem.sweeps)
+    blocks = [slice(start, min(start + width, inside.stop)) for start in range(inside.start, inside.stop, width)]
+    within = len(blocks) == 1 and inner > 1  # one call makes all sweeps, and rows end by themselves
+    asked = slope_EIO.device.type == "cpu"
+    for _ in range(1 if within else problem.sweeps):
+        moved = torch.zeros((), dtype=torch.bool)
+        for block in blocks:
             slope_EBO, values_EBO = slope_EIO[:, block], values_EIO[:, block]
             groups_B = torch.arange(block.start, block.stop, device=slope_EIO.device) // problem.group
-            moves_EBO = torch.empty_like(slope_EBO)
-            improve(problem.own(block), slope_EBO.clone(), scales_EGO[:, groups_B], problem.grid, values_EBO, moves_EBO)
+            moves_EBO, scales_EBO = torch.empty_like(slope_EBO), scales_EGO[:, groups_B]
+            given = (problem.own(block), slope_EBO.clone(), scales_EBO, problem.grid, values_EBO, moves_EBO)
+            loops.improve_columns(*given, problem.sweeps if within else inner)
             slope_EIO[:, inside].baddbmm_(problem.hessian[:, inside, block], moves_EBO, alpha=-1)
             slope_EBO.addcmul_(problem.ridge[:, block, None], moves_EBO, value=-1)
-            moved = moved or bool(moves_EBO.any())
-        if not moved:
+            if asked:
+                moved |= moves_EBO.any()
+        if asked and not bool(moved):
             break
 
 

@@ -4,6 +4,8 @@ With H in the order of solving backwards, H + ridge = U D U^T for a lower U with
 columns divided by their pivots. Nothing is inverted.
 """
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +66,14 @@ def factor(hessian_EII: Tensor, importance_EI: Tensor, back_EI: Tensor, damp: fl
         work_EII.diagonal(dim1=1, dim2=2)[some_F] = diagonal_FI / unit_E[some_F, None]
         return work_EII[some_F]
 
-    lower_EII, info_E = torch.linalg.cholesky_ex(damped(torch.arange(experts, device=device)))
+    lower_EII, info_E = cholesky(damped(torch.arange(experts, device=device)))
     failed_E = _failed(lower_EII, info_E)
     for _ in range(DAMP_ATTEMPTS - 1):
         again_F = failed_E.nonzero().flatten()
         if not again_F.numel():
             break
         damping_E[again_F] *= 10
-        lower_EII[again_F], info_F = torch.linalg.cholesky_ex(damped(again_F))
+        lower_EII[again_F], info_F = cholesky(damped(again_F))
         failed_E[again_F] = _failed(lower_EII[again_F], info_F)
     hopeless_E = failed_E | (mean_E <= 0)
     lower_EII = torch.where(hopeless_E[:, None, None], torch.eye(columns, device=device), lower_EII)
@@ -81,6 +83,60 @@ def factor(hessian_EII: Tensor, importance_EI: Tensor, back_EI: Tensor, damp: fl
         square=pivot_EI.square().mul_(unit_E[:, None]),
         damping=torch.where(hopeless_E, 0.0, damping_E),
     )
+
+
+def cholesky(matrix_FII: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors of a batch, and what of each is not positive (0: nothing), as of `torch.linalg.cholesky_ex`.
+
+    GPUs factor small matrices fastest all at once and large ones one by one; where the border lies differs from card to
+    card, so the first batch of about this many matrices of this width is factored both ways, and the faster stays.
+    """
+    count, columns, device = len(matrix_FII), matrix_FII.shape[-1], matrix_FII.device
+    if device.type != "cuda" or count == 1:
+        return at_once(matrix_FII)
+    key = (device, columns, count.bit_length())
+    if key not in _FASTER:
+        _FASTER[key] = faster((at_once, one_by_one), matrix_FII)
+    return _FASTER[key](matrix_FII)
+
+
+_Cholesky = Callable[[Tensor], tuple[Tensor, Tensor]]
+_FASTER: dict[tuple[torch.device, int, int], _Cholesky] = {}
+
+
+def at_once(matrix_FII: Tensor) -> tuple[Tensor, Tensor]:
+    """`cholesky` by one call of the library."""
+    lower_FII, info_F = torch.linalg.cholesky_ex(matrix_FII)
+    return lower_FII, info_F
+
+
+def one_by_one(matrix_FII: Tensor) -> tuple[Tensor, Tensor]:
+    """`cholesky` by a call for each."""
+    lower_FII, found = torch.empty_like(matrix_FII), []
+    for lower_II, matrix_II in zip(lower_FII, matrix_FII, strict=True):
+        factored_II, info = torch.linalg.cholesky_ex(matrix_II)
+        lower_II.copy_(factored_II)
+        found.append(info)
+    return lower_FII, torch.stack(found)
+
+
+def faster(ways: Sequence[_Cholesky], matrix_FII: Tensor) -> _Cholesky:
+    """Which of them takes least time here; each is run twice, since a first call loads libraries."""
+
+    def seconds(way: _Cholesky) -> float:
+        for _ in range(2):
+            _wait(matrix_FII.device)
+            start = time.perf_counter()
+            way(matrix_FII)
+            _wait(matrix_FII.device)
+        return time.perf_counter() - start
+
+    return min(ways, key=seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def mean_alive(diagonal_EI: Tensor) -> Tensor:

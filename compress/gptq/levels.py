@@ -52,25 +52,28 @@ class Grid:
         """The levels, fp32 on the CPU."""
         return _table(self.levels)
 
+    def table_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The levels and the middles between them on a device, fp32."""
+        return _table_on(self.levels, device)
+
     def nearest(self, wanted: Tensor) -> Tensor:
         """The nearest level of each number, fp32: of integers ties to even, of a table the lower one."""
         if self.integers:
             return wanted.round().clamp_(self.low, self.high)
-        table = self.table().to(wanted.device)
-        return table[torch.bucketize(wanted, (table[:-1] + table[1:]) / 2)]
+        table, middles = self.table_on(wanted.device)
+        return table[torch.bucketize(wanted.contiguous(), middles)]
 
     def codes(self, values: Tensor) -> Tensor:
         """Codes of levels, int8 (a table's numbers above 127 wrap)."""
         if self.integers:
             return values.to(torch.int8)
-        table = self.table().to(values.device)
-        return torch.bucketize(values, (table[:-1] + table[1:]) / 2).to(torch.uint8).view(torch.int8)
+        return torch.bucketize(values.contiguous(), self.table_on(values.device)[1]).to(torch.uint8).view(torch.int8)
 
     def values(self, codes: Tensor) -> Tensor:
         """Levels of int8 codes, fp32."""
         if self.integers:
             return codes.float()
-        return self.table().to(codes.device)[codes.view(torch.uint8).int()]
+        return self.table_on(codes.device)[0][codes.view(torch.uint8).int()]
 
 
 @functools.cache
@@ -87,6 +90,13 @@ def _integers(levels: tuple[float, ...]) -> bool:
 @functools.cache
 def _table(levels: tuple[float, ...]) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32)
+
+
+@functools.cache
+def _table_on(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept, since a copy to a GPU waits for all that the GPU was told before."""
+    table = _table(levels).to(device)
+    return table, (table[:-1] + table[1:]) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

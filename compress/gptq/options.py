@@ -17,8 +17,9 @@ class SolverOptions:
         act_order: columns in order of decreasing diag H instead of their own order.
         scale_search: grid search weighted by diag H instead of absmax scales.
         sweeps: coordinate descent after GPTQ, so many sweeps over the codes of a row at most; a row ends earlier when
-            none of its codes changes. 0 leaves plain GPTQ. None for as many as pay: a sweep of a native loop or a
-            kernel costs next to nothing, one in torch alone as much as all of GPTQ.
+            none of its codes changes. 0 leaves plain GPTQ. None for as many as pay: a sweep of a native loop costs next
+            to nothing, one in torch alone as much as all of GPTQ, and a GPU makes a product of each
+            (`columns.Loops.sweeps`).
         refits: rounds of the descent in which every scale goes to its least-squares value and the codes follow.
     """
 
@@ -31,10 +32,6 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1 or (self.sweeps or 0) < 0 or self.refits < 0:
             raise ValueError(f"{self}: need 0 < damp < 1, sweeps >= 0 and refits >= 0.")
-
-    def sweeps_of(self, *, cheap: bool) -> int:
-        """`sweeps`, or what is meant by None where sweeps are cheap and where they are not."""
-        return (MANY_SWEEPS if cheap else 1) if self.sweeps is None else self.sweeps
 
 
 MANY_SWEEPS = 20
@@ -70,4 +67,4 @@ class Task:
     @property
     def sweeps(self) -> int:
         """With native loops."""
-        return self.options.sweeps_of(cheap=True)
+        return MANY_SWEEPS if self.options.sweeps is None else self.options.sweeps

@@ -1,68 +1,116 @@
 """The Triton kernels against the torch loops that they stand for, in Triton's interpreter where there is no GPU."""
 
+import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import fused_solves
 import pytest
 import torch
 
 from moepress.compress.gptq import columns, fused
+from moepress.compress.gptq.columns import FUSED_LOOPS, PLAIN_LOOPS
 
 CUDA = torch.cuda.is_available()
-# In a process of its own: Triton decides when it is imported whether it interprets.
-SCRIPT = """
-import torch
-from moepress.compress import columns, fused, gptq
-from moepress.converters.safetensors.scheme import Scheme
-
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-torch.manual_seed(0)
-for width, group in ((64, 32), (80, 16), (48, 48)):
-    weight = (torch.randn(2, 70, width) * 0.05).to(device)
-    inputs = torch.randn(2, 200, width).to(device)
-    hessian, scheme = inputs.mT @ inputs / 200, Scheme(bits=4, group_size=group)
-    found = []
-    for loops in ((fused.round_columns, fused.improve_columns), (columns.round_columns, columns.improve_columns)):
-        gptq.inner_loops = lambda _device, loops=loops: loops
-        found.append(gptq.solve(weight, hessian, scheme, scale_dtype=torch.bfloat16))
-    quick, plain = found
-    assert torch.allclose(quick.loss, plain.loss, rtol=1e-3), (quick.loss, plain.loss)
-    assert (quick.codes != plain.codes).float().mean() < 0.01
-assert fused.agrees(device, columns.round_columns, columns.improve_columns)
-print("agreed")
-"""
+HELPERS = Path(fused_solves.__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernels_give_the_codes_of_the_torch_loops() -> None:
-    environment = dict(os.environ) | ({} if CUDA else {"TRITON_INTERPRET": "1"})
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "agreed", done.stderr
+def lines_of(script: str, **environment: str) -> dict[str, dict[str, Any]]:
+    """What a script prints, by name."""
+    command = [sys.executable, str(HELPERS / script)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, Any]]:
+    """In a process of its own: Triton decides when it is imported whether it interprets."""
+    return lines_of("fused_solves.py", **({} if CUDA else {"TRITON_INTERPRET": "1"}))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", fused_solves.EXACT)
+def test_a_solve_with_the_kernels_gives_the_bits_of_the_torch_loops(
+    found: dict[str, dict[str, Any]], name: str
+) -> None:
+    assert (found[name]["codes"], found[name]["scales"], found[name]["loss"]) == (0, 0, 0)
+    assert found[name]["moved"] > 0.01
+    assert found[name]["damped"] == 1
+
+
+@needs_triton
+@pytest.mark.parametrize("name", fused_solves.USUAL)
+def test_with_usual_numbers_hardly_a_code_differs(found: dict[str, dict[str, Any]], name: str) -> None:
+    assert found[name]["codes"] < 0.005
+    assert found[name]["loss"] < 1e-4
+
+
+@needs_triton
+@pytest.mark.parametrize("name", fused_solves.SEARCHES)
+def test_the_search_of_scales_gives_the_bits_of_torch(found: dict[str, dict[str, Any]], name: str) -> None:
+    assert found[f"scales, {name}"]["scales"] == 0
+    assert found[f"scales, {name}"]["clipped"] > 0.1
+
+
+@needs_triton
+def test_the_kernels_are_used_where_they_agree(found: dict[str, dict[str, Any]]) -> None:
+    assert found["cuda" if CUDA else "cpu"]["agrees"]
+
+
+@needs_triton
+def test_the_compiler_takes_the_kernels_and_their_columns_stay_in_registers(tmp_path: Path) -> None:
+    builds = lines_of("fused_builds.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert len(builds) == 6
+    for build in builds.values():
+        assert build["spilled"] == 0, build
+        assert build["divisions"] == ["div.rn.f32"], build
+
+
+def test_several_sweeps_in_one_call_are_as_many_calls_with_a_true_slope() -> None:
+    case = dataclasses.replace(fused_solves.EXACT["2 bits"], experts=2)
+    weight, hessian, scales = fused_solves.exact_problem(case)
+    hessian.diagonal(dim1=1, dim2=2).add_(0.5)
+    scales = scales.mT.repeat_interleave(case.group, dim=1)
+    start = case.grid.nearest(weight.mT / scales)
+    slope = hessian @ (weight.mT - start * scales)
+    values, moves = start.clone(), torch.empty_like(start)
+    columns.improve_columns(hessian, slope.clone(), scales, case.grid, values, moves, 3)
+    each, moved = start.clone(), torch.zeros_like(start)
+    for _ in range(3):
+        given = hessian @ (weight.mT - each * scales)
+        columns.improve_columns(hessian, given, scales, case.grid, each, step := torch.empty_like(start))
+        moved += step
+    assert torch.equal(values, each)
+    assert torch.equal(moves, moved)
+    assert not torch.equal(values, start)
 
 
 def test_kernels_that_cannot_run_or_give_other_codes_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    plain = (columns.round_columns, columns.improve_columns)
 
-    def wrong(
-        _work: object, _upper: object, _scales: object, codes: torch.Tensor, errors: torch.Tensor, *_: int
-    ) -> None:
-        codes.zero_()
-        errors.zero_()
+    def wrong(*given: object) -> None:
+        columns.round_columns(*given)  # type: ignore[arg-type]
+        given[-1][0, 0, 0] += 2**-12  # type: ignore[index]
 
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(fused, "available", lambda _device: True)
     monkeypatch.setattr(fused, "improve_columns", columns.improve_columns)
+    monkeypatch.setattr(fused, "search_scales", PLAIN_LOOPS.search_scales)
     for kernel, reason in ((wrong, "differ"), (broken, r"\(no compiler\)")):
         monkeypatch.setattr(fused, "round_columns", kernel)
         columns.inner_loops.cache_clear()
         with pytest.warns(UserWarning, match=reason):
-            assert columns.inner_loops(device) == plain
+            assert columns.inner_loops(device) == PLAIN_LOOPS
     monkeypatch.setattr(fused, "round_columns", columns.round_columns)
     columns.inner_loops.cache_clear()
-    assert columns.inner_loops(device) == (fused.round_columns, fused.improve_columns)
+    assert columns.inner_loops(device) == FUSED_LOOPS
     columns.inner_loops.cache_clear()
