@@ -16,7 +16,9 @@ ORIGINAL_ASYMMETRY = 1.0
 ORIGINAL_BITS = 3
 """With `--match auto`: at 3 bits it takes a quarter of the divergence away, at 4 a sixth (docs/benchmarks.md)."""
 _ROWS_AT_ONCE = 8192
-_STRIP = 256  # columns of a Hessian that are formed together: what is above them is not computed
+_CPU = torch.device("cpu")
+_NARROW = 1024  # columns; narrower Hessians are formed in narrower strips
+_STRIPS, _STRIP_ON_GPU = (128, 256), 1024  # columns that are formed together, of narrow and of wide ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,32 @@ class Moments:
         if self.cross is not None and other.cross is not None:
             self.cross.add_(other.cross)
 
+    def gather(
+        self,
+        inputs_TI: Tensor,
+        originals_TI: Tensor | None = None,
+        weights_T: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> None:
+        """Add so many times the sums over more tokens, in place: of the Hessian the lower triangle, see `complete`.
+
+        Arguments as of `moments`.
+        """
+        add_gram(self.hessian, inputs_TI, weights_T, scale=scale)
+        if self.cross is not None and originals_TI is not None:
+            add_cross(self.cross, inputs_TI, originals_TI, weights_T, scale=scale)
+
+    def complete(self) -> "Moments":
+        """Fill in what `gather` leaves out; itself."""
+        mirror(self.hessian)
+        return self
+
+    def times(self, scale: float, out: Tensor | None = None) -> "Moments":
+        """So many times the same, to gather more into; the Hessian in `out` [I, I], where that is given."""
+        hessian = torch.mul(self.hessian, scale, out=out)
+        return Moments(hessian=hessian, cross=None if self.cross is None else self.cross * scale)
+
     def over(self, tokens: float) -> "Moments":
         """Means, from sums over so many tokens."""
         return Moments(hessian=self.hessian / tokens, cross=None if self.cross is None else self.cross / tokens)
@@ -104,17 +132,25 @@ def moments(inputs_TI: Tensor, originals_TI: Tensor | None = None, weights_T: Te
 
 def cross(inputs_TI: Tensor, originals_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
     """sum_t a_t (x~_t - x_t) x_t^T, fp32 [I, I]; arguments as of `moments`."""
+    size = inputs_TI.shape[1]
+    out = torch.zeros(size, size, dtype=torch.float32, device=inputs_TI.device)
+    add_cross(out, inputs_TI, originals_TI, weights_T)
+    return out
+
+
+def add_cross(
+    out_II: Tensor, inputs_TI: Tensor, originals_TI: Tensor, weights_T: Tensor | None = None, *, scale: float = 1.0
+) -> None:
+    """Add so many times `cross`, in place."""
     tokens, size = inputs_TI.shape
     with phase("Hessian", flops=2.0 * tokens * size * size):
-        out = torch.zeros(size, size, dtype=torch.float32, device=inputs_TI.device)
         for start in range(0, tokens, _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             part = inputs_TI[rows].float()
             moved = originals_TI[rows].float() - part
             if weights_T is not None:
                 moved.mul_(weights_T[rows, None].float())
-            out.addmm_(moved.T, part)
-    return out
+            out_II.addmm_(moved.T, part, alpha=scale)
 
 
 def gram(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
@@ -124,42 +160,57 @@ def gram(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
         inputs_TI: any float dtype.
         weights_T: a_t >= 0, or None for 1.
     """
-    tokens, size = inputs_TI.shape
-    with phase("Hessian", flops=gram_flops(tokens, size)):
+    size = inputs_TI.shape[1]
+    with phase("Hessian"):
         out = torch.zeros(size, size, dtype=torch.float32, device=inputs_TI.device)
+        add_gram(out, inputs_TI, weights_T)
+        return mirror(out)
+
+
+def add_gram(out_II: Tensor, inputs_TI: Tensor, weights_T: Tensor | None = None, *, scale: float = 1.0) -> None:
+    """Add so many times `gram` to the lower triangle, in place: half of the work where it is wide. `mirror` ends it."""
+    tokens, size = inputs_TI.shape
+    strip = _strip(size, inputs_TI.device)
+    with phase("Hessian", flops=gram_flops(tokens, size, inputs_TI.device)):
         for start in range(0, tokens, _ROWS_AT_ONCE):
             part = inputs_TI[start : start + _ROWS_AT_ONCE].float()
             if weights_T is not None:
                 part = part * weights_T[start : start + _ROWS_AT_ONCE, None].float().sqrt()
-            for strip in range(0, size, _STRIP):  # only the lower triangle: half of the work where it is wide
-                out[strip:, strip : strip + _STRIP].addmm_(part[:, strip:].T, part[:, strip : strip + _STRIP])
-        for strip in range(_STRIP, size, _STRIP):
-            out[:strip, strip : strip + _STRIP] = out[strip : strip + _STRIP, :strip].T
-    return out
+            for first in range(0, size, strip):
+                columns = slice(first, first + strip)
+                out_II[first:, columns].addmm_(part[:, first:].T, part[:, columns], alpha=scale)
 
 
-def gram_flops(tokens: int, size: int) -> float:
+def mirror(out_II: Tensor) -> Tensor:
+    """Copy the lower triangle of a square matrix into the upper one, in place, but for the strips' own squares."""
+    strip = _strip(len(out_II), out_II.device)
+    for first in range(strip, len(out_II), strip):
+        columns = slice(first, first + strip)
+        out_II[:first, columns] = out_II[columns, :first].T
+    return out_II
+
+
+def _strip(size: int, device: torch.device) -> int:
+    if device.type != "cpu":
+        return _STRIP_ON_GPU
+    return _STRIPS[size >= _NARROW]
+
+
+def gram_flops(tokens: int, size: int, device: torch.device = _CPU) -> float:
     """What `gram` computes: two per token and entry of the strips below the diagonal."""
-    return 2.0 * tokens * sum((size - strip) * min(_STRIP, size - strip) for strip in range(0, size, _STRIP))
+    strip = _strip(size, device)
+    return 2.0 * tokens * sum((size - first) * min(strip, size - first) for first in range(0, size, strip))
 
 
-def shrink(own_II: Tensor, mass: float, tokens: int, pooled_II: Tensor, tau: float) -> Tensor:
-    """The Hessian used for an expert: its own mean, drawn towards the pooled mean where tokens are few.
+def shares(tokens: int, mass: float, tau: float) -> tuple[float, float]:
+    """What the Hessian used for an expert is: so many times the sum over its own tokens, and so many the pooled mean.
+
+    It is the own mean, drawn towards the pooled one where tokens are few.
 
     Args:
-        own_II: sum of a_t x_t x_t^T over the expert's tokens; becomes the result.
-        mass: sum of a_t.
         tokens: number of the expert's tokens.
-        pooled_II: mean of x_t x_t^T over the layer's tokens.
+        mass: sum of a_t.
         tau: shrinkage in tokens.
     """
-    share = tokens / (tokens + tau) if tokens else 0.0
-    return own_II.mul_(share / mass if mass > 0 else 0.0).add_(pooled_II, alpha=1 - share)
-
-
-def shrink_moments(own: Moments, mass: float, tokens: int, pooled: Moments, tau: float) -> Moments:
-    """`shrink` of both moments alike, so that they stay those of one mixture of tokens."""
-    crossed = None
-    if own.cross is not None and pooled.cross is not None:
-        crossed = shrink(own.cross, mass, tokens, pooled.cross, tau)
-    return Moments(hessian=shrink(own.hessian, mass, tokens, pooled.hessian, tau), cross=crossed)
+    own = tokens / (tokens + tau) if tokens else 0.0
+    return own / mass if mass > 0 else 0.0, 1 - own

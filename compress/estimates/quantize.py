@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from moepress.calibration.hessian import HessianOptions
+from moepress.calibration.hessian import HessianOptions, gram_flops
 from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.figures import (
     Figures,
@@ -41,7 +41,7 @@ from moepress.compress.estimates.seconds import (
     rest_parameters,
     solve_seconds,
 )
-from moepress.compress.gptq.experts import experts_that_fit
+from moepress.compress.gptq.experts import experts_that_fit, picked_tokens
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.reference import is_apart
@@ -138,17 +138,20 @@ def _quantize_seconds(
     solver: SolverOptions | None,
 ) -> dict[str, float]:
     """`passed`: of the extra matrices those that want a forward pass of their own."""
-    shape, sample = figures.shape, HessianOptions().pooled_tokens
+    shape = figures.shape
     kept = figures.stored(Part.ROUTED) + figures.parts[Part.ROUTED].bytes * count / shape.experts
     weights = rest_parameters(figures) + figures.parameters(Part.ROUTED) * count / shape.experts
     forward = forward_seconds(figures, work, rates, shape.top_k)
     gate_up, down = expert_matrices(figures, count)
     routed_tokens = work.tokens * shape.top_k * figures.moe_layers
     # down's Hessian wants gate and up once more; of an expert with few tokens also a sample of the layer's.
+    usual = work.tokens * shape.top_k // max(count, 1)
+    sample = len(picked_tokens(min(HessianOptions().pooled_tokens, work.tokens), usual))
     again = 2 * shape.hidden * 2 * shape.expert_width * (routed_tokens + sample * down.count)
-    grams = routed_tokens * _gram_flops(gate_up.columns) + work.tokens * figures.moe_layers * _gram_flops(shape.hidden)
-    grams += (routed_tokens + sample * down.count) * _gram_flops(down.columns)
-    grams += sum(m.count * work.tokens * _gram_flops(m.columns) for m in extra)
+    grams = work.tokens * figures.moe_layers * gram_flops(1, shape.hidden)
+    grams += routed_tokens * gram_flops(1, gate_up.columns)
+    grams += (routed_tokens + sample * down.count) * gram_flops(1, down.columns)
+    grams += sum(m.count * work.tokens * gram_flops(1, m.columns) for m in extra)
     for matrices in passed:  # each wants its layer's attention once more
         share = matrices.count / max(shape.layers, 1)
         forward = {term: seconds * (1 + share / 2) for term, seconds in forward.items()}
@@ -179,8 +182,3 @@ def _moved_seconds(
     twice = {term: 2 * time[term] for term in ("forward", "attention scores", "hidden states")}
     moved = (crosses + moves) / rates.solver_flops + time["Hessians"] / 2  # down's inputs in the original
     return time | twice | {"targets": moved}
-
-
-def _gram_flops(columns: int) -> float:
-    """2 I^2 of a token, of wide matrices the lower triangle in strips of 1024 columns."""
-    return columns**2 * (2 if columns <= 1024 else 1 + 1024 / columns)

@@ -1,12 +1,12 @@
 """GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from moepress.calibration.hessian import HessianOptions, Moments, cross, gram, moments, shrink_moments
+from moepress.calibration.hessian import HessianOptions, Moments, add_cross, add_gram, mirror, shares
 from moepress.compress.gptq.asymmetry import move_target, relative_error
 from moepress.compress.gptq.balance import topped_up
 from moepress.compress.gptq.grid import dequantize
@@ -137,9 +137,9 @@ def pooled_hessian(stream: Stream) -> Tensor:
     total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
     with phase("Hessian"):
         for part in stream.inputs.split(65536):
-            total += gram(part.to(device))
+            add_gram(total, part.to(device))
             stream.touch(len(part))
-        return total / max(stream.tokens, 1)
+        return mirror(total).div_(max(stream.tokens, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ def originals_of(stream: Stream, reference: Stream, options: HessianOptions) -> 
     total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
     with phase("Hessian"):
         for part, original in zip(stream.inputs.split(65536), reference.inputs.split(65536), strict=True):
-            total += cross(part.to(device), original.to(device))
+            add_cross(total, part.to(device), original.to(device))
             stream.touch(2 * len(part))
         total /= max(stream.tokens, 1)
     return Originals(stream=reference, pooled=total, sample=pooled_inputs(reference, options))
@@ -200,8 +200,8 @@ def solve_experts(
     with phase("load"):
         stacked = torch.stack([weights[e].first for e in experts]).to(device)
 
-    def of_inputs(index: int) -> Moments:
-        return _input_moments(inputs, seen[experts[index]], pooled_DD)
+    def of_inputs(index: int, out: Tensor) -> Moments:
+        return _input_moments(inputs, seen[experts[index]], pooled_DD, out)
 
     hessians = _targets(stacked, of_inputs, options, stream.model.device)
     first, first_error = solve_measured(stacked, hessians, options)
@@ -215,10 +215,10 @@ def solve_experts(
         downs = torch.stack([weights[e].down for e in experts]).to(device)
     middles: dict[int, Tensor] | None = {} if _middles_fit(stream, seen) else None
 
-    def of_middles(index: int) -> Moments:
+    def of_middles(index: int, out: Tensor) -> Moments:
         expert = experts[index]
         found, middle = _down_moments(
-            inputs, layer, seen[expert], sample_PD, coded[index], weights[expert], keep=middles is not None
+            inputs, layer, seen[expert], sample_PD, coded[index], weights[expert], out, keep=middles is not None
         )
         if middles is not None and middle is not None:
             middles[index] = middle[: len(positions[expert][0])]
@@ -253,25 +253,26 @@ def solve_measured(weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOpt
 
 
 def _targets(
-    weight_EOI: Tensor, of: Callable[[int], Moments], options: QuantizeOptions, device: torch.device
+    weight_EOI: Tensor, of: Callable[[int, Tensor], Moments], options: QuantizeOptions, device: torch.device
 ) -> Tensor:
     """The Hessians of a batch; its weights become, in place, what their codes are to meet.
 
     Args:
         weight_EOI: on the device of the solver, where the Hessians will be.
-        of: the moments of one expert of the batch; one C a thread is held.
+        of: the moments of one expert of the batch, the Hessian in a given matrix [I, I]; one C a thread is held.
         options: see `QuantizeOptions`.
         device: where the moments are formed.
     """
-
-    experts, columns = len(weight_EOI), weight_EOI.shape[2]
-    hessian_EII = weight_EOI.new_empty(experts, columns, columns)
+    experts, columns = weight_EOI.shape[0], weight_EOI.shape[2]
+    hessian_EII = torch.empty(experts, columns, columns, device=weight_EOI.device)
 
     def some(part: slice) -> None:
         for index in range(experts)[part]:
-            found = of(index)
+            there = hessian_EII[index]
+            found = of(index, there if there.device == device else torch.empty_like(there, device=device))
+            if found.hessian is not there:
+                there.copy_(found.hessian)
             move_target(weight_EOI[index], found, options.hessian.asymmetry, options.solver.damp)
-            hessian_EII[index] = found.hessian
 
     parts = part_slices(experts, device)
     with phase("Hessian"), side_by_side(len(parts)) as each:
@@ -339,16 +340,6 @@ class _Inputs:
     originals: Originals | None
     options: HessianOptions
 
-    def summed(self, parts: Iterator[Moments], like_II: Tensor) -> Moments:
-        """Sums over all parts; zero of that shape for none."""
-        total = next(parts, None)
-        if total is None:
-            zero = torch.zeros_like(like_II)
-            return Moments(hessian=zero, cross=zero.clone() if self.originals is not None else None)
-        for part in parts:
-            total.add(part)
-        return total
-
     def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Inputs of these tokens, and those in the original model."""
         device = self.stream.model.device
@@ -357,17 +348,18 @@ class _Inputs:
         return part, None if self.originals is None else self.originals.stream.inputs[tokens].to(device)
 
 
-def _input_moments(inputs: _Inputs, position: tuple[Tensor, Tensor], pooled_DD: Tensor) -> Moments:
+def _input_moments(
+    inputs: _Inputs, position: tuple[Tensor, Tensor], pooled_DD: Tensor, out_DD: Tensor | None = None
+) -> Moments:
+    """The Hessian used for an expert's gate and up, in `out` where that is given, and its C."""
     options, tokens, originals = inputs.options, len(position[0]), inputs.originals
     weights = token_weights(inputs.stream, position, options)
     with phase("Hessian"):
-        pooled = Moments(hessian=pooled_DD, cross=originals.pooled if originals else None)
-        parts = (
-            moments(*inputs.rows(position[0][rows]), None if weights is None else weights[rows])
-            for rows in _slices(tokens)
-        )
-        own = inputs.summed(parts, pooled_DD)
-        return shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
+        own, rest = shares(tokens, _mass(weights, tokens), options.shrinkage_tokens)
+        found = Moments(hessian=pooled_DD, cross=originals.pooled if originals else None).times(rest, out_DD)
+        for rows in _slices(tokens):
+            found.gather(*inputs.rows(position[0][rows]), None if weights is None else weights[rows], scale=own)
+        return found.complete()
 
 
 def _down_moments(
@@ -377,6 +369,7 @@ def _down_moments(
     sample_PD: Tensor,
     gate_up: tuple[Coded | None, Coded],
     original: Expert,
+    out_FF: Tensor | None = None,
     *,
     keep: bool,
 ) -> tuple[Moments, Tensor | None]:
@@ -387,37 +380,39 @@ def _down_moments(
     """
     model, tokens, options, originals = inputs.stream.model, len(position[0]), inputs.options, inputs.originals
     streams, gating = 1 if originals is None else 2, model.gating(layer)
-    picked = _picked(len(sample_PD), tokens)
+    picked = picked_tokens(len(sample_PD), tokens)
     flops = 2.0 * streams * (tokens + len(picked)) * sum(m.codes.numel() for m in gate_up if m is not None)
     with phase("Hessian", flops=flops):
         kept: list[Tensor] = []
         whole = original.to(model.device, model.dtype)
         gate = None if gate_up[0] is None else gate_up[0].dense().to(model.device, model.dtype)
         quantized = replace(whole, gate=gate, up=gate_up[1].dense().to(model.device, model.dtype))
+        weights = token_weights(inputs.stream, position, options)
+        own, rest = shares(tokens, _mass(weights, tokens), options.shrinkage_tokens)
+        width = original.down.shape[1]
+        nothing = torch.zeros(width, width, device=model.device) if out_FF is None else out_FF.zero_()
+        found = Moments(hessian=nothing, cross=torch.zeros_like(nothing) if originals else None)
 
-        def of(inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None) -> Moments:
+        def gather(inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None, scale: float) -> Tensor:
             aim = None if originals_TD is None else gating.intermediate(whole, originals_TD)
             got = gating.intermediate(quantized, inputs_TD)
+            found.gather(got, aim, weights_T, scale=scale)
+            return got
+
+        pooled = sample_PD[picked], originals.sample[picked] if originals else None
+        gather(*pooled, None, rest / max(len(picked), 1))
+        for rows in _slices(tokens):
+            got = gather(*inputs.rows(position[0][rows]), None if weights is None else weights[rows], own)
             if keep:
                 kept.append(got)
-            return moments(got, aim, weights_T)
-
-        weights = token_weights(inputs.stream, position, options)
-        pooled = of(sample_PD[picked], originals.sample[picked] if originals else None, None).over(max(len(picked), 1))
-        kept.clear()
-        parts = (
-            of(*inputs.rows(position[0][rows]), None if weights is None else weights[rows]) for rows in _slices(tokens)
-        )
-        own = inputs.summed(parts, pooled.hessian)
-        found = shrink_moments(own, _mass(weights, tokens), tokens, pooled, options.shrinkage_tokens)
-        return found, torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)
+        return found.complete(), torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)
 
 
-def _picked(sampled: int, tokens: int) -> Tensor:
+def picked_tokens(sampled: int, tokens: int) -> Tensor:
     """Which of the layer's sampled tokens an expert with so many of its own is shown besides, spread evenly.
 
-    What they add is drawn towards by 128 tokens' weight: an expert that has many is told little by them, and each costs
-    as much as one of its own.
+    They weigh as much as 128 tokens together: an expert that has many is told little by them, and each costs as much as
+    one of its own.
     """
     count = max(sampled // 4, sampled - tokens)
     return torch.arange(count) * sampled // max(count, 1)

@@ -17,8 +17,7 @@ from moepress.calibration.hessian import (
     gram,
     hessian_for,
     moments,
-    shrink,
-    shrink_moments,
+    shares,
 )
 from moepress.compress.gptq.experts import Coded, _down_moments, _input_moments, _Inputs, pooled_hessian, pooled_inputs
 from moepress.models.forward.streamed import StreamedModel, tokens_of
@@ -73,11 +72,25 @@ def test_both_moments_are_added_divided_and_shrunk_alike() -> None:
     torch.testing.assert_close(parts.hessian, whole.hessian)
     torch.testing.assert_close(parts.cross, whole.cross)
     torch.testing.assert_close(whole.over(9).cross, cross(inputs, originals) / 9)
-    shrunk = shrink_moments(whole, 9.0, 9, pooled, 3.0)
-    torch.testing.assert_close(shrunk.hessian, shrink(gram(inputs), 9.0, 9, pooled.hessian, 3.0))
+    shrunk = pooled.times(0.25)
+    shrunk.gather(inputs[:4], originals[:4], scale=1 / 12)
+    shrunk.gather(inputs[4:], originals[4:], scale=1 / 12)
+    torch.testing.assert_close(shrunk.complete().hessian, gram(inputs) / 12 + torch.eye(5) / 4)
     torch.testing.assert_close(shrunk.cross, cross(inputs, originals) / 12 + torch.eye(5) / 2)
+    assert torch.equal(pooled.hessian, torch.eye(5))
     assert moments(inputs).cross is None
-    assert shrink_moments(moments(inputs), 9.0, 9, pooled, 3.0).cross is None
+    assert moments(inputs).times(2.0).cross is None
+
+
+def test_wide_moments_are_gathered_in_place() -> None:
+    wide, weights = rows(40, size=1500), torch.rand(40, generator=torch.Generator().manual_seed(1))
+    out = torch.full((1500, 1500), float("nan"))
+    found = Moments(hessian=torch.eye(1500)).times(2.0, out)
+    found.gather(wide, weights_T=weights, scale=0.5)
+    assert found.complete().hessian is out
+    expected = (wide * weights[:, None]).T @ wide / 2 + 2 * torch.eye(1500)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(out.tril(-256), out.triu(256).T)
 
 
 def test_targets_have_a_share_of_the_correction_or_none() -> None:
@@ -87,21 +100,17 @@ def test_targets_have_a_share_of_the_correction_or_none() -> None:
 
 
 def test_shrinkage_mixes_the_means_by_the_number_of_tokens() -> None:
-    own, pooled = gram(rows(6)), torch.eye(5)
-    expected = 6 / 8 * (own / 6) + 2 / 8 * pooled
-    torch.testing.assert_close(shrink(own.clone(), 6.0, 6, pooled, 2.0), expected)
-    weighted = gram(rows(6), torch.full((6,), 3.0))  # a constant weight changes nothing
-    torch.testing.assert_close(shrink(weighted, 18.0, 6, pooled, 2.0), expected)
+    assert shares(6, 6.0, 2.0) == (pytest.approx(6 / 8 / 6), pytest.approx(2 / 8))
+    assert shares(6, 18.0, 2.0) == (pytest.approx(6 / 8 / 18), pytest.approx(2 / 8))  # a constant a_t changes nothing
 
 
 def test_an_expert_without_tokens_gets_the_pooled_hessian() -> None:
-    assert torch.equal(shrink(torch.zeros(5, 5), 0.0, 0, torch.eye(5), 32.0), torch.eye(5))
+    assert shares(0, 0.0, 32.0) == (0.0, 1.0)
+    assert shares(3, 0.0, 1.0) == (0.0, 0.25)  # tokens that count for nothing
 
 
 def test_an_expert_with_many_tokens_gets_nearly_its_own() -> None:
-    own = gram(rows(500))
-    found = shrink(own.clone(), 500.0, 500, torch.eye(5) * 100, 0.0)
-    torch.testing.assert_close(found, own / 500)
+    assert shares(500, 500.0, 0.0) == (1 / 500, 0.0)
 
 
 def stream_at(source: object, windows: Tensor, layer: int, folder: Path) -> Stream:

@@ -16,7 +16,7 @@ import torch
 from r1_models import small_r1
 from stage_runs import keep_of, pruned_folder
 
-from moepress.calibration.hessian import gram
+from moepress.calibration.hessian import gram, gram_flops
 from moepress.calibration.observe import _open_buffers
 from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.estimates.estimate import Estimate
@@ -249,14 +249,12 @@ def test_tokens_wait_where_memory_is_enough_and_save_forward_passes(model: Check
 
 
 def test_the_cost_of_a_hessian_is_the_triangle_that_is_formed() -> None:
-    from moepress.compress.estimates.quantize import _gram_flops
+    def formed(columns: int, strip: int) -> float:
+        return sum(2.0 * (columns - start) * min(strip, columns - start) for start in range(0, columns, strip))
 
-    def formed(columns: int) -> int:
-        return sum(2 * (columns - start) * min(1024, columns - start) for start in range(0, columns, 1024))
-
-    assert [_gram_flops(n) for n in (512, 1024)] == [2 * 512**2, 2 * 1024**2]
-    for columns in (2048, 4096, 7168):
-        assert _gram_flops(columns) == formed(columns)
+    assert gram_flops(1, 128) == 2 * 128**2
+    for columns, strip in ((512, 128), (768, 128), (1024, 256), (7168, 256)):
+        assert gram_flops(1, columns) == formed(columns, strip)
     ones = gram(torch.ones(2, 1500))  # and the other triangle is filled in
     assert torch.equal(ones, torch.full((1500, 1500), 2.0))
 

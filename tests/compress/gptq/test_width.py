@@ -13,7 +13,7 @@ from r1_models import small_r1
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
-from moepress.calibration.hessian import gram, shrink
+from moepress.calibration.hessian import gram, shares
 from moepress.compress.gptq.grid import dequantize
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.solver import Solved, solve
@@ -77,7 +77,8 @@ def hessian(columns: int) -> Tensor:
         common = torch.randn(1024, 256, generator=generator) @ mixing
         return common.add_(torch.randn(1024, columns, generator=generator), alpha=0.3).mul_(spread)
 
-    return shrink(gram(tokens()), 1024.0, 1024, gram(tokens()).div_(1024), 128.0)
+    own, pooled = shares(1024, 1024.0, 128.0)
+    return gram(tokens()).mul_(own).add_(gram(tokens()).div_(1024), alpha=pooled)
 
 
 def solved_matrices(source: Checkpoint) -> dict[str, Solved]:
