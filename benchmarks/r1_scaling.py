@@ -13,6 +13,7 @@ from typing import Any
 from make_r1 import BYTES, r1_tensors
 
 from moepress.calibration.hessian import HessianOptions, gram_flops
+from moepress.compress.gptq.experts import picked_tokens
 from moepress.converters.safetensors.scheme import Scheme
 
 HESSIANS, FORWARD, READ, BESIDE, WRITE, HIDDEN, SPILL = (
@@ -114,7 +115,8 @@ def expert_forward(layer: Layer) -> float:
 def hessian_parts(layer: Layer, work: Work) -> tuple[float, float, float]:
     """FLOP of the layer's pooled Hessian, of the experts' own tokens, and of the sample sent through every expert."""
     hidden, width = layer.hidden, int(layer.config["moe_intermediate_size"])
-    sample, again = min(HessianOptions().pooled_tokens, work.tokens), 2.0 * 2 * width * hidden
+    sampled, again = min(HessianOptions().pooled_tokens, work.tokens), 2.0 * 2 * width * hidden
+    sample = len(picked_tokens(sampled, int(work.routed / max(work.experts, 1))))
     own = work.routed * (gram_flops(1, hidden) + gram_flops(1, width) + again)
     return gram_flops(work.tokens, hidden), own, work.experts * sample * (gram_flops(1, width) + again)
 
