@@ -26,6 +26,7 @@ from moepress.runs.phases import beside, phase
 from moepress.runs.progress import track
 
 _BATCH_WINDOWS_LIMIT = 16
+_CPU_BATCH_TOKENS = 4096  # products of more are no faster there, and what they leave falls out of every cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,10 @@ def choose_limits(
     if device is not None and device.type == "cuda":
         memory = min(memory, torch.cuda.mem_get_info(device)[0] // 2)
     per_window = window * 4 * 48 * shape.hidden  # some fifty activations of the hidden size live at once
-    fitting = max(1, min(_BATCH_WINDOWS_LIMIT, memory // 8 // per_window))
+    most = _BATCH_WINDOWS_LIMIT
+    if device is None or device.type == "cpu":
+        most = min(most, _CPU_BATCH_TOKENS // window)
+    fitting = max(1, min(most, memory // 8 // per_window))
     return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)
 
 

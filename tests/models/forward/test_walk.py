@@ -69,7 +69,9 @@ def test_the_dtype_follows_the_device() -> None:
 
 def test_limits_follow_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shape = open_checkpoint(tiny_models.make("olmoe", tmp_path / "model")).shape
-    assert choose_limits(shape, 2048, 1 << 40).batch_windows == 16
+    assert choose_limits(shape, 2048, 1 << 40).batch_windows == 2
+    assert choose_limits(shape, 128, 1 << 40).batch_windows == 16
+    assert choose_limits(shape, 2048, 1 << 40, device=torch.device("mps")).batch_windows == 16
     assert choose_limits(shape, 2048, 1).batch_windows == 1
     assert choose_limits(shape, 2048, 1, 5) == Limits(memory_bytes=1, batch_windows=5)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
