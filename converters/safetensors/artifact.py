@@ -16,6 +16,7 @@ from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoi
 from moepress.models.storage.folder import load_config, open_shards, unread_weights
 from moepress.models.storage.foreign import refuse_foreign
 from moepress.models.storage.outline import Outline, outline_of
+from moepress.models.storage.placed import place
 from moepress.models.storage.safetensors_file import Stored
 from moepress.models.storage.settled import leftover_quantization, settle
 from moepress.models.storage.tensors import read_row, read_tensor, require_finite
@@ -110,13 +111,13 @@ class Artifact:
         if not self.is_quantized(name):
             tensor = read_tensor(self.stored[name])
             require_finite(self.stored[name], tensor)
-            return tensor
-        codes, scales = self.codes(name)
+            return place(tensor)
+        codes, scales = map(place, self.codes(name))
         return dense(codes, scales.float() if self.exact else scales)
 
     def read_row(self, name: str, row: int) -> Tensor:
         """`read(name)[row]`; only unquantized tensors have rows that can be read alone."""
-        return read_row(self.stored[name], row)
+        return place(read_row(self.stored[name], row))
 
 
 _READERS = {"compressed-tensors": compressed_tensors, "gptq": gptq}

@@ -30,6 +30,7 @@ from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Source
 from moepress.models.storage.experts import Expert, experts_by_layer, pruned_config, read_expert, router_disk_names
 from moepress.models.storage.mtp import prefix_of
+from moepress.models.storage.placed import onto
 from moepress.runs.phases import phase
 
 _TABLE_BYTES = 1 << 28  # an embedding table that is larger in fp32 is not read as a whole
@@ -293,7 +294,8 @@ class StreamedModel:
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype | None = None) -> Expert:
         """One expert of a layer on the device, in the compute dtype or another one."""
-        return read_expert(self.source, layer, expert).to(self.device, dtype or self.dtype)
+        with onto(self.device):
+            return read_expert(self.source, layer, expert).to(self.device, dtype or self.dtype)
 
     @property
     def solver_device(self) -> torch.device:
@@ -352,7 +354,8 @@ class StreamedModel:
 
     def _read(self, disk_name: str) -> Tensor:
         keep = disk_name.endswith(self.family.float32) if self.family.float32 else False
-        tensor = self.source.read(disk_name)
+        with onto(self.device):
+            tensor = self.source.read(disk_name)
         if not tensor.is_floating_point():
             return tensor.to(self.device)
         return tensor.to(self.device, torch.float32 if keep else self.dtype)

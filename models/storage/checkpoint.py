@@ -158,6 +158,7 @@ class Checkpoint:
             InvalidInputError: the tensor holds NaN or Inf, or is not there.
         """
         from moepress.models.storage.fp8 import dequantize_blocks, is_finite
+        from moepress.models.storage.placed import place
         from moepress.models.storage.tensors import read_tensor
         from moepress.models.storage.unpack import dequantize
 
@@ -168,7 +169,7 @@ class Checkpoint:
             scales = read_tensor(self._entry(f"{name}_scale_inv"))
             if not self.allow_nonfinite and not is_finite(tensor, scales):
                 raise nonfinite(self.stored[name])
-            return dequantize_blocks(tensor, scales, self.block)
+            return dequantize_blocks(place(tensor), place(scales), self.block)
         return self._checked(name, tensor)
 
     def read_row(self, name: str, row: int) -> Tensor:
@@ -201,11 +202,12 @@ class Checkpoint:
             raise InvalidInputError(f"{self.folder} has no tensor {name}; download or copy the folder again.") from None
 
     def _checked(self, name: str, tensor: Tensor, expert: int | None = None) -> Tensor:
+        from moepress.models.storage.placed import place
         from moepress.models.storage.tensors import require_finite
 
         if not self.allow_nonfinite:
             require_finite(self.stored[name], tensor, expert)
-        return tensor
+        return place(tensor)
 
 
 def open_checkpoint(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint:

@@ -166,8 +166,8 @@ class Cut:
         import torch
 
         if self.table:
-            return renumbered(tensor, self.kept)
-        return tensor.index_select(self.axis, torch.tensor(self.kept))
+            return renumbered(tensor.cpu(), self.kept).to(tensor.device)
+        return tensor.index_select(self.axis, torch.tensor(self.kept, device=tensor.device))
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the tensor, cut."""

@@ -14,6 +14,7 @@ from moepress.errors import InvalidInputError
 from moepress.models.storage.finite import nonfinite
 from moepress.models.storage.fp8 import dequantize_blocks, is_finite
 from moepress.models.storage.packed import EXPONENTS, Packed, Packing, grid_of, misfit, true_shape
+from moepress.models.storage.placed import place
 from moepress.models.storage.safetensors_file import Stored
 from moepress.models.storage.tensors import read_row, read_tensor
 
@@ -49,8 +50,10 @@ def dequantize(packed: Packed, index: int | None = None, *, allow_nonfinite: boo
         return _matrix(packed, None, allow_nonfinite=allow_nonfinite)
     if index is not None:
         return _matrix(packed, index, allow_nonfinite=allow_nonfinite)
-    out = torch.empty(packed.shape)
-    for row in range(packed.shape[0]):
+    first = _matrix(packed, 0, allow_nonfinite=allow_nonfinite)
+    out = first.new_empty(packed.shape)
+    out[0] = first
+    for row in range(1, packed.shape[0]):
         out[row] = _matrix(packed, row, allow_nonfinite=allow_nonfinite)
     return out
 
@@ -63,9 +66,9 @@ def _matrix(packed: Packed, index: int | None, *, allow_nonfinite: bool) -> Tens
         values = _read(codes, index)
         if not allow_nonfinite and not is_finite(values, scales):
             raise nonfinite(codes, index)
-        return dequantize_blocks(values, scales, packed.block)
+        return dequantize_blocks(place(values), place(scales), packed.block)
     if packed.packing in (Packing.MXFP4, Packing.NVFP4):
-        return scale_groups(fp4_values(_read(codes, index).flatten(1)), scales)
+        return scale_groups(fp4_values(place(_read(codes, index).flatten(1))), place(scales))
     return (_rows_of if packed.packing is Packing.INT4 else _columns_of)(packed, scales)
 
 
@@ -102,7 +105,8 @@ def _rows_of(packed: Packed, scales: Tensor) -> Tensor:
         lowest = lowest + read_tensor(zeros)
     elif zeros is not None:
         lowest = word_codes(read_tensor(zeros).mT, packed.bits)[:, :count].mT.float()
-    dense = rows_packed(read_tensor(packed.parts["codes"]), lowest, scales, packed.block[1], packed.bits)
+    words = place(read_tensor(packed.parts["codes"]))
+    dense = rows_packed(words, place(lowest), place(scales), packed.block[1], packed.bits)
     return dense[:, : packed.shape[1]].contiguous()
 
 
@@ -118,7 +122,8 @@ def _columns_of(packed: Packed, scales: Tensor) -> Tensor:
     words = read_tensor(packed.parts["zeros"])
     words = one_more(words, packed.bits) if packed.zeros_less_one else words
     zeros = (awq_codes(words) if awq else word_codes(words, packed.bits)).float()
-    return columns_packed(read_tensor(packed.parts["codes"]), zeros, scales, groups, packed.bits, awq=awq)
+    codes = place(read_tensor(packed.parts["codes"]))
+    return columns_packed(codes, place(zeros), place(scales), place(groups), packed.bits, awq=awq)
 
 
 def _read(entry: Stored, index: int | None) -> Tensor:
@@ -155,12 +160,20 @@ def fp4_values(codes: Tensor) -> Tensor:
     Returns:
         float32 [..., 2B], without scales.
     """
+    if codes.device.type != "cpu":
+        return fp4_looked_up(codes)
     out = torch.empty(*codes.shape[:-1], 2 * codes.shape[-1])
     pairs, flat = out.numpy().reshape(-1).view(np.float64), codes.numpy().reshape(-1)
     for begin in range(0, flat.size, _AT_ONCE):  # numpy makes eight bytes of every index
         part = slice(begin, begin + _AT_ONCE)
         np.take(_PAIRS, flat[part], out=pairs[part], mode="clip")
     return out
+
+
+def fp4_looked_up(codes: Tensor) -> Tensor:
+    """`fp4_values` in torch, for whatever device."""
+    table = torch.from_numpy(_VALUES).to(codes.device)
+    return table[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()]
 
 
 def word_codes(words: Tensor, bits: int) -> Tensor:
@@ -189,7 +202,7 @@ def awq_codes(words: Tensor) -> Tensor:
     Returns:
         uint8 [..., 8W].
     """
-    nibble_of = torch.tensor(AWQ_ORDER).argsort()
+    nibble_of = torch.tensor(AWQ_ORDER).argsort().to(words.device)
     codes = word_codes(words, 4)
     return codes.reshape(*words.shape, 8)[..., nibble_of].reshape(codes.shape)
 
@@ -237,8 +250,10 @@ def rows_packed(words: Tensor, zeros: Tensor, scales: Tensor, group: int, bits: 
         float32 [O, W * 32 / bits].
     """
     rows, columns = words.shape[0], words.shape[1] * 32 // bits
-    out = torch.empty(rows, columns)
-    groups = torch.arange(columns).div(group, rounding_mode="floor").clamp_(max=scales.shape[1] - 1)
+    out = torch.empty(rows, columns, device=words.device)
+    groups = (
+        torch.arange(columns, device=words.device).div(group, rounding_mode="floor").clamp_(max=scales.shape[1] - 1)
+    )
     zeros = zeros.expand(scales.shape)
     for part in _chunks(rows, columns):
         codes = word_codes(words[part], bits)
@@ -264,7 +279,7 @@ def columns_packed(
         float32 [O, I].
     """
     inputs, outputs = groups.shape[0], scales.shape[1]
-    out, per_word = torch.empty(outputs, inputs), 1 if awq else 32 // bits
+    out, per_word = torch.empty(outputs, inputs, device=words.device), 1 if awq else 32 // bits
     for part in _chunks(words.shape[0], outputs * per_word):
         codes = awq_codes(words[part]) if awq else word_codes(words[part].mT, bits).mT
         where = groups[part.start * per_word : part.stop * per_word]

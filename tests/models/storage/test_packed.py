@@ -14,9 +14,9 @@ from torch import Tensor
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.models.storage import unpack
 from moepress.models.storage.packed import Packed, Packing, find_packed
+from moepress.models.storage.placed import onto
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import DTYPE_NAMES, tensor_bytes
-from moepress.models.storage.unpack import dequantize
 from moepress.models.storage.writer import Entry, write_shard
 
 Tensors = dict[str, Tensor]
@@ -52,6 +52,15 @@ def only(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> Packed:
     (found,) = find_packed(config, stored).values()
     assert set(found.part_names) == set(stored)
     return found
+
+
+def dequantize(packed: Packed, index: int | None = None, *, allow_nonfinite: bool = False) -> Tensor:
+    """`unpack.dequantize`, and the same on a device that has no numbers: all that it works with must be there."""
+    dense = unpack.dequantize(packed, index, allow_nonfinite=allow_nonfinite)
+    with onto(torch.device("meta")):
+        placed = unpack.dequantize(packed, index, allow_nonfinite=allow_nonfinite)
+    assert (placed.device.type, placed.shape, placed.dtype) == ("meta", dense.shape, dense.dtype)
+    return dense
 
 
 def generator() -> torch.Generator:
@@ -520,7 +529,7 @@ def test_what_is_not_packed_is_left_alone(tmp_path: Path) -> None:
 def test_a_row_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, read = only({}, stored_in(tmp_path, mxfp4_parts())), []
     monkeypatch.setattr("moepress.models.storage.tensors.read_bytes", counting(read))
-    dequantize(found, 1)
+    unpack.dequantize(found, 1)
     assert read == [40 * 2, 40 * 32]
     with pytest.raises(ValueError, match="no experts"):
         dequantize(only({}, stored_in(tmp_path, fp8_parts())), 0)
