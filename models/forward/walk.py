@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moepress.errors import UsageError
 from moepress.models.families.family import Shape
+from moepress.models.forward.card import Lane, on_card
 from moepress.models.forward.costs import expert_flops, layer_flops, stored_expert_bytes
 from moepress.models.forward.recorder import Routed
 from moepress.models.forward.replay import Returned, hidden_of
@@ -297,31 +298,36 @@ def store(stream: Stream, windows: slice, returned: Returned, routed: Routed | N
 def read_ahead(
     model: StreamedModel, layer: int, experts: Sequence[int], dtype: torch.dtype | None = None
 ) -> Generator[tuple[int, Expert], None, None]:
-    """Experts in order, the next one being read from disk while the present one is used. Close it, if not exhausted."""
+    """Experts in order, the next one being read from disk and sent to the device while the present one is used.
+
+    Close it, if not exhausted.
+    """
+    lane = Lane(model.device)
+
+    def read(expert: int) -> tuple[Expert, torch.cuda.Event | None]:
+        with beside("read beside", size=stored_expert_bytes(model.source, layer, expert)):
+            return lane.send(lambda: model.read_expert(layer, expert, dtype))
+
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [(e, pool.submit(_read_beside, model, layer, e, dtype)) for e in experts[:1]]
+        pending = [(e, pool.submit(read, e)) for e in experts[:1]]
         for following in [*experts[1:], None] if experts else []:
             expert, future = pending.pop(0)
             if following is not None:
-                pending.append((following, pool.submit(_read_beside, model, layer, following, dtype)))
+                pending.append((following, pool.submit(read, following)))
             with phase("read"):
-                matrices = future.result()
+                matrices = lane.take(future.result())
             yield expert, matrices
-
-
-def _read_beside(model: StreamedModel, layer: int, expert: int, dtype: torch.dtype | None) -> Expert:
-    with beside("read beside", size=stored_expert_bytes(model.source, layer, expert)):
-        return model.read_expert(layer, expert, dtype)
 
 
 def add_experts(stream: Stream, layer: int) -> None:
     """Second step of a plain forward: add every expert's weighted output for its own tokens, in expert order."""
-    model, flat = stream.model, stream.flat()
+    model = stream.model
     positions = tokens_of(stream.chosen, model.shape.experts)
     wanted = [e for e in range(model.shape.experts) if len(positions[e][0])]
-    for expert, weights in read_ahead(model, layer, wanted):
-        tokens, slots = positions[expert]
-        add_output(stream, flat, weights, tokens, slots, layer)
+    with on_card(stream):
+        for expert, weights in read_ahead(model, layer, wanted):
+            tokens, slots = positions[expert]
+            add_output(stream, stream.flat(), weights, tokens, slots, layer)
 
 
 def add_output(
@@ -347,7 +353,7 @@ def add_output(
             else:
                 output = model.gating(layer).output(expert, middle[part : part + 8192])
             weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
-            flat.index_add_(0, rows, weighted.to("cpu", flat.dtype))
+            flat.index_add_(0, rows.to(flat.device), weighted.to(flat.device, flat.dtype))
             stream.touch(len(rows))
 
 

@@ -50,6 +50,12 @@ class Expert:
         return tuple(matrix for matrix in (self.gate, self.up, self.down) if matrix is not None)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it has."""
+        every = (getattr(self, field.name) for field in fields(self))
+        return tuple(tensor for tensor in every if tensor is not None)
+
+    @property
     def first(self) -> Tensor:
         """Gate and up, which see the same input, one above the other: [2F, D], or [F, D] without a gate."""
         import torch
