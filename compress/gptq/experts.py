@@ -1,7 +1,8 @@
 """GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from moepress.compress.gptq.solver import Solved, solve
 from moepress.converters.safetensors.artifact import dense
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Shape
+from moepress.models.forward.card import free_bytes
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Stream
 from moepress.models.storage.experts import Expert
@@ -62,9 +64,9 @@ class Coded:
     codes: Tensor
     scales: Tensor
 
-    def dense(self) -> Tensor:
-        """What it stands for, [O, I], in the scales' dtype."""
-        return dense(self.codes, self.scales)
+    def dense(self, device: torch.device | None = None) -> Tensor:
+        """What it stands for, [O, I], in the scales' dtype, computed on that device."""
+        return dense(self.codes.to(device), self.scales.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,20 +100,23 @@ class CodedExpert:
 
     def expert(self, model: StreamedModel) -> Expert:
         """Dequantized, on the model's device, in its compute dtype."""
-        return self.dense().to(model.device, model.dtype)
+        return self.dense(model.device).to(model.device, model.dtype)
 
-    def dense(self) -> Expert:
-        """What the codes stand for."""
-        gate = None if self.gate is None else self.gate.dense()
-        return Expert(gate=gate, up=self.up.dense(), down=self.down.dense(), **self.biases)
+    def dense(self, device: torch.device | None = None) -> Expert:
+        """What the codes stand for, computed on that device."""
+        gate = None if self.gate is None else self.gate.dense(device)
+        return Expert(gate=gate, up=self.up.dense(device), down=self.down.dense(device), **self.biases)
 
 
 def experts_at_once(model: StreamedModel, memory_bytes: int) -> int:
     """How many experts of a model are solved together: those that fit into a quarter of the memory limit.
 
     On the CPU no more than a few a thread: each thread solves one after the other there, and more of them in hand are
-    only more memory that has to come from the system.
+    only more memory that has to come from the system. A CUDA device has its own memory, and half of what is free there
+    is for a batch.
     """
+    if model.solver_device.type == "cuda":
+        memory_bytes = 2 * free_bytes(model.solver_device)
     return experts_that_fit(model.shape, memory_bytes, model.solver_device)
 
 
@@ -209,6 +214,7 @@ def solve_experts(
         first_error = _errors((weights[e].first for e in experts), first, hessians, options)
     del hessians, stacked
     with phase("pack"):
+        first = _on_host(first)
         gated = [weights[expert].gate is not None for expert in experts]
         coded = [_split(first, index, options.stored_dtype, gated=gated[index]) for index in range(len(experts))]
     with phase("load"):
@@ -229,6 +235,7 @@ def solve_experts(
     if originals is not None:
         second_error = _errors((weights[e].down for e in experts), second, hessians, options)
     with phase("pack"):
+        second = _on_host(second)
         down = [_stored(second, index, options.stored_dtype) for index in range(len(experts))]
     return [
         CodedExpert(
@@ -295,6 +302,13 @@ def _errors(weights: Iterable[Tensor], solved: Solved, hessian_EII: Tensor, opti
     return errors
 
 
+def _on_host(solved: Solved) -> Solved:
+    """A batch that a GPU solved, copied at once: each copy waits for the GPU."""
+    every: dict[str, Tensor | None] = {each.name: getattr(solved, each.name) for each in fields(solved)}
+    moved: dict[str, Any] = {name: None if tensor is None else tensor.cpu() for name, tensor in every.items()}
+    return Solved(**moved)
+
+
 def _stored(solved: Solved, index: int, stored: torch.dtype) -> Coded:
     return Coded(codes=solved.codes[index].cpu(), scales=solved.scales[index].to("cpu", stored))
 
@@ -320,7 +334,7 @@ def token_weights(stream: Stream, position: tuple[Tensor, Tensor], options: Hess
     """a_t of an expert's tokens, or None for 1."""
     if options.weight_power == 0:
         return None
-    return stream.weights[position[0], position[1]].pow(options.weight_power).to(stream.model.device)
+    return stream.weights[position[0], position[1]].pow(options.weight_power)
 
 
 def _slices(tokens: int) -> list[slice]:
@@ -340,12 +354,14 @@ class _Inputs:
     originals: Originals | None
     options: HessianOptions
 
-    def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Inputs of these tokens, and those in the original model."""
+    def rows(self, tokens: Tensor, weights: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Some of an expert's tokens, on the device: inputs, those in the original model, and weights."""
+        tokens = tokens[rows]
         device = self.stream.model.device
         part = self.stream.inputs[tokens].to(device)
         self.stream.touch(len(part) * (1 if self.originals is None else 2))
-        return part, None if self.originals is None else self.originals.stream.inputs[tokens].to(device)
+        original = None if self.originals is None else self.originals.stream.inputs[tokens].to(device)
+        return part, original, None if weights is None else weights[rows].to(device)
 
 
 def _input_moments(
@@ -358,7 +374,7 @@ def _input_moments(
         own, rest = shares(tokens, _mass(weights, tokens), options.shrinkage_tokens)
         found = Moments(hessian=pooled_DD, cross=originals.pooled if originals else None).times(rest, out_DD)
         for rows in _slices(tokens):
-            found.gather(*inputs.rows(position[0][rows]), None if weights is None else weights[rows], scale=own)
+            found.gather(*inputs.rows(position[0], weights, rows), scale=own)
         return found.complete()
 
 
@@ -385,8 +401,8 @@ def _down_moments(
     with phase("Hessian", flops=flops):
         kept: list[Tensor] = []
         whole = original.to(model.device, model.dtype)
-        gate = None if gate_up[0] is None else gate_up[0].dense().to(model.device, model.dtype)
-        quantized = replace(whole, gate=gate, up=gate_up[1].dense().to(model.device, model.dtype))
+        gate = None if gate_up[0] is None else gate_up[0].dense(model.device).to(model.dtype)
+        quantized = replace(whole, gate=gate, up=gate_up[1].dense(model.device).to(model.dtype))
         weights = token_weights(inputs.stream, position, options)
         own, rest = shares(tokens, _mass(weights, tokens), options.shrinkage_tokens)
         width = original.down.shape[1]
@@ -402,7 +418,7 @@ def _down_moments(
         pooled = sample_PD[picked], originals.sample[picked] if originals else None
         gather(*pooled, None, rest / max(len(picked), 1))
         for rows in _slices(tokens):
-            got = gather(*inputs.rows(position[0][rows]), None if weights is None else weights[rows], own)
+            got = gather(*inputs.rows(position[0], weights, rows), own)
             if keep:
                 kept.append(got)
         return found.complete(), torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)

@@ -9,7 +9,7 @@ solving, and so ends with the same bytes.
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from moepress.compress.gptq.reference import (
     step_original,
 )
 from moepress.converters.safetensors import compressed_tensors_config
+from moepress.models.forward.card import on_card
 from moepress.models.forward.predicting import add_predicting, enter
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import (
@@ -205,9 +206,10 @@ def _quantize_layer(job: Job, layer: int) -> None:
         routed = first_step(stream, layer)
     if reference is not None:
         step_original(reference, layer, stepped=stepping)
-    pooled = _pooled(job) if routed else None
-    for part, experts in enumerate(job.chunks[layer]):
-        _do_chunk(job, layer, part, experts, pooled, coded if part == 0 else {}, errors if part == 0 else {})
+    with on_card(stream, job.originals) if routed else nullcontext():
+        pooled = _pooled(job) if routed else None
+        for part, experts in enumerate(job.chunks[layer]):
+            _do_chunk(job, layer, part, experts, pooled, coded if part == 0 else {}, errors if part == 0 else {})
     last_step(stream, layer)
     if reference is not None:
         finish_original(reference, layer)
