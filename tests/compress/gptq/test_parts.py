@@ -1,13 +1,12 @@
 """A batch solved in parts, a thread each."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 import pytest
 import torch
 
 from moepress.compress.gptq.parts import part_slices, side_by_side
-from moepress.compress.gptq.solver import Solved, solve
+from moepress.compress.gptq.solver import solve
 from moepress.converters.safetensors.scheme import Scheme
 
 CPU = torch.device("cpu")
@@ -34,8 +33,8 @@ def test_parts_give_what_the_whole_batch_gives(threads: int, inference: bool) ->
             torch.set_num_threads(count)
             found.append(solve(weight_EOI, hessian_EII, Scheme(bits=3, group_size=16), scale_dtype=torch.bfloat16))
     parts, whole = found
-    for each in fields(Solved):
-        assert torch.allclose(getattr(parts, each.name).double(), getattr(whole, each.name).double()), each.name
+    for name in ("codes", "scales", "loss", "energy", "damping", "rounded"):
+        assert torch.allclose(getattr(parts, name).double(), getattr(whole, name).double()), name
     assert parts.rounded.tolist() == [False, False, False, True, False]
 
 
