@@ -50,6 +50,10 @@ class BuildLoops(build_ext):
         ext.extra_compile_args = [*COMMON[kind], *getattr(build, kind)]
         super().build_extension(ext)
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """A name that Python, and what looks for modules in folders, does not take for a module."""
+        return fullname.replace(".", "/") + ".native"
+
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """None: the source says itself what it exports, and there is no PyInit function."""
         return ext.export_symbols

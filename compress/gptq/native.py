@@ -60,7 +60,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         return None, "not used, since MOEPRESS_NATIVE is 0"
     found = "not built: no compiler when moepress was installed"
     for build in _BUILDS.get(torch.backends.cpu.get_cpu_capability(), ("base",)):
-        for file in sorted(Path(__file__).parent.glob(f"_loops_{build}.*")):
+        for file in sorted(Path(__file__).parent.glob(f"_loops_{build}.native")):
             try:
                 opened = ctypes.CDLL(str(file))
                 version = opened.moepress_version()

@@ -202,13 +202,13 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path, monkeypatch: p
     native._open.cache_clear()
     try:
         assert native._open() == (None, "not built: no compiler when moepress was installed")
-        (tmp_path / "_loops_base.so").write_bytes(b"no library")
+        (tmp_path / "_loops_base.native").write_bytes(b"no library")
         native._open.cache_clear()
         assert native._open()[0] is None
         assert "does not load" in native._open()[1]
-        built = sorted(folder.glob("_loops_base.*"))
+        built = sorted(folder.glob("_loops_base.native"))
         if built:
-            shutil.copy(built[0], tmp_path / "_loops_base.so")
+            shutil.copy(built[0], tmp_path / "_loops_base.native")
             monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
             native._open.cache_clear()
             assert "install moepress again" in native._open()[1]
