@@ -99,8 +99,11 @@ class CodedExpert:
         return tuple(matrix for matrix in (self.gate, self.up, self.down) if matrix is not None)
 
     def expert(self, model: StreamedModel) -> Expert:
-        """Dequantized, on the model's device, in its compute dtype."""
-        return self.dense(model.device).to(model.device, model.dtype)
+        """Dequantized, on the model's device, in its compute dtype; without gate and up where `middle` was kept."""
+        if self.middle is None:
+            return self.dense(model.device).to(model.device, model.dtype)
+        down = Expert(gate=None, up=torch.empty(0), down=self.down.dense(model.device), **self.biases)
+        return down.to(model.device, model.dtype)
 
     def dense(self, device: torch.device | None = None) -> Expert:
         """What the codes stand for, computed on that device."""
@@ -203,7 +206,7 @@ def solve_experts(
     inputs = _Inputs(stream=stream, originals=originals, options=options.hessian)
     seen = topped_up(stream, positions, experts, options.hessian.least_tokens)
     with phase("load"):
-        stacked = torch.stack([weights[e].first for e in experts]).to(device)
+        stacked = _stacked([[m for m in (weights[e].gate, weights[e].up) if m is not None] for e in experts], device)
 
     def of_inputs(index: int, out: Tensor) -> Moments:
         return _input_moments(inputs, seen[experts[index]], pooled_DD, out)
@@ -218,7 +221,7 @@ def solve_experts(
         gated = [weights[expert].gate is not None for expert in experts]
         coded = [_split(first, index, options.stored_dtype, gated=gated[index]) for index in range(len(experts))]
     with phase("load"):
-        downs = torch.stack([weights[e].down for e in experts]).to(device)
+        downs = _stacked([[weights[e].down] for e in experts], device)
     middles: dict[int, Tensor] | None = {} if _middles_fit(stream, seen) else None
 
     def of_middles(index: int, out: Tensor) -> Moments:
@@ -250,6 +253,16 @@ def solve_experts(
         )
         for index, expert in enumerate(experts)
     ]
+
+
+def _stacked(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """Matrices [E, O, I] in fp32 on a device, each made of parts one above the other."""
+    sizes = [len(part) for part in parts[0]]
+    out_EOI = torch.empty(len(parts), sum(sizes), parts[0][0].shape[1], device=device)
+    for matrix_OI, own in zip(out_EOI, parts, strict=True):
+        for rows_OI, part in zip(matrix_OI.split(sizes), own, strict=True):
+            rows_OI.copy_(part)
+    return out_EOI
 
 
 def solve_measured(weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOptions) -> tuple[Solved, list[float]]:

@@ -54,12 +54,13 @@ def test_hessians_of_more_tokens_are_an_interval_and_of_as_many_almost_a_number(
     expected = seconds * (pooled + 4 * own + 4 * sample) / (pooled + own + sample)
     assert terms["Hessian"].low == pytest.approx(expected)
     assert terms["Hessian"].high == pytest.approx(expected)
-    # With four times the tokens the sample of each expert does not grow.
+    # With four times the tokens an expert has more of its own, and is shown less of the sample.
     terms = project(scaling, [row("Hessian", seconds)], 4096)
-    parts = pooled + own + sample
-    assert terms["Hessian"].high == pytest.approx(seconds * (4 * pooled + 16 * own + 4 * sample) / parts)
-    least = 2 / 3 * seconds * (pooled + 4 * own + 4 * sample) / parts
-    least += (4 * pooled + 16 * own + 4 * sample) / RATES["fp32_flops"]
+    parts, less = pooled + own + sample, scaling.hessian_parts(*layer_and_work(scaling, 4096, 24))[2]
+    assert less < 4 * sample
+    most = seconds * (4 * pooled + 16 * own + 2 / 3 * 4 * sample) / parts + less / RATES["fp32_flops"]
+    assert terms["Hessian"].high == pytest.approx(most)
+    least = seconds * (2 / 3 * (pooled + 4 * own) + less) / parts + (4 * pooled + 16 * own) / RATES["fp32_flops"]
     assert terms["Hessian"].low == pytest.approx(least)
     assert terms["Hessian"].low < 0.9 * terms["Hessian"].high
 
