@@ -1,5 +1,6 @@
 """moepress and the peers as commands: one task, the same calibration windows, a process each."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from setting import ROOT
 
 from moepress.calibration.corpus import Corpus
+from moepress.compress.estimates.rates import matmul_rate
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.groundwork import load_corpus
@@ -182,7 +185,19 @@ def _peer(tool: str, task: Task, out: Path, windows: Path) -> list[str]:
     kept = [rf".*\.{leaf}$" for leaf in open_checkpoint(task.model).family.never_quantize]  # what moepress leaves
     command = [str(tool_python(tool)), str(script), str(task.model), str(out), "--tokens-file", str(windows)]
     command += ["--bits", str(task.scheme.bits), "--group-size", str(task.scheme.group_size), *TOOLS[tool].options]
+    command += ["--dtype", peer_dtype()]
     return [*command, "--keep", *kept] if kept else command
+
+
+@functools.cache
+def peer_dtype() -> str:
+    """What peers compute in: as the model is stored, unless this processor multiplies bf16 slower than fp32.
+
+    On one without instructions for bf16 llm-compressor took seven times as long in its default, which says nothing about
+    the tool; moepress computes in fp32 there by itself.
+    """
+    cpu = torch.device("cpu")
+    return "float32" if matmul_rate(cpu, torch.bfloat16) < matmul_rate(cpu) else "auto"
 
 
 def _moepress_says(timings: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def main() -> None:
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     dynamic = {f"-:{pattern}": {} for pattern in options.keep} or None
     config = QuantizeConfig(bits=options.bits, group_size=options.group_size, dynamic=dynamic, device="cpu")
-    model = GPTQModel.load(str(options.model), config)
+    model = GPTQModel.load(str(options.model), config, **({} if options.dtype == "auto" else {"dtype": options.dtype}))
     before = time.perf_counter()
     model.quantize(rows, batch_size=options.batch_size)
     seconds = time.perf_counter() - before

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """MODEL OUT --bits --group-size --tokens-file --keep; a peer adds its own options."""
+    """MODEL OUT --bits --group-size --tokens-file --keep --dtype; a peer adds its own options."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
@@ -13,4 +13,5 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--tokens-file", type=Path, required=True)
     parser.add_argument("--keep", nargs="*", default=[], help="regular expressions of modules that stay")
+    parser.add_argument("--dtype", default="auto", help="what the model computes in; auto: as it is stored")
     return parser
