@@ -193,8 +193,8 @@ def _peer(tool: str, task: Task, out: Path, windows: Path) -> list[str]:
 def peer_dtype() -> str:
     """What peers compute in: as the model is stored, unless this processor multiplies bf16 slower than fp32.
 
-    On one without instructions for bf16 llm-compressor took seven times as long in its default, which says nothing about
-    the tool; moepress computes in fp32 there by itself.
+    On one without instructions for bf16 llm-compressor took seven times as long in its default, which says nothing
+    about the tool; moepress computes in fp32 there by itself.
     """
     cpu = torch.device("cpu")
     return "float32" if matmul_rate(cpu, torch.bfloat16) < matmul_rate(cpu) else "auto"

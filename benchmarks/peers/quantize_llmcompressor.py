@@ -32,9 +32,8 @@ def main() -> None:
 
     windows = load_file(options.tokens_file)["input_ids"]
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
-    model = AutoModelForCausalLM.from_pretrained(
-        str(options.model), dtype=options.dtype
-    )  # oneshot makes Linears of experts
+    # oneshot makes Linears of experts
+    model = AutoModelForCausalLM.from_pretrained(str(options.model), dtype=options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(str(options.model))
     weights = QuantizationArgs(
         num_bits=options.bits, type="int", symmetric=True, strategy="group", group_size=options.group_size
