@@ -272,7 +272,7 @@ effort_option: Decorator = click.option(
     default="normal",
     show_default=True,
     help="How long codes are looked for. normal fits every scale to its codes once. fast does not: three quarters of "
-    "the solver's time, two per cent more error. high does it four times: 1.7 times as long, half a per cent less error.",
+    "the solver's time, two per cent more error. high does it four times: 1.7 times as long, half a per cent less.",
 )
 
 mtp_option: Decorator = click.option(
