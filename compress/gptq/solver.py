@@ -90,7 +90,11 @@ def solve(
     task = Task(grid=grid or Grid.of(scheme), group=group, dtype=scale_dtype, options=options or SolverOptions())
     if task.grid.minimum:
         return _solve_above(weight_EOI, hessian_EII, task)
-    return _solve(weight_EOI, hessian_EII, absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype), task)
+    if task.options.scale_search:  # which writes them
+        scales_EOG = weight_EOI.new_empty((*weight_EOI.shape[:2], scheme.groups(weight_EOI.shape[2])))
+    else:
+        scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype)
+    return _solve(weight_EOI, hessian_EII, scales_EOG, task)
 
 
 def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
