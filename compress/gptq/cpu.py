@@ -9,6 +9,7 @@ Inside of GPTQ matrices lie as [I, O] in the order of solving backwards, which i
 rows, [O, I], in their own order.
 """
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from moepress.compress.gptq import native
 from moepress.compress.gptq.batch import Found
 from moepress.compress.gptq.cholesky import factor_in_place
 from moepress.compress.gptq.costs import SKETCHED, solve_flops
+from moepress.compress.gptq.descent import quadratic, row_loss
 from moepress.compress.gptq.factor import DAMP_ATTEMPTS, column_order, mean_alive, ridge_of
-from moepress.compress.gptq.grid import normalised, search_scales_on
+from moepress.compress.gptq.grid import nearest_levels, normalised, search_scales_on
 from moepress.compress.gptq.levels import DEFAULT_SEARCH
 from moepress.compress.gptq.options import Task
 from moepress.compress.gptq.parts import side_by_side
@@ -41,9 +43,7 @@ class Workspace:
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous buffer of that shape with whatever is in it."""
-        wanted = 1
-        for size in shape:
-            wanted *= size
+        wanted = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < wanted:
             flat = self._flat[name] = torch.empty(wanted, dtype=dtype)
@@ -310,8 +310,8 @@ def _settled(
         doubted = (loss_O > _nearest_at_least(work, turned_IO, scales_GO, found, task)).nonzero()[:, 0]
         if len(doubted):
             some_RI, nearest_RG = weight_OI[doubted], scales_GO.T[doubted]
-            nearest_RI = task.grid.nearest(some_RI.view(*nearest_RG.shape, -1) / nearest_RG[..., None])
-            codes = codes_OI[doubted], task.grid.codes(nearest_RI).view(len(doubted), columns)
+            nearest_RI = nearest_levels(some_RI, nearest_RG, task.grid)
+            codes = codes_OI[doubted], task.grid.codes(nearest_RI)
             scales = scales_OG[doubted], nearest_RG
             mine, theirs = (
                 _loss(some_RI, task.grid.values(q), s, found.hessian) for q, s in zip(codes, scales, strict=True)
@@ -354,9 +354,8 @@ def _sketch(hessian_II: Tensor, back_I: Tensor) -> Tensor:
 
 
 def _loss(weight_RI: Tensor, values_RI: Tensor, scales_RG: Tensor, hessian_II: Tensor) -> Tensor:
-    """(w - q) H (w - q)^T of rows, fp64 sums of fp32 products."""
-    rest_RI = weight_RI - (values_RI.view(*scales_RG.shape, -1) * scales_RG[..., None]).view(weight_RI.shape)
-    return (rest_RI @ hessian_II).mul_(rest_RI).sum(dim=1, dtype=torch.float64)
+    """`descent.row_loss` of the rows of one matrix, fp64 [R]."""
+    return row_loss(weight_RI.T[None], hessian_II[None], values_RI.T[None], scales_RG.T[None])[0]
 
 
 def _energy(work: Workspace, turned_IO: Tensor, found: Factored, penalty_O: Tensor) -> Tensor:
@@ -420,7 +419,7 @@ def _round(weight_OI: Tensor, hessian_II: Tensor, found: Found, index: int, task
         given = (weight_OI[None], importance_I[None], task.grid, task.group, task.dtype)
         found.scales[index] = search_scales_on(*given)[0]
     scales_OG = found.scales[index]
-    values_OI = task.grid.nearest(weight_OI.view(*scales_OG.shape, -1) / scales_OG[..., None]).view(weight_OI.shape)
+    values_OI = nearest_levels(weight_OI, scales_OG, task.grid)
     found.codes[index] = task.grid.codes(values_OI)
     found.loss[index] = _loss(weight_OI, values_OI, scales_OG, hessian_II).sum().clamp(min=0)
-    found.energy[index] = (weight_OI @ hessian_II).mul_(weight_OI).sum(dtype=torch.float64).clamp(min=0)
+    found.energy[index] = quadratic(weight_OI.T[None], hessian_II[None]).sum().clamp(min=0)

@@ -155,9 +155,14 @@ def round_to_nearest(weight_EOI: torch.Tensor, scales_EOG: torch.Tensor, scheme:
     Returns:
         codes [E, O, I], int8, within `[code_min, code_max]`.
     """
-    grouped_EOGg = weight_EOI.reshape(*scales_EOG.shape, -1)
-    codes_EOGg = (grouped_EOGg / scales_EOG.unsqueeze(-1)).round_().clamp_(scheme.code_min, scheme.code_max)
-    return codes_EOGg.to(torch.int8).view(weight_EOI.shape)
+    grid = Grid.of(scheme)
+    return grid.codes(nearest_levels(weight_EOI, scales_EOG, grid))
+
+
+def nearest_levels(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Levels of the nearest representable weights, fp32 [..., O, I]; `scales` are [..., O, G]."""
+    grouped = weight.reshape(*scales.shape, -1)
+    return grid.nearest(grouped / scales.unsqueeze(-1)).view(weight.shape)
 
 
 def dequantize(codes_EOI: torch.Tensor, scales_EOG: torch.Tensor, scheme: Scheme) -> torch.Tensor:

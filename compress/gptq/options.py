@@ -45,7 +45,6 @@ EFFORTS = {
     "high": SolverOptions(refits=4),
 }
 """Levels of `--effort`, from least time to least loss."""
-DEFAULT_EFFORT = "normal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
