@@ -103,8 +103,7 @@ inline float storable(float s, int kind, bool either) {
 }
 
 // One scale a row for a group, from coarse to fine, of a tile of up to kTile rows: see `grid.search_scales`.
-template <class Codes>
-struct Search {
+template <class Codes> struct Search {
     const Codes& codes;
     const float *weight, *importance;
     Size ldw;
@@ -127,8 +126,7 @@ struct Search {
             if (error[t] < least[t]) least[t] = error[t], best[t] = scale[t], share[t] = factor[t];
     }
 
-    template <int Fixed>
-    void add(const float* scale, const float* inverse, float* error, int count) const {
+    template <int Fixed> void add(const float* scale, const float* inverse, float* error, int count) const {
         const int n = Fixed ? Fixed : count;
         for (int i = 0; i < columns; i++) {
             const float* w = weight + i * ldw;
@@ -158,8 +156,10 @@ void search(const Grid& grid, const float* weight, Size ldw, const float* import
                     const float w = from[i * ldw + row + t];
                     high[t] = std::max(high[t], w), low[t] = std::min(low[t], w);
                 }
-            Search<Codes> found{codes, from + row, importance + static_cast<Size>(index) * group, ldw, group, n, kind,
-                                either != 0, {}, {}, {}, {}};
+            Search<Codes> found{codes, from + row,  importance + static_cast<Size>(index) * group,
+                                ldw,   group,       n,
+                                kind,  either != 0, {},
+                                {},    {},          {}};
             for (int t = 0; t < n; t++) {
                 const float largest = std::max(high[t], -low[t]);
                 found.base[t] = largest / up;
@@ -196,9 +196,9 @@ void search(const Grid& grid, const float* weight, Size ldw, const float* import
 // A block of GPTQ's columns, the last one first: see `columns.round_block`.
 template <class Codes>
 void round_columns(const Grid& grid, const float* feedback, Size ldf, const float* weight, Size ldw, const int* column,
-                   const float* unit, Size ldu, const float* square, const int* group, const float* scales,
-                   Size lds, int width, Size rows, int8_t* out, Size ldo, float* residual,
-                   Size ldr, float* errors, Size lde, double* loss) {
+                   const float* unit, Size ldu, const float* square, const int* group, const float* scales, Size lds,
+                   int width, Size rows, int8_t* out, Size ldo, float* residual, Size ldr, float* errors, Size lde,
+                   double* loss) {
     const Codes codes(grid);
     float down[kBlock][kBlock]; // down[j][i] = unit[i][j]: what column j takes of the residuals of those behind it
     for (int i = 0; i < width; i++)
@@ -273,8 +273,8 @@ bool sweep(const Codes& codes, int8_t* code, const float* slope, const float* in
 
 template <class Codes>
 void descend(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
-             const float* ridge, int columns, int group, Size rows, int sweeps, int8_t* code, Size ldc, const float* scales, Size lds,
-             float* slope, Size ldl, double* loss) {
+             const float* ridge, int columns, int group, Size rows, int sweeps, int8_t* code, Size ldc,
+             const float* scales, Size lds, float* slope, Size ldl, double* loss) {
     const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
         int8_t* c = code + row * ldc;
@@ -297,8 +297,9 @@ void descend(const Grid& grid, const float* hessian, Size ldh, const float* inve
 // Scales of one group to their least-squares values, then its codes: see `descent.refit_group`.
 template <class Codes>
 void refit(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
-           const float* ridge, int group, Size rows, int sweeps, int kind, int either, const float* response, Size ldp, int8_t* code,
-           Size ldc, float* scales, Size lds, float* slope, Size ldl, float* change, Size ldd, double* loss) {
+           const float* ridge, int group, Size rows, int sweeps, int kind, int either, const float* response, Size ldp,
+           int8_t* code, Size ldc, float* scales, Size lds, float* slope, Size ldl, float* change, Size ldd,
+           double* loss) {
     const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
         int8_t* c = code + row * ldc;
@@ -379,12 +380,10 @@ void turn(const Number* in, Size ldi, const int* index, int columns, Size rows, 
     }
 }
 
-
 // Of every row: sum of ridge * (w - q)^2, and of ridge * w^2.
 template <class Codes>
 void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code, Size ldc, const float* scales,
-              Size lds, int columns, int group, Size rows, const float* ridge,
-             double* left, double* whole) {
+             Size lds, int columns, int group, Size rows, const float* ridge, double* left, double* whole) {
     const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
         double sum = 0, all = 0;
@@ -437,7 +436,6 @@ EXPORT int moepress_factor_leaf(float* matrix, Size ld, int size, float* inverse
     return 0;
 }
 
-
 #define GRID float low, float high, const float *levels, int count
 #define WITH(function, ...)                                                                                            \
     const Grid grid{low, high, levels, count};                                                                         \
@@ -452,11 +450,10 @@ EXPORT void moepress_search_scales(GRID, const float* weight, Size ldw, const fl
 
 EXPORT void moepress_round_block(GRID, const float* feedback, Size ldf, const float* weight, Size ldw,
                                  const int* column, const float* unit, Size ldu, const float* square, const int* group,
-                                 const float* scales,  Size lds, int width, Size rows,
-                                 int8_t* codes, Size ldc, float* residual, Size ldr, float* errors, Size lde,
-                                 double* loss) {
-    WITH(round_columns, feedback, ldf, weight, ldw, column, unit, ldu, square, group, scales, lds, width, rows,
-         codes, ldc, residual, ldr, errors, lde, loss);
+                                 const float* scales, Size lds, int width, Size rows, int8_t* codes, Size ldc,
+                                 float* residual, Size ldr, float* errors, Size lde, double* loss) {
+    WITH(round_columns, feedback, ldf, weight, ldw, column, unit, ldu, square, group, scales, lds, width, rows, codes,
+         ldc, residual, ldr, errors, lde, loss);
 }
 
 EXPORT void moepress_descend(GRID, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
@@ -480,8 +477,8 @@ EXPORT void moepress_nearest(GRID, const float* weight, Size ldw, const int* col
 }
 
 EXPORT void moepress_squares(GRID, const float* weight, Size ldw, const int8_t* codes, Size ldc, const float* scales,
-                              Size lds, int columns, int group, Size rows, const float* ridge,
-                             double* left, double* whole) {
+                             Size lds, int columns, int group, Size rows, const float* ridge, double* left,
+                             double* whole) {
     WITH(squares, weight, ldw, codes, ldc, scales, lds, columns, group, rows, ridge, left, whole);
 }
 
