@@ -21,7 +21,7 @@ help:
 .venv/.installed-run: $(INSTALL_INPUTS)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing moepress into .venv (a minute or two the first time) ..."
-	@$(PIP) --editable ".[onnx]"
+	@$(PIP) --editable ".[onnx,gguf]"
 	@touch $@
 
 .venv/.installed-dev: $(INSTALL_INPUTS)
@@ -34,7 +34,7 @@ venv: .venv/.installed-run
 dev: .venv/.installed-dev
 
 demo: venv
-	$(BIN)/moepress run demo -o demo-out --keep 0.75 --bits 4 --group-size 64 --to gptq,onnx --force
+	$(BIN)/moepress run demo -o demo-out --keep 0.75 --bits 4 --group-size 64 --to gptq,onnx,gguf --force
 	@echo
 	@echo "The report is $(CURDIR)/demo-out/report.html (and report.md, report.json beside it)."
 

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     metavar="NAMES",
     shell_complete=complete_runtimes,
     help="Runtimes to check for, with commas between them: vllm, sglang, transformers, gptqmodel, llama.cpp, "
-    "onnxruntime.  [default: those that the layout is made for]",
+    "onnxruntime, mlx.  [default: those that the layout is made for]",
 )
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, help="Devices that every matrix is split over.")
 @click.option("--expert-parallel", type=click.IntRange(1), default=1, help="Devices that the experts are dealt to.")
 @json_option
 def check(output: str, runtimes: str | None, tensor_parallel: int, expert_parallel: int, as_json: bool) -> None:
     """Hold OUTPUT against the rules of the runtimes that are to load it, without these runtimes: a folder in
-    compressed-tensors or GPTQ layout, pruned, or ONNX.
+    compressed-tensors or GPTQ layout, pruned, or ONNX, or a GGUF file.
 
     Reads JSON and headers, no weights. Each finding says which runtime, what happens there (refuses, silently wrong,
     slower), and how to mend it. Ends with 4 when a runtime refuses OUTPUT or computes something else without an error.

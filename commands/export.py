@@ -12,6 +12,7 @@ import click
 from moepress.commands.console import emit, note, quiet_libraries, say, upload
 from moepress.commands.options import (
     dry_run_option,
+    gguf_options,
     json_option,
     model_argument,
     onnx_options,
@@ -34,9 +35,14 @@ if TYPE_CHECKING:
 @model_argument("artifact")
 @output_options("Folder for the export.")
 @click.option(
-    "--to", "target", required=True, type=click.Choice(["gptq", "compressed-tensors", "onnx"]), help="The format."
+    "--to",
+    "target",
+    required=True,
+    type=click.Choice(["gptq", "compressed-tensors", "onnx", "gguf", "mlx"]),
+    help="The format.",
 )
 @onnx_options
+@gguf_options
 @push_options
 @dry_run_option
 @talk_options
@@ -44,14 +50,20 @@ if TYPE_CHECKING:
 def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, as_json: bool, **options: Any) -> None:
     """Write a quantized ARTIFACT in another format. Codes do not change; nothing is solved again.
 
-    gptq and compressed-tensors take a quantized folder. onnx takes any folder: quantized, pruned, or the original,
+    gptq, compressed-tensors and mlx take a quantized folder. onnx takes any folder: quantized, pruned, or the original,
     whose experts then stay dense. Its result runs in ONNX Runtime and onnxruntime-genai, and is held against ARTIFACT
-    before it appears. --for, --experts, --accuracy-level, --no-check and --dry-run belong to onnx.
+    before it appears. --for, --experts, --accuracy-level and --no-check belong to onnx.
+
+    gguf takes any folder, too, and writes a file for llama.cpp, LM Studio and Ollama: 4-bit codes as Q4_0, 8-bit
+    codes as Q8_0, what is not quantized in BF16 and F32. --outtype and --split-max-size belong to gguf; --dry-run
+    to onnx and gguf.
 
     \b
     Example:  moepress export quantized --to gptq -o quantized-gptq
               moepress export quantized --to onnx -o quantized-onnx
               moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
+              moepress export quantized --to gguf -o quantized-gguf
+              moepress export quantized --to mlx -o quantized-mlx
     """
     from moepress.runs.output import check_output
     from moepress.stages.places import Output, local_folders
@@ -60,19 +72,53 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
     check_output(output, local_folders(artifact), resume=resume, force=force)  # before anything heavy is imported
     push = push_of(options)
     if target == "onnx":
+        _require_no_gguf_options()
         _export_onnx(artifact, place, push, options, as_json=as_json)
         return
-    if not all_default("preset", "kernel", "accuracy_level", "no_check", "dry_run"):
-        raise UsageError("--for, --experts, --accuracy-level, --no-check and --dry-run go with --to onnx only.")
-    from moepress.stages.export import export_stage
+    if not all_default("preset", "kernel", "accuracy_level", "no_check"):
+        raise UsageError("--for, --experts, --accuracy-level and --no-check go with --to onnx only.")
+    if target == "gguf":
+        _export_gguf(artifact, place, push, options, as_json=as_json)
+        return
+    _require_no_gguf_options()
+    if not all_default("dry_run"):
+        raise UsageError("--dry-run goes with --to onnx and --to gguf only.")
+    from moepress.stages.export import export_stage, mlx_stage
 
-    result = export_stage(artifact, place, target)
+    result = mlx_stage(artifact, place) if target == "mlx" else export_stage(artifact, place, target)
     note(*result.notes)
     if as_json:
         emit({"output": str(output), **asdict(result)})
     else:
         say(f"{output}: {result.modules} matrices in {target} layout, {human_bytes(result.bytes_after)}")
     upload(push, output, artifact, as_json=as_json)
+
+
+def _require_no_gguf_options() -> None:
+    if not all_default("outtype", "split_max_size"):
+        raise UsageError("--outtype and --split-max-size go with --to gguf only.")
+
+
+def _export_gguf(artifact: str, place: Output, push: Push | None, options: Mapping[str, Any], *, as_json: bool) -> None:
+    from moepress.converters.gguf.export import GgufRequest
+    from moepress.stages.export import gguf_estimate, gguf_stage
+
+    request = GgufRequest(exact=options["outtype"] == "f32", split_bytes=options["split_max_size"])
+    if options["dry_run"]:
+        emit(gguf_estimate(artifact, place, request))
+        return
+    result = gguf_stage(artifact, place, request)
+    note(*result.notes)
+    if as_json:
+        emit({"output": str(place.folder), **asdict(result)})
+    else:
+        for name, size in result.files.items():
+            say(f"{place.folder / name}: {human_bytes(size)}")
+        console, table = plain_console(), plain_table("type", "size")
+        for kind, size in result.types.items():
+            table.add_row(kind, human_bytes(size))
+        console.print(table)
+    upload(push, place.folder, artifact, as_json=as_json)
 
 
 def _export_onnx(artifact: str, place: Output, push: Push | None, options: Mapping[str, Any], *, as_json: bool) -> None:

@@ -33,13 +33,15 @@ def inspect(
     """Tell what MODEL is and what pressing it takes: which GPU holds the result, family, experts, sizes by part, the
     expert counts that can stay and those to try first, time, memory and disk on this machine.
 
-    Reads headers, and some weights to time the disk; writes nothing. All times are projected.
+    Reads headers, and some weights to time the disk; writes nothing. All times are projected. Of a GGUF file it tells
+    what the file says of itself, its tensors by type, and what llama.cpp would do with it.
 
     \b
     Example:  moepress inspect demo
               moepress inspect MODEL --tokens 262144 --context 32768
               moepress inspect MODEL --target "RTX 4090"
               moepress inspect MODEL --targets-file my-gpus.toml
+              moepress inspect FILE.gguf
     """
     from moepress.hub.snapshot import headers_only
     from moepress.stages.places import model_folder
@@ -49,13 +51,42 @@ def inspect(
         target, targets_file
     )  # what is not there is refused before anything heavy is imported, on the hub too
     with headers_only():
-        model_folder(model)
+        place = model_folder(model)
     quiet_libraries()
-    from moepress.stages.inspect import inspect_model
+    from moepress.converters.gguf.file import gguf_file
+    from moepress.stages.inspect import inspect_gguf, inspect_model
 
+    file = gguf_file(place)
+    if file is not None:
+        about = inspect_gguf(file)
+        emit(about) if as_json else _print_gguf(about)
+        return
     with headers_only():
         found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file, only=target)
     emit(found) if as_json else _print_inspection(found)
+
+
+def _print_gguf(found: Mapping[str, Any]) -> None:
+    """What a GGUF file is, its tensors by type, and what llama.cpp would do with it."""
+    console = plain_console()
+    parts = f" in {len(found['files'])} files" if len(found["files"]) > 1 else ""
+    console.print(
+        f"{found['file']}: GGUF{parts}, {found['architecture']}, {human_bytes(found['bytes'])}, "
+        f"{found['parameters'] / 1e6:,.1f} M parameters, {found['bits_per_weight']:.2f} bits per weight"
+    )
+    console.print(
+        f"{found['layers']} layers, {found['experts']} experts of which {found['experts_used']} work for a token; "
+        f"context {found['context']:,}, vocabulary {found['vocabulary']:,}, tokenizer {found['tokenizer'][0]} "
+        f"({found['tokenizer'][1]})"
+    )
+    table = plain_table("tensors", "type", "number", "size")
+    for row in found["types"]:
+        table.add_row(row["kind"], row["type"], str(row["tensors"]), human_bytes(row["bytes"]))
+    console.print(table)
+    for finding in found["findings"]:
+        console.print(f"llama.cpp {finding['effect']}: {finding['what']}: {finding['happens']}")
+    if not found["findings"]:
+        console.print("Nothing is known that would keep llama.cpp from running it as it is meant.")
 
 
 def _print_inspection(found: Mapping[str, Any]) -> None:
@@ -127,6 +158,10 @@ def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str,
         f"fits: {found['reserve']:.0%} of the memory stay free for activations and the runtime; tight: "
         f"{found['tight_reserve']:.0%}, a shorter context helps; -n GiB: so much is lacking for that; *: no gaming GPU"
     )
+    if any(fit["ram_layers"] for row in counts for fit in row["fits"]):
+        console.print(
+            "N layers' experts in RAM: the rest fits on the card; in llama.cpp that is `-ngl 999 --n-cpu-moe N`"
+        )
     if speed:
         console.print("tokens/s: decoding (tg128, batch 1) with the most experts that fit, projected; --json has all")
 
@@ -138,6 +173,8 @@ def _speed(found: Mapping[str, Any] | None) -> str:
 
 
 def _cell(row: Mapping[str, Any]) -> str:
+    if row["ram_layers"]:
+        return f"{row['ram_layers']} layers' experts in RAM"
     lacking = row["lacking_bytes"] / 2**30
     return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
 

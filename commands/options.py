@@ -9,11 +9,11 @@ import click
 from moepress.commands.attempt import Attempt
 from moepress.commands.completers import complete_list, complete_models, complete_targets
 from moepress.errors import UsageError
-from moepress.runs.byte_sizes import parse_share
+from moepress.runs.byte_sizes import parse_bytes, parse_share
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
-INCLUDES = ("attention", "shared", "dense", "lm_head")
+INCLUDES = ("attention", "shared", "dense", "lm_head", "embeddings")
 
 
 def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:
@@ -113,6 +113,20 @@ def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+gguf_options: Decorator = _stack(
+    click.option(
+        "--outtype",
+        type=click.Choice(["auto", "f32"]),
+        default="auto",
+        help="auto: codes as they are, the rest in its own dtype; f32: everything multiplied out, to compare with.",
+    ),
+    click.option(
+        "--split-max-size",
+        metavar="SIZE",
+        callback=lambda _context, _parameter, value: parse_bytes(value, "--split-max-size"),
+        help="Most that a file may hold, such as 48GB; without it there is one file.",
+    ),
+)
 push_options: Decorator = _stack(
     click.option(
         "--push",

@@ -27,6 +27,7 @@ from moepress.commands.options import (
 )
 from moepress.commands.requests import all_default, calibration_of, includes_of, machine_of, mtp_of, push_of
 from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
+from moepress.compress.gptq.block_choice import GRIDS, PRESETS
 from moepress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
 @output_options("Folder for the quantized model.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
 @scheme_options
+@click.option(
+    "--grid",
+    type=click.Choice([*GRIDS, *PRESETS]),
+    help="Solve on a grid of GGUF in place of --bits: a type (lower case) for what is quantized, or a mix (capitals) "
+    "for the whole model, embeddings and head too, as llama-quantize mixes them. The result is for `export --to gguf`.",
+)
 @include_option
 @match_option
 @effort_option
@@ -67,6 +74,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     Example:  moepress quantize demo --bits 4 --group-size 64 -o quantized
               moepress quantize MODEL --plan plan.json --include attention --include shared -o pressed
               moepress quantize MODEL --plan plan.json -o pressed --max-pieces 20 --resume
+              moepress quantize MODEL --grid Q4_K_M -o blocks
     """
     from moepress.calibration.sources import parse_sources
     from moepress.commands.timings import check_timings, timed
@@ -112,6 +120,8 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     from moepress.converters.safetensors.scheme import Scheme
     from moepress.stages.quantize import QuantizeRequest
 
+    if options["grid"] is not None:
+        return _on_blocks(plan, options)
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
     layer_bits: Mapping[int, int] = {}
     if plan is not None and plan.quantization is not None and all_default("bits", "group_size"):
@@ -123,6 +133,34 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     hessian = _hessian_of(options, scheme.bits, layer_bits)
     solver = EFFORTS[options["effort"]]
     return QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian, solver=solver)
+
+
+def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
+    """What is asked of `quantize --grid`; bits by layer of a plan are of another kind.
+
+    Raises:
+        UsageError: bits or groups are given besides.
+    """
+    from moepress.compress.gptq.block_choice import BlockChoice
+    from moepress.compress.gptq.options import EFFORTS
+    from moepress.converters.safetensors.scheme import Scheme
+    from moepress.stages.quantize import QuantizeRequest
+
+    if not all_default("bits", "group_size"):
+        raise UsageError("--bits and --group-size do not go with --grid, which says both.")
+    if plan is not None and plan.layer_bits:
+        note("--grid was given: the plan's bits by layer are left aside.")
+    bits = BlockChoice(name=options["grid"], layers=1, experts=1, shared_heads=1).bits
+    near = max(width for width in (2, 3, 4, 8) if width <= bits)  # for estimates of time and size
+    include, notes = _includes_for(plan, options)
+    note(*notes)
+    return QuantizeRequest(
+        scheme=Scheme(bits=near, group_size=32),
+        include=include,
+        hessian=_hessian_of(options, bits, {}),
+        solver=EFFORTS[options["effort"]],
+        grid=options["grid"],
+    )
 
 
 def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -> None:
@@ -167,11 +205,9 @@ def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:
     console = plain_console()
     scheme = result["scheme"]
     bits = bits_text(result.get("layer_bits", {"": scheme["bits"]}).values())
+    text = scheme["grid"] if "grid" in scheme else f"{bits} g{scheme['group_size']}"
     before, after = result["bytes_before"], result["bytes_after"]
-    console.print(
-        f"{folder}: {bits} g{scheme['group_size']}, {human_bytes(before)} -> {human_bytes(after)} "
-        f"({after / before - 1:+.0%})"
-    )
+    console.print(f"{folder}: {text}, {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.0%})")
     table = plain_table("layer", "relative error")
     for layer, error in result["layer_error"].items():
         table.add_row(layer, f"{error:.3%}")

@@ -64,8 +64,8 @@ _RECIPE_OPTIONS = (
 @click.option(
     "--to",
     "formats",
-    shell_complete=complete_list("gptq", "onnx"),
-    help="Further formats, with commas between them: gptq, onnx.",
+    shell_complete=complete_list("gptq", "onnx", "gguf"),
+    help="Further formats, with commas between them: gptq, onnx, gguf.",
 )
 @machine_options
 @push_options
@@ -162,6 +162,8 @@ def _recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
 def _formats(text: str) -> list[str]:
     found = [part.strip() for part in text.split(",") if part.strip()]
     for target in found:
-        if target not in ("gptq", "onnx"):
-            raise UsageError(f"--to {target} is not there; run exports to gptq and onnx, beside compressed-tensors.")
+        if target not in ("gptq", "onnx", "gguf"):
+            raise UsageError(
+                f"--to {target} is not there; run exports to gptq, onnx and gguf, beside compressed-tensors."
+            )
     return list(dict.fromkeys(found))

@@ -17,6 +17,9 @@ from moepress.commands.tables import plain_console, plain_table
 def targets(targets_file: Path | None, as_json: bool) -> None:
     """List the GPUs that `inspect`, `validate` and --target know, with those of --targets-file.
 
+    Several of a GPU are one target, `2xrtx-3090`; `+` puts the machine's memory behind one, where experts may lie that
+    it does not hold: `rtx-4090+ddr5-128`.
+
     That file has one table for each GPU; `pcie` and `uncertain` may be left out, `kind` may also be unified or
     reference:
 
@@ -28,6 +31,11 @@ def targets(targets_file: Path | None, as_json: bool) -> None:
       memory_gib = 48
       bandwidth_gb_per_second = 936
       fp16_tflops = 71.2
+      [[ram]]
+      id = "my-ram"
+      name = "192 GB DDR5-5200, two channels"
+      memory_gib = 178.8
+      bandwidth_gb_per_second = 83.2
 
     \b
     Example:  moepress targets

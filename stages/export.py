@@ -8,10 +8,13 @@ from moepress import __version__
 from moepress.calibration.profile import fingerprint
 from moepress.compress.estimates.export import layout_bytes
 from moepress.compress.gptq.include import Include, linear_groups
+from moepress.converters.gguf.export import GgufRequest, plan_gguf, write_gguf
+from moepress.converters.gguf.tensors import types_of
+from moepress.converters.mlx.export import MlxExported, check_mlx, export_mlx, mlx_bytes
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
 from moepress.converters.safetensors.export import Exported, Target, check_target, export
-from moepress.converters.safetensors.scheme import Scheme
-from moepress.errors import MoepressError, UsageError
+from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
+from moepress.errors import MoepressError, UnsupportedError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.inside import watched
 from moepress.runs.journal import open_run
@@ -44,6 +47,21 @@ def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include
         block_size(scheme, checkpoint.shapes[name][1])
 
 
+def check_gguf(checkpoint: Checkpoint, scheme: Scheme) -> None:
+    """Refuse what could not be exported to GGUF after it was quantized, as far as the original and the scheme tell.
+
+    Raises:
+        UnsupportedError: the package is missing, or llama.cpp does not compute such a model or such groups.
+        InvalidInputError: the tokenizer is broken.
+    """
+    plan_gguf(checkpoint, GgufRequest())
+    if scheme.group_size != PER_CHANNEL and scheme.group_size % 32:
+        raise UnsupportedError(
+            f"Groups of {scheme.group_size} columns can not be exported to GGUF, whose Q4_0 and Q8_0 have 32; use "
+            "--group-size 32, 64 or 128."
+        )
+
+
 def onnx_bits() -> tuple[int, ...]:
     """Widths of codes that ONNX has kernels for.
 
@@ -70,6 +88,25 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
     with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
         return export(artifact, target, run)
+
+
+def mlx_stage(artifact_name: str, output: Output) -> MlxExported:
+    """Lay a quantized folder out for mlx-lm.
+
+    Raises:
+        UnsupportedError: mlx-lm would not load it.
+        InvalidInputError: the folder is not sound.
+    """
+    folder = model_folder(artifact_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
+    artifact = opened_artifact(folder)
+    announce(artifact)
+    check_mlx(artifact)
+    require_room(output, mlx_bytes(artifact))
+    settings = {"command": "export", "moepress": __version__, "target": "mlx", "artifact": fingerprint(artifact)}
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
+        return export_mlx(artifact, run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,4 +195,66 @@ def onnx_estimate(model_name: str, output: Output, request: Any) -> dict[str, An
         "nodes": len(decoder.model.graph.node),
         "experts": decoder.experts,
         "files": {name: file_bytes(entries) for name, entries in decoder.files.items()},
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufResult:
+    """What an export to GGUF gave.
+
+    Attributes:
+        bytes_after: size of its files.
+        files: their names and sizes.
+        types: bytes by type of tensor.
+        notes: what a user should know.
+    """
+
+    bytes_after: int
+    files: dict[str, int]
+    types: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def gguf_stage(model_name: str, output: Output, request: GgufRequest) -> GgufResult:
+    """Write any folder that moepress reads as GGUF.
+
+    Raises:
+        UnsupportedError: llama.cpp does not compute such a model, or `gguf` is not installed.
+        InvalidInputError: the folder is not sound.
+        MoepressError: the disk is too small.
+    """
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
+    source = opened_source(folder)
+    announce(source)
+    plan = plan_gguf(source, request)
+    require_room(output, plan.bytes)
+    settings = {
+        "command": "export",
+        "moepress": __version__,
+        "target": "gguf",
+        "artifact": fingerprint(source),
+        "exact": request.exact,
+        "split_bytes": request.split_bytes,
+        "files": [file.name for file in plan.files],
+    }
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
+        summary = write_gguf(source, plan, run)
+        run.finish()
+    return GgufResult(
+        bytes_after=plan.bytes, files=summary["files"], types=summary["types"], notes=tuple(summary["notes"])
+    )
+
+
+def gguf_estimate(model_name: str, output: Output, request: GgufRequest) -> dict[str, Any]:
+    """What an export would write, exactly, from the headers alone."""
+    check_output(output.folder, [model_folder(model_name)], resume=output.resume, force=output.force)
+    plan = plan_gguf(opened_source(model_folder(model_name)), request)
+    return {
+        "disk_bytes": plan.bytes,
+        "architecture": plan.architecture,
+        "files": {file.name: file.bytes for file in plan.files},
+        "types": types_of(plan.tensors),
+        "notes": list(plan.notes),
     }

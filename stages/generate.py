@@ -10,6 +10,8 @@ import torch
 
 from moepress.calibration.records import Conversation
 from moepress.calibration.templates import ChatTemplate, Refused
+from moepress.converters.gguf.file import gguf_file
+from moepress.converters.gguf.runtime import llama_version
 from moepress.converters.onnx.folder import is_onnx, open_onnx
 from moepress.converters.onnx.runtime import installed_version
 from moepress.errors import InvalidInputError, MoepressError, UsageError
@@ -28,7 +30,9 @@ from moepress.validation.quality.decoding import (
     generate,
     why_stopped,
 )
+from moepress.validation.quality.llama_cpp import LlamaDecoder, open_llama
 from moepress.validation.quality.onnx_session import OnnxDecoder, cuda_number, open_session
+from moepress.validation.rules.gguf_files import runnable_gguf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +103,16 @@ class Generated:
 
 
 def open_model(folder: Path, machine: Machine) -> Runnable:
-    """The runtime for a folder: ONNX Runtime for ONNX, transformers for safetensors in any layout that moepress reads.
+    """The runtime for a folder: ONNX Runtime for ONNX, llama.cpp for GGUF, transformers for safetensors in any layout.
 
     Raises:
         InvalidInputError, UnsupportedError: the folder is not sound, or not one that moepress runs.
     """
     if is_onnx(folder):
         return _open_onnx(folder, machine)
+    file = gguf_file(folder)
+    if file is not None:
+        return _open_gguf(file, machine)
     import transformers
 
     device = choose_device(machine.device)
@@ -148,6 +155,34 @@ def _open_onnx(folder: Path, machine: Machine) -> Runnable:
     )
 
 
+def _open_gguf(file: Path, machine: Machine) -> Runnable:
+    if machine.dtype != "auto" or machine.device not in ("auto", "cpu"):
+        raise UsageError("A GGUF file runs in llama.cpp on the CPU here; leave out --dtype and --device.")
+    model = runnable_gguf(file)
+    context = min(model.context, _LLAMA_CONTEXT)
+
+    def load() -> LlamaDecoder:
+        free = free_memory_bytes(torch.device("cpu"))
+        if model.total_bytes > free:
+            raise MoepressError(
+                f"{file} has {model.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+                "close other programs or take a smaller model."
+            )
+        return LlamaDecoder(open_llama(file, context=context))
+
+    return Runnable(
+        context=context,
+        vocabulary=model.vocabulary,
+        runtime=f"llama.cpp {llama_version()}",
+        device="cpu",
+        dtype="8-bit activations" if model.rounds_activations else "float32",
+        load=load,
+    )
+
+
+_LLAMA_CONTEXT = 8192  # tokens: llama.cpp makes room for the whole cache before the first
+
+
 def generate_stage(
     model_name: str, request: Request, machine: Machine, *, write: Callable[[str], None] = lambda _piece: None
 ) -> Generated:
@@ -168,8 +203,9 @@ def generate_stage(
     if not request.prompt:
         raise UsageError("The prompt is empty; give some text to go on from.")
     model = open_model(folder, machine)
-    tokenizer = load_tokenizer(folder)
-    stop = stop_tokens(folder, tokenizer)
+    beside = folder.parent if folder.is_file() else folder  # a GGUF file's tokenizer.json lies beside it
+    tokenizer = load_tokenizer(beside)
+    stop = stop_tokens(beside, tokenizer)
     prompt_ids = encode(tokenizer, request.prompt, chat=request.chat)
     check_prompt(prompt_ids, context=model.context, vocabulary=model.vocabulary)
     try:
@@ -199,7 +235,7 @@ def generate_stage(
         stopped=why_stopped(ids, max_new_tokens=limit, stop=stop),
         sampling=request.sampling,
         runtime=model.runtime,
-        device=decoder.provider if isinstance(decoder, OnnxDecoder) else model.device,
+        device=decoder.provider if isinstance(decoder, OnnxDecoder | LlamaDecoder) else model.device,
         dtype=model.dtype,
     )
 

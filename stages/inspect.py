@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.gptq.include import Include
+from moepress.converters.gguf.file import GgufModel, open_gguf
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part, Shape, legal_counts
@@ -28,6 +30,7 @@ from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.stages.groundwork import announce, workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine, context_notes, model_folder
+from moepress.validation.rules.check import check_folder
 from moepress.validation.speed.projection import FORMULAS, Load, load_of
 from moepress.validation.speed.targets import (
     DEFAULT_CONTEXT,
@@ -50,6 +53,45 @@ QUALITY_NOTE = (
     "80 % of its GSM8K score with a quarter of the experts pruned and 17 % with half of them, Qwen3-30B-A3B 99 % with "
     "both. Measure your own task."
 )
+
+
+def inspect_gguf(file: Path) -> dict[str, Any]:
+    """What a GGUF file says of itself, and what llama.cpp would do with it.
+
+    Raises:
+        InvalidInputError: it is no GGUF file.
+        UnsupportedError: the package `gguf` is not installed.
+    """
+    model = open_gguf(file)
+    checked = check_folder(file)
+    return {
+        "file": str(model.file),
+        "files": [part.name for part in model.files],
+        "architecture": model.architecture,
+        "bytes": model.total_bytes,
+        "parameters": model.parameters,
+        "bits_per_weight": 8 * model.total_bytes / max(1, model.parameters),
+        "layers": model.key("block_count"),
+        "experts": model.experts,
+        "experts_used": model.key("expert_used_count"),
+        "context": model.context,
+        "vocabulary": model.vocabulary,
+        "tokenizer": [model.keys.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")],
+        "types": _by_type(model),
+        "keys": {name: value for name, value in model.keys.items() if not isinstance(value, str) or len(value) < 200},
+        "findings": [asdict(finding) for finding in checked.findings],
+    }
+
+
+def _by_type(model: GgufModel) -> list[dict[str, Any]]:
+    """Tensors and bytes of every type and kind of tensor, most bytes first."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for tensor in model.tensors.values():
+        kind = re.sub(r"^blk\.\d+\.", "", tensor.name).rpartition(".")[0]
+        row = rows.setdefault((kind, tensor.type), {"kind": kind, "type": tensor.type, "tensors": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["bytes"] += tensor.bytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
 def inspect_model(
@@ -222,7 +264,7 @@ def pressed_load(figures: Figures, sizes: Mapping[Part, int], count: int, cache_
         parameters = figures.parts[part].parameters if part in figures.parts else 0
         kept = parameters * count // figures.shape.experts if part is Part.ROUTED else parameters
         parts[part] = Weight(parameters=kept, bytes=size)
-    return load_of(parts, shape, cache_bytes_per_token)
+    return load_of(parts, shape, cache_bytes_per_token, figures.moe_layers)
 
 
 def _beside_experts(

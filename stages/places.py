@@ -61,6 +61,8 @@ class Output:
 def model_folder(name: str) -> Path:
     """The folder of a model: a path, `demo` for the embedded one, or an id on the hub, downloaded where it has to be.
 
+    A GGUF file is taken too, for those commands that run or look at one; `opened` and the like refuse it.
+
     Raises:
         InvalidInputError: there is no such model.
         MoepressError: it is on the hub and cannot be downloaded.
@@ -87,6 +89,8 @@ def _place(name: str) -> Path | HubModel:
     if folder.is_dir():
         return folder
     if folder.is_file():
+        if folder.suffix == ".gguf":
+            return folder
         raise _refused_file(folder)
     model = hub_model(name)
     if model is None or folder.exists():

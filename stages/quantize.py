@@ -1,7 +1,7 @@
 """quantize: GPTQ over the model, pruned by a plan where there is one, to a compressed-tensors folder."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from moepress.calibration.corpus import Corpus
@@ -11,6 +11,7 @@ from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
+from moepress.compress.gptq.block_choice import PRESETS, BlockChoice
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import check_scheme, model_dtype, scale_value_dtype, settle_bits
@@ -20,7 +21,10 @@ from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.compress.pruning.rewrite import mtp_keep
+from moepress.converters.gguf.architectures import described, gguf_refusal
 from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import UnsupportedError
+from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.tensor_check import check_mtp
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import mtp_layers, prune_source
@@ -44,13 +48,14 @@ from moepress.stages.places import Calibration, Machine, Output, display_name, m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest:
-    """Options of `quantize`; `layer_bits` are those of layers that do not have the scheme's."""
+    """Options of `quantize`; `layer_bits` are those of layers that do not have the scheme's, `grid` is GGUF's."""
 
     scheme: Scheme
     layer_bits: Mapping[int, int] = field(default_factory=dict)
     include: frozenset[Include] = frozenset()
     hessian: HessianOptions = field(default_factory=HessianOptions)
     solver: SolverOptions = field(default_factory=SolverOptions)
+    grid: str | None = None
 
 
 def quantize_stage(
@@ -82,8 +87,9 @@ def quantize_stage(
         checked_plan(checkpoint, plan)
     predicting = _predicting(checkpoint, plan, mtp)
     source = _seen(checkpoint, plan, repairs, predicting)
+    request = _settled(checkpoint, request)
     options = _options(source, request)
-    check_scheme(source, options.scheme, request.include)
+    check_scheme(source, options.scheme, request.include, options.blocks)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(source, machine)
@@ -153,8 +159,26 @@ def _seen(
     return source if repairs is None else repaired_source(source, repairs)
 
 
+def _settled(checkpoint: Checkpoint, request: QuantizeRequest) -> QuantizeRequest:
+    """The request with all that a mix of GGUF's types stands for.
+
+    Raises:
+        UnsupportedError: llama.cpp does not compute such a model.
+    """
+    if request.grid is None:
+        return request
+    refusal = gguf_refusal(described(checkpoint))
+    if refusal is not None:
+        raise UnsupportedError(refusal)
+    if request.grid not in PRESETS:
+        return request
+    every = {*Include} if checkpoint.family.head in checkpoint.shapes else {*Include} - {Include.LM_HEAD}
+    return replace(request, include=frozenset(every))
+
+
 def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:
     stored = model_dtype(source.config)
+    blocks = None if request.grid is None else block_choice(source, request.grid)
     scheme, layer_bits = settle_bits(source, request.scheme, request.layer_bits, request.include)
     return QuantizeOptions(
         scheme=scheme,
@@ -163,7 +187,17 @@ def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:
         stored_dtype=stored,
         hessian=request.hessian,
         solver=request.solver,
+        blocks=blocks,
     )
+
+
+def block_choice(source: Source, name: str) -> BlockChoice:
+    """What `--grid` names, for a model."""
+    config = hf_config(source.config).get_text_config()
+    heads = int(config.num_attention_heads)
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    shape = source.outline.shape
+    return BlockChoice(name=name, layers=shape.layers, experts=shape.experts, shared_heads=heads // max(1, shared))
 
 
 def _estimate(
@@ -203,7 +237,9 @@ def _settings(
         "keep": {str(layer): kept for layer, kept in pruned.keep.items()} if pruned else None,
         "groups": pruned.groups.value if pruned else None,
         "repair": None if repairs is None else repairs.digest,
-        "scheme": asdict(options.scheme),
+        "scheme": asdict(options.scheme)
+        if request.grid is None
+        else {"grid": request.grid, "bits": options.scheme.bits},
         "layer_bits": {str(layer): bits for layer, bits in options.layer_bits.items()} or None,
         "include": sorted(request.include),
         "hessian": asdict(request.hessian),

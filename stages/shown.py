@@ -11,6 +11,8 @@ import torch
 
 from moepress import __version__
 from moepress.calibration.corpus import EvaluationCorpus
+from moepress.converters.gguf.file import GgufModel
+from moepress.converters.gguf.runtime import llama_version
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.onnx.runtime import installed_version, require_onnxruntime
 from moepress.errors import MoepressError
@@ -35,7 +37,7 @@ def samples_section(
     onnx_device: str,
 ) -> tuple[Samples | None, tuple[str, ...]]:
     """What the first model and the one that the user takes home write; or None, and a note that says why not."""
-    others = [s for s in subjects[1:] if not isinstance(s.source, OnnxFolder)] or list(subjects[1:])
+    others = [s for s in subjects[1:] if not isinstance(s.source, OnnxFolder | GgufModel)] or list(subjects[1:])
     shown = [subjects[0], *others[-1:]]
     try:
         return write_samples(shown, corpus, tokenizer, device=device, dtype=dtype, onnx_device=onnx_device), ()
@@ -65,11 +67,19 @@ def subject_info(subject: Subject) -> SubjectInfo:
         folder=str(origin_of(subject.folder) or subject.folder.name) if subject.folder else None,
         stored_bytes=subject.stored_bytes,
         parameters=subject.parameters,
-        experts_per_layer=_onnx_experts(source) if isinstance(source, OnnxFolder) else source.outline.shape.experts,
+        experts_per_layer=_experts_of(subject),
         bits=8 * subject.stored_bytes / subject.parameters if subject.parameters else None,
         onnx=isinstance(source, OnnxFolder),
+        gguf=isinstance(source, GgufModel),
         parts=dict(subject.parts),
     )
+
+
+def _experts_of(subject: Subject) -> int | tuple[int, int] | None:
+    source = subject.source
+    if isinstance(source, OnnxFolder):
+        return _onnx_experts(source)
+    return source.experts if isinstance(source, GgufModel) else source.outline.shape.experts
 
 
 def _onnx_experts(folder: OnnxFolder) -> int | tuple[int, int] | None:
@@ -80,8 +90,8 @@ def _onnx_experts(folder: OnnxFolder) -> int | tuple[int, int] | None:
     return fewest if fewest == most else (fewest, most)
 
 
-def environment(device: torch.device, *, onnx: bool) -> Environment:
-    """Versions and machine; ONNX Runtime's too, where it ran."""
+def environment(device: torch.device, *, onnx: bool, llama: bool = False) -> Environment:
+    """Versions and machine; ONNX Runtime's and llama.cpp's too, where they ran."""
     import transformers
 
     versions = {"moepress": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -89,6 +99,8 @@ def environment(device: torch.device, *, onnx: bool) -> Environment:
         versions["onnxruntime"] = require_onnxruntime().__version__
         genai = next(filter(None, map(installed_version, ("onnxruntime-genai", "onnxruntime-genai-cuda"))), None)
         versions |= {"onnxruntime-genai": genai} if genai else {}
+    if llama:
+        versions["llama.cpp"] = llama_version() or "?"
     return Environment(
         versions=versions | {"python": platform.python_version()},
         device=device_name(device),

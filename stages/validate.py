@@ -18,6 +18,7 @@ from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.pruning.plan import Plan, estimate_sizes
 from moepress.compress.pruning.repaired import Repairs, repaired_source
+from moepress.converters.gguf.file import GgufModel, gguf_file
 from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx.runtime import require_onnxruntime, session_providers
 from moepress.converters.safetensors.artifact import Artifact
@@ -39,6 +40,7 @@ from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.files import JSON_NAME, foreign_files
 from moepress.validation.report.places import without_places
 from moepress.validation.report.schema import Report
+from moepress.validation.rules.gguf_files import runnable_gguf
 from moepress.validation.speed.fits import fits_section
 from moepress.validation.speed.results import Targets
 from moepress.validation.speed.target_here import target_here
@@ -102,18 +104,32 @@ def evaluation_corpus(folder: Path, evaluation: Evaluation, *, context: int, voc
 
 
 def open_subject(label: str, folder: Path) -> Subject:
-    """Any model folder as one side of a comparison: original, pruned, quantized in either layout, or ONNX.
+    """Any model as one side of a comparison: a folder, original, pruned, quantized in either layout, or ONNX; or GGUF.
 
     Raises:
-        InvalidInputError: the folder is not sound.
-        UnsupportedError: it is an ONNX folder, and onnx or ONNX Runtime is not installed.
+        InvalidInputError: the folder or file is not sound, or llama.cpp would abort the process over it.
+        UnsupportedError: it is an ONNX folder or GGUF, and what runs it is not installed.
     """
+    file = gguf_file(folder)
+    if file is not None:
+        return gguf_subject(label, runnable_gguf(file))
     if not is_onnx(folder):
         source = opened_source(folder)
         announce(source)
         return subject_of(label, source)
     require_onnxruntime()
     return onnx_subject(label, open_onnx(folder))
+
+
+def gguf_subject(label: str, source: GgufModel) -> Subject:
+    """A GGUF file as one side of a comparison."""
+    return Subject(
+        label=label,
+        source=source,
+        folder=source.folder,
+        stored_bytes=source.total_bytes,
+        parameters=source.parameters,
+    )
 
 
 def onnx_subject(label: str, source: OnnxFolder) -> Subject:
@@ -148,6 +164,7 @@ def tokenizer_folder(folders: Sequence[Path]) -> Path:
     """
     first: MoepressError | None = None
     for folder in folders:
+        folder = folder.parent if folder.is_file() else folder
         try:
             read_tokenizer(folder)
         except (InvalidInputError, UnsupportedError) as error:
@@ -240,17 +257,20 @@ def validate_stage(
         MoepressError: an ONNX folder does not fit into memory.
     """
     provider, targets = onnx_device or machine.device, all_targets(evaluation.targets_file)
-    streamed = [s.source for s in subjects if not isinstance(s.source, OnnxFolder)]
+    streamed = [s.source for s in subjects if not isinstance(s.source, OnnxFolder | GgufModel)]
     device = choose_device(machine.device if streamed else "cpu")
     dtype = choose_dtype(machine.dtype if streamed else "float32", device)
     folders = [s.source for s in subjects if isinstance(s.source, OnnxFolder)]
+    files = [s.source for s in subjects if isinstance(s.source, GgufModel)]
     if folders:
         _check_onnx(folders, provider)
+    if folders or files:
         subjects = [_exact(subject) for subject in subjects]
+    _require_memory(*folders, *files)
     corpus = evaluation_corpus(
         tokenizer,
         evaluation,
-        context=min([_context(subjects[0]), *(folder.context for folder in folders)]),
+        context=min([_context(subjects[0]), *(other.context for other in (*folders, *files))]),
         vocabulary=vocabulary_of(subjects[0].source),
     )
     window = int(corpus.windows.shape[1])
@@ -284,7 +304,7 @@ def validate_stage(
         samples=samples,
         checks=checks,
         notes=(*notes, *unchecked),
-        environment=environment(device, onnx=bool(folders)),
+        environment=environment(device, onnx=bool(folders), llama=bool(files)),
         **sections,
     )
     return without_places(report)
@@ -322,7 +342,7 @@ def _gpu_here(device: torch.device, targets: Sequence[Target]) -> Target | None:
 
 
 def _exact(subject: Subject) -> Subject:
-    """The subject with codes multiplied out in fp32, as ONNX Runtime does, so that like is compared with like."""
+    """The subject with codes multiplied out in fp32, as ONNX Runtime and llama.cpp do: like is compared with like."""
     if not isinstance(subject.source, Artifact):
         return subject
     return dataclasses.replace(subject, source=dataclasses.replace(subject.source, exact=True))
@@ -330,7 +350,7 @@ def _exact(subject: Subject) -> Subject:
 
 def _context(subject: Subject) -> int:
     source = subject.source
-    return source.context if isinstance(source, OnnxFolder) else _shape(source).context
+    return source.context if isinstance(source, OnnxFolder | GgufModel) else _shape(source).context
 
 
 def _limits(streamed: Sequence[Source], window: int, machine: Machine, device: torch.device) -> Limits:
@@ -348,8 +368,12 @@ def _check_onnx(folders: Sequence[OnnxFolder], device: str) -> None:
                 f"--device {device}: ONNX Runtime's session gets {', '.join(got)} instead of CUDA; `moepress doctor` "
                 "says why."
             )
+
+
+def _require_memory(*models: OnnxFolder | GgufModel) -> None:
+    """Refuse what a session would not find room for."""
     free = psutil.virtual_memory().available
-    for folder in folders:
+    for folder in models:
         if folder.total_bytes > free:
             raise MoepressError(
                 f"{folder.folder} has {folder.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are "

@@ -19,6 +19,7 @@ from moepress.converters.onnx.weights import block_size
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part
+from moepress.models.storage.block_types import TYPES
 
 _FLOAT = 4
 _Many = tuple[int, int, Scheme, int]  # rows, columns, scheme and number of quantized matrices
@@ -93,6 +94,18 @@ def estimate_gptq(figures: Figures, pressed: Pressed, rates: Rates | None = None
     table = max(w.bytes for p, w in figures.parts.items() if p in {Part.EMBEDDINGS, Part.LM_HEAD})
     shard = 2 * min(size, PIECE_BYTES + 2 * figures.layer_parameters) + 2 * table
     memory = {"libraries": libraries_bytes(), "shard": shard, "matrix": _matrix_memory(figures)}
+    packed = sum(rows * columns * number for rows, columns, _, number in _matrices(figures, pressed))
+    return _estimate(size, _seconds(pressed.size, size, packed, rates), memory)
+
+
+def estimate_gguf(figures: Figures, pressed: Pressed, rates: Rates | None = None) -> Estimate:
+    """Written as a stream: codes of 8 bits as Q8_0, all others as Q4_0, a scale for every 32 columns."""
+    scale = scale_bytes_of(figures.inventory)
+    size = pressed.size
+    for rows, columns, scheme, number in _matrices(figures, pressed):
+        kind = TYPES["Q8_0" if scheme.bits == 8 else "Q4_0"]
+        size += number * (rows * kind.row_bytes(columns) - matrix_bytes(rows, columns, scheme, scale))
+    memory = {"libraries": libraries_bytes(), "matrix": _matrix_memory(figures)}
     packed = sum(rows * columns * number for rows, columns, _, number in _matrices(figures, pressed))
     return _estimate(size, _seconds(pressed.size, size, packed, rates), memory)
 

@@ -62,6 +62,7 @@ def solve_batch(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, tas
             group=task.group,
             dtype=task.dtype,
             sweeps=sweeps,
+            lattice=task.lattice,
         )
         with phase("descent"):
             improve_codes(problem, slope_EIO, scales_EGO, values_EIO)

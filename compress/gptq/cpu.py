@@ -12,7 +12,7 @@ rows, [O, I], in their own order.
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -260,6 +260,7 @@ def _refit(
     product in all.
     """
     rows, columns = slope_OI.shape
+    lattice = task.lattice
     change_OI, hessian_II, width = work.tensor("errors", rows, columns), found.hessian, task.group
     values_Og, response_Og = work.tensor("values", rows, width), work.tensor("response", rows, width)
     with phase("refit", flops=2.0 * rows * columns * columns):
@@ -283,6 +284,7 @@ def _refit(
                 scales_OG[:, start // width, None],
                 slope_Og,
                 change_OI[:, span],
+                None if lattice is None else (lattice.step[:, start // width, None], lattice.least, lattice.most),
                 loss_O,
             )
         for start in range(0, columns - width, width):
@@ -386,7 +388,8 @@ def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task:
 
     def rows_of(index: int, factor: Factored, block: slice) -> Rows:
         given = weight_EOI[index, block], factor, found.scales[index, block], found.codes[index, block]
-        return solve_rows(spaces.own, *given, task)
+        own = task if task.lattice is None else replace(task, lattice=task.lattice.of(index, block))
+        return solve_rows(spaces.own, *given, own)
 
     def settle(index: int, factor: Factored | None, parts: Sequence[Rows]) -> None:
         if factor is None:

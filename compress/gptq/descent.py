@@ -15,6 +15,7 @@ from torch import Tensor
 from moepress.compress.gptq.columns import inner_loops
 from moepress.compress.gptq.grid import storable_scales
 from moepress.compress.gptq.levels import Grid
+from moepress.compress.gptq.options import Lattice
 
 _QUADRATIC_COLUMNS = 512  # thin products are slow
 
@@ -30,6 +31,7 @@ class Descent:
         group: columns that share a scale.
         dtype: what scales are rounded to.
         sweeps: over all codes, at most; ended when none changes.
+        lattice: of which scales are taken, [E, O, G]; or None.
     """
 
     hessian: Tensor
@@ -38,6 +40,7 @@ class Descent:
     group: int
     dtype: torch.dtype
     sweeps: int
+    lattice: Lattice | None = None
 
     def own(self, span: slice) -> Tensor:
         """The damped H of some columns among themselves, a copy."""
@@ -105,8 +108,12 @@ def refit_group(problem: Descent, span: slice, slope_EgO: Tensor, values_EgO: Te
     curvature_EO = (values_EgO * response_EgO).sum(dim=1)
     wanted_EO = scale_EO + gain_EO / torch.where(curvature_EO > 0, curvature_EO, 1.0)
     either = problem.grid.either_sign
-    step_EO = storable_scales(wanted_EO, problem.dtype, either_sign=either) - scale_EO
-    better_EO = (wanted_EO * scale_EO > 0) & (curvature_EO > 0)
+    if problem.lattice is None:
+        after_EO = storable_scales(wanted_EO, problem.dtype, either_sign=either)
+    else:
+        after_EO = problem.lattice.of(..., span.start // problem.group).nearest(wanted_EO)
+    step_EO = after_EO - scale_EO
+    better_EO = (wanted_EO * scale_EO > 0) & (curvature_EO > 0) & (after_EO != 0)
     better_EO &= step_EO * (step_EO * curvature_EO - 2 * gain_EO) < 0
     step_EO = torch.where(better_EO, step_EO, 0.0)
     scale_EO.add_(step_EO)

@@ -10,7 +10,8 @@ from torch import Tensor
 from moepress.calibration.hessian import HessianOptions, Moments, add_cross, add_gram, mirror, shares
 from moepress.compress.gptq.asymmetry import move_target, relative_error
 from moepress.compress.gptq.balance import topped_up
-from moepress.compress.gptq.grid import dequantize
+from moepress.compress.gptq.block_choice import BlockChoice, role_of
+from moepress.compress.gptq.block_solver import BlockCoded, SolvedBlocks, solve_blocks
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.parts import part_slices, side_by_side
 from moepress.compress.gptq.solver import Solved, solve
@@ -20,6 +21,7 @@ from moepress.models.families.family import Shape
 from moepress.models.forward.card import free_bytes
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Stream
+from moepress.models.storage.block_types import BlockType
 from moepress.models.storage.experts import Expert
 from moepress.runs.phases import phase
 
@@ -38,6 +40,7 @@ class QuantizeOptions:
         hessian: how tokens are weighed.
         solver: options of the GPTQ solver.
         layer_bits: layer -> bits, of the layers that do not have the scheme's.
+        blocks: GGUF's types, in the place of the scheme; None for the scheme.
     """
 
     scheme: Scheme
@@ -46,6 +49,11 @@ class QuantizeOptions:
     hessian: HessianOptions = field(default_factory=HessianOptions)
     solver: SolverOptions = field(default_factory=SolverOptions)
     layer_bits: Mapping[int, int] = field(default_factory=dict)
+    blocks: BlockChoice | None = None
+
+    def kind_of(self, name: str, layer: int | None, columns: int) -> BlockType | None:
+        """The block type of a matrix by its name on disk; None where it gets codes by the scheme."""
+        return None if self.blocks is None else self.blocks.of(role_of(name), layer, columns)
 
     def scheme_of(self, layer: int | None) -> Scheme:
         """The scheme of a layer's matrices, or of what lies outside of the layers."""
@@ -68,6 +76,13 @@ class Coded:
         """What it stands for, [O, I], in the scales' dtype, computed on that device."""
         return dense(self.codes.to(device), self.scales.to(device))
 
+    def rows(self, rows: slice) -> "Coded":
+        """Some of its rows."""
+        return Coded(codes=self.codes[rows], scales=self.scales[rows])
+
+
+Matrix = Coded | BlockCoded
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedExpert:
@@ -84,9 +99,9 @@ class CodedExpert:
             was not kept.
     """
 
-    gate: Coded | None
-    up: Coded
-    down: Coded
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
     tokens: int
     error: tuple[float, float]
     rounded: bool
@@ -94,7 +109,7 @@ class CodedExpert:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def matrices(self) -> tuple[Coded, ...]:
+    def matrices(self) -> tuple[Matrix, ...]:
         """Gate (where there is one), up and down."""
         return tuple(matrix for matrix in (self.gate, self.up, self.down) if matrix is not None)
 
@@ -212,14 +227,16 @@ def solve_experts(
         return _input_moments(inputs, seen[experts[index]], pooled_DD, out)
 
     hessians = _targets(stacked, of_inputs, options, stream.model.device)
-    first, first_error = solve_measured(stacked, hessians, options)
+    *_gate, up_name, down_name = stream.model.family.expert_names(layer, experts[0])
+    kind = options.kind_of(up_name, layer, stacked.shape[2])
+    first, first_error = solve_measured(stacked, hessians, options, kind)
     if originals is not None:
-        first_error = _errors((weights[e].first for e in experts), first, hessians, options)
+        first_error = _errors((weights[e].first for e in experts), first, hessians)
     del hessians, stacked
     with phase("pack"):
-        first = _on_host(first)
+        first = first.on_host()
         gated = [weights[expert].gate is not None for expert in experts]
-        coded = [_split(first, index, options.stored_dtype, gated=gated[index]) for index in range(len(experts))]
+        coded = [_split(first.matrix(index), gated=gated[index]) for index in range(len(experts))]
     with phase("load"):
         downs = _stacked([[weights[e].down] for e in experts], device)
     middles: dict[int, Tensor] | None = {} if _middles_fit(stream, seen) else None
@@ -234,12 +251,13 @@ def solve_experts(
         return found
 
     hessians = _targets(downs, of_middles, options, stream.model.device)
-    second, second_error = solve_measured(downs, hessians, options)
+    kind = options.kind_of(down_name, layer, downs.shape[2])
+    second, second_error = solve_measured(downs, hessians, options, kind)
     if originals is not None:
-        second_error = _errors((weights[e].down for e in experts), second, hessians, options)
+        second_error = _errors((weights[e].down for e in experts), second, hessians)
     with phase("pack"):
-        second = _on_host(second)
-        down = [_stored(second, index, options.stored_dtype) for index in range(len(experts))]
+        second = second.on_host()
+        down = [second.matrix(index) for index in range(len(experts))]
     return [
         CodedExpert(
             gate=coded[index][0],
@@ -247,7 +265,7 @@ def solve_experts(
             down=down[index],
             tokens=len(positions[expert][0]),
             error=(first_error[index], second_error[index]),
-            rounded=bool(first.rounded[index]) or bool(second.rounded[index]),
+            rounded=first.rounded(index) or second.rounded(index),
             middle=None if middles is None else middles.get(index),
             biases=_biases(weights[expert], options.stored_dtype),
         )
@@ -265,11 +283,47 @@ def _stacked(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
     return out_EOI
 
 
-def solve_measured(weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOptions) -> tuple[Solved, list[float]]:
-    """`solve` by these options, and `relative_errors` of what it gave."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A solved batch of matrices, codes by a scheme or in GGUF's blocks.
+
+    Attributes:
+        found: what the solver gave.
+        stored: dtype of a scheme's scales.
+    """
+
+    found: Solved | SolvedBlocks
+    stored: torch.dtype
+
+    def matrix(self, index: int) -> Matrix:
+        """One of them, on the CPU."""
+        if isinstance(self.found, SolvedBlocks):
+            return self.found.matrix(index)
+        codes, scales = self.found.codes[index].cpu(), self.found.scales[index].to("cpu", self.stored)
+        return Coded(codes=codes, scales=scales)
+
+    def rounded(self, index: int) -> bool:
+        """Whether it was rounded to nearest for want of a Hessian."""
+        solved = self.found.solved if isinstance(self.found, SolvedBlocks) else self.found
+        return bool(solved.rounded[index])
+
+    def on_host(self) -> "Batch":
+        """The same, copied at once from a GPU: each copy waits for it."""
+        if isinstance(self.found, SolvedBlocks):
+            return replace(self, found=replace(self.found, solved=_on_host(self.found.solved)))
+        return replace(self, found=_on_host(self.found))
+
+
+def solve_measured(
+    weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOptions, kind: BlockType | None = None
+) -> tuple[Batch, list[float]]:
+    """`solve` by these options, in a block type where one is given, and `relative_errors` of what it gave."""
     with phase("solve"):
+        if kind is not None:
+            blocks = solve_blocks(weight_EOI, hessian_EII, kind, options.solver)
+            return Batch(found=blocks, stored=options.stored_dtype), relative_errors(blocks.solved)
         solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
-        return solved, relative_errors(solved)
+        return Batch(found=solved, stored=options.stored_dtype), relative_errors(solved)
 
 
 def _targets(
@@ -306,11 +360,11 @@ def _middles_fit(stream: Stream, seen: Mapping[int, tuple[Tensor, Tensor]]) -> b
     return tokens * model.shape.expert_width * model.dtype.itemsize <= stream.limits.memory_bytes // 8
 
 
-def _errors(weights: Iterable[Tensor], solved: Solved, hessian_EII: Tensor, options: QuantizeOptions) -> list[float]:
+def _errors(weights: Iterable[Tensor], batch: Batch, hessian_EII: Tensor) -> list[float]:
     """`relative_error` of every matrix of a batch, against its original."""
     errors = []
     for index, (weight_OI, hessian_II) in enumerate(zip(weights, hessian_EII, strict=True)):
-        quantized_OI = dequantize(solved.codes[index, None], solved.scales[index, None], options.scheme)[0]
+        quantized_OI = batch.matrix(index).dense(hessian_II.device).float()
         errors.append(relative_error(weight_OI.to(quantized_OI.device), quantized_OI, hessian_II))
     return errors
 
@@ -322,10 +376,6 @@ def _on_host(solved: Solved) -> Solved:
     return Solved(**moved)
 
 
-def _stored(solved: Solved, index: int, stored: torch.dtype) -> Coded:
-    return Coded(codes=solved.codes[index].cpu(), scales=solved.scales[index].to("cpu", stored))
-
-
 def _biases(expert: Expert, stored: torch.dtype) -> dict[str, Tensor]:
     found = {name: getattr(expert, name) for name in BIASES}
     return {name: value.to("cpu", stored) for name, value in found.items() if value is not None}
@@ -334,13 +384,12 @@ def _biases(expert: Expert, stored: torch.dtype) -> dict[str, Tensor]:
 BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
-def _split(solved: Solved, index: int, stored: torch.dtype, *, gated: bool) -> tuple[Coded | None, Coded]:
-    both = _stored(solved, index, stored)
+def _split(both: Matrix, *, gated: bool) -> tuple[Matrix | None, Matrix]:
+    """Gate and up of rows that were solved one above the other."""
     if not gated:
         return None, both
     half = both.codes.shape[0] // 2
-    gate, up = (Coded(codes=both.codes[rows], scales=both.scales[rows]) for rows in (slice(half), slice(half, None)))
-    return gate, up
+    return both.rows(slice(half)), both.rows(slice(half, None))
 
 
 def token_weights(stream: Stream, position: tuple[Tensor, Tensor], options: HessianOptions) -> Tensor | None:
@@ -396,7 +445,7 @@ def _down_moments(
     layer: int,
     position: tuple[Tensor, Tensor],
     sample_PD: Tensor,
-    gate_up: tuple[Coded | None, Coded],
+    gate_up: tuple[Matrix | None, Matrix],
     original: Expert,
     out_FF: Tensor | None = None,
     *,

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepress.compress.gptq.experts import (
-    Coded,
-    CodedExpert,
-    QuantizeOptions,
-)
+from moepress.compress.gptq.block_solver import BlockCoded
+from moepress.compress.gptq.experts import Coded, CodedExpert, Matrix, QuantizeOptions
 from moepress.compress.gptq.include import Include, LinearGroup
 from moepress.compress.gptq.pieces import Allowance
 from moepress.compress.gptq.reference import (
@@ -23,6 +20,8 @@ from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.walk import (
     Stream,
 )
+from moepress.models.storage.block_types import BLOCK_SUFFIXES
+from moepress.models.storage.blocks import pack, unpack
 from moepress.models.storage.experts import bias_names
 from moepress.models.storage.mtp import prefix_of, twin_of
 from moepress.models.storage.safetensors_file import Stored, read_header
@@ -68,10 +67,12 @@ def expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dic
     return tensors
 
 
-def packed(job: Job, name: str, matrix: Coded) -> dict[str, Tensor]:
+def packed(job: Job, name: str, matrix: Matrix) -> dict[str, Tensor]:
     """A solved matrix as the tensors that are written."""
     module, scheme = name.removesuffix(".weight"), job.options.scheme_of(job.stream.model.family.layer_of(name))
     with phase("pack"):
+        if isinstance(matrix, BlockCoded):
+            return {f"{name}_{matrix.kind.name.lower()}": pack(matrix.kind, matrix.blocks)}
         return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
 
 
@@ -117,8 +118,12 @@ def _read(job: Job, name: str) -> Tensor:
         return source.read(name)
 
 
-def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
+def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Matrix:
     """A matrix of a finished piece, whose header is `stored`."""
+    if job.options.blocks is not None:
+        suffix, kind = next((end, kind) for end, kind in BLOCK_SUFFIXES.items() if name + end in stored)
+        with phase("read", size=stored[name + suffix].bytes):
+            return BlockCoded(kind=kind, blocks=unpack(kind, read_tensor(stored[name + suffix])))
     module = name.removesuffix(".weight")
     names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
@@ -129,7 +134,7 @@ def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Coded:
     return Coded(codes=codes, scales=scales)
 
 
-def read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Coded]:
+def read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Matrix]:
     """The Linears of a finished piece, for a resume."""
     stored = read_header(job.run.path(piece))
     return {name: read_coded(job, stored, name) for group in groups for name in group.names}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from moepress.compress.gptq.block_choice import BlockChoice, fitting
 from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.converters.safetensors.artifact import Source
 from moepress.converters.safetensors.compressed_tensors_config import Groups
@@ -28,15 +29,17 @@ def scale_value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.float32 else dtype
 
 
-def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> None:
-    """Refuse a group size that does not divide a matrix, before any work.
+def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include], blocks: BlockChoice | None = None) -> None:
+    """Refuse a group size that does not divide a matrix, or a width that GGUF's blocks do not, before any work.
 
     Raises:
         UsageError: naming the first such matrix.
     """
     layers = source.outline.shape.layers
     wanted = quantized_linears(source, layers, include)
-    if Include.LM_HEAD in include:
+    if Include.EMBEDDINGS in include and blocks is None:
+        raise UsageError("--include embeddings goes with --grid, whose formats hold embeddings; leave it out.")
+    if Include.LM_HEAD in include and (blocks is None or source.family.head in source.shapes):
         if source.family.head not in source.shapes:
             raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
         wanted.add(source.family.head)
@@ -52,10 +55,13 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include]) -> 
             columns |= {first: source.outline.shape.hidden, down: source.outline.shape.expert_width}
     for name, count in columns.items():
         try:
+            if blocks is not None:
+                fitting("Q4_K", count)
+                continue
             scheme.groups(count)
         except UsageError as error:
             proposal = proposed_group(scheme.group_size, columns.values())
-            raise UsageError(f"{name}: {error} {proposal}") from error
+            raise UsageError(f"{name}: {error} {proposal if blocks is None else ''}".strip()) from error
 
 
 def settle_bits(

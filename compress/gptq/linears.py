@@ -1,5 +1,6 @@
 """GPTQ for the Linears besides the routed experts: each on what reaches it once those before it are quantized."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -8,16 +9,16 @@ from torch import Tensor
 
 from moepress.calibration.hessian import Moments, moments
 from moepress.compress.gptq.asymmetry import move_target, relative_error
-from moepress.compress.gptq.experts import Coded, QuantizeOptions, solve_measured
-from moepress.compress.gptq.grid import dequantize
+from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_measured
 from moepress.compress.gptq.include import LinearGroup
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.stepping import Stepping, held_bytes
 from moepress.models.forward.walk import Stream
+from moepress.models.storage.block_types import BlockType
 from moepress.runs.phases import phase
 
 
-def solve_head(stream: Stream, options: QuantizeOptions, reference: Stream | None = None) -> tuple[Coded, float]:
+def solve_head(stream: Stream, options: QuantizeOptions, reference: Stream | None = None) -> tuple[Matrix, float]:
     """Quantize lm_head on the hidden states after the last layer; its matrix and relative error."""
     model, total = stream.model, None
     with phase("forward"):
@@ -40,7 +41,7 @@ def solve_linears(
     layer: int,
     groups: Sequence[LinearGroup],
     reference: Stream | None = None,
-) -> tuple[dict[str, Coded], dict[str, float]]:
+) -> tuple[dict[str, Matrix], dict[str, float]]:
     """Quantize attention, shared expert or dense MLP, group after group, each on what the groups before it give.
 
     Args:
@@ -54,7 +55,7 @@ def solve_linears(
     Returns:
         Matrices and relative errors, by name on disk.
     """
-    coded: dict[str, Coded] = {}
+    coded: dict[str, Matrix] = {}
     errors: dict[str, float] = {}
     model = stream.model
     for group in groups:
@@ -77,7 +78,7 @@ def solve_stepping(
     layer: int,
     groups: Sequence[LinearGroup],
     reference: Stream | None = None,
-) -> tuple[dict[str, Coded], dict[str, float], bool]:
+) -> tuple[dict[str, Matrix], dict[str, float], bool]:
     """`solve_linears` and the first step of both streams in one forward pass each, which waits before each group.
 
     Gives the same bits, in a third of the time where attention is quantized; `steps_fit` says whether memory is enough.
@@ -86,7 +87,7 @@ def solve_stepping(
     Returns:
         Matrices and relative errors, by name on disk; whether the layer has routed experts.
     """
-    coded: dict[str, Coded] = {}
+    coded: dict[str, Matrix] = {}
     errors: dict[str, float] = {}
     model, streams = stream.model, [s for s in (stream, reference) if s is not None]
     model.load_layer(layer)
@@ -160,8 +161,24 @@ def _added(total: Moments | None, part: Moments) -> Moments:
 
 def _solve_stack(
     stream: Stream, options: QuantizeOptions, names: Sequence[str], found: Moments
-) -> tuple[list[Coded], list[float]]:
-    """Solve Linears with the same input as one: their rows are independent."""
+) -> tuple[list[Matrix], list[float]]:
+    """Solve Linears with the same input as one, their rows being independent; in two where their types differ."""
+    model = stream.model
+    columns, layer = model.source.shapes[names[0]][1], model.family.layer_of(names[0])
+    kinds = [options.kind_of(name, layer, columns) for name in names]
+    matrices: dict[str, Matrix] = {}
+    errors: dict[str, float] = {}
+    for kind in dict.fromkeys(kinds):
+        alike = [name for name, own in zip(names, kinds, strict=True) if own == kind]
+        solved, error = _solve_alike(stream, options, alike, found, kind)
+        matrices |= dict(zip(alike, solved, strict=True))
+        errors |= dict.fromkeys(alike, error)
+    return [matrices[name] for name in names], [errors[name] for name in names]
+
+
+def _solve_alike(
+    stream: Stream, options: QuantizeOptions, names: Sequence[str], found: Moments, kind: BlockType | None
+) -> tuple[list[Matrix], float]:
     model = stream.model
     with phase("read", size=sum(stored_bytes(model.source, name) for name in names)):
         stored = [model.source.read(name) for name in names]
@@ -170,12 +187,11 @@ def _solve_stack(
         hessian_EII = found.hessian.to(model.solver_device).unsqueeze(0)
     original = stacked.clone() if found.cross is not None else None
     move_target(stacked[0], found, options.hessian.asymmetry, options.solver.damp)
-    solved, (error,) = solve_measured(stacked, hessian_EII, options)
+    batch, (error,) = solve_measured(stacked, hessian_EII, options, kind)
+    whole = batch.matrix(0)
     if original is not None:
-        quantized_EOI = dequantize(solved.codes, solved.scales, options.scheme)
-        error = relative_error(original[0], quantized_EOI[0], hessian_EII[0])
+        error = relative_error(original[0], whole.dense(original.device).float(), hessian_EII[0])
     with phase("pack"):
-        sizes = [len(weight) for weight in stored]
-        scales = solved.scales[0].to("cpu", options.stored_dtype)
-        parts = zip(solved.codes[0].cpu().split(sizes), scales.split(sizes), strict=True)
-        return [Coded(codes=codes, scales=scale) for codes, scale in parts], [error] * len(names)
+        ends = list(itertools.accumulate(len(weight) for weight in stored))
+        parts = [whole.rows(slice(end - len(weight), end)) for end, weight in zip(ends, stored, strict=True)]
+    return parts, error

@@ -102,6 +102,12 @@ inline float storable(float s, int kind, bool either) {
     return sign * s;
 }
 
+// The nearest multiple of a step by an integer within bounds: `grid.on_lattice`.
+inline float on_lattice(float s, float step, float least, float most) {
+    if (step == 0) return 0;
+    return std::min(std::max(std::nearbyint(s / step), least), most) * step;
+}
+
 // One scale a row for a group, from coarse to fine, of a tile of up to kTile rows: see `grid.search_scales`.
 template <class Codes> struct Search {
     const Codes& codes;
@@ -299,7 +305,7 @@ template <class Codes>
 void refit(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
            const float* ridge, int group, Size rows, int sweeps, int kind, int either, const float* response, Size ldp,
            int8_t* code, Size ldc, float* scales, Size lds, float* slope, Size ldl, float* change, Size ldd,
-           double* loss) {
+           const float* lattice, Size ldt, float least, float most, double* loss) {
     const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
         int8_t* c = code + row * ldc;
@@ -322,8 +328,14 @@ void refit(const Grid& grid, const float* hessian, Size ldh, const float* invers
         float step = 0;
         if (curvature > 0) {
             const float wanted = before + static_cast<float>(gain / curvature);
-            const bool allowed = either ? (wanted < 0) == (before < 0) && wanted != 0 : wanted > 0;
-            step = storable(wanted, kind, either != 0) - before;
+            bool allowed = either ? (wanted < 0) == (before < 0) && wanted != 0 : wanted > 0;
+            if (lattice) {
+                const float after = on_lattice(wanted, lattice[row * ldt], least, most);
+                allowed = allowed && after != 0;
+                step = after - before;
+            } else {
+                step = storable(wanted, kind, either != 0) - before;
+            }
             const double difference = step * (step * curvature - 2 * gain);
             if (allowed && difference < 0) {
                 loss[row] += difference;
@@ -409,7 +421,7 @@ void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code
 
 } // namespace
 
-EXPORT int moepress_version() { return 1; }
+EXPORT int moepress_version() { return 2; }
 
 // Lower Cholesky factor in place, and its inverse [kLeaf, kLeaf] with zeros above; 0, or 1 where it is not positive.
 EXPORT int moepress_factor_leaf(float* matrix, Size ld, int size, float* inverse) {
@@ -466,9 +478,10 @@ EXPORT void moepress_descend(GRID, const float* hessian, Size ldh, const float* 
 EXPORT void moepress_refit_group(GRID, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
                                  const float* ridge, int group, Size rows, int sweeps, int kind, int either,
                                  const float* response, Size ldp, int8_t* codes, Size ldc, float* scales, Size lds,
-                                 float* slope, Size ldl, float* change, Size ldd, double* loss) {
+                                 float* slope, Size ldl, float* change, Size ldd, const float* lattice, Size ldt,
+                                 float least, float most, double* loss) {
     WITH(refit, hessian, ldh, inverse, diagonal, ridge, group, rows, sweeps, kind, either, response, ldp, codes, ldc,
-         scales, lds, slope, ldl, change, ldd, loss);
+         scales, lds, slope, ldl, change, ldd, lattice, ldt, least, most, loss);
 }
 
 EXPORT void moepress_nearest(GRID, const float* weight, Size ldw, const int* column, const int* group,

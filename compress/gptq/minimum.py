@@ -44,14 +44,15 @@ def search_with_minimum(
 
     for factor in plan.factors:
         scale_EOG = storable_scales(range_EOG * factor, dtype)
-        offset_EOG = (middle_EOG - scale_EOG * (grid.high + grid.low) / 2).to(dtype).float()
-        for _ in range(2):
-            found = scale_EOG, offset_EOG
-            error_EOG = _error(grouped_EOGg, levels(*found), *found, weigh_E1Gg)
-            better_EOG = error_EOG < best_error_EOG
-            best_error_EOG = torch.where(better_EOG, error_EOG, best_error_EOG)
-            best = torch.where(better_EOG, scale_EOG, best[0]), torch.where(better_EOG, offset_EOG, best[1])
-            scale_EOG, offset_EOG = _fitted(grouped_EOGg, levels(*found), weigh_E1Gg, dtype, found)
+        middle_offset_EOG = middle_EOG - scale_EOG * (grid.high + grid.low) / 2
+        for offset_EOG in (middle_offset_EOG, least_EOG - scale_EOG * grid.low):  # both ends clipped alike, or one
+            found = scale_EOG, offset_EOG.to(dtype).float()
+            for _ in range(2):
+                error_EOG = _error(grouped_EOGg, levels(*found), *found, weigh_E1Gg)
+                better_EOG = error_EOG < best_error_EOG
+                best_error_EOG = torch.where(better_EOG, error_EOG, best_error_EOG)
+                best = torch.where(better_EOG, found[0], best[0]), torch.where(better_EOG, found[1], best[1])
+                found = _fitted(grouped_EOGg, levels(*found), weigh_E1Gg, dtype, found)
     return best
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepress.compress.gptq.levels import Grid, SearchPlan
 
-VERSION = 1
+VERSION = 2
 BLOCK_COLUMNS = 64
 """Columns that `round_block` takes at most."""
 LEAF_COLUMNS = 64
@@ -34,7 +34,7 @@ _SIGNATURES = {
         *_GRID, *(_P, _S) * 2, _P, _P, _S, _P, _P, _P, _S, _I, _S, *(_P, _S) * 3, _P,
     ),
     "descend": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 3, _P),
-    "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 5, _P),
+    "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 6, _F, _F, _P),
     "nearest": (*_GRID, _P, _S, _P, _P, _P, _S, _I, _S, _P, _S),
     "squares": (*_GRID, *(_P, _S) * 3, _I, _I, _S, *(_P,) * 3),
     "add_squares": (_P, _S, _P, _I, _S, _P),
@@ -200,6 +200,7 @@ def refit_group(
     scale_O1: Tensor,
     slope_Og: Tensor,
     change_Og: Tensor,
+    lattice: tuple[Tensor, float, float] | None,
     loss_O: Tensor,
 ) -> None:
     """Least-squares scales of one group and then its codes: `descent.refit_group`.
@@ -212,12 +213,16 @@ def refit_group(
         scale_O1: changed.
         slope_Og: kept true inside of the group.
         change_Og: gets how much the dequantized weights moved.
+        lattice: steps [O, 1] of which scales are multiples, by integers from one number to another; or None.
     """
     rows, group = slope_Og.shape
+    step_O1, least, most = lattice or (None, 0.0, 0.0)
+    steps = (None, 0) if step_O1 is None else (step_O1.data_ptr(), step_O1.stride(0))
     _call(
         "refit_group", *_grid(grid), *_rows(hessian_gg), inverse_g.data_ptr(), diagonal_g.data_ptr(),
         ridge_g.data_ptr(), group, rows, sweeps, _KINDS[dtype], grid.either_sign, *_rows(response_Og), *_rows(codes_Og),
-        scale_O1.data_ptr(), scale_O1.stride(0), *_rows(slope_Og), *_rows(change_Og), loss_O.data_ptr(),
+        scale_O1.data_ptr(), scale_O1.stride(0), *_rows(slope_Og), *_rows(change_Og), *steps, least, most,
+        loss_O.data_ptr(),
     )  # fmt: skip
 
 

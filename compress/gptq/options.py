@@ -1,8 +1,10 @@
 """How the solver works: what it is asked for, and plain GPTQ to hold it against."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from moepress.compress.gptq.levels import Grid
 
@@ -48,6 +50,29 @@ EFFORTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lattice:
+    """Scales that are a number of their block times a small integer, as GGUF's K types have them.
+
+    Attributes:
+        step: [..., O, G] fp32, that number for each group; 0 where a group has to keep its scale.
+        least, most: the integers.
+    """
+
+    step: Tensor
+    least: int
+    most: int
+
+    def of(self, *place: Any) -> "Lattice":
+        """That of some experts, rows or groups."""
+        return replace(self, step=self.step[place])
+
+    def nearest(self, scales: Tensor) -> Tensor:
+        """Its scale nearest to each; 0 where the step is."""
+        safe = torch.where(self.step == 0, torch.ones_like(self.step), self.step)
+        return (scales / safe).round().clamp(self.least, self.most) * self.step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What is the same for all matrices of a call.
 
@@ -56,12 +81,14 @@ class Task:
         group: columns that share a scale.
         dtype: what scales are rounded to.
         options: of the solver.
+        lattice: of which a refit takes its scales; None for all that `dtype` holds.
     """
 
     grid: Grid
     group: int
     dtype: torch.dtype
     options: SolverOptions
+    lattice: Lattice | None = None
 
     @property
     def sweeps(self) -> int:

@@ -20,9 +20,11 @@ from torch import Tensor
 from moepress import __version__
 from moepress.calibration.collect import resume_hidden, save_hidden
 from moepress.calibration.corpus import Corpus
+from moepress.compress.gptq.block_choice import EMBEDDINGS
+from moepress.compress.gptq.block_solver import rounded_blocks
 from moepress.compress.gptq.experts import (
-    Coded,
     CodedExpert,
+    Matrix,
     Originals,
     QuantizeOptions,
     experts_at_once,
@@ -70,6 +72,7 @@ from moepress.models.forward.walk import (
     read_ahead,
 )
 from moepress.models.storage.experts import Expert, without_mtp
+from moepress.models.storage.foreign import BLOCKS_METHOD
 from moepress.models.storage.mtp import mtp_note
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.tensors import tensor_entry
@@ -111,7 +114,7 @@ def quantize(
         `finished`, `pieces_done` and `pieces`; of a finished run also bytes, per-layer errors, experts that fell back,
         notes.
     """
-    check_scheme(model.source, options.scheme, include)
+    check_scheme(model.source, options.scheme, include, options.blocks)
     predicting = add_predicting(model) if mtp_notes else ()
     layers = model.shape.layers + len(predicting)
     if options.layer_bits:  # they have what most layers have
@@ -234,7 +237,7 @@ def _do_chunk(
     part: int,
     experts: Sequence[int],
     pooled: tuple[Tensor, Tensor, Originals | None] | None,
-    linears: Mapping[str, Coded],
+    linears: Mapping[str, Matrix],
     errors: Mapping[str, float],
 ) -> None:
     """One piece: its experts are solved in batches, their output is added, their codes are written."""
@@ -301,7 +304,7 @@ def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[s
     job.allowance.spend()
 
 
-def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Coded]) -> dict[str, Tensor]:
+def _rest_of_layer(job: Job, layer: int, linears: Mapping[str, Matrix]) -> dict[str, Tensor]:
     """Everything of a layer but its routed experts: quantized where asked for, else as stored (fp8 becomes bf16)."""
     source, tensors = job.stream.model.source, dict[str, Tensor]()
     fused = set(source.family.fused_names(layer))
@@ -325,6 +328,12 @@ def _write_outer(job: Job) -> None:
             matrix, error = solve_head(job.stream, job.options, job.originals)
             entries += [tensor_entry(*pair) for pair in packed(job, name, matrix).items()]
             note["linears"][name] = error
+        elif name == job.stream.model.family.embeddings and Include.EMBEDDINGS in job.include:
+            kind = job.options.kind_of(EMBEDDINGS, None, job.stream.model.source.shapes[name][1])
+            assert kind is not None, "embeddings are quantized in GGUF's blocks alone"
+            entries += [
+                tensor_entry(*pair) for pair in packed(job, name, rounded_blocks(kind, plain(job, name))).items()
+            ]
         else:
             entries.append(outer_entry(job, name))
     _write_piece(job, "outer", entries, note)
@@ -345,10 +354,11 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any], mtp_notes: S
     ignored = unquantized_modules(source, job.stream.model.shape.layers, job.include, job.predicting)
     groups = config_groups(source, options.scheme, options.layer_bits, job.include)
     kept = source.config if job.predicting else without_mtp(source.family, source.config)
-    config = {
-        **kept,
-        "quantization_config": compressed_tensors_config.quantization_config(options.scheme, ignored, groups),
-    }
+    if options.blocks is None:
+        stated = compressed_tensors_config.quantization_config(options.scheme, ignored, groups)
+    else:
+        stated = {"quant_method": BLOCKS_METHOD, "grid": options.blocks.name, "modules_to_not_convert": ignored}
+    config = {**kept, "quantization_config": stated}
     write_json(run.folder / "config.json", config)
     copied = copy_companions(companions, run.folder)
     dropped = sum(len(names) for n, names in job.names.items() if (n or 0) >= job.stream.model.shape.layers)
@@ -358,6 +368,8 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any], mtp_notes: S
         result["layer_bits"] = {str(layer): bits for layer, bits in sorted(options.layer_bits.items())}
     note = {"moepress": __version__, "stage": "quantize", "include": sorted(job.include), **result}
     note["scheme"] = {"bits": options.scheme.bits, "group_size": options.scheme.group_size}
+    if options.blocks is not None:
+        note["scheme"] = {"grid": options.blocks.name, "bits": options.blocks.bits}
     write_json(run.folder / "moepress.json", note | dict(summary))
     run.require_ready()
     for name in [p for p in run.pieces if p.startswith("hidden-")]:

@@ -94,7 +94,7 @@ def solve(
         scales_EOG = weight_EOI.new_empty((*weight_EOI.shape[:2], scheme.groups(weight_EOI.shape[2])))
     else:
         scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype)
-    return _solve(weight_EOI, hessian_EII, scales_EOG, task)
+    return solve_fixed(weight_EOI, hessian_EII, scales_EOG, task)
 
 
 def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
@@ -102,22 +102,33 @@ def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
     importance_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
     scales_EOG, offsets_EOG = search_with_minimum(weight_EOI, importance_EI, task.grid, task.group, task.dtype)
     above = replace(task, options=replace(task.options, scale_search=False))
-    solved = _solve(weight_EOI - spread(offsets_EOG, task.group), hessian_EII, scales_EOG, above)
+    solved = solve_fixed(weight_EOI - spread(offsets_EOG, task.group), hessian_EII, scales_EOG, above)
     energy_E = quadratic(weight_EOI.mT, hessian_EII).sum(dim=1).clamp(min=0)
     return replace(solved, offsets=offsets_EOG, energy=energy_E)
 
 
-def _solve(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, task: Task) -> Solved:
-    """`scales_EOG`: where none are searched."""
+def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, task: Task) -> Solved:
+    """`solve` of a task, with scales that are given where the task searches none.
+
+    Args:
+        weight_EOI: as of `solve`.
+        hessian_EII: as of `solve`.
+        scales_EOG: fp32, not 0; of either sign where the grid has both.
+        task: see `Task`; its grid has no minimum.
+    """
     if weight_EOI.device.type != "cpu":
         found = [solve_batch(weight_EOI, hessian_EII, scales_EOG, task)]
     elif native.library() is not None:
         found = [cpu.solve_all(weight_EOI, hessian_EII, scales_EOG, task)]
     else:
-        parts = (weight_EOI.split(_AT_ONCE), hessian_EII.split(_AT_ONCE), scales_EOG.split(_AT_ONCE))
-        given = list(zip(*parts, strict=True))
+        given = [slice(start, start + _AT_ONCE) for start in range(0, len(weight_EOI), _AT_ONCE)]
+
+        def some(part: slice) -> Found:
+            own = task if task.lattice is None else replace(task, lattice=task.lattice.of(part))
+            return solve_batch(weight_EOI[part], hessian_EII[part], scales_EOG[part], own)
+
         with side_by_side(min(len(given), torch.get_num_threads())) as each:
-            found = each(lambda one: solve_batch(one[0], one[1], one[2], task), given)
+            found = each(some, given)
     return _joined(found)
 
 

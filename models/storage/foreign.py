@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress.errors import UnsupportedError
+from moepress.models.storage.block_types import BLOCK_SUFFIXES
 from moepress.models.storage.safetensors_file import Stored
 
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -16,6 +17,8 @@ SCALE = "_scale_inv"
 SIDECARS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files beside config.json that state a quantization: of GPTQ and AWQ tools, of AutoAWQ, of NVIDIA's ModelOpt."""
 
+BLOCKS_METHOD = "gguf-blocks"
+"""`quant_method` of our folders whose matrices lie in GGUF's block types; no runtime knows it, so that each refuses."""
 _METHODS = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -33,6 +36,7 @@ _METHODS = {
     "exl3": "ExLlamaV3",
     "fbgemm_fp8": "fp8 by FBGEMM",
     "mlx": "MLX",
+    BLOCKS_METHOD: "GGUF's blocks",
 }
 _Sign = Callable[[str, Stored, Mapping[str, Stored]], str | None]
 
@@ -132,7 +136,7 @@ def _what_to_do(label: str, sidecar: str | None) -> str:
 
 READ = (
     *("GPTQ", "AWQ", "MXFP4", "NVFP4", "compressed-tensors", "fp8", "block-scaled", "4 or 8 bits"),
-    *("weights with F8_E8M0", "weights in F4"),
+    *("weights with F8_E8M0", "weights in F4", "GGUF's blocks"),
 )
 """How labels begin of what `packed` reads."""
 FUSED_FP8 = "fp8 with the experts of a layer fused in one tensor"
@@ -171,6 +175,8 @@ _NAMES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 def _blocks(name: str, entry: Stored, stored: Mapping[str, Stored]) -> str | None:
     if name.endswith("_blocks") and entry.dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in stored:
         return "MXFP4"
+    if entry.dtype == "U8" and name.endswith(tuple(BLOCK_SUFFIXES)):
+        return "GGUF's blocks"
     if name.endswith(".weight") and entry.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in stored:
         return "MLX"
     return None

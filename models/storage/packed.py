@@ -8,6 +8,7 @@
 | gptq | BASE.qweight I32 [I*bits/32, O] | BASE.scales [G, O] | qzeros, g_idx |
 | awq | BASE.qweight I32 [I, O/8] | BASE.scales [G, O] | qzeros |
 | nvfp4 | X or BASE.weight_packed U8 [O, I/2] | BASE.weight_scale F8_E4M3 [O, I/16] | weight_scale_2 or _global_scale |
+| gguf | X_q4_k U8 [O, bytes of a row], or another of GGUF's block types, which hold their scales themselves | | |
 
 Letters: E experts, O out, I in, G groups along in. What a tensor is says more than the config, which is asked for the
 rest: block sizes, group sizes, whether GPTQ's zeros are stored one too low.
@@ -24,6 +25,7 @@ from enum import StrEnum
 from typing import Any
 
 from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.models.storage.block_types import BLOCK_SUFFIXES, BlockType
 from moepress.models.storage.foreign import FP8, PLAIN_DTYPES
 from moepress.models.storage.safetensors_file import Stored, read_array
 
@@ -37,6 +39,7 @@ class Packing(StrEnum):
     GPTQ = "gptq"
     AWQ = "awq"
     NVFP4 = "nvfp4"
+    GGUF = "gguf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,7 @@ class Packed:
         bits: of a code.
         block: rows and columns that one scale stands for; the last ones may be cut off by the edge.
         zeros_less_one: GPTQ v1, whose zeros are stored one too low.
+        kind: GGUF's block type; None for other packings.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Packed:
     bits: int
     block: tuple[int, int]
     zeros_less_one: bool = False
+    kind: BlockType | None = None
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -152,6 +157,8 @@ def _build_of(name: str, entry: Stored) -> _Build:
     for suffix, build in _BY_SUFFIX.items():
         if name.endswith(suffix):
             return build
+    if entry.dtype == "U8" and name.endswith(tuple(BLOCK_SUFFIXES)):
+        return _gguf_blocks
     if entry.dtype in (FP8, *_BYTES, *_OTHER_FLOATS) and not name.endswith(_SCALE_PARTS):
         return _in_place
     return _no_codes
@@ -192,6 +199,25 @@ def _compressed(codes: Stored, stored: Mapping[str, Stored], stated: _Stated) ->
         )
     # The true size is in the data of `weight_shape`: `_sized`
     return _packed(Packing.INT4, base, codes.shape, parts, (1, 1), stored, fits=False)
+
+
+def _gguf_blocks(codes: Stored, _stored: Mapping[str, Stored], _stated: _Stated) -> _Found:
+    """A matrix in one of GGUF's block types, which its name ends with."""
+    suffix, kind = next((end, kind) for end, kind in BLOCK_SUFFIXES.items() if codes.name.endswith(end))
+    if len(codes.shape) != 2 or codes.shape[1] % kind.size or 0 in codes.shape:
+        raise InvalidInputError(
+            f"{codes.file}: {codes.name} is U8 {list(codes.shape)}, and {kind.name} has blocks of {kind.size} bytes; "
+            f"{_AGAIN}."
+        )
+    return Packed(
+        name=codes.name.removesuffix(suffix),
+        packing=Packing.GGUF,
+        shape=(codes.shape[0], codes.shape[1] // kind.size * kind.columns),
+        parts={"codes": codes},
+        bits=kind.bits,
+        block=(1, kind.group),
+        kind=kind,
+    )
 
 
 def _nibbles(name: str, codes: Stored, scales: Stored, stored: Mapping[str, Stored], second: str) -> _Found:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepress.errors import InvalidInputError
+from moepress.models.storage.blocks import unpack, values
 from moepress.models.storage.finite import nonfinite
 from moepress.models.storage.fp8 import dequantize_blocks, is_finite
 from moepress.models.storage.packed import EXPONENTS, Packed, Packing, grid_of, misfit, true_shape
@@ -59,6 +60,8 @@ def dequantize(packed: Packed, index: int | None = None, *, allow_nonfinite: boo
 
 
 def _matrix(packed: Packed, index: int | None, *, allow_nonfinite: bool) -> Tensor:
+    if packed.packing is Packing.GGUF:
+        return _gguf_matrix(packed, allow_nonfinite=allow_nonfinite)
     scales, codes = _scales(packed, index), packed.parts["codes"]
     if not allow_nonfinite and not bool(torch.isfinite(scales * _LARGEST[packed.packing]).all()):
         raise nonfinite(packed.parts["scales"], index)
@@ -70,6 +73,15 @@ def _matrix(packed: Packed, index: int | None, *, allow_nonfinite: bool) -> Tens
     if packed.packing in (Packing.MXFP4, Packing.NVFP4):
         return scale_groups(fp4_values(place(_read(codes, index).flatten(1))), place(scales))
     return (_rows_of if packed.packing is Packing.INT4 else _columns_of)(packed, scales)
+
+
+def _gguf_matrix(packed: Packed, *, allow_nonfinite: bool) -> Tensor:
+    assert packed.kind is not None
+    codes = packed.parts["codes"]
+    dense = values(packed.kind, unpack(packed.kind, read_tensor(codes)))
+    if not allow_nonfinite and not bool(torch.isfinite(dense).all()):
+        raise nonfinite(codes, None)
+    return place(dense)
 
 
 _LARGEST = {  # the largest code: scaled by it, nothing may overflow

@@ -38,8 +38,10 @@ def array_entry(name: str, array: NDArray[np.float64]) -> Entry:
     return Entry(name=name, dtype="F64", shape=array.shape, bytes=len(data), data=lambda: iter((data,)))
 
 
-def write_shard(file: Path, entries: Iterable[Entry]) -> None:
+def write_shard(file: Path, entries: Iterable[Entry], *, kind: str = "pt") -> None:
     """Write a safetensors file in the order given; needs the memory of one entry.
+
+    `kind` is the `format` in its metadata, by which loaders know whose tensors these are.
 
     The header is padded with spaces to a multiple of 8 bytes, as the format's own library does.
 
@@ -47,7 +49,7 @@ def write_shard(file: Path, entries: Iterable[Entry]) -> None:
         MoepressError: the disk is full.
     """
     entries = list(entries)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": kind}}
     position = 0
     for entry in entries:
         header[entry.name] = {

@@ -8,7 +8,7 @@ from typing import Any
 from moepress.calibration.hessian import matches_original
 from moepress.compress.budget.sizes import included_linears
 from moepress.compress.estimates.estimate import PROJECTED, Estimate
-from moepress.compress.estimates.export import Pressed, estimate_gptq, estimate_onnx, onnx_bytes_after
+from moepress.compress.estimates.export import Pressed, estimate_gguf, estimate_gptq, estimate_onnx, onnx_bytes_after
 from moepress.compress.estimates.figures import Figures, figures_of
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.prune import estimate_prune
@@ -160,6 +160,8 @@ def _exports(
     rows: dict[str, Estimate] = {}
     if "gptq" in recipe.to:
         rows["export-gptq"] = estimate_gptq(figures, pressed, rates)
+    if "gguf" in recipe.to:
+        rows["export-gguf"] = estimate_gguf(figures, pressed, rates)
     if "onnx" not in recipe.to:
         return rows, []
     from moepress.converters.onnx.export import OnnxRequest, onnx_bytes, plan_onnx

@@ -27,7 +27,7 @@ from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 from moepress.runs.text import suggestion
-from moepress.stages.export import check_onnx, onnx_bits
+from moepress.stages.export import check_gguf, check_onnx, onnx_bits
 from moepress.stages.groundwork import load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
@@ -90,7 +90,7 @@ class Recipe(BaseModel):
     effort: Literal["fast", "normal", "high"] = "normal"
     repair: tuple[Repair, ...] = ()
     mtp: Mtp = Mtp.KEEP
-    to: tuple[Literal["gptq", "onnx"], ...] = ()
+    to: tuple[Literal["gptq", "onnx", "gguf"], ...] = ()
     data: tuple[str, ...] = ()
     data_domain: tuple[str, ...] = ()
     max_windows: Count | None = None
@@ -228,6 +228,8 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
         raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
     if "onnx" in recipe.to and known.scheme is not None:
         check_onnx(checkpoint, known.scheme, recipe.include)
+    if "gguf" in recipe.to and known.scheme is not None:
+        check_gguf(checkpoint, known.scheme)
     corpus = load_corpus(folder, calibration_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
     criterion = recipe.criterion or default_criterion(domain_weights(corpus.domains, recipe.domain_weight))
     evaluation_corpus(folder, evaluation_of(recipe), context=shape.context, vocabulary=shape.vocabulary)

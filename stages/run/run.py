@@ -14,7 +14,7 @@ import itertools
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from moepress.compress.budget.sizes import linears_of_config
 from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
+from moepress.converters.gguf.export import GgufRequest
+from moepress.converters.gguf.file import gguf_file
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
@@ -40,7 +42,7 @@ from moepress.runs.journal import Run, open_run
 from moepress.runs.output import check_output, is_ours
 from moepress.runs.progress import note, stage
 from moepress.runs.rows import first_settings
-from moepress.stages.export import export_stage, onnx_stage
+from moepress.stages.export import export_stage, gguf_stage, onnx_stage
 from moepress.stages.groundwork import load_corpus, opened, opened_artifact, opened_source
 from moepress.stages.places import Machine, Output, model_folder
 from moepress.stages.plan import plan_within
@@ -64,11 +66,13 @@ from moepress.stages.run.recipe import (
 )
 from moepress.stages.validate import (
     evaluation_corpus,
+    gguf_subject,
     onnx_subject,
     pruned_subject,
     subject_of,
     validate_stage,
 )
+from moepress.validation.quality.measure import Subject
 from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance
@@ -81,6 +85,7 @@ from moepress.validation.report.sections import (
     usage_section,
 )
 from moepress.validation.rules.check import planned_notes
+from moepress.validation.rules.gguf_files import runnable_gguf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +98,19 @@ class _Setup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Onnx:
-    """Exports to ONNX: of the result, and of the original where there is one, with what the report says of them."""
+class _Exports:
+    """Exports that are measured too, with what the report says of them.
+
+    Attributes:
+        after: the result in ONNX.
+        before: the original in ONNX, to be timed.
+        gguf: the result as GGUF.
+        notes: for people.
+    """
 
     after: Path | None = None
     before: Path | None = None
+    gguf: Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -141,7 +154,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
                 quantized = _prune(setup, run, plan, profile, checkpoint)
             else:
                 quantized = _quantize(setup, run, plan, repairs)
-        exported = _Onnx()
+        exported = _Exports()
         if recipe.to:
             with stage(next(number), of):
                 exported = _exports(setup, run)
@@ -266,26 +279,43 @@ def _prune(setup: _Setup, run: Run, plan: Plan, profile: Profile, checkpoint: Ch
     return run.pieces["model"].note
 
 
-def _exports(setup: _Setup, run: Run) -> _Onnx:
+def _exports(setup: _Setup, run: Run) -> _Exports:
     recipe, exports = setup.recipe, setup.out / "exports"
     for target in recipe.to:
-        if target != "onnx" and run.done(f"export-{target}") is None:
+        if target in ("gptq", "compressed-tensors") and run.done(f"export-{target}") is None:
             if not _is_made(exports / target):
                 export_stage(str(setup.out / "model"), Output(folder=exports / target, resume=True), target)
             run.mark(f"export-{target}", folder=f"exports/{target}")
-    if "onnx" not in recipe.to:
-        return _Onnx()
-    notes = _export_onnx(setup, run, "onnx", str(setup.out / "model"))
+    made = _Exports()
+    if "gguf" in recipe.to:
+        made = _Exports(gguf=exports / "gguf", notes=_export_gguf(setup, run))
+    return replace(_onnx_exports(setup, run, made.notes), gguf=made.gguf) if "onnx" in recipe.to else made
+
+
+def _onnx_exports(setup: _Setup, run: Run, notes: tuple[str, ...]) -> _Exports:
+    recipe, exports = setup.recipe, setup.out / "exports"
+    notes += _export_onnx(setup, run, "onnx", str(setup.out / "model"))
     if not recipe.throughput:
-        return _Onnx(after=exports / "onnx", notes=notes)
+        return _Exports(after=exports / "onnx", notes=notes)
     lack = None if (exports / "onnx-before").exists() else no_room(recipe.model, setup.out)
     if lack is not None:
-        return _Onnx(after=exports / "onnx", notes=(*notes, lack))
+        return _Exports(after=exports / "onnx", notes=(*notes, lack))
     before = exports / "onnx-before"
     notes += _export_onnx(setup, run, before.name, recipe.model)
     size = size_text(sum(file.stat().st_size for file in before.iterdir()))
     notes += (f"exports/{before.name} ({size}) is the original in ONNX, made only to be timed; it can be deleted.",)
-    return _Onnx(after=exports / "onnx", before=before, notes=notes)
+    return _Exports(after=exports / "onnx", before=before, notes=notes)
+
+
+def _export_gguf(setup: _Setup, run: Run) -> tuple[str, ...]:
+    folder = setup.out / "exports" / "gguf"
+    if run.done("export-gguf") is None:
+        place = Output(folder=folder, resume=True)
+        name = f"{run.settings.get('recipe.model', 'model')}".rstrip("/").rpartition("/")[2].partition("@")[0]
+        request = GgufRequest(name=f"{name}-pressed")
+        made = None if _is_made(folder) else gguf_stage(str(setup.out / "model"), place, request)
+        run.mark("export-gguf", {"notes": [f"exports/gguf: {n}" for n in made.notes] if made else []}, folder="exports/gguf")
+    return tuple(run.pieces["export-gguf"].note["notes"])
 
 
 def _export_onnx(setup: _Setup, run: Run, name: str, model: str) -> tuple[str, ...]:
@@ -324,12 +354,14 @@ def _report(
     decided: tuple[Profile, Plan],
     repairs: Repairs | None,
     quantized: Mapping[str, Any],
-    onnx: _Onnx,
+    made: _Exports,
 ) -> Report:
     recipe, folder, (profile, plan) = setup.recipe, model_folder(setup.recipe.model), decided
     late = recipe.model_dump(mode="json", include=set(LATE_FIELDS) - {"to"})
-    if onnx.after is not None:
-        late["onnx"] = "before and after" if onnx.before is not None else "after"
+    if made.after is not None:
+        late["onnx"] = "before and after" if made.before is not None else "after"
+    if made.gguf is not None:
+        late["gguf"] = "after"
     original = opened(folder)
     shape, text = original.shape, evaluation_of(recipe)
     late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
@@ -346,8 +378,10 @@ def _report(
             subjects.append(pruned_subject("pruned", original, plan, repairs))
         bits = "mixed bits" if plan.layer_bits else f"{artifact.scheme.bits} bit"
         subjects.append(subject_of(f"pruned + {bits}" if plan.prunes else bits, artifact))
-    if onnx.after is not None:
-        subjects.append(onnx_subject(f"{bits}, ONNX", open_onnx(onnx.after)))
+    if made.after is not None:
+        subjects.append(onnx_subject(f"{bits}, ONNX", open_onnx(made.after)))
+    if made.gguf is not None:
+        subjects.append(_gguf_subject(f"{bits}, GGUF", made.gguf))
     report = validate_stage(
         subjects,
         folder,
@@ -355,7 +389,7 @@ def _report(
         setup.machine,
         setup.out,
         onnx_device="auto",  # the export is for the CPU; its throughput is taken on CUDA as well where there is one
-        also_timed=[onnx_subject("original, ONNX", open_onnx(onnx.before))] if onnx.before is not None else [],
+        also_timed=[onnx_subject("original, ONNX", open_onnx(made.before))] if made.before is not None else [],
         also_checked=[(f"{bits}, GPTQ", gptq)] if (gptq := setup.out / "exports" / "gptq").is_dir() else [],
         title=plan.model_name,
         pruning=pruning_section(plan) if plan.prunes else None,
@@ -366,7 +400,7 @@ def _report(
         notes=(
             *original.notes,
             *plan.notes,
-            *onnx.notes,
+            *made.notes,
             *(f"Calibration: {note}." for note in quantized["calibration"]["notes"]),
         ),
         commands=(f"moepress run {shlex.quote(recipe.model)} --recipe recipe.yaml -o OUT",),
@@ -379,16 +413,25 @@ def _report(
     return report
 
 
+def _gguf_subject(label: str, folder: Path) -> Subject:
+    file = gguf_file(folder)
+    assert file is not None, "a finished export has one"
+    return gguf_subject(label, runnable_gguf(file))
+
+
 def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Artifact | None) -> None:
     """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
     layouts: tuple[tuple[str, Format], ...] = (
         ("model", "compressed-tensors"),
         ("exports/gptq", "gptq"),
         ("exports/onnx", "onnx"),
+        ("exports/gguf", "gguf"),
     )
     for name, layout in layouts:
         if (setup.out / name).is_dir() and artifact is not None:
             size = opened_artifact(setup.out / name).total_bytes if layout == "gptq" else None
+            if layout == "gguf":
+                size = sum(file.stat().st_size for file in (setup.out / name).glob("*.gguf"))
             card = model_card(report, original, layout, stored_bytes=size, mixed=len(artifact.schemes) > 1)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))

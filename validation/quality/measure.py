@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.corpus import EvaluationCorpus
+from moepress.converters.gguf.file import GgufModel
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import InvalidInputError, UsageError
@@ -36,7 +37,7 @@ class Subject:
 
     Attributes:
         label: its name in the report, unique.
-        source: its weights, or an ONNX folder.
+        source: its weights, an ONNX folder, or a GGUF file.
         folder: where it lies as a folder that its runtime can load; None: only in memory, so no throughput.
         stored_bytes: size of its weights on disk.
         parameters: how many weights it has when dense.
@@ -44,7 +45,7 @@ class Subject:
     """
 
     label: str
-    source: Source | OnnxFolder
+    source: Source | OnnxFolder | GgufModel
     folder: Path | None
     stored_bytes: int
     parameters: int
@@ -137,9 +138,9 @@ def _common_vocabulary(subjects: Sequence[Subject]) -> int:
     return sizes[0]
 
 
-def vocabulary_of(source: Source | OnnxFolder) -> int:
+def vocabulary_of(source: Source | OnnxFolder | GgufModel) -> int:
     """Number of tokens that a model knows."""
-    if isinstance(source, OnnxFolder):
+    if isinstance(source, OnnxFolder | GgufModel):
         return source.vocabulary
     return source.outline.shape.vocabulary
 
@@ -157,6 +158,10 @@ def _passed(subject: Subject, corpus: EvaluationCorpus, place: _Place, folder: P
     """A subject after its forward pass, or in its session; its buffers are freed at the end."""
     if isinstance(subject.source, OnnxFolder):
         yield _onnx_pass(subject.source, corpus.windows, place.onnx_device)
+        return
+    if isinstance(subject.source, GgufModel):
+        with _llama_pass(subject.source, corpus.windows) as passed:
+            yield passed
         return
     own = Path(tempfile.mkdtemp(dir=folder))
     scratch = Scratch(own, place.limits.memory_bytes)
@@ -201,9 +206,27 @@ def _onnx_pass(folder: OnnxFolder, windows_NT: Tensor, device: str) -> Pass:
     return Pass(reader=lambda: read_logits(model, windows_NT), runtime=runtime)
 
 
+@contextmanager
+def _llama_pass(model: GgufModel, windows_NT: Tensor) -> Iterator[Pass]:
+    from moepress.validation.quality.llama_cpp import open_llama, read_logits
+
+    session = open_llama(model.file, context=int(windows_NT.shape[1]))
+    activations = "8-bit activations where weights are codes" if model.rounds_activations else "float32 activations"
+    try:
+        runtime = f"{session.provider}, {activations}, cache in float32"
+        yield Pass(reader=lambda: read_logits(session, windows_NT), runtime=runtime)
+    finally:
+        session.close()
+
+
 def _onnx_notes(subject: Subject) -> list[str]:
     """What the reader must know of an ONNX folder whose speed and quality are not those of the same arithmetic."""
     folder = subject.source
+    if isinstance(folder, GgufModel) and folder.rounds_activations:
+        return [
+            f"{subject.label}: llama.cpp rounds activations to 8 bits where weights are codes, on the CPU and with CUDA "
+            "alike, which is in its figures; a file of `export --to gguf --outtype f32` has the same weights without."
+        ]
     if not isinstance(folder, OnnxFolder):
         return []
     if folder.int8_activations:

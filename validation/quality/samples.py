@@ -6,11 +6,13 @@ from typing import Any
 import torch
 
 from moepress.calibration.corpus import EvaluationCorpus
+from moepress.converters.gguf.file import GgufModel
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import MoepressError
 from moepress.models.forward.dense import free_memory_bytes, load_dense, release_dense
 from moepress.runs.progress import track
 from moepress.validation.quality.decoding import Decoder, Sampling, TextStream, TorchDecoder, generate
+from moepress.validation.quality.llama_cpp import LlamaDecoder, open_llama
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.onnx_session import OnnxDecoder, open_session
 from moepress.validation.quality.results import Continuation, Sample, Samples
@@ -76,9 +78,9 @@ def _prompts(corpus: EvaluationCorpus) -> list[tuple[str, list[int]]]:
 
 
 def _require_room(subject: Subject, device: torch.device, dtype: torch.dtype) -> None:
-    onnx = isinstance(subject.source, OnnxFolder)
-    needed = subject.stored_bytes if onnx else subject.parameters * dtype.itemsize
-    free = free_memory_bytes(torch.device("cpu") if onnx else device)
+    whole = isinstance(subject.source, OnnxFolder | GgufModel)
+    needed = subject.stored_bytes if whole else subject.parameters * dtype.itemsize
+    free = free_memory_bytes(torch.device("cpu") if whole else device)
     if needed > free:
         raise MoepressError(
             f"{subject.label} needs {needed / 2**30:.1f} GiB of memory to write text, and {free / 2**30:.1f} GiB are "
@@ -91,6 +93,9 @@ def _maker(subject: Subject, device: torch.device, dtype: torch.dtype, onnx_devi
     if isinstance(subject.source, OnnxFolder):
         session = open_session(subject.source, onnx_device)
         return lambda: OnnxDecoder(session)
+    if isinstance(subject.source, GgufModel):
+        llama = open_llama(subject.source.file, context=min(subject.source.context, PROMPT_TOKENS + NEW_TOKENS))
+        return lambda: LlamaDecoder(llama)
     model = load_dense(subject.source, device=device, dtype=dtype)
     return lambda: TorchDecoder(model)
 
@@ -111,7 +116,7 @@ def _write(
 
 def _stop_tokens(subject: Subject, tokenizer: Any) -> frozenset[int]:
     """End-of-text tokens of the config and the tokenizer."""
-    stated = None if isinstance(subject.source, OnnxFolder) else subject.source.config.get("eos_token_id")
+    stated = None if isinstance(subject.source, OnnxFolder | GgufModel) else subject.source.config.get("eos_token_id")
     numbers = [*(stated if isinstance(stated, list) else [stated]), getattr(tokenizer, "eos_token_id", None)]
     return frozenset(number for number in numbers if isinstance(number, int))
 

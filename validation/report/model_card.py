@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from moepress import __version__
+from moepress.converters.gguf.file import gguf_file
 from moepress.converters.onnx.folder import is_onnx
 from moepress.hub.snapshot import origin_of
 from moepress.models.storage.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report
 
 CARD_NAME = "README.md"
-Format = Literal["compressed-tensors", "gptq", "onnx"]
+Format = Literal["compressed-tensors", "gptq", "onnx", "gguf"]
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _LARGEST_CARD = 1 << 20
@@ -60,7 +61,13 @@ tokenizer = og.Tokenizer(model)
 ```
 
 ONNX Runtime runs `model.onnx` without onnxruntime-genai too.""",
+    "gguf": """```sh
+llama-server -m path/to/this/folder/NAME.gguf
+```
+
+llama.cpp, LM Studio, Ollama and others that are built on llama.cpp load the file; of several parts give the first.""",
 }
+_LIBRARIES = {"onnx": "onnx", "gguf": "gguf"}
 _MIXED = (
     "Its bits differ by layer: vLLM and SGLang take that. **transformers loads such a folder wrong, without an "
     "error.**\n\n"
@@ -105,14 +112,15 @@ def plain_card(folder: Path, base: Path) -> str:
         folder: pruned, quantized or exported.
         base: the folder that it was made of, whose licence is carried over.
     """
-    config, layout = read_json(folder / "config.json"), _layout(folder)
+    layout = _layout(folder)
+    config = read_json((base if layout == "gguf" else folder) / "config.json")
     named = card_metadata(base)
     origin = origin_of(base)
     original = named.get("base_model") if origin is None else origin.repo
     front: dict[str, Any] = {"base_model": original} if isinstance(original, str) else {}
     front["base_model_relation"] = "finetune" if layout is None else "quantized"
     front |= _carried({"license": config.get("license")} | named)
-    front |= {"library_name": "onnx" if layout == "onnx" else "transformers", "pipeline_tag": "text-generation"}
+    front |= {"library_name": _LIBRARIES.get(layout or "", "transformers"), "pipeline_tag": "text-generation"}
     front["tags"] = ["moepress", "moe", layout or "pruned"]
     how = "Pruned" if layout is None else f"In {layout} layout"
     parts = [
@@ -132,6 +140,8 @@ def _layout(folder: Path) -> Format | None:
     """Of the codes in a folder; None for a folder without."""
     if is_onnx(folder):
         return "onnx"
+    if gguf_file(folder) is not None:
+        return "gguf"
     quantization = read_json(folder / "config.json").get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return method if method in ("compressed-tensors", "gptq") else None  # a pruned fp8 model stays one
@@ -164,7 +174,7 @@ def _front_matter(report: Report, source: Checkpoint, layout: Format) -> dict[st
     front: dict[str, Any] = {} if origin is None else {"base_model": origin.repo}
     front["base_model_relation"] = "quantized" if report.quantization is not None else "finetune"
     front |= _carried({"license": source.config.get("license")} | card_metadata(source.folder))
-    front["library_name"] = "onnx" if layout == "onnx" else "transformers"
+    front["library_name"] = _LIBRARIES.get(layout, "transformers")
     front["pipeline_tag"] = "text-generation"
     tags = ["moepress", "moe", layout]
     front["tags"] = tags + (["pruned"] if report.pruning is not None else [])
@@ -210,8 +220,9 @@ def _remark(report: Report, layout: Format) -> str:
 
 def _table(report: Report, layout: Format, stored_bytes: int | None) -> str:
     rows = ["| Model | Size | Change | Perplexity | KL divergence | Same top-1 |", "|---|---:|---:|---:|---:|---:|"]
-    first, plain = report.subjects[0], [subject for subject in report.subjects if not subject.onnx]
-    own = next((s for s in reversed(report.subjects) if s.onnx), plain[-1]) if layout == "onnx" else plain[-1]
+    first, plain = report.subjects[0], [s for s in report.subjects if not (s.onnx or s.gguf)]
+    others = {"onnx": [s for s in report.subjects if s.onnx], "gguf": [s for s in report.subjects if s.gguf]}
+    own = [*plain, *others.get(layout, ())][-1]
     for subject in (*plain[:-1], own):
         size = stored_bytes if subject is own and stored_bytes is not None else subject.stored_bytes
         change = "–" if subject is first else percent_text(size / first.stored_bytes - 1, digits=0)

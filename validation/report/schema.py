@@ -30,6 +30,7 @@ class SubjectInfo(_Section):
         experts_per_layer: routed experts in each MoE layer; (fewest, most) where layers differ.
         bits: stored bits per weight, over all weights, scales included.
         onnx: it is an ONNX folder.
+        gguf: it is a GGUF file.
         parts: stored bytes by part of the model; empty where they are not known.
     """
 
@@ -40,6 +41,7 @@ class SubjectInfo(_Section):
     experts_per_layer: int | tuple[int, int] | None = None
     bits: float | None = None
     onnx: bool = False
+    gguf: bool = False
     parts: dict[str, int] = {}
 
 

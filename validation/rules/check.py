@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from moepress.compress.pruning.plan import Plan
+from moepress.converters.gguf.file import gguf_file, open_gguf
 from moepress.validation.rules import experts, graphs, presence, quantized, stated
 from moepress.validation.rules.facts import Facts, Kind, facts_to_be, planned_facts, read_facts
-from moepress.validation.rules.findings import Finding, Problem, Runtime
+from moepress.validation.rules.findings import Effect, Finding, Problem, Runtime
+from moepress.validation.rules.gguf_files import FILE_RULES
 
 __all__ = ["MADE_FOR", "RULES", "Checked", "Rule", "check_folder", "findings", "notes_before", "planned_notes"]
 
@@ -30,6 +32,9 @@ MADE_FOR: Mapping[Kind, tuple[Runtime, ...]] = {
     Kind.COMPRESSED: (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.LLAMA_CPP),
     Kind.GPTQ: (Runtime.VLLM, Runtime.SGLANG, Runtime.GPTQMODEL),
     Kind.ONNX: (Runtime.ONNXRUNTIME,),
+    Kind.BLOCKS: (),
+    Kind.GGUF: (Runtime.LLAMA_CPP,),
+    Kind.MLX: (Runtime.MLX,),
     Kind.OTHER: tuple(Runtime),
 }
 
@@ -49,6 +54,7 @@ def _rule(name: str, look: Callable[[Facts], Iterator[Problem]], source: str) ->
 
 RULES: tuple[Rule, ...] = (
     _rule("layout", quantized.layout, "what each runtime's loader is for"),
+    _rule("mlx-layout", quantized.mlx, "mlx-lm 0.32.2 (tried)"),
     _rule("one-set-of-weights", stated.one_set, _TRANSFORMERS),
     _rule("tensor-names", stated.tensor_names, _TRANSFORMERS),
     _rule("quantization-stated", stated.quantization, _STATED),
@@ -63,6 +69,7 @@ RULES: tuple[Rule, ...] = (
     _rule("router-groups", experts.whole_groups, _ALL),
     _rule("expert-count-legal", experts.legal_count, _TRANSFORMERS),
     _rule("expert-limit", experts.llama_cpp_limit, "llama.cpp (read)"),
+    _rule("llama-cpp-model", experts.llama_cpp_model, "llama.cpp b11434 (read), b11549 (tried)"),
     _rule("expert-power-of-two", experts.fast_router, _SGLANG),
     _rule("shared-expert-fusion", experts.fused_shared_expert, _SGLANG),
     _rule("parallel-experts", experts.spread, _SERVERS),
@@ -146,8 +153,8 @@ def findings(facts: Facts, runtimes: Iterable[Runtime]) -> tuple[Finding, ...]:
 
 
 def _looked(rule: Rule, facts: Facts) -> Iterator[Problem]:
-    """An ONNX folder's config.json is the original's: only its graph counts."""
-    if facts.kind is Kind.ONNX and not rule.name.startswith("onnx") and rule.name != "layout":
+    """An ONNX folder's config.json is the original's: only its graph counts. MLX has names of its own."""
+    if facts.kind in (Kind.ONNX, Kind.MLX) and not rule.name.startswith("onnx") and rule.name != "layout":
         return iter(())
     return rule.look(facts)
 
@@ -161,10 +168,52 @@ def check_folder(
         InvalidInputError: it is no model folder, or a file in it is not what it says it is.
         UnsupportedError: the model type is not in the table; an ONNX folder, and onnx is not installed.
     """
+    file = gguf_file(folder)
+    if file is not None:
+        return _check_gguf(file, runtimes)
     facts = read_facts(folder, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
     asked = tuple(dict.fromkeys(runtimes)) or MADE_FOR[facts.kind]
     return Checked(
         folder=str(folder), kind=facts.kind, runtimes=asked, rules=len(RULES), findings=findings(facts, asked)
+    )
+
+
+def _check_gguf(file: Path, runtimes: Iterable[Runtime]) -> Checked:
+    """A GGUF file, which llama.cpp alone reads."""
+    model, asked = open_gguf(file), tuple(dict.fromkeys(runtimes)) or MADE_FOR[Kind.GGUF]
+    found = [
+        Finding(
+            rule="layout",
+            runtime=runtime,
+            effect=Effect.REFUSES,
+            what="the file is GGUF",
+            happens="is not known to read it for experts",
+            mend="give it the folder that was exported",
+            source="what each runtime's loader is for",
+        )
+        for runtime in asked
+        if runtime is not Runtime.LLAMA_CPP
+    ]
+    for name, (look, source) in FILE_RULES.items() if Runtime.LLAMA_CPP in asked else ():
+        for problem in look(model):
+            effect, happens = problem.happens[Runtime.LLAMA_CPP]
+            found.append(
+                Finding(
+                    rule=name,
+                    runtime=Runtime.LLAMA_CPP,
+                    effect=effect,
+                    what=problem.what,
+                    happens=happens,
+                    mend=problem.mend,
+                    source=source,
+                )
+            )
+    return Checked(
+        folder=str(file),
+        kind=Kind.GGUF,
+        runtimes=asked,
+        rules=len(FILE_RULES),
+        findings=tuple(sorted(found, key=lambda finding: not finding.fails)),
     )
 
 

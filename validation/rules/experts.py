@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from moepress.converters.gguf.architectures import ARCHITECTURES, Described, gguf_refusal
 from moepress.models.families.family import MTP_KEYS, Part
 from moepress.validation.rules.facts import Facts
 from moepress.validation.rules.findings import Effect, Problem, Runtime
@@ -102,6 +103,20 @@ def llama_cpp_limit(facts: Facts) -> Iterator[Problem]:
             what=f"{facts.shape.experts} experts in a layer",
             happens={Runtime.LLAMA_CPP: (Effect.REFUSES, f"takes at most {LLAMA_CPP_EXPERTS}")},
             mend=f"keep at most {LLAMA_CPP_EXPERTS} experts",
+        )
+
+
+def llama_cpp_model(facts: Facts) -> Iterator[Problem]:
+    """llama.cpp computes such a model as transformers does: what its code has compiled in, the config says too."""
+    if facts.family.name not in ARCHITECTURES or facts.shape.experts > LLAMA_CPP_EXPERTS:
+        return  # llama.cpp may know more families than those that are written down
+    model = Described(family=facts.family, config=facts.config, shape=facts.shape)
+    why = gguf_refusal(model)
+    if why is not None and not (facts.shape.groups > 1 and facts.shape.experts % facts.shape.groups):
+        yield Problem(
+            what=why.rstrip("."),
+            happens={Runtime.LLAMA_CPP: (Effect.WRONG, "computes something else, refuses the file or ends the process")},
+            mend="run this model in another runtime",
         )
 
 

@@ -20,7 +20,8 @@ from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts, with_text
 from moepress.models.families.table import family_of, is_row
 from moepress.models.storage.folder import INDEX, OWN_NAMES, load_config, no_weights, read_json
-from moepress.models.storage.foreign import stored_method
+from moepress.models.storage.block_types import BLOCK_SUFFIXES
+from moepress.models.storage.foreign import BLOCKS_METHOD, stored_method
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.validation.rules.onnx_facts import Graph, read_graph
 
@@ -34,6 +35,9 @@ class Kind(StrEnum):
     COMPRESSED = "compressed-tensors"
     GPTQ = "gptq"
     ONNX = "onnx"
+    BLOCKS = "GGUF's blocks"
+    GGUF = "gguf"
+    MLX = "mlx"
     OTHER = "another layout"
 
 
@@ -185,7 +189,7 @@ def read_facts(folder: Path, *, tensor_parallel: int = 1, expert_parallel: int =
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise InvalidInputError(f"{folder / 'config.json'}: quantization_config is no object; restore the file.")
-    kind = _kind(quantization)
+    kind = Kind.MLX if isinstance(config.get("quantization"), dict) else _kind(quantization)
     foreign = stored_method(stored) if kind in (Kind.PLAIN, Kind.OTHER) else None
     file = folder / QUANTIZE_CONFIG
     return Facts(
@@ -273,6 +277,10 @@ def _dense_names(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
         coded = next((ending for ending in endings if name.endswith(ending)), None)
         if coded is not None:
             found[f"{name.removesuffix(coded)}.weight"] = entry.shape
+        elif (block := next((end for end in BLOCK_SUFFIXES if name.endswith(end)), None)) is not None:
+            found[name.removesuffix(block)] = entry.shape
+        elif name.endswith((".scales", ".biases")):
+            continue
         elif name.endswith("_blocks") and len(entry.shape) == 4:
             found[name.removesuffix("_blocks")] = (*entry.shape[:2], entry.shape[2] * 32)
         elif not name.endswith((*parts, "_scales", "_scale_inv")) or name.endswith(".weight"):
@@ -299,7 +307,8 @@ def _kind(quantization: Mapping[str, Any]) -> Kind:
     method = quantization.get("quant_method")
     if not quantization or method == "fp8":  # block-scaled fp8 is what DeepSeek's own folders are in
         return Kind.PLAIN
-    return {"compressed-tensors": Kind.COMPRESSED, "gptq": Kind.GPTQ}.get(str(method), Kind.OTHER)
+    kinds = {"compressed-tensors": Kind.COMPRESSED, "gptq": Kind.GPTQ, BLOCKS_METHOD: Kind.BLOCKS}
+    return kinds.get(str(method), Kind.OTHER)
 
 
 def _widths(kind: Kind, quantization: Mapping[str, Any]) -> tuple[Width, ...]:

@@ -16,6 +16,7 @@ class Runtime(StrEnum):
     GPTQMODEL = "gptqmodel"
     LLAMA_CPP = "llama.cpp"
     ONNXRUNTIME = "onnxruntime"
+    MLX = "mlx"
 
 
 class Effect(StrEnum):

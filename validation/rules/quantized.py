@@ -29,6 +29,14 @@ def layout(facts: Facts) -> Iterator[Problem]:
         happens = dict.fromkeys(_HF, (_REFUSES, "does not read ONNX"))
         yield Problem(what=what, happens=happens, mend="give it the folder that was exported")
         return
+    if facts.kind is Kind.MLX:
+        happens = dict.fromkeys((*_HF, Runtime.ONNXRUNTIME), (_REFUSES, "does not read MLX's layout"))
+        yield Problem(what=what, happens=happens, mend="give it the folder that was exported")
+        return
+    if facts.kind is Kind.BLOCKS:
+        happens = dict.fromkeys((*_HF, Runtime.ONNXRUNTIME), (_REFUSES, "does not know such a folder"))
+        yield Problem(what=what, happens=happens, mend="`moepress export FOLDER --to gguf`, and give the file to llama.cpp")
+        return
     happens = {Runtime.ONNXRUNTIME: (_REFUSES, "reads ONNX only")}
     yield Problem(what=what, happens=happens, mend="`moepress export FOLDER --to onnx`")
     if facts.kind in (Kind.COMPRESSED, Kind.PLAIN):
@@ -43,6 +51,20 @@ def layout(facts: Facts) -> Iterator[Problem]:
             happens=dict.fromkeys(_HF, (_REFUSES, "is not known to read it for experts")),
             mend=_AGAIN,
         )
+
+
+def mlx(facts: Facts) -> Iterator[Problem]:
+    """mlx-lm reads the folder: its own layout, plain weights, and of DeepSeek-V3 codes of 4 bits."""
+    if facts.kind in (Kind.PLAIN, Kind.MLX):
+        return
+    effect, happens, mend = _REFUSES, "does not read it", "`moepress export FOLDER --to mlx` of the compressed-tensors folder"
+    if facts.kind is Kind.COMPRESSED and facts.family.name in ("deepseek_v3", "kimi_k2"):
+        if all(width.bits == 4 for width in facts.widths):
+            return
+        effect, happens = _WRONG, "takes all codes for ones of 4 bits, without an error"
+    if facts.kind is Kind.BLOCKS:
+        mend = "`moepress export FOLDER --to gguf`, and run it in llama.cpp"
+    yield Problem(what=f"the folder is {facts.kind.value}", happens={Runtime.MLX: (effect, happens)}, mend=mend)
 
 
 def gptq_in_transformers(facts: Facts) -> Iterator[Problem]:

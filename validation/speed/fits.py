@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
+from moepress.converters.gguf.file import GgufModel
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.models.families.family import Part, part_of
@@ -20,7 +21,7 @@ from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, TIGHT_RE
 
 
 def fits_section(
-    subjects: Iterable[tuple[str, Source | OnnxFolder]],
+    subjects: Iterable[tuple[str, Source | OnnxFolder | GgufModel]],
     targets: Sequence[Target],
     context: int | None = None,
     *,
@@ -28,7 +29,7 @@ def fits_section(
     throughput: Throughput | None = None,
     chosen: str | None = None,
 ) -> Targets | None:
-    """Every folder of safetensors on every GPU; ONNX folders are left out, for other programs run them.
+    """Every folder of safetensors on every GPU; ONNX folders and GGUF files are left out, for other programs run them.
 
     Args:
         subjects: label and opened folder; what is in memory only is left out too.
@@ -78,7 +79,9 @@ def _load(label: str, source: Checkpoint | Artifact, tokens: int) -> SubjectLoad
         subject=label,
         weight_bytes=source.total_bytes,
         cache_bytes=cache_bytes(source.config, tokens),
-        load=load_of(weights_of(source), shape, cache_bytes(source.config, 1)),
+        load=load_of(
+            weights_of(source), shape, cache_bytes(source.config, 1), len(source.outline.moe_layers)
+        ),
     )
 
 

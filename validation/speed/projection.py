@@ -44,6 +44,9 @@ class Load:
         prefill_bytes: weights that a prompt of 512 tokens reads: every expert is some token's.
         flops_per_token: two for each weight that a token passes.
         cache_bytes_per_token: KV cache of one token, all layers.
+        expert_layers: decoder layers with routed experts.
+        routed_bytes: all routed experts.
+        routed_decode_bytes: those that one token reads; a part of `decode_bytes`.
     """
 
     layers: int
@@ -51,6 +54,9 @@ class Load:
     prefill_bytes: int
     flops_per_token: int
     cache_bytes_per_token: int
+    expert_layers: int = 0
+    routed_bytes: int = 0
+    routed_decode_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +74,16 @@ def interval_text(low: float, high: float) -> str:
     return "-".join(f"{end:,.0f}" if end >= 10 else f"{end:g}" for end in ends)
 
 
-def load_of(parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: int) -> Load:
+def load_of(
+    parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: int, expert_layers: int | None = None
+) -> Load:
     """What a model of these parts asks; its MTP layer is not run.
 
     Args:
         parts: parameters and stored bytes of what it has.
         shape: its config's.
         cache_bytes_per_token: of its KV cache.
+        expert_layers: with routed experts; None for all.
     """
     from moepress.models.forward.inventory import Weight  # here, so that the table of GPUs costs no torch
 
@@ -91,7 +100,37 @@ def load_of(parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: i
         prefill_bytes=whole,
         flops_per_token=2 * (parameters - routed.parameters + routed.parameters * top_k // experts),
         cache_bytes_per_token=cache_bytes_per_token,
+        expert_layers=shape.layers if expert_layers is None else expert_layers,
+        routed_bytes=routed.bytes,
+        routed_decode_bytes=routed.bytes * top_k // experts,
     )
+
+
+HYBRID_SHARES = (0.5, 0.8)
+"""Of the card's bandwidth where experts lie in the memory behind it, slow and fast."""
+RAM_SHARES = (0.35, 0.6)
+"""Of that memory's theoretical bandwidth, slow and fast."""
+
+
+def project_behind(load: Load, *, bandwidth: float, ram_bandwidth: float, share: float) -> Interval:
+    """Decoding with a share of the routed experts in the memory behind the card, as `tg128`.
+
+    1/t = (all but those experts) / (card * g) + (those experts that a token reads) / (memory * r) + layers * t0, with
+    g from 0.5 to 0.8 and r from 0.35 to 0.6 of the theoretical bandwidth.
+
+    Args:
+        load: of the model.
+        bandwidth: of the card's memory, bytes per second.
+        ram_bandwidth: of the memory behind it.
+        share: of what the router sends there, as much as of the experts unless the profile says otherwise.
+    """
+    away = load.routed_decode_bytes * share
+    near = load.decode_bytes - away + DECODE // 2 * load.cache_bytes_per_token
+    ends = [
+        1 / (near / (bandwidth * card) + away / (ram_bandwidth * behind) + load.layers * started)
+        for card, behind, started in zip(HYBRID_SHARES, RAM_SHARES, LAYER_SECONDS, strict=True)
+    ]
+    return Interval(low=ends[0], high=ends[1])
 
 
 def project(load: Load, *, bandwidth: float, flops: float) -> tuple[Interval, Interval]:

@@ -25,6 +25,7 @@ class TargetFit(_Row):
         left_bytes: memory beside them; negative where they alone are too much.
         lacking_bytes: how much memory more would make it `tight`.
         pp512, tg128: tokens per second by the formulas of the section, projected; None where it does not fit.
+        ram_layers, ram_bytes: layers whose experts lie in the memory behind the GPU, and what those take there.
     """
 
     subject: str
@@ -37,6 +38,8 @@ class TargetFit(_Row):
     lacking_bytes: int
     pp512: Interval | None = None
     tg128: Interval | None = None
+    ram_layers: int = 0
+    ram_bytes: int = 0
 
 
 class SubjectLoad(_Row):

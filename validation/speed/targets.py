@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moepress.errors import InvalidInputError, UsageError
 from moepress.runs.files import read_text
 from moepress.runs.text import suggestion
-from moepress.validation.speed.projection import Interval, Load, project
+from moepress.validation.speed.projection import Interval, Load, project, project_behind
 
 TABLE = Path(__file__).with_name("targets.toml")
 RESERVE = 0.15
@@ -23,6 +23,24 @@ TIGHT_RESERVE = 0.05
 DEFAULT_CONTEXT = 8192
 """Tokens in the KV cache where none are named; fewer where the model's context is shorter."""
 GIB = 1 << 30
+
+
+class Ram(BaseModel):
+    """A machine's own memory, behind a card.
+
+    Attributes:
+        id: short name, such as ddr5-128.
+        name: in words.
+        memory_gib: of it.
+        bandwidth_gb_per_second: theoretical, 10^9 bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    name: str = Field(min_length=1)
+    memory_gib: float = Field(gt=0)
+    bandwidth_gb_per_second: float = Field(gt=0)
 
 
 class Target(BaseModel):
@@ -37,11 +55,12 @@ class Target(BaseModel):
         fp16_tflops: tensor cores, dense, accumulating in fp32.
         pcie: generation and lanes, None where there is no bus in between.
         uncertain: `fp16_tflops` is less certain than the other figures.
+        ram: memory behind it, which may hold experts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    id: str = Field(pattern=r"^[a-z0-9]+([-+][a-z0-9]+)*$")
     name: str = Field(min_length=1)
     kind: Literal["gaming", "unified", "reference"]
     memory_gib: float = Field(gt=0)
@@ -49,6 +68,7 @@ class Target(BaseModel):
     fp16_tflops: float = Field(gt=0)
     pcie: str | None = Field(default=None, pattern=r"^\d\.\d x\d+$")
     uncertain: bool = False
+    ram: Ram | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -60,10 +80,16 @@ class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target: tuple[Target, ...] = Field(min_length=1)
+    ram: tuple[Ram, ...] = ()
 
 
 def load_targets(file: Path = TABLE) -> tuple[Target, ...]:
-    """Read a table of GPUs, in its own order.
+    """Read a table of GPUs, in its own order; raises as `_read_table`."""
+    return _read_table(file).target
+
+
+def _read_table(file: Path) -> _Table:
+    """A table of GPUs, and of memory behind them.
 
     Raises:
         InvalidInputError: it cannot be read, is not TOML, a field is wrong, or two cards have the same id.
@@ -83,7 +109,7 @@ def load_targets(file: Path = TABLE) -> tuple[Target, ...]:
     twice = next((name for name in ids if ids.count(name) > 1), None)
     if twice is not None:
         raise InvalidInputError(f"{file} has two targets with the id {twice!r}; mend it.")
-    return table.target
+    return table
 
 
 def all_targets(own: Path | None = None) -> tuple[Target, ...]:
@@ -99,15 +125,22 @@ def all_targets(own: Path | None = None) -> tuple[Target, ...]:
 
 
 def target_of(name: str, own: Path | None = None) -> Target:
-    """The GPU of that id, or with that name as shops write it, `RTX 4090`.
+    """The GPU of that id, or with that name as shops write it, `RTX 4090`; several of it, `2xrtx-3090`, and with the
+    machine's memory behind it, `rtx-4090+ddr5-128`.
 
     Raises:
         UsageError: there is none, or several cards are sold under that name; the message says which there are.
         InvalidInputError: the user's own file can not be used.
     """
+    card, plus, behind = name.partition("+")
+    if plus:
+        return _with_ram(target_of(card.strip(), own), behind.strip(), own)
+    several = re.fullmatch(r"(\d{1,2})\s*x\s*(.+)", name)
     targets = {target.id: target for target in all_targets(own)}
     if name in targets:
         return targets[name]
+    if several is not None and int(several[1]) > 0:
+        return _several(int(several[1]), target_of(several[2], own))
     asked = _plain(name)
     found = [t for t in targets.values() if asked in {_plain(t.id), _plain(t.name)}]
     sold = re.compile(re.escape(asked) + r"-(sxm|\d+gb)")  # what follows tells sizes apart, not cards
@@ -118,6 +151,27 @@ def target_of(name: str, own: Path | None = None) -> Target:
         raise UsageError(f"--target {name} may be {' or '.join(t.id for t in found)}; say which.")
     near = suggestion(name, targets)
     raise UsageError(f"--target {name} is not in the table{near}; it has {', '.join(targets)}.")
+
+
+def _several(count: int, target: Target) -> Target:
+    """So many of a card: their memory together, and the speed of one, since a token passes them one after the other."""
+    return target.model_copy(
+        update={
+            "id": f"{count}x{target.id}",
+            "name": f"{count} x {target.name}",
+            "memory_gib": count * target.memory_gib,
+        }
+    )
+
+
+def _with_ram(target: Target, name: str, own: Path | None) -> Target:
+    rows = {ram.id: ram for file in (TABLE, own) if file is not None for ram in _read_table(file).ram}
+    if name not in rows:
+        raise UsageError(f"--target ...+{name} is not in the table{suggestion(name, rows)}; it has {', '.join(rows)}.")
+    ram = rows[name]
+    return target.model_copy(
+        update={"id": f"{target.id}+{ram.id}", "name": f"{target.name} with {ram.name}", "ram": ram}
+    )
 
 
 def _plain(name: str) -> str:
@@ -144,6 +198,8 @@ class Fit:
         left_bytes: memory beside weights and KV cache; negative where they alone are too much.
         lacking_bytes: how much memory more would make it `tight`; 0 where it is that already.
         pp512, tg128: projected tokens per second; None where it does not fit, or nobody asked.
+        ram_layers: layers whose routed experts lie in the memory behind the card; 0 where all is on the card.
+        ram_bytes: what those experts take there.
     """
 
     target: str
@@ -152,6 +208,8 @@ class Fit:
     lacking_bytes: int
     pp512: Interval | None = None
     tg128: Interval | None = None
+    ram_layers: int = 0
+    ram_bytes: int = 0
 
 
 def fit(target: Target, needed_bytes: int, load: Load | None = None) -> Fit:
@@ -163,7 +221,45 @@ def fit(target: Target, needed_bytes: int, load: Load | None = None) -> Fit:
     pp512, tg128 = None, None
     if load is not None and verdict is not Verdict.NO:
         pp512, tg128 = project(load, bandwidth=1e9 * target.bandwidth_gb_per_second, flops=1e12 * target.fp16_tflops)
-    return Fit(target=target.id, verdict=verdict, left_bytes=left, lacking_bytes=lacking, pp512=pp512, tg128=tg128)
+    alone = Fit(target=target.id, verdict=verdict, left_bytes=left, lacking_bytes=lacking, pp512=pp512, tg128=tg128)
+    if verdict is not Verdict.NO or target.ram is None or load is None or not load.expert_layers:
+        return alone
+    return _behind(target, target.ram, needed_bytes, load) or alone
+
+
+def _behind(target: Target, ram: Ram, needed_bytes: int, load: Load) -> Fit | None:
+    """The experts of some layers in the memory behind the card; None where that is not enough either.
+
+    All else and the KV cache stay on the card, as llama.cpp's `--n-cpu-moe` has it.
+    """
+    room = target.memory_bytes * (1 - RESERVE) - (needed_bytes - load.routed_bytes)
+    layer = load.routed_bytes / load.expert_layers
+    on_card = math.floor(room / layer)
+    moved = load.expert_layers - max(0, on_card)
+    ram_bytes = math.ceil(moved * layer)
+    if room < 0 or ram_bytes > ram.memory_gib * GIB * (1 - RESERVE):
+        return None
+    tg128 = project_behind(
+        load,
+        bandwidth=1e9 * target.bandwidth_gb_per_second,
+        ram_bandwidth=1e9 * ram.bandwidth_gb_per_second,
+        share=moved / load.expert_layers,
+    )
+    left = round(target.memory_bytes - (needed_bytes - ram_bytes))
+    return Fit(
+        target=target.id,
+        verdict=Verdict.FITS,
+        left_bytes=left,
+        lacking_bytes=0,
+        tg128=tg128,
+        ram_layers=moved,
+        ram_bytes=ram_bytes,
+    )
+
+
+def offload_options(found: Fit) -> str:
+    """llama.cpp's options for a fit; empty where all is on the card."""
+    return f"-ngl 999 --n-cpu-moe {found.ram_layers}" if found.ram_layers else ""
 
 
 def gaming(targets: Sequence[Target]) -> tuple[Target, ...]:

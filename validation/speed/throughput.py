@@ -2,8 +2,8 @@
 
 Prefill is one forward pass over a prompt of random tokens. Decode starts from an empty cache with one token, takes the
 most likely next token 128 times, and never stops at an end-of-text token. ONNX folders run in ONNX Runtime and, where
-it is installed, in onnxruntime-genai; all others in transformers, which computes only the logits of the prompt's last
-token.
+it is installed, in onnxruntime-genai; GGUF files in llama.cpp; all others in transformers, which computes only the
+logits of the prompt's last token.
 """
 
 import os
@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepress.converters.gguf.file import GgufModel
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import InvalidInputError
 from moepress.models.forward.dense import free_memory_bytes, release_dense
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import load_config
+from moepress.models.storage.packed import Packing
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.results import Throughput, ThroughputRow
+from moepress.validation.speed.llama_throughput import llama_candidate
 from moepress.validation.speed.onnx_throughput import onnx_candidates
 from moepress.validation.speed.timing import (
     Bench,
@@ -70,6 +74,8 @@ def measure_throughput(subjects: Sequence[Subject], bench: Bench) -> Throughput:
 def _candidates(subject: Subject, bench: Bench) -> list[Candidate]:
     if isinstance(subject.source, OnnxFolder):
         return onnx_candidates(subject.label, subject.source, bench)
+    if isinstance(subject.source, GgufModel):
+        return [llama_candidate(subject.label, subject.source, bench)]
     return [_in_transformers(subject, bench)]
 
 
@@ -156,6 +162,8 @@ def _obstacle(subject: Subject, bench: Bench) -> str | None:
     """Why a subject can not be measured, or None."""
     if subject.folder is None:
         return "it is not a folder on disk"
+    if isinstance(subject.source, Checkpoint) and any(p.packing is Packing.GGUF for p in subject.source.packed.values()):
+        return "transformers does not know GGUF's blocks; export it to GGUF"
     needed, free = _dense_bytes(subject, bench), free_memory_bytes(bench.device)
     if needed > free:
         return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

@@ -1,0 +1,145 @@
+"""Projected decoding speed beside what others have measured: unified memory, and cards with experts in RAM behind them.
+
+    python benchmarks/hybrid_projection.py [--json FILE]
+
+Each row is a published figure with its rig; the interval is what `inspect --target` would say. Nothing is measured here.
+Sizes of the models are computed from their published shapes and the bits of the file that was run.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from setting import RESULTS
+
+from moepress.validation.speed.projection import Interval, Load, project, project_behind
+from moepress.validation.speed.targets import target_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What a token reads of a model: `routed` and `rest` weights, and the bits that each of them takes in the file."""
+
+    name: str
+    layers: int
+    routed: float
+    rest: float
+    routed_bits: float
+    rest_bits: float
+    cache_bytes: int
+
+    def load(self) -> Load:
+        away, near = self.routed * self.routed_bits / 8, self.rest * self.rest_bits / 8
+        return Load(
+            layers=self.layers,
+            decode_bytes=round(near + away),
+            prefill_bytes=0,
+            flops_per_token=0,
+            cache_bytes_per_token=self.cache_bytes,
+            expert_layers=self.layers,
+            routed_decode_bytes=round(away),
+        )
+
+
+# Routed: layers x top-k x 3 x hidden x width. Rest: attention, shared and dense MLPs, head.
+R1 = Model(
+    name="DeepSeek-R1 Q4_K_M",
+    layers=61,
+    routed=58 * 8 * 3 * 7168 * 2048,
+    rest=17.1e9,
+    routed_bits=4.83,
+    rest_bits=5.0,
+    cache_bytes=61 * 576 * 2,
+)
+OSS_120 = Model(
+    name="gpt-oss-120b MXFP4",
+    layers=36,
+    routed=36 * 4 * 3 * 2880 * 2880,
+    rest=36 * 2880 * 9216 + 201_088 * 2880,
+    routed_bits=4.25,
+    rest_bits=8.5,
+    cache_bytes=36 * 2 * 512 * 2,
+)
+OSS_20 = Model(
+    name="gpt-oss-20b MXFP4",
+    layers=24,
+    routed=24 * 4 * 3 * 2880 * 2880,
+    rest=24 * 2880 * 9216 + 201_088 * 2880,
+    routed_bits=4.25,
+    rest_bits=8.5,
+    cache_bytes=24 * 2 * 512 * 2,
+)
+CODER = Model(
+    name="Qwen3-Coder-30B Q8_0",
+    layers=48,
+    routed=48 * 8 * 3 * 2048 * 768,
+    rest=48 * 2048 * 9216 + 151_936 * 2048,
+    routed_bits=8.5,
+    rest_bits=8.5,
+    cache_bytes=48 * 2 * 512 * 2,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Someone's figure: tokens per second on a target, with all of the routed experts in RAM or none."""
+
+    model: Model
+    target: str
+    rig: str
+    measured: tuple[float, float]
+
+
+PUBLISHED = (
+    Published(
+        model=R1,
+        target="rtx-4090+ddr5-8ch-512",
+        rig="RTX 4090, Xeon 6454S, 8 x DDR5-4800 (ktransformers)",
+        measured=(8.73, 8.73),
+    ),
+    Published(model=OSS_120, target="dgx-spark", rig="DGX Spark (llama.cpp)", measured=(59.0, 59.0)),
+    Published(model=OSS_20, target="dgx-spark", rig="DGX Spark (llama.cpp)", measured=(84.1, 84.1)),
+    Published(model=CODER, target="dgx-spark", rig="DGX Spark (llama.cpp)", measured=(60.9, 60.9)),
+    Published(model=OSS_120, target="strix-halo-128gb", rig="Strix Halo (llama.cpp)", measured=(52.0, 52.0)),
+    Published(model=OSS_120, target="rtx-4060-8gb+ddr5-96", rig="8 GB card, 14900K", measured=(18.0, 25.6)),
+)
+
+
+def interval(one: Published) -> Interval:
+    target, load = target_of(one.target), one.model.load()
+    bandwidth = 1e9 * target.bandwidth_gb_per_second
+    if target.ram is None:
+        return project(load, bandwidth=bandwidth, flops=1e12 * target.fp16_tflops)[1]
+    ram = 1e9 * target.ram.bandwidth_gb_per_second
+    return project_behind(load, bandwidth=bandwidth, ram_bandwidth=ram, share=1.0)
+
+
+def off(found: Interval, measured: tuple[float, float]) -> float:
+    """How far the farther end of what was measured lies outside, as a share of the nearer bound; 0 inside."""
+    low, high = measured
+    return max(0.0, found.low / low - 1, high / found.high - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=RESULTS / "hybrid_projection.json")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print("| model | rig | measured, tokens/s | projected | outside by |\n|---|---|---:|---:|---:|")
+    for one in PUBLISHED:
+        found = interval(one)
+        low, high = one.measured
+        text = f"{low:g}" if low == high else f"{low:g}-{high:g}"
+        away = off(found, one.measured)
+        print(f"| {one.model.name} | {one.rig} | {text} | {found.low:.1f}-{found.high:.1f} | {away:.0%} |")
+        rows.append(
+            {"model": one.model.name, "target": one.target, "rig": one.rig, "measured": one.measured}
+            | {"projected": asdict(found), "outside": away}
+        )
+    options.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

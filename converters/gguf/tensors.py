@@ -1,0 +1,448 @@
+"""The tensors of a GGUF file: which matrices they are made of, their types, and their bytes when their turn comes.
+
+Codes are copied: int4 codes (and 3 and 2 bits, in a container of 4) become Q4_0, int8 codes Q8_0, and what lies in
+GGUF's own blocks stays as it is. What is not quantized keeps its dtype; norms, routers, biases and one-dimensional
+tensors become F32, as llama.cpp wants them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moepress.converters.gguf.architectures import Architecture, head_size
+from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.packing import to_unsigned
+from moepress.errors import UnsupportedError
+from moepress.models.families.family import Part, part_of
+from moepress.models.families.hf_config import hf_config
+from moepress.models.storage.block_types import PLAIN, TYPES, BlockType
+from moepress.models.storage.blocks import Blocks, pack
+from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.packed import Packing
+from moepress.models.storage.experts import bias_names, is_fused, read_expert, router_disk_names
+from moepress.models.storage.tensors import read_row, read_rows, read_tensor, require_finite, tensor_bytes
+from moepress.models.storage.writer import Chunk
+
+Folder = Checkpoint | Artifact
+
+_CHUNK_BYTES = 32 << 20
+_OF_DTYPE = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KEPT_SMALL = 4
+"""Matrices with fewer rows, such as a shared expert's gate, are written as F32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor:
+    """One tensor of the file to be.
+
+    Attributes:
+        name: as llama.cpp calls it.
+        shape: outermost axis first, as in torch; the file has them the other way round.
+        type: a block type's name, F32, F16 or BF16.
+        bytes: in all.
+        layer: whose it is, or None.
+        part: of the model.
+        data: its bytes in order, read when they are asked for.
+        scale_error: of codes that were copied, the largest relative change of a scale in fp16, once written.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+    layer: int | None
+    part: Part
+    data: Callable[[], Iterator[Chunk]]
+    scale_error: list[float] = field(default_factory=list)
+
+
+Reorder = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrices:
+    """Where the weights of a tensor come from: one matrix, or one of every expert.
+
+    Attributes:
+        names: on disk, where each is a tensor of its own; one of them tells type and shape of all.
+        made: gives number i as a dense matrix, where they lie together in another tensor; None otherwise.
+        blocks: gives number i as bytes of MXFP4, where they lie so in another tensor; None otherwise.
+        count: how many there are.
+        stacked: the tensor has an axis for them.
+        rows: another order of the rows.
+    """
+
+    names: Sequence[str] = ()
+    made: Callable[[int], Tensor] | None = None
+    blocks: Callable[[int], Tensor] | None = None
+    shape: tuple[int, ...] = ()
+    count: int = 1
+    stacked: bool = False
+    rows: Reorder | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """Turns a folder's weights into a file's tensors.
+
+    Attributes:
+        source: a folder: plain, pruned or quantized.
+        row: of its family.
+        exact: everything as F32, for comparisons: codes times scales in fp32.
+    """
+
+    source: Folder
+    row: Architecture
+    exact: bool = False
+
+    def tensors(self) -> list[GgufTensor]:
+        """All tensors, in the order of the file.
+
+        Raises:
+            UnsupportedError: llama.cpp has no place for one, or a width or group that no type takes.
+        """
+        return [self._tensor(*placed) for placed in placed_tensors(self.source, self.row)]
+
+    def _tensor(self, name: str, of: Matrices, layer: int | None, part: Part) -> GgufTensor:
+        source = self.source
+        shape = of.shape or source.shapes[of.names[0]]
+        kind = self._type(of, shape, part)
+        full = (of.count, *shape) if of.stacked else shape
+        errors: list[float] = []
+        if kind in PLAIN:
+            size = math.prod(full) * _TORCH[kind].itemsize
+            rows = self._dense(of, kind)
+        else:
+            size = of.count * shape[0] * TYPES[kind].row_bytes(shape[1])
+            rows = self._coded(of, kind, errors)
+        return GgufTensor(
+            name=name, shape=full, type=kind, bytes=size, layer=layer, part=part, data=rows, scale_error=errors
+        )
+
+    def _type(self, of: Matrices, shape: tuple[int, ...], part: Part) -> str:
+        if len(shape) < 2 or shape[0] < _KEPT_SMALL or part in (Part.ROUTER, Part.NORMS) or self.exact:
+            return "F32"  # an exact file has no codes: `_dense` multiplies them out
+        if of.blocks is not None:
+            return "MXFP4"
+        if of.made is not None:
+            return _float_type(self.source.config)
+        found = {self._stored_type(name) for name in of.names}
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"{of.names[0]} and its neighbours have codes of different kinds ({', '.join(sorted(found))}), and "
+                "llama.cpp keeps the experts of a layer in one tensor of one type."
+            )
+        return found.pop()
+
+    def _stored_type(self, name: str) -> str:
+        source = self.source
+        if (blocks := _blocks_of(source, name)) is not None:
+            return blocks.name
+        if not (isinstance(source, Artifact) and source.is_quantized(name)):
+            stored = source.stored.get(name)
+            return _OF_DTYPE.get(stored.dtype, "BF16") if stored is not None else "BF16"
+        scheme, columns = source.scheme_of(name), source.shapes[name][1]
+        group = scheme.columns_per_group(columns)
+        if group % 32:
+            raise UnsupportedError(
+                f"{name} has groups of {group} columns, and GGUF's Q4_0 and Q8_0 have 32; quantize with "
+                "--group-size 32, 64 or 128."
+            )
+        return "Q8_0" if scheme.bits == 8 else "Q4_0"
+
+    def _dense(self, of: Matrices, kind: str) -> Callable[[], Iterator[Chunk]]:
+        def data() -> Iterator[Chunk]:
+            for rows in self._dense_rows(of):
+                yield tensor_bytes(rows.to(_TORCH[kind]))
+
+        return data
+
+    def _dense_rows(self, of: Matrices) -> Iterator[Tensor]:
+        """The weights, some rows at a time where nothing is reordered."""
+        source = self.source
+        if of.made is not None:
+            yield from map(of.made, range(of.count))
+            return
+        for name in of.names:
+            stored = source.stored.get(name)
+            if of.rows is not None or stored is None or stored.dtype not in _OF_DTYPE or len(stored.shape) < 2:
+                whole = exactly(source, name)
+                yield whole if of.rows is None else of.rows(whole)
+                continue
+            step = max(1, _CHUNK_BYTES // max(1, stored.bytes // stored.shape[0]))
+            for begin in range(0, stored.shape[0], step):
+                rows = read_rows(stored, begin, min(begin + step, stored.shape[0]))
+                require_finite(stored, rows)
+                yield rows
+
+    def _coded(self, of: Matrices, kind: str, errors: list[float]) -> Callable[[], Iterator[Chunk]]:
+        source = self.source
+
+        def data() -> Iterator[Chunk]:
+            if of.blocks is not None:
+                yield from (tensor_bytes(of.blocks(number)) for number in range(of.count))
+            for name in of.names if of.blocks is None else ():
+                if isinstance(source, Checkpoint):
+                    rows = read_tensor(source.packed[name].parts["codes"])
+                else:
+                    rows, error = copied(kind, *source.codes(name))
+                    errors.append(error)
+                yield tensor_bytes(rows if of.rows is None else of.rows(rows))
+
+        return data
+
+
+def _blocks_of(source: Folder, name: str) -> BlockType | None:
+    """GGUF's type that a matrix lies in already, or None."""
+    packed = source.packed.get(name) if isinstance(source, Checkpoint) else None
+    return None if packed is None else packed.kind
+
+
+def exactly(source: Folder, name: str) -> Tensor:
+    """A dense tensor; of codes their exact products."""
+    if isinstance(source, Artifact) and source.is_quantized(name):
+        codes, scales = source.codes(name)
+        grouped = codes.float().unflatten(1, (scales.shape[1], -1))
+        return (grouped * scales.float()[:, :, None]).flatten(1)
+    return source.read(name)
+
+
+def copied(kind: str, codes_OI: Tensor, scales_OG: Tensor) -> tuple[Tensor, float]:
+    """Symmetric codes in blocks of Q4_0 or Q8_0, and the largest relative change of a scale.
+
+    Args:
+        kind: Q4_0 or Q8_0.
+        codes_OI: int8, of 2 to 4 bits or of 8.
+        scales_OG: each stands for a multiple of 32 columns.
+
+    Raises:
+        UnsupportedError: a scale is too large for fp16, or becomes zero in it.
+    """
+    of_group = codes_OI.shape[1] // scales_OG.shape[1]
+    half = scales_OG.to(torch.float16)
+    lost = ~torch.isfinite(half) | ((half == 0) & (scales_OG != 0))
+    if bool(lost.any()):
+        raise UnsupportedError("A scale of the codes lies outside of what fp16 holds, which GGUF stores it in.")
+    wide = scales_OG.float()
+    error = float(((half.float() - wide).abs() / wide.abs().clamp_min(torch.finfo(torch.float32).tiny)).max())
+    bits = TYPES[kind].bits
+    blocks = Blocks(codes=to_unsigned(codes_OI, bits).to(torch.uint8), d=half.repeat_interleave(of_group // 32, dim=1))
+    return pack(TYPES[kind], blocks), error
+
+
+def _float_type(config: object) -> str:
+    stated = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
+    return {"float32": "F32", "float16": "F16"}.get(str(stated), "BF16")
+
+
+Placed = tuple[str, Matrices, int | None, Part]
+
+
+def placed_tensors(source: Folder, row: Architecture) -> Iterator[Placed]:
+    """Every tensor of the file with where it comes from, layer by layer; multi-token prediction is left out.
+
+    Raises:
+        UnsupportedError: llama.cpp's architecture has no place for one.
+    """
+    outline, layers = source.outline, source.outline.shape.layers
+    lookup = _lookup(row, layers)
+    tied = bool(hf_config(source.config).get_text_config().tie_word_embeddings)
+    for name in outline.names_by_layer.get(None, ()):
+        if name == source.family.head and tied:
+            continue
+        if name == source.family.embeddings and tied and row.own_head:
+            yield "output.weight", Matrices(names=(name,)), None, Part.LM_HEAD
+        if part_of(source.family, name, layers) is Part.TOWERS:
+            continue
+        yield _one(source, row, lookup, name, None)
+    for layer in range(layers):
+        yield from _layer(source, row, lookup, layer)
+
+
+def _layer(source: Folder, row: Architecture, lookup: Callable[[str], str | None], layer: int) -> Iterator[Placed]:
+    ours = _expert_tensors(source, layer) if layer in source.outline.moe_layers else set()
+    for name in source.outline.names_by_layer.get(layer, ()):
+        if name in ours:
+            continue
+        if row.latent and name.endswith("kv_b_proj.weight"):
+            yield from _split_latent(source, name, layer)
+        else:
+            yield _one(source, row, lookup, name, layer)
+    if layer in source.outline.moe_layers:
+        yield from _stacks(source, layer)
+
+
+def _expert_tensors(source: Folder, layer: int) -> set[str]:
+    """Names on disk of all that belongs to single experts."""
+    family = source.family
+    if is_fused(source, layer):
+        return set(family.fused_names(layer))
+    return {name for name in source.outline.names_by_layer.get(layer, ()) if family.expert_of(name) is not None}
+
+
+def _one(
+    source: Folder, row: Architecture, lookup: Callable[[str], str | None], name: str, layer: int | None
+) -> Placed:
+    part = part_of(source.family, name, source.outline.shape.layers)
+    routers = router_disk_names(source, layer) if layer in source.outline.moe_layers and layer is not None else ()
+    found = lookup(source.family.module_name(name))
+    if found is None:
+        raise UnsupportedError(
+            f"{name} can not be exported to GGUF: llama.cpp's {row.name} has no place for such a tensor."
+        )
+    reorder = _turned(source, name) if row.interleaved else None
+    shape = source.shapes[name]
+    if len(shape) == 2 and 1 in shape and part is Part.ROUTER and name not in routers:  # a shared expert's gate
+        return found, Matrices(names=(name,), shape=(math.prod(shape),), rows=torch.flatten), layer, part
+    if name in routers and len(shape) == 2 and 1 in shape:  # a correction [1, E]
+        return found, Matrices(names=(name,), shape=(math.prod(shape),), rows=torch.flatten), layer, Part.ROUTER
+    kind = Part.ROUTER if name in routers else part
+    return found, Matrices(names=(name,), rows=reorder), layer, kind
+
+
+def _lookup(row: Architecture, layers: int) -> Callable[[str], str | None]:
+    """llama.cpp's name of one of transformers', or None."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == row.name)
+    table = get_tensor_name_map(arch, layers)
+
+    def found(name: str) -> str | None:
+        for old, new in row.renames:
+            name = name.replace(old, new)
+        return table.get_name(name, try_suffixes=(".weight", ".bias"))
+
+    return found
+
+
+def _turned(source: Folder, name: str) -> Reorder | None:
+    """The order of q's and k's rows in which neighbours turn together, from that in which halves do."""
+    config = hf_config(source.config).get_text_config()
+    leaf = name.rsplit(".", 2)[-2]
+    if leaf not in ("q_proj", "k_proj"):
+        return None
+    size = head_size(config)
+
+    def reorder(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+    return reorder
+
+
+def _split_latent(source: Folder, name: str, layer: int) -> Iterator[Placed]:
+    """kv_b_proj as llama.cpp has it: keys' half [H, lora, nope] transposed, values' half [H, v, lora]."""
+    config = hf_config(source.config).get_text_config()
+    heads, nope = int(config.num_attention_heads), int(config.qk_nope_head_dim)
+    latent, width = int(config.kv_lora_rank), int(config.v_head_dim)
+
+    def half(first: bool) -> Callable[[int], Tensor]:
+        def made(_number: int) -> Tensor:
+            whole = exactly(source, name).unflatten(0, (heads, nope + width))
+            return (whole[:, :nope].mT if first else whole[:, nope:]).contiguous()
+
+        return made
+
+    shapes = ((heads, latent, nope), (heads, width, latent))
+    for leaf, first, shape in (("attn_k_b", True, shapes[0]), ("attn_v_b", False, shapes[1])):
+        yield f"blk.{layer}.{leaf}.weight", Matrices(made=half(first), shape=shape), layer, Part.ATTENTION
+
+
+def _stacks(source: Folder, layer: int) -> Iterator[Placed]:
+    """The experts of a layer, one tensor a projection."""
+    family, experts = source.family, _experts(source, layer)
+    fused = is_fused(source, layer)
+    for place, leaf in enumerate(("gate", "up", "down")):
+        name = f"blk.{layer}.ffn_{leaf}_exps"
+        if fused:
+            shape, made = _of_fused(source, layer, leaf)
+            found = Matrices(
+                made=made, blocks=_of_mxfp4(source, layer, leaf), shape=shape, count=experts, stacked=True
+            )
+            yield f"{name}.weight", found, layer, Part.ROUTED
+        else:
+            names = [family.expert_names(layer, expert)[place] for expert in range(experts)]
+            yield f"{name}.weight", Matrices(names=names, count=experts, stacked=True), layer, Part.ROUTED
+        if fused and family.fused_biases:
+            yield f"{name}.bias", _fused_biases(source, layer, leaf, experts), layer, Part.ROUTED
+        elif not fused and bias_names(family, layer, 0)[f"{leaf}_bias"] in source.shapes:
+            biases = [bias_names(family, layer, expert)[f"{leaf}_bias"] for expert in range(experts)]
+            yield f"{name}.bias", Matrices(names=biases, count=experts, stacked=True), layer, Part.ROUTED
+
+
+def _experts(source: Folder, layer: int) -> int:
+    """Experts of a layer, as many as everywhere: the file states one number."""
+    from moepress.models.storage.experts import experts_by_layer
+
+    counts = experts_by_layer(source)
+    if len(set(counts.values())) > 1:
+        raise UnsupportedError(
+            "Layers with different numbers of experts can not be exported to GGUF, which states one number for all; "
+            "plan with the same number in every layer."
+        )
+    return counts[layer]
+
+
+def _of_fused(source: Folder, layer: int, leaf: str) -> tuple[tuple[int, ...], Callable[[int], Tensor]]:
+    family = source.family
+    _experts_axis, first, second = source.shapes[family.at(family.fused_down, layer)]
+    hidden, width = (second, first) if family.fused_transposed else (first, second)
+
+    def made(expert: int) -> Tensor:
+        found = getattr(read_expert(source, layer, expert), leaf)
+        assert isinstance(found, Tensor)
+        return found.contiguous()
+
+    return ((hidden, width) if leaf == "down" else (width, hidden)), made
+
+
+def _of_mxfp4(source: Folder, layer: int, leaf: str) -> Callable[[int], Tensor] | None:
+    """The bytes of a layer's experts where they are MXFP4 as gpt-oss has it: the same codes and exponents, re-laid."""
+    family = source.family
+    name = family.at(family.fused_down if leaf == "down" else family.fused_gate_up, layer)
+    packed = source.packed.get(name) if isinstance(source, Checkpoint) else None
+    if packed is None or packed.packing is not Packing.MXFP4 or len(packed.parts["codes"].shape) != 4:
+        return None
+    rows = slice(None)
+    if leaf != "down":
+        width = packed.shape[1] // 2
+        of_gate = leaf == "gate"
+        rows = slice(0 if of_gate else 1, None, 2) if family.fused_interleaved else slice(
+            0 if of_gate else width, width if of_gate else None
+        )
+
+    def blocks(expert: int) -> Tensor:
+        codes, scales = (read_row(packed.parts[part], expert) for part in ("codes", "scales"))
+        pairs = codes[rows]  # [O, G, 16] bytes: the even column low, the odd one high
+        return pack(
+            TYPES["MXFP4"],
+            Blocks(codes=torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1), d=scales[rows].view(torch.uint8)),
+        )
+
+    return blocks
+
+
+def _fused_biases(source: Folder, layer: int, leaf: str, experts: int) -> Matrices:
+    family = source.family
+    first, down = (family.at(name, layer) for name in family.fused_biases)
+    size = source.shapes[down if leaf == "down" else first][1] // (1 if leaf == "down" else 2)
+
+    def made(expert: int) -> Tensor:
+        row = source.read_row(down if leaf == "down" else first, expert)
+        if leaf == "down":
+            return row
+        halves = (row[0::2], row[1::2]) if family.fused_interleaved else row.chunk(2)
+        return halves[0 if leaf == "gate" else 1].contiguous()
+
+    return Matrices(made=made, shape=(size,), count=experts, stacked=True)
+
+
+def types_of(tensors: Iterable[GgufTensor]) -> dict[str, int]:
+    """Bytes by type, most first."""
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        found[tensor.type] = found.get(tensor.type, 0) + tensor.bytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,0 +1,1 @@
+"""MLX: what mlx-lm loads on Apple's machines, and on CPUs elsewhere."""

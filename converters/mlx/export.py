@@ -1,0 +1,256 @@
+"""export to MLX: the codes of a compressed-tensors folder as mlx-lm has them. Not one of them changes.
+
+MLX's affine layout stores a matrix as uint32 words, a row being one little-endian bit stream of codes from 0 on, which
+is what `weight_packed` holds already; with W = code * scale + bias our symmetric codes have bias = -2**(bits-1) * scale,
+exact in the scales' dtype. The experts of a layer are one tensor a projection, under `switch_mlp`.
+
+Source: mlx-lm 0.32 (`utils.load_model`, `models/switch_layers.py`), tried on the CPU.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepress import __version__
+from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.errors import UnsupportedError
+from moepress.models.families.family import Part, part_of
+from moepress.models.storage.experts import without_mtp
+from moepress.models.storage.safetensors_file import Stored, read_bytes
+from moepress.models.storage.tensors import tensor_bytes
+from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
+from moepress.runs.journal import Run
+from moepress.runs.progress import track
+
+GROUPS = (32, 64, 128)
+FAMILIES: Mapping[str, str] = {
+    "qwen3_moe": "mlp.switch_mlp",
+    "qwen2_moe": "mlp.switch_mlp",
+    "olmoe": "mlp.switch_mlp",
+    "deepseek_v2": "mlp.switch_mlp",
+    "deepseek_v3": "mlp.switch_mlp",
+    "kimi_k2": "mlp.switch_mlp",
+    "glm4_moe": "mlp.switch_mlp",
+    "mixtral": "block_sparse_moe.switch_mlp",
+}
+"""`model_type` -> where mlx-lm's model has the experts of a layer."""
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlxExported:
+    """What an export did: bytes of all tensors, how many matrices have codes, and what a user should know."""
+
+    bytes_after: int
+    modules: int
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrices:
+    """A quantized module of the result: its name, and the matrices on disk that it is made of."""
+
+    module: str
+    names: tuple[str, ...]
+    stacked: bool
+
+
+def check_mlx(artifact: Artifact) -> None:
+    """Refuse what mlx-lm could not load, before any work.
+
+    Raises:
+        UnsupportedError: the family, the layout or the groups.
+    """
+    family = artifact.family.name
+    if family not in FAMILIES:
+        raise UnsupportedError(
+            f"Models of type {family} can not be exported to MLX: moepress has no row for them; it has "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    if artifact.layout != "compressed-tensors":
+        raise UnsupportedError("MLX's words are those of the compressed-tensors folder; export that one to mlx.")
+    for scheme in {scheme for _targets, scheme in artifact.schemes}:
+        if scheme.group_size > 0 and scheme.group_size % 32:
+            raise UnsupportedError(
+                f"Groups of {scheme.group_size} columns can not be exported to MLX, which has {GROUPS}; use "
+                "--group-size 32, 64 or 128."
+            )
+
+
+def export_mlx(artifact: Artifact, run: Run) -> MlxExported:
+    """Write the folder, a shard for every layer, and finish the run.
+
+    Raises:
+        UnsupportedError: as `check_mlx`.
+        InvalidInputError: a tensor is damaged.
+    """
+    check_mlx(artifact)
+    shards = _by_layer(artifact)
+    names = {layer: f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n, layer in enumerate(shards, start=1)}
+    modules: dict[str, Scheme] = {}
+    with track("export to mlx", len(shards), unit="shards") as advance:
+        for layer, (coded, plain) in shards.items():
+            modules |= {one.module: artifact.scheme_of(one.names[0]) for one in coded}
+            if run.done(names[layer]) is None:
+                write = functools.partial(_write, artifact, coded, plain)
+                run.write(names[layer], names[layer], write)
+            advance(1)
+    weight_map, total = _listed(run.folder, names.values())
+    write_index(run.folder, weight_map, total)
+    write_json(run.folder / "config.json", _config(artifact, modules))
+    copy_companions(artifact.folder, run.folder)
+    (run.folder / "quantize_config.json").unlink(missing_ok=True)
+    notes = _notes(artifact)
+    summary = {"moepress": __version__, "stage": "export", "target": "mlx", "modules": len(modules), "notes": notes}
+    write_json(run.folder / "moepress.json", summary)
+    run.finish()
+    return MlxExported(bytes_after=total, modules=len(modules), notes=notes)
+
+
+def mlx_bytes(artifact: Artifact) -> int:
+    """Bytes of all tensors, exactly."""
+    coded = [one for matrices, _plain in _by_layer(artifact).values() for one in matrices]
+    plain = [name for _coded, names in _by_layer(artifact).values() for name in names]
+    sizes = [entry.bytes for one in coded for entry in _entries(artifact, one)]
+    return sum(sizes) + sum(artifact.stored[name].bytes for name in plain)
+
+
+def _by_layer(artifact: Artifact) -> dict[int | None, tuple[list[_Matrices], list[str]]]:
+    """What each shard holds: modules with codes, and tensors as they are; multi-token prediction is left out."""
+    family, layers = artifact.family, artifact.outline.shape.layers
+    shards: dict[int | None, tuple[list[_Matrices], list[str]]] = {}
+    for layer in (*range(layers), None):
+        coded, plain = list[_Matrices](), list[str]()
+        for name in artifact.outline.names_by_layer.get(layer, ()):
+            if family.expert_of(name) is not None or part_of(family, name, layers) is Part.TOWERS:
+                continue
+            if artifact.is_quantized(name):
+                coded.append(_Matrices(module=name.removesuffix(".weight"), names=(name,), stacked=False))
+            else:
+                plain.append(name)
+        if layer is not None and layer in artifact.outline.moe_layers:
+            coded += _stacks(artifact, layer)
+        shards[layer] = coded, plain
+    return shards
+
+
+def _stacks(artifact: Artifact, layer: int) -> Iterator[_Matrices]:
+    experts = [artifact.family.expert_names(layer, n) for n in range(artifact.outline.shape.experts)]
+    for place, leaf in enumerate(_MATRICES):
+        module = f"{artifact.family.layers_at}{layer}.{FAMILIES[artifact.family.name]}.{leaf}"
+        yield _Matrices(module=module, names=tuple(own[place] for own in experts), stacked=True)
+
+
+def _write(artifact: Artifact, coded: Sequence[_Matrices], plain: Sequence[str], path: Path) -> None:
+    entries = [entry for one in coded for entry in _entries(artifact, one)]
+    entries += [_as_it_is(artifact.stored[name]) for name in plain]
+    write_shard(path, entries, kind="mlx")
+
+
+def _as_it_is(stored: Stored) -> Entry:
+    return Entry(
+        name=stored.name,
+        dtype=stored.dtype,
+        shape=stored.shape,
+        bytes=stored.bytes,
+        data=lambda: iter((read_bytes(stored),)),
+    )
+
+
+def _entries(artifact: Artifact, one: _Matrices) -> tuple[Entry, ...]:
+    """Words, scales and biases of a module."""
+    first = one.names[0].removesuffix(".weight")
+    words, scales = artifact.stored[f"{first}.weight_packed"], artifact.stored[f"{first}.weight_scale"]
+    scheme, (rows, columns) = artifact.scheme_of(one.names[0]), artifact.shapes[one.names[0]]
+    group = _group(scheme, columns)
+    lead = (len(one.names),) if one.stacked else ()
+    return (
+        _entry(f"{one.module}.weight", "U32", (*lead, *words.shape), 4, lambda: _words(artifact, one)),
+        *(
+            _entry(
+                f"{one.module}.{leaf}",
+                scales.dtype,
+                (*lead, rows, columns // group),
+                4 if scales.dtype == "F32" else 2,
+                functools.partial(_scales, artifact, one, group, factor),
+            )
+            for leaf, factor in (("scales", 1), ("biases", -(1 << (scheme.bits - 1))))
+        ),
+    )
+
+
+def _entry(name: str, dtype: str, shape: tuple[int, ...], width: int, data: Callable[[], Iterator[Chunk]]) -> Entry:
+    size = width
+    for length in shape:
+        size *= length
+    return Entry(name=name, dtype=dtype, shape=shape, bytes=size, data=data)
+
+
+def _words(artifact: Artifact, one: _Matrices) -> Iterator[Chunk]:
+    for name in one.names:
+        yield read_bytes(artifact.stored[f"{name.removesuffix('.weight')}.weight_packed"])
+
+
+def _scales(artifact: Artifact, one: _Matrices, group: int, factor: int) -> Iterator[Chunk]:
+    for name in one.names:
+        scales = artifact.scales(name)
+        times = artifact.shapes[name][1] // group // scales.shape[1]
+        yield tensor_bytes((scales * factor).repeat_interleave(times, dim=1))
+
+
+def _group(scheme: Scheme, columns: int) -> int:
+    """The largest group that MLX has and that lies whole in ours; a larger one of ours is repeated."""
+    own = scheme.columns_per_group(columns)
+    return next(size for size in reversed(GROUPS) if own % size == 0)
+
+
+def _listed(folder: Path, names: Any) -> tuple[dict[str, str], int]:
+    from moepress.models.storage.safetensors_file import read_header
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for name in names:
+        entries = read_header(folder / name)
+        weight_map |= dict.fromkeys(entries, name)
+        total += sum(entry.bytes for entry in entries.values())
+    return weight_map, total
+
+
+def _config(artifact: Artifact, modules: Mapping[str, Scheme]) -> dict[str, Any]:
+    """config.json with what mlx-lm asks for and transformers 5 does not save, and the codes of every module."""
+    config: dict[str, Any] = json.loads(json.dumps(dict(without_mtp(artifact.family, artifact.config))))
+    config.pop("quantization_config", None)
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", {**rope, "type": rope["rope_type"]})
+    if artifact.family.name in ("qwen3_moe", "qwen2_moe"):
+        config.setdefault("num_experts", config.get("num_local_experts"))
+    if artifact.family.name == "kimi_k2":
+        config["model_type"] = "deepseek_v3"
+    widths = {m: (scheme.bits, _of_module(artifact, m, scheme)) for m, scheme in modules.items()}
+    usual = max(set(widths.values()), key=list(widths.values()).count)
+    stated: dict[str, Any] = {"bits": usual[0], "group_size": usual[1], "mode": "affine"}
+    stated |= {m: {"bits": b, "group_size": g, "mode": "affine"} for m, (b, g) in widths.items() if (b, g) != usual}
+    return config | {"quantization": stated, "quantization_config": stated}
+
+
+def _of_module(artifact: Artifact, module: str, scheme: Scheme) -> int:
+    """The group of a module's codes."""
+    name = f"{module}.weight"
+    if name in artifact.shapes:
+        return _group(scheme, artifact.shapes[name][1])
+    layer, leaf = artifact.family.layer_of(f"{module}."), module.rpartition(".")[2]
+    assert layer is not None
+    return _group(scheme, artifact.shapes[artifact.family.expert_names(layer, 0)[_MATRICES.index(leaf)]][1])
+
+
+def _notes(artifact: Artifact) -> list[str]:
+    layers = artifact.outline.shape.layers
+    dropped = sum((artifact.family.layer_of(name) or 0) >= layers for name in artifact.shapes)
+    return [f"The multi-token-prediction layer was left out ({dropped} tensors)."] if dropped else []

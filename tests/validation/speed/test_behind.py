@@ -1,0 +1,60 @@
+"""Targets with memory behind a card, and several of one card."""
+
+import pytest
+
+from moepress.errors import UsageError
+from moepress.validation.speed.projection import Load
+from moepress.validation.speed.targets import GIB, Verdict, fit, offload_options, target_of
+
+LOAD = Load(
+    layers=40,
+    decode_bytes=5 * GIB,
+    prefill_bytes=60 * GIB,
+    flops_per_token=10**10,
+    cache_bytes_per_token=10_000,
+    expert_layers=38,
+    routed_bytes=50 * GIB,
+    routed_decode_bytes=2 * GIB,
+)
+NEEDED = 61 * GIB
+
+
+def test_what_a_card_does_not_hold_lies_behind_it() -> None:
+    target = target_of("rtx-4090+ddr5-128")
+    found = fit(target, NEEDED, LOAD)
+    assert found.verdict is Verdict.FITS
+    layer = LOAD.routed_bytes / LOAD.expert_layers
+    on_card = NEEDED - found.ram_bytes
+    assert on_card <= 0.85 * target.memory_bytes < on_card + layer
+    assert found.ram_bytes == pytest.approx(found.ram_layers * layer, abs=1)
+    assert offload_options(found) == f"-ngl 999 --n-cpu-moe {found.ram_layers}"
+    assert found.pp512 is None
+    assert found.tg128 is not None
+
+
+def test_more_experts_on_the_card_are_faster_and_never_as_fast_as_all() -> None:
+    small, large = (fit(target_of(f"{card}+ddr5-128"), NEEDED, LOAD) for card in ("rtx-4090", "rtx-5090"))
+    whole = fit(target_of("4xrtx-4090"), NEEDED, LOAD)
+    assert small.tg128 is not None
+    assert large.tg128 is not None
+    assert whole.tg128 is not None
+    assert small.tg128.high < large.tg128.high < whole.tg128.high
+    assert small.tg128.low < small.tg128.high
+
+
+def test_memory_that_is_too_small_is_no_help() -> None:
+    assert fit(target_of("rtx-4060-8gb+ddr4-64"), NEEDED, LOAD).verdict is Verdict.NO
+    assert fit(target_of("rtx-4090"), NEEDED, LOAD).verdict is Verdict.NO
+    assert offload_options(fit(target_of("4xrtx-4090"), NEEDED, LOAD)) == ""
+
+
+def test_several_of_a_card_have_their_memory_together_and_the_speed_of_one() -> None:
+    one, two = target_of("rtx-3090"), target_of("2xrtx-3090")
+    assert two.memory_bytes == 2 * one.memory_bytes
+    assert two.bandwidth_gb_per_second == one.bandwidth_gb_per_second
+    assert target_of("2 x RTX 3090").id == "2xrtx-3090"
+
+
+def test_unknown_memory_names_what_there_is() -> None:
+    with pytest.raises(UsageError, match="ddr5-128"):
+        target_of("rtx-4090+ddr6-128")
