@@ -34,6 +34,7 @@ class Architecture:
         latent: multi-head latent attention.
         whole_norms: norms of queries and keys run over all heads at once.
         windows: it knows sliding windows; others must have none.
+        leading: the first layers may be dense, as many as a key says; in others all have experts.
         own_head: its loader wants lm_head though it is the embeddings.
         renames: in transformers' names, before they are looked up.
     """
@@ -47,6 +48,7 @@ class Architecture:
     interleaved: bool = False
     latent: bool = False
     windows: bool = False
+    leading: bool = False
     own_head: bool = False
     renames: tuple[tuple[str, str], ...] = ()
 
@@ -60,13 +62,13 @@ _LATENT = Architecture(
         ("attention.q_lora_rank", "q_lora_rank"),
         ("attention.kv_lora_rank", "kv_lora_rank"),
         ("expert_shared_count", "n_shared_experts"),
-        ("leading_dense_block_count", "first_k_dense_replace"),
     ),
     renormalises=None,
     routing_keys=True,
     scale=True,
     groups=True,
     latent=True,
+    leading=True,
     renames=_CORRECTION,
 )
 
@@ -86,14 +88,11 @@ ARCHITECTURES = {
     "glm4_moe_lite": _LATENT,
     "glm4_moe": Architecture(
         name="glm4moe",
-        keys=(
-            _WIDTH,
-            ("expert_shared_count", "n_shared_experts"),
-            ("leading_dense_block_count", "first_k_dense_replace"),
-        ),
+        keys=(_WIDTH, ("expert_shared_count", "n_shared_experts")),
         renormalises=None,
         routing_keys=True,
         scale=True,
+        leading=True,
         renames=_CORRECTION,
     ),
     "gpt_oss": Architecture(
@@ -116,16 +115,29 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
-    """A model as far as metadata goes: what it is, config.json, and the numbers in it."""
+    """A model as far as metadata goes.
+
+    Attributes:
+        family: what it is.
+        config: config.json.
+        shape: the numbers in it.
+        moe_layers: layers with experts, ascending; empty where that is not known.
+    """
 
     family: Family
     config: Mapping[str, Any]
     shape: Shape
+    moe_layers: tuple[int, ...] = ()
 
 
 def described(source: Source) -> Described:
     """What a folder says of itself."""
-    return Described(family=source.family, config=source.config, shape=source.outline.shape)
+    return Described(
+        family=source.family,
+        config=source.config,
+        shape=source.outline.shape,
+        moe_layers=source.outline.moe_layers,
+    )
 
 
 def architecture_of(model: Described) -> Architecture:
@@ -231,6 +243,8 @@ def _experts(model: Described, row: Architecture, config: Any) -> Iterator[tuple
     shape, rule = model.shape, model.family.known_rule
     if shape.experts > MOST_EXPERTS:
         raise UnsupportedError(f"{shape.experts} experts {_not(model, row)}: it takes {MOST_EXPERTS} at most.")
+    if model.moe_layers:
+        yield from _dense_layers(model, row)
     yield "expert_count", shape.experts
     yield "expert_used_count", shape.top_k
     text = model.family.text(model.config)
@@ -257,6 +271,16 @@ def _experts(model: Described, row: Architecture, config: Any) -> Iterator[tuple
     elif scale != 1.0:
         raise UnsupportedError(f"A factor of {scale:g} on the experts' sum {_not(model, row)}.")
     yield from _groups(model, row)
+
+
+def _dense_layers(model: Described, row: Architecture) -> Iterator[tuple[str, Value]]:
+    """Layers without experts: the first ones, or none."""
+    first = model.moe_layers[0]
+    if model.moe_layers != tuple(range(first, model.shape.layers)) or (first and not row.leading):
+        where = "other layers than the first ones" if first == 0 or row.leading else f"the first {first} layers"
+        raise UnsupportedError(f"A model whose {where} are dense {_not(model, row)}.")
+    if row.leading:
+        yield "leading_dense_block_count", first
 
 
 def _groups(model: Described, row: Architecture) -> Iterator[tuple[str, Value]]:

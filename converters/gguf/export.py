@@ -114,6 +114,11 @@ def plan_gguf(source: Folder, request: GgufRequest) -> GgufPlan:
         every = {**general, **keys, **_of_vocabulary(vocabulary)} if number == 0 else {}
         files.append(_laid_out(file, row, {**every, **of_split}, group))
     notes = [*vocabulary.notes, *_notes(source, tensors)]
+    if (source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}).get("truncate") is False:
+        notes.append(
+            "Its yarn embedding has truncate=false, and llama.cpp rounds the bounds all the same: angles differ a little, "
+            "in any GGUF of this model."
+        )
     return GgufPlan(architecture=row.name, files=tuple(files), type=kind, notes=tuple(notes))
 
 

@@ -110,7 +110,8 @@ def llama_cpp_model(facts: Facts) -> Iterator[Problem]:
     """llama.cpp computes such a model as transformers does: what its code has compiled in, the config says too."""
     if facts.family.name not in ARCHITECTURES or facts.shape.experts > LLAMA_CPP_EXPERTS:
         return  # llama.cpp may know more families than those that are written down
-    model = Described(family=facts.family, config=facts.config, shape=facts.shape)
+    layers = tuple(facts.router_rows())
+    model = Described(family=facts.family, config=facts.config, shape=facts.shape, moe_layers=layers)
     why = gguf_refusal(model)
     if why is not None and not (facts.shape.groups > 1 and facts.shape.experts % facts.shape.groups):
         yield Problem(

@@ -79,7 +79,9 @@ def test_solving_beats_rounding_by_far(name: str) -> None:
     plain = loss(solve_blocks(weight[None], hessian[None], kind, SolverOptions(refits=0)).matrix(0).dense())
     refitted = loss(solve_blocks(weight[None], hessian[None], kind, SolverOptions()).matrix(0).dense())
     assert plain < 0.75 * nearest
-    assert refitted < plain
+    assert refitted <= plain  # of K types a scale has 63 values, and may be the best of them already
+    if not kind.scale_bits:
+        assert refitted < plain
 
 
 def test_a_group_of_zeros_stays_one() -> None:
