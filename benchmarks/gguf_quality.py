@@ -2,8 +2,9 @@
 
     python benchmarks/gguf_quality.py [--grids q4_0 q4_k q3_k q2_k iq4_xs] [--mixes Q4_K_M Q3_K_M] [--seeds 0 1 2]
 
-The model of widths 256 of ../shared (without it the demo), attention and experts, 128 windows of 512 tokens of the train
-texts; measured on 4 windows of 512 tokens per domain of the test texts, weights alone: dequantized, the forward in fp32.
+The model of widths 256 of ../shared (without it the demo), attention and experts, 128 windows of 512 tokens of the
+train texts; measured on 4 windows of 512 tokens per domain of the test texts, weights alone: dequantized, the forward
+in fp32.
 llama-quantize's method is that of the package libgguf, ggml's own reference quantizers: plain, and with the importance
 of columns (the mean square of what reaches them) from the same windows, which is its imatrix. A seed chooses the
 windows; errors are standard errors over windows, pooled over seeds. --mixes are whole files in llama.cpp itself, which
@@ -24,8 +25,8 @@ from typing import Any
 import libgguf
 import numpy as np
 import torch
-from gptq_quality import Setting, figures, original, quick, scores
 from gguf import GGMLQuantizationType
+from gptq_quality import Setting, figures, original, quick, scores
 from setting import RESULTS, SHARED, machine, texts
 from torch import Tensor
 
@@ -161,7 +162,10 @@ def as_files(setting: Setting, mixes: Sequence[str], seeds: Sequence[int], work:
                     {"file": mix, "method": method, "seed": seed, "bytes": file.stat().st_size}
                     | {"kl": float(found.mean()), "kl_error": float(found.std() / len(found) ** 0.5), "same_top1": same}
                 )
-                print(f"{mix:7} {method:32} seed {seed}: KL {1e3 * rows[-1]['kl']:.3f}e-3, {rows[-1]['bytes']} B", flush=True)
+                print(
+                    f"{mix:7} {method:32} seed {seed}: KL {1e3 * rows[-1]['kl']:.3f}e-3, {rows[-1]['bytes']} B",
+                    flush=True,
+                )
     return rows
 
 
@@ -205,7 +209,8 @@ def table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
         base = means["ggml, imatrix (llama-quantize)"][0]
         for method, (kl, error, same, size) in means.items():
             lines.append(
-                f"| {name} | {method} | {size / 1e6:.2f} | {1e3 * kl:.2f} ± {1e3 * error:.2f} | {same:.1%} | {kl / base - 1:+.0%} |"
+                f"| {name} | {method} | {size / 1e6:.2f} | {1e3 * kl:.2f} ± {1e3 * error:.2f} | {same:.1%} "
+                f"| {kl / base - 1:+.0%} |"
             )
     return "\n".join(lines)
 
@@ -217,7 +222,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="the demo with little text")
-    parser.add_argument("--json", type=Path, help="file for the figures (default: benchmarks/results/gguf_quality.json)")
+    parser.add_argument(
+        "--json", type=Path, help="file for the figures (default: benchmarks/results/gguf_quality.json)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = quick(options.threads) if options.quick else full(options.threads)

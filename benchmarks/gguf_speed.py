@@ -2,8 +2,8 @@
 
     python benchmarks/gguf_speed.py [--model FOLDER] [--bits 4] [--threads 2]
 
-The bench model (without ../shared the demo), three quarters of its experts, 4 bits in groups of 32, attention and shared
-experts too, exported to GGUF and ONNX. pp512 and tg128 as in llama-bench, the runtimes in turn, medians over ten.
+The bench model (without ../shared the demo), 4 bits in groups of 32, attention and shared experts too, exported to
+GGUF and ONNX. pp512 and tg128 as in llama-bench, the runtimes in turn, medians over ten.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     print("| model | runtime | test | tokens/s | |\n|---|---|---|---:|---|")
     for row in found.rows:
         speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second.value:,.0f}"
-        print(f"| {row.subject} | {row.runtime} | {row.test} | {speed} | {row.note or str()} |")
+        print(f"| {row.subject} | {row.runtime} | {row.test} | {speed} | {row.note or ''} |")
     rows = [row.model_dump(mode="json") if hasattr(row, "model_dump") else asdict(row) for row in found.rows]
     options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2, default=str) + "\n")
 

@@ -2,8 +2,8 @@
 
     python benchmarks/hybrid_projection.py [--json FILE]
 
-Each row is a published figure with its rig; the interval is what `inspect --target` would say. Nothing is measured here.
-Sizes of the models are computed from their published shapes and the bits of the file that was run.
+Each row is a published figure with its rig; the interval is what `inspect --target` would say. Nothing is measured
+here. Sizes of the models are computed from their published shapes and the bits of the file that was run.
 """
 
 import argparse

@@ -270,7 +270,7 @@ def validate_stage(
     corpus = evaluation_corpus(
         tokenizer,
         evaluation,
-        context=min([_context(subjects[0]), *(other.context for other in (*folders, *files))]),
+        context=min([_context(subjects[0]), *(f.context for f in folders), *(f.context for f in files)]),
         vocabulary=vocabulary_of(subjects[0].source),
     )
     window = int(corpus.windows.shape[1])

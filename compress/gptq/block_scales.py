@@ -149,10 +149,12 @@ class _Problem:
         values = levels * self._by_block(found.scale)
         if found.offset is not None:
             values = values + self._by_block(found.offset)
-        return (values - self.weight).square_().mul_(self.weigh).sum(dim=(-1, -2))
+        error: Tensor = (values - self.weight).square_().mul_(self.weigh).sum(dim=(-1, -2))
+        return error
 
     def _by_block(self, groups_RG: Tensor) -> Tensor:
-        return groups_RG.unflatten(1, (-1, self.kind.columns // self.kind.group))[..., None]
+        shaped: Tensor = groups_RG.unflatten(1, (-1, self.kind.columns // self.kind.group))[..., None]
+        return shaped
 
 
 def _weighing(importance_I: Tensor, kind: BlockType) -> Tensor:

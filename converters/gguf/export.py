@@ -29,8 +29,22 @@ from moepress.runs.progress import track
 _ALIGNMENT = 32
 _BLOCK = 8 << 20
 _FILE_TYPES = {
-    "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
-    "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "MXFP4": 38,
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 12,
+    "Q4_K": 15,
+    "Q5_K": 17,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+    "MXFP4": 38,
 }
 """general.file_type, which is for people: llama.cpp reads each tensor's own type."""
 
@@ -116,8 +130,8 @@ def plan_gguf(source: Folder, request: GgufRequest) -> GgufPlan:
     notes = [*vocabulary.notes, *_notes(source, tensors)]
     if (source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}).get("truncate") is False:
         notes.append(
-            "Its yarn embedding has truncate=false, and llama.cpp rounds the bounds all the same: angles differ a little, "
-            "in any GGUF of this model."
+            "Its yarn embedding has truncate=false, and llama.cpp rounds the bounds all the same: angles differ a "
+            "little, in any GGUF of this model."
         )
     return GgufPlan(architecture=row.name, files=tuple(files), type=kind, notes=tuple(notes))
 

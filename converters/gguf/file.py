@@ -159,5 +159,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         }
     except Exception as error:  # the package checks little: what is wrong shows as errors of numpy and struct
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InvalidInputError(f"{file} is no GGUF file that can be read ({why}); download or make it again.") from error
+        raise InvalidInputError(
+            f"{file} is no GGUF file that can be read ({why}); download or make it again."
+        ) from error
     return keys, tensors

@@ -21,8 +21,8 @@ from moepress.models.families.hf_config import hf_config
 from moepress.models.storage.block_types import PLAIN, TYPES, BlockType
 from moepress.models.storage.blocks import Blocks, pack
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.models.storage.packed import Packing
 from moepress.models.storage.experts import bias_names, is_fused, read_expert, router_disk_names
+from moepress.models.storage.packed import Packing
 from moepress.models.storage.tensors import read_row, read_rows, read_tensor, require_finite, tensor_bytes
 from moepress.models.storage.writer import Chunk
 
@@ -207,7 +207,8 @@ def exactly(source: Folder, name: str) -> Tensor:
     if isinstance(source, Artifact) and source.is_quantized(name):
         codes, scales = source.codes(name)
         grouped = codes.float().unflatten(1, (scales.shape[1], -1))
-        return (grouped * scales.float()[:, :, None]).flatten(1)
+        dense: Tensor = (grouped * scales.float()[:, :, None]).flatten(1)
+        return dense
     return source.read(name)
 
 
@@ -314,7 +315,8 @@ def _lookup(row: Architecture, layers: int) -> Callable[[str], str | None]:
     def found(name: str) -> str | None:
         for old, new in row.renames:
             name = name.replace(old, new)
-        return table.get_name(name, try_suffixes=(".weight", ".bias"))
+        place: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        return place
 
     return found
 
@@ -328,7 +330,8 @@ def _turned(source: Folder, name: str) -> Reorder | None:
     size = head_size(config)
 
     def reorder(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+        turned: Tensor = rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+        return turned
 
     return reorder
 
@@ -342,7 +345,8 @@ def _split_latent(source: Folder, name: str, layer: int) -> Iterator[Placed]:
     def half(first: bool) -> Callable[[int], Tensor]:
         def made(_number: int) -> Tensor:
             whole = exactly(source, name).unflatten(0, (heads, nope + width))
-            return (whole[:, :nope].mT if first else whole[:, nope:]).contiguous()
+            part: Tensor = (whole[:, :nope].mT if first else whole[:, nope:]).contiguous()
+            return part
 
         return made
 
@@ -359,9 +363,7 @@ def _stacks(source: Folder, layer: int) -> Iterator[Placed]:
         name = f"blk.{layer}.ffn_{leaf}_exps"
         if fused:
             shape, made = _of_fused(source, layer, leaf)
-            found = Matrices(
-                made=made, blocks=_of_mxfp4(source, layer, leaf), shape=shape, count=experts, stacked=True
-            )
+            found = Matrices(made=made, blocks=_of_mxfp4(source, layer, leaf), shape=shape, count=experts, stacked=True)
             yield f"{name}.weight", found, layer, Part.ROUTED
         else:
             names = [family.expert_names(layer, expert)[place] for expert in range(experts)]
@@ -410,8 +412,10 @@ def _of_mxfp4(source: Folder, layer: int, leaf: str) -> Callable[[int], Tensor] 
     if leaf != "down":
         width = packed.shape[1] // 2
         of_gate = leaf == "gate"
-        rows = slice(0 if of_gate else 1, None, 2) if family.fused_interleaved else slice(
-            0 if of_gate else width, width if of_gate else None
+        rows = (
+            slice(0 if of_gate else 1, None, 2)
+            if family.fused_interleaved
+            else slice(0 if of_gate else width, width if of_gate else None)
         )
 
     def blocks(expert: int) -> Tensor:

@@ -201,7 +201,7 @@ def _special(folder: Path, tokenizer: Any, ids: Mapping[str, int]) -> dict[str, 
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         named = settings.get(f"{role}_token")
         named = named.get("content") if isinstance(named, dict) else named
-        number = ids.get(named) if isinstance(named, str) else None
+        number: Any = ids.get(named) if isinstance(named, str) else None
         for place in (more, text or {}):
             if number is None:
                 stated = place.get(f"{role}_token_id")

@@ -1,8 +1,8 @@
 """export to MLX: the codes of a compressed-tensors folder as mlx-lm has them. Not one of them changes.
 
 MLX's affine layout stores a matrix as uint32 words, a row being one little-endian bit stream of codes from 0 on, which
-is what `weight_packed` holds already; with W = code * scale + bias our symmetric codes have bias = -2**(bits-1) * scale,
-exact in the scales' dtype. The experts of a layer are one tensor a projection, under `switch_mlp`.
+is what `weight_packed` holds already; with W = code * scale + bias our symmetric codes have the bias
+-2**(bits-1) * scale, exact in the scales' dtype. The experts of a layer are one tensor a projection, `switch_mlp`.
 
 Source: mlx-lm 0.32 (`utils.load_model`, `models/switch_layers.py`), tried on the CPU.
 """

@@ -4,6 +4,7 @@ Source: llama.cpp's ggml-common.h; `blocks` has the layout of each and the arith
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FP4_TABLE = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice E2M1's numbers: ggml halves the scale
@@ -55,10 +56,8 @@ class BlockType:
         return 8 * self.size / self.columns
 
 
-def _type(name: str, number: int, columns: int, size: int, bits: int, group: int, **more: object) -> BlockType:
-    return BlockType(  # type: ignore[arg-type]
-        name=name, number=number, columns=columns, size=size, bits=bits, group=group, **more
-    )
+def _type(name: str, number: int, columns: int, size: int, bits: int, group: int, **more: Any) -> BlockType:
+    return BlockType(name=name, number=number, columns=columns, size=size, bits=bits, group=group, **more)
 
 
 TYPES = {

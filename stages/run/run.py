@@ -314,7 +314,9 @@ def _export_gguf(setup: _Setup, run: Run) -> tuple[str, ...]:
         name = f"{run.settings.get('recipe.model', 'model')}".rstrip("/").rpartition("/")[2].partition("@")[0]
         request = GgufRequest(name=f"{name}-pressed")
         made = None if _is_made(folder) else gguf_stage(str(setup.out / "model"), place, request)
-        run.mark("export-gguf", {"notes": [f"exports/gguf: {n}" for n in made.notes] if made else []}, folder="exports/gguf")
+        run.mark(
+            "export-gguf", {"notes": [f"exports/gguf: {n}" for n in made.notes] if made else []}, folder="exports/gguf"
+        )
     return tuple(run.pieces["export-gguf"].note["notes"])
 
 

@@ -224,8 +224,11 @@ def _onnx_notes(subject: Subject) -> list[str]:
     folder = subject.source
     if isinstance(folder, GgufModel) and folder.rounds_activations:
         return [
-            f"{subject.label}: llama.cpp rounds activations to 8 bits where weights are codes, on the CPU and with CUDA "
-            "alike, which is in its figures; a file of `export --to gguf --outtype f32` has the same weights without."
+            (
+                f"{subject.label}: llama.cpp rounds activations to 8 bits where weights are codes, on the CPU and with "
+                "CUDA alike, which is in its figures; a file of `export --to gguf --outtype f32` has the same weights "
+                "without."
+            )
         ]
     if not isinstance(folder, OnnxFolder):
         return []

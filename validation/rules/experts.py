@@ -116,7 +116,9 @@ def llama_cpp_model(facts: Facts) -> Iterator[Problem]:
     if why is not None and not (facts.shape.groups > 1 and facts.shape.experts % facts.shape.groups):
         yield Problem(
             what=why.rstrip("."),
-            happens={Runtime.LLAMA_CPP: (Effect.WRONG, "computes something else, refuses the file or ends the process")},
+            happens={
+                Runtime.LLAMA_CPP: (Effect.WRONG, "computes something else, refuses the file or ends the process")
+            },
             mend="run this model in another runtime",
         )
 

@@ -19,8 +19,8 @@ from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts, with_text
 from moepress.models.families.table import family_of, is_row
-from moepress.models.storage.folder import INDEX, OWN_NAMES, load_config, no_weights, read_json
 from moepress.models.storage.block_types import BLOCK_SUFFIXES
+from moepress.models.storage.folder import INDEX, OWN_NAMES, load_config, no_weights, read_json
 from moepress.models.storage.foreign import BLOCKS_METHOD, stored_method
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.validation.rules.onnx_facts import Graph, read_graph

@@ -35,7 +35,9 @@ def layout(facts: Facts) -> Iterator[Problem]:
         return
     if facts.kind is Kind.BLOCKS:
         happens = dict.fromkeys((*_HF, Runtime.ONNXRUNTIME), (_REFUSES, "does not know such a folder"))
-        yield Problem(what=what, happens=happens, mend="`moepress export FOLDER --to gguf`, and give the file to llama.cpp")
+        yield Problem(
+            what=what, happens=happens, mend="`moepress export FOLDER --to gguf`, and give the file to llama.cpp"
+        )
         return
     happens = {Runtime.ONNXRUNTIME: (_REFUSES, "reads ONNX only")}
     yield Problem(what=what, happens=happens, mend="`moepress export FOLDER --to onnx`")
@@ -57,7 +59,11 @@ def mlx(facts: Facts) -> Iterator[Problem]:
     """mlx-lm reads the folder: its own layout, plain weights, and of DeepSeek-V3 codes of 4 bits."""
     if facts.kind in (Kind.PLAIN, Kind.MLX):
         return
-    effect, happens, mend = _REFUSES, "does not read it", "`moepress export FOLDER --to mlx` of the compressed-tensors folder"
+    effect, happens, mend = (
+        _REFUSES,
+        "does not read it",
+        "`moepress export FOLDER --to mlx` of the compressed-tensors folder",
+    )
     if facts.kind is Kind.COMPRESSED and facts.family.name in ("deepseek_v3", "kimi_k2"):
         if all(width.bits == 4 for width in facts.widths):
             return

@@ -162,7 +162,9 @@ def _obstacle(subject: Subject, bench: Bench) -> str | None:
     """Why a subject can not be measured, or None."""
     if subject.folder is None:
         return "it is not a folder on disk"
-    if isinstance(subject.source, Checkpoint) and any(p.packing is Packing.GGUF for p in subject.source.packed.values()):
+    if isinstance(subject.source, Checkpoint) and any(
+        p.packing is Packing.GGUF for p in subject.source.packed.values()
+    ):
         return "transformers does not know GGUF's blocks; export it to GGUF"
     needed, free = _dense_bytes(subject, bench), free_memory_bytes(bench.device)
     if needed > free:

@@ -85,7 +85,7 @@ def test_solving_beats_rounding_by_far(name: str) -> None:
 
 
 def test_a_group_of_zeros_stays_one() -> None:
-    weight, hessian = problem()
+    weight, _ = problem()
     weight[3, 32:64] = 0
     for name in ("Q4_K", "Q3_K", "Q2_K", "Q6_K", "IQ4_XS", "Q4_0"):
         kind = TYPES[name]
@@ -119,8 +119,10 @@ def test_a_folder_of_blocks_is_read_like_any_other(grid: str, tmp_path: Path) ->
     code, _, said = command("quantize", "demo", "--grid", grid, "-o", out, "--tokens", "2048", "--include", "attention")
     assert code == 0, said
     made, base = open_checkpoint(out), open_checkpoint(Path(__file__).parents[3] / "models" / "demo")
-    name = made.family.expert_names(0, 1)[0] if made.family.expert_names(0, 1)[0] in made.shapes else next(
-        n for n in made.shapes if ".experts.1.gate_proj" in n
+    name = (
+        made.family.expert_names(0, 1)[0]
+        if made.family.expert_names(0, 1)[0] in made.shapes
+        else next(n for n in made.shapes if ".experts.1.gate_proj" in n)
     )
     exact = base.read(name).float()
     error = float((made.read(name) - exact).norm() / exact.norm())
@@ -139,5 +141,3 @@ def test_a_killed_run_on_a_grid_ends_with_the_same_bytes(tmp_path: Path) -> None
             break
     for file in sorted(whole.glob("*.safetensors")):
         assert file.read_bytes() == (parts / file.name).read_bytes(), file.name
-
-

@@ -117,7 +117,7 @@ def test_a_cut_file_is_one_sentence(made: Path, tmp_path: Path) -> None:
 
 def test_a_missing_part_is_named(made: Path, tmp_path: Path) -> None:
     shutil.copy(made, tmp_path / "m-00001-of-00002.gguf")
-    with pytest.raises(InvalidInputError, match="00002-of-00002.gguf is missing"):
+    with pytest.raises(InvalidInputError, match=r"00002-of-00002\.gguf is missing"):
         open_gguf(tmp_path / "m-00001-of-00002.gguf")
 
 

@@ -1,4 +1,4 @@
-"""Folders for mlx-lm: words, scales and biases by the layout's own arithmetic, and mlx-lm itself where it is installed."""
+"""Folders for mlx-lm: words, scales and biases by the layout's own arithmetic, and mlx-lm itself where it is there."""
 
 import json
 from pathlib import Path
@@ -124,5 +124,3 @@ def _exact(model: torch.nn.Module, folder: Path) -> None:
         else:
             half = state[f"{prefix}.gate_up_proj"][expert].chunk(2)[part]
             half.copy_(dense)
-
-
