@@ -12,6 +12,7 @@ from moepress.calibration.records import Conversation
 from moepress.calibration.templates import ChatTemplate, Refused
 from moepress.converters.gguf.file import gguf_file
 from moepress.converters.gguf.runtime import llama_version
+from moepress.converters.mlx.folder import is_mlx, mlx_version, open_mlx, require_mlx
 from moepress.converters.onnx.folder import is_onnx, open_onnx
 from moepress.converters.onnx.runtime import installed_version
 from moepress.errors import InvalidInputError, MoepressError, UsageError
@@ -31,6 +32,7 @@ from moepress.validation.quality.decoding import (
     why_stopped,
 )
 from moepress.validation.quality.llama_cpp import LlamaDecoder, open_llama
+from moepress.validation.quality.mlx_session import MlxDecoder, MlxSession
 from moepress.validation.quality.onnx_session import OnnxDecoder, cuda_number, open_session
 from moepress.validation.rules.gguf_files import runnable_gguf
 
@@ -103,7 +105,7 @@ class Generated:
 
 
 def open_model(folder: Path, machine: Machine) -> Runnable:
-    """The runtime for a folder: ONNX Runtime for ONNX, llama.cpp for GGUF, transformers for safetensors in any layout.
+    """The runtime for a folder: ONNX Runtime for ONNX, llama.cpp for GGUF, mlx-lm for MLX, else transformers.
 
     Raises:
         InvalidInputError, UnsupportedError: the folder is not sound, or not one that moepress runs.
@@ -113,6 +115,8 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
     file = gguf_file(folder)
     if file is not None:
         return _open_gguf(file, machine)
+    if is_mlx(folder):
+        return _open_mlx(folder, machine)
     import transformers
 
     device = choose_device(machine.device)
@@ -180,6 +184,21 @@ def _open_gguf(file: Path, machine: Machine) -> Runnable:
     )
 
 
+def _open_mlx(folder: Path, machine: Machine) -> Runnable:
+    if machine.dtype != "auto" or machine.device != "auto":
+        raise UsageError("MLX chooses device and dtype itself; leave out --dtype and --device.")
+    require_mlx()
+    opened = open_mlx(folder)
+    return Runnable(
+        context=opened.context,
+        vocabulary=opened.vocabulary,
+        runtime=f"mlx-lm {mlx_version()}",
+        device="auto",
+        dtype="float32",
+        load=lambda: MlxDecoder(MlxSession(opened)),
+    )
+
+
 _LLAMA_CONTEXT = 8192  # tokens: llama.cpp makes room for the whole cache before the first
 
 
@@ -235,7 +254,7 @@ def generate_stage(
         stopped=why_stopped(ids, max_new_tokens=limit, stop=stop),
         sampling=request.sampling,
         runtime=model.runtime,
-        device=decoder.provider if isinstance(decoder, OnnxDecoder | LlamaDecoder) else model.device,
+        device=decoder.provider if isinstance(decoder, OnnxDecoder | LlamaDecoder | MlxDecoder) else model.device,
         dtype=model.dtype,
     )
 

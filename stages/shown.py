@@ -13,12 +13,13 @@ from moepress import __version__
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.converters.gguf.file import GgufModel
 from moepress.converters.gguf.runtime import llama_version
+from moepress.converters.mlx.folder import MlxFolder
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.onnx.runtime import installed_version, require_onnxruntime
 from moepress.errors import MoepressError
 from moepress.hub.snapshot import origin_of
 from moepress.runs.text import one_line
-from moepress.validation.quality.measure import Subject
+from moepress.validation.quality.measure import Elsewhere, Subject
 from moepress.validation.quality.results import Samples
 from moepress.validation.quality.samples import write_samples
 from moepress.validation.report.schema import Environment, RuntimeCheck, SubjectInfo
@@ -37,7 +38,7 @@ def samples_section(
     onnx_device: str,
 ) -> tuple[Samples | None, tuple[str, ...]]:
     """What the first model and the one that the user takes home write; or None, and a note that says why not."""
-    others = [s for s in subjects[1:] if not isinstance(s.source, OnnxFolder | GgufModel)] or list(subjects[1:])
+    others = [s for s in subjects[1:] if not isinstance(s.source, Elsewhere)] or list(subjects[1:])
     shown = [subjects[0], *others[-1:]]
     try:
         return write_samples(shown, corpus, tokenizer, device=device, dtype=dtype, onnx_device=onnx_device), ()
@@ -79,7 +80,7 @@ def _experts_of(subject: Subject) -> int | tuple[int, int] | None:
     source = subject.source
     if isinstance(source, OnnxFolder):
         return _onnx_experts(source)
-    return source.experts if isinstance(source, GgufModel) else source.outline.shape.experts
+    return source.experts if isinstance(source, GgufModel | MlxFolder) else source.outline.shape.experts
 
 
 def _onnx_experts(folder: OnnxFolder) -> int | tuple[int, int] | None:

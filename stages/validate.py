@@ -19,6 +19,7 @@ from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.pruning.plan import Plan, estimate_sizes
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.gguf.file import GgufModel, gguf_file
+from moepress.converters.mlx.folder import MlxFolder, is_mlx, open_mlx, require_mlx
 from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx.runtime import require_onnxruntime, session_providers
 from moepress.converters.safetensors.artifact import Artifact
@@ -34,7 +35,7 @@ from moepress.stages.groundwork import announce, load_tokenizer, opened_source, 
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.stages.shown import checks_section, environment, samples_section, subject_info
 from moepress.stages.tokenizer import read_tokenizer
-from moepress.validation.quality.measure import Subject, measure, vocabulary_of
+from moepress.validation.quality.measure import Elsewhere, Subject, measure, vocabulary_of
 from moepress.validation.quality.results import Throughput
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.files import JSON_NAME, foreign_files
@@ -113,6 +114,9 @@ def open_subject(label: str, folder: Path) -> Subject:
     file = gguf_file(folder)
     if file is not None:
         return gguf_subject(label, runnable_gguf(file))
+    if is_mlx(folder):
+        require_mlx()
+        return mlx_subject(label, open_mlx(folder))
     if not is_onnx(folder):
         source = opened_source(folder)
         announce(source)
@@ -123,6 +127,17 @@ def open_subject(label: str, folder: Path) -> Subject:
 
 def gguf_subject(label: str, source: GgufModel) -> Subject:
     """A GGUF file as one side of a comparison."""
+    return Subject(
+        label=label,
+        source=source,
+        folder=source.folder,
+        stored_bytes=source.total_bytes,
+        parameters=source.parameters,
+    )
+
+
+def mlx_subject(label: str, source: MlxFolder) -> Subject:
+    """An MLX folder as one side of a comparison."""
     return Subject(
         label=label,
         source=source,
@@ -257,20 +272,20 @@ def validate_stage(
         MoepressError: an ONNX folder does not fit into memory.
     """
     provider, targets = onnx_device or machine.device, all_targets(evaluation.targets_file)
-    streamed = [s.source for s in subjects if not isinstance(s.source, OnnxFolder | GgufModel)]
+    streamed = [s.source for s in subjects if not isinstance(s.source, Elsewhere)]
+    others = [s.source for s in subjects if isinstance(s.source, Elsewhere)]
     device = choose_device(machine.device if streamed else "cpu")
     dtype = choose_dtype(machine.dtype if streamed else "float32", device)
     folders = [s.source for s in subjects if isinstance(s.source, OnnxFolder)]
-    files = [s.source for s in subjects if isinstance(s.source, GgufModel)]
     if folders:
         _check_onnx(folders, provider)
-    if folders or files:
+    if others:
         subjects = [_exact(subject) for subject in subjects]
-    _require_memory(*folders, *files)
+    _require_memory(*others)
     corpus = evaluation_corpus(
         tokenizer,
         evaluation,
-        context=min([_context(subjects[0]), *(f.context for f in folders), *(f.context for f in files)]),
+        context=min([_context(subjects[0]), *(other.context for other in others)]),
         vocabulary=vocabulary_of(subjects[0].source),
     )
     window = int(corpus.windows.shape[1])
@@ -304,7 +319,7 @@ def validate_stage(
         samples=samples,
         checks=checks,
         notes=(*notes, *unchecked),
-        environment=environment(device, onnx=bool(folders), llama=bool(files)),
+        environment=environment(device, onnx=bool(folders), llama=any(isinstance(o, GgufModel) for o in others)),
         **sections,
     )
     return without_places(report)
@@ -350,7 +365,7 @@ def _exact(subject: Subject) -> Subject:
 
 def _context(subject: Subject) -> int:
     source = subject.source
-    return source.context if isinstance(source, OnnxFolder | GgufModel) else _shape(source).context
+    return source.context if isinstance(source, Elsewhere) else _shape(source).context
 
 
 def _limits(streamed: Sequence[Source], window: int, machine: Machine, device: torch.device) -> Limits:
@@ -370,7 +385,7 @@ def _check_onnx(folders: Sequence[OnnxFolder], device: str) -> None:
             )
 
 
-def _require_memory(*models: OnnxFolder | GgufModel) -> None:
+def _require_memory(*models: Elsewhere) -> None:
     """Refuse what a session would not find room for."""
     free = psutil.virtual_memory().available
     for folder in models:

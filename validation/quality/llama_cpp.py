@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moepress.converters.gguf.runtime import Llama, exact_context, llama_version, require_llama
+from moepress.converters.gguf.runtime import Llama, exact_context, require_llama
 from moepress.errors import InvalidInputError, MoepressError
 
 _CHUNK = 512  # tokens of a text that go through together
@@ -42,7 +42,7 @@ class LlamaSession:
     @property
     def provider(self) -> str:
         """What computes."""
-        return f"llama.cpp {llama_version()}, CPU"
+        return "CPU"
 
     def clear(self) -> None:
         """Forget all tokens."""

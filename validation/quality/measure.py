@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.converters.gguf.file import GgufModel
+from moepress.converters.mlx.folder import MlxFolder, mlx_version
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import InvalidInputError, UsageError
@@ -31,13 +32,17 @@ CONVENTION = (
 )
 
 
+Elsewhere = OnnxFolder | GgufModel | MlxFolder
+"""What runs in a runtime of its own, and not layer by layer in torch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """A model to be measured.
 
     Attributes:
         label: its name in the report, unique.
-        source: its weights, an ONNX folder, or a GGUF file.
+        source: its weights, or what another runtime runs.
         folder: where it lies as a folder that its runtime can load; None: only in memory, so no throughput.
         stored_bytes: size of its weights on disk.
         parameters: how many weights it has when dense.
@@ -45,7 +50,7 @@ class Subject:
     """
 
     label: str
-    source: Source | OnnxFolder | GgufModel
+    source: Source | Elsewhere
     folder: Path | None
     stored_bytes: int
     parameters: int
@@ -138,9 +143,9 @@ def _common_vocabulary(subjects: Sequence[Subject]) -> int:
     return sizes[0]
 
 
-def vocabulary_of(source: Source | OnnxFolder | GgufModel) -> int:
+def vocabulary_of(source: Source | Elsewhere) -> int:
     """Number of tokens that a model knows."""
-    if isinstance(source, OnnxFolder | GgufModel):
+    if isinstance(source, Elsewhere):
         return source.vocabulary
     return source.outline.shape.vocabulary
 
@@ -162,6 +167,9 @@ def _passed(subject: Subject, corpus: EvaluationCorpus, place: _Place, folder: P
     if isinstance(subject.source, GgufModel):
         with _llama_pass(subject.source, corpus.windows) as passed:
             yield passed
+        return
+    if isinstance(subject.source, MlxFolder):
+        yield _mlx_pass(subject.source, corpus.windows)
         return
     own = Path(tempfile.mkdtemp(dir=folder))
     scratch = Scratch(own, place.limits.memory_bytes)
@@ -208,15 +216,24 @@ def _onnx_pass(folder: OnnxFolder, windows_NT: Tensor, device: str) -> Pass:
 
 @contextmanager
 def _llama_pass(model: GgufModel, windows_NT: Tensor) -> Iterator[Pass]:
+    from moepress.converters.gguf.runtime import llama_version
     from moepress.validation.quality.llama_cpp import open_llama, read_logits
 
     session = open_llama(model.file, context=int(windows_NT.shape[1]))
     activations = "8-bit activations where weights are codes" if model.rounds_activations else "float32 activations"
     try:
-        runtime = f"{session.provider}, {activations}, cache in float32"
+        runtime = f"llama.cpp {llama_version()}, {activations}, provider {session.provider}"
         yield Pass(reader=lambda: read_logits(session, windows_NT), runtime=runtime)
     finally:
         session.close()
+
+
+def _mlx_pass(folder: MlxFolder, windows_NT: Tensor) -> Pass:
+    from moepress.validation.quality.mlx_session import MlxSession, read_logits
+
+    session = MlxSession(folder)
+    runtime = f"mlx-lm {mlx_version()}, float32, {session.provider}"
+    return Pass(reader=lambda: read_logits(session, windows_NT), runtime=runtime)
 
 
 def _onnx_notes(subject: Subject) -> list[str]:

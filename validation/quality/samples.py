@@ -7,13 +7,15 @@ import torch
 
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.converters.gguf.file import GgufModel
+from moepress.converters.mlx.folder import MlxFolder
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import MoepressError
 from moepress.models.forward.dense import free_memory_bytes, load_dense, release_dense
 from moepress.runs.progress import track
 from moepress.validation.quality.decoding import Decoder, Sampling, TextStream, TorchDecoder, generate
 from moepress.validation.quality.llama_cpp import LlamaDecoder, open_llama
-from moepress.validation.quality.measure import Subject
+from moepress.validation.quality.measure import Elsewhere, Subject
+from moepress.validation.quality.mlx_session import MlxDecoder, MlxSession
 from moepress.validation.quality.onnx_session import OnnxDecoder, open_session
 from moepress.validation.quality.results import Continuation, Sample, Samples
 
@@ -78,7 +80,7 @@ def _prompts(corpus: EvaluationCorpus) -> list[tuple[str, list[int]]]:
 
 
 def _require_room(subject: Subject, device: torch.device, dtype: torch.dtype) -> None:
-    whole = isinstance(subject.source, OnnxFolder | GgufModel)
+    whole = isinstance(subject.source, Elsewhere)
     needed = subject.stored_bytes if whole else subject.parameters * dtype.itemsize
     free = free_memory_bytes(torch.device("cpu") if whole else device)
     if needed > free:
@@ -96,6 +98,9 @@ def _maker(subject: Subject, device: torch.device, dtype: torch.dtype, onnx_devi
     if isinstance(subject.source, GgufModel):
         llama = open_llama(subject.source.file, context=min(subject.source.context, PROMPT_TOKENS + NEW_TOKENS))
         return lambda: LlamaDecoder(llama)
+    if isinstance(subject.source, MlxFolder):
+        in_mlx = MlxSession(subject.source)
+        return lambda: MlxDecoder(in_mlx)
     model = load_dense(subject.source, device=device, dtype=dtype)
     return lambda: TorchDecoder(model)
 
@@ -116,7 +121,7 @@ def _write(
 
 def _stop_tokens(subject: Subject, tokenizer: Any) -> frozenset[int]:
     """End-of-text tokens of the config and the tokenizer."""
-    stated = None if isinstance(subject.source, OnnxFolder | GgufModel) else subject.source.config.get("eos_token_id")
+    stated = None if isinstance(subject.source, Elsewhere) else subject.source.config.get("eos_token_id")
     numbers = [*(stated if isinstance(stated, list) else [stated]), getattr(tokenizer, "eos_token_id", None)]
     return frozenset(number for number in numbers if isinstance(number, int))
 

@@ -7,12 +7,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from moepress.converters.gguf.file import GgufModel
-from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.models.families.family import Part, part_of
 from moepress.models.forward.inventory import Weight, cache_bytes
 from moepress.models.storage.checkpoint import Checkpoint, Source
+from moepress.validation.quality.measure import Elsewhere
 from moepress.validation.quality.results import Throughput
 from moepress.validation.speed.projection import FORMULAS, load_of
 from moepress.validation.speed.results import SubjectLoad, TargetFit, Targets
@@ -21,7 +20,7 @@ from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, TIGHT_RE
 
 
 def fits_section(
-    subjects: Iterable[tuple[str, Source | OnnxFolder | GgufModel]],
+    subjects: Iterable[tuple[str, Source | Elsewhere]],
     targets: Sequence[Target],
     context: int | None = None,
     *,
@@ -29,7 +28,7 @@ def fits_section(
     throughput: Throughput | None = None,
     chosen: str | None = None,
 ) -> Targets | None:
-    """Every folder of safetensors on every GPU; ONNX folders and GGUF files are left out, for other programs run them.
+    """Every folder of safetensors on every GPU; what other programs run is left out.
 
     Args:
         subjects: label and opened folder; what is in memory only is left out too.

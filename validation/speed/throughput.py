@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moepress.converters.gguf.file import GgufModel
+from moepress.converters.mlx.folder import MlxFolder
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.errors import InvalidInputError
 from moepress.models.forward.dense import free_memory_bytes, release_dense
@@ -162,6 +163,8 @@ def _obstacle(subject: Subject, bench: Bench) -> str | None:
     """Why a subject can not be measured, or None."""
     if subject.folder is None:
         return "it is not a folder on disk"
+    if isinstance(subject.source, MlxFolder):
+        return "MLX folders are not timed"
     if isinstance(subject.source, Checkpoint) and any(
         p.packing is Packing.GGUF for p in subject.source.packed.values()
     ):
