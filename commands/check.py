@@ -43,9 +43,9 @@ def check(output: str, runtimes: str | None, tensor_parallel: int, expert_parall
     Example:  moepress check pressed
               moepress check pressed --runtime vllm,sglang --tensor-parallel 2
     """
-    from moepress.stages.places import model_folder
+    from moepress.stages.places import model_place
 
-    model_folder(output)  # what is not there is refused before anything heavy is imported, on the hub too
+    model_place(output)  # what is not there is refused before anything heavy is imported, on the hub too
     quiet_libraries()
     from moepress.stages.check import check_stage
 

@@ -35,7 +35,7 @@ def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     """
     from moepress.stages.places import Machine, local_folders
 
-    local_folders(model)  # a wrong path is refused before anything heavy is imported
+    local_folders(model, gguf=True)  # a wrong path is refused before anything heavy is imported
     quiet_libraries()
     from moepress.stages import generate
     from moepress.validation.quality.decoding import Sampling

@@ -44,14 +44,14 @@ def inspect(
               moepress inspect FILE.gguf
     """
     from moepress.hub.snapshot import headers_only
-    from moepress.stages.places import model_folder
+    from moepress.stages.places import model_place
     from moepress.validation.speed.targets import all_targets, target_of
 
     all_targets(targets_file) if target is None else target_of(
         target, targets_file
     )  # what is not there is refused before anything heavy is imported, on the hub too
     with headers_only():
-        place = model_folder(model)
+        place = model_place(model)
     quiet_libraries()
     from moepress.converters.gguf.file import gguf_file
     from moepress.stages.inspect import inspect_gguf, inspect_model

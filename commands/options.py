@@ -13,7 +13,7 @@ from moepress.runs.byte_sizes import parse_bytes, parse_share
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
-INCLUDES = ("attention", "shared", "dense", "lm_head", "embeddings")
+INCLUDES = ("attention", "shared", "dense", "lm_head")
 
 
 def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:

@@ -59,9 +59,9 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
               moepress validate pressed pressed-onnx --no-throughput
     """
     from moepress.calibration.sources import parse_sources
-    from moepress.stages.places import display_name, local_folders, model_folder
+    from moepress.stages.places import display_name, local_folders, model_place
 
-    inputs = local_folders(before, after)  # wrong paths are refused before anything heavy is imported
+    inputs = local_folders(before, after, gguf=True)  # wrong paths are refused before anything heavy is imported
     parse_sources(options["data"], options["data_domain"])
     quiet_libraries()
     from moepress.models.storage.inside import watched
@@ -72,7 +72,7 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
 
     if output is not None:
         validate.check_report_folder(output, inputs, force=force)
-    folders = [model_folder(name) for name in (before, after)]
+    folders = [model_place(name) for name in (before, after)]
     seen = [watched(folder) for folder in folders]
     subjects = [validate.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:

@@ -1,6 +1,6 @@
 """check: a folder held against the rules of the runtimes that are to load it."""
 
-from moepress.stages.places import model_folder
+from moepress.stages.places import model_place
 from moepress.validation.rules.check import Checked, check_folder
 from moepress.validation.rules.findings import parse_runtimes
 
@@ -19,7 +19,7 @@ def check_stage(output: str, runtimes: str | None, *, tensor_parallel: int = 1, 
         InvalidInputError: there is no such folder, or it is not sound.
     """
     return check_folder(
-        model_folder(output),
+        model_place(output),
         parse_runtimes(runtimes),
         tensor_parallel=tensor_parallel,
         expert_parallel=expert_parallel,

@@ -21,7 +21,7 @@ from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.models.forward.walk import choose_device, choose_dtype
 from moepress.models.storage.folder import read_json
 from moepress.stages.groundwork import announce, load_tokenizer, opened_source
-from moepress.stages.places import Machine, model_folder
+from moepress.stages.places import Machine, model_place
 from moepress.validation.quality.decoding import (
     Decoder,
     Sampling,
@@ -218,7 +218,7 @@ def generate_stage(
         InvalidInputError: the folder, its tokenizer or its weights are not sound.
         MoepressError: the model does not fit into memory.
     """
-    folder = model_folder(model_name)
+    folder = model_place(model_name)
     if not request.prompt:
         raise UsageError("The prompt is empty; give some text to go on from.")
     model = open_model(folder, machine)

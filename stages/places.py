@@ -11,7 +11,7 @@ from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
 from moepress.models.storage.misnamed import misnamed
 from moepress.runs.files import open_plain
 
-DEMO = "demo"
+DEMO, GGUF = "demo", ".gguf"
 DEFAULT_TOKENS, EMBEDDED_TOKENS, DEFAULT_WINDOW = 131_072, 32_768, 2048
 
 
@@ -61,8 +61,6 @@ class Output:
 def model_folder(name: str) -> Path:
     """The folder of a model: a path, `demo` for the embedded one, or an id on the hub, downloaded where it has to be.
 
-    A GGUF file is taken too, for those commands that run or look at one; `opened` and the like refuse it.
-
     Raises:
         InvalidInputError: there is no such model.
         MoepressError: it is on the hub and cannot be downloaded.
@@ -71,13 +69,25 @@ def model_folder(name: str) -> Path:
     return found if isinstance(found, Path) else snapshot(found)
 
 
-def local_folders(*names: str) -> list[Path]:
+def model_place(name: str) -> Path:
+    """`model_folder`, or a GGUF file: for commands that run a model or look at one."""
+    file = Path(name)
+    return file if file.suffix == GGUF and file.is_file() else model_folder(name)
+
+
+def local_folders(*names: str, gguf: bool = False) -> list[Path]:
     """The folders of those models that are no ids on the hub, for checks before anything is downloaded.
+
+    Args:
+        names: of models.
+        gguf: GGUF files are taken, too.
 
     Raises:
         InvalidInputError: there is no such model.
     """
-    return [found for found in map(_place, names) if isinstance(found, Path)]
+    files = [Path(name) for name in names if gguf and Path(name).suffix == GGUF and Path(name).is_file()]
+    places = (_place(name) for name in names if Path(name) not in files)
+    return [*files, *(found for found in places if isinstance(found, Path))]
 
 
 def _place(name: str) -> Path | HubModel:
@@ -89,8 +99,6 @@ def _place(name: str) -> Path | HubModel:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        if folder.suffix == ".gguf":
-            return folder
         raise _refused_file(folder)
     model = hub_model(name)
     if model is None or folder.exists():

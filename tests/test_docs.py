@@ -25,7 +25,7 @@ from moepress.validation.report.schema import Report
 
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\[(?:[^\]\\]|\\.)*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
-OTHER_TOOLS = {"--no-deps", "--no-build-isolation", "--editable", "--constraint", "--import-mode"}
+OTHER_TOOLS = {"--no-deps", "--no-build-isolation", "--editable", "--constraint", "--import-mode", "--n-cpu-moe"}
 
 
 def inline_code(text: str) -> Iterator[str]:

@@ -18,7 +18,6 @@ class Include(StrEnum):
     SHARED = "shared"
     DENSE = "dense"
     LM_HEAD = "lm_head"
-    EMBEDDINGS = "embeddings"
 
 
 _PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}

@@ -37,9 +37,7 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include], blo
     """
     layers = source.outline.shape.layers
     wanted = quantized_linears(source, layers, include)
-    if Include.EMBEDDINGS in include and blocks is None:
-        raise UsageError("--include embeddings goes with --grid, whose formats hold embeddings; leave it out.")
-    if Include.LM_HEAD in include and (blocks is None or source.family.head in source.shapes):
+    if Include.LM_HEAD in include:
         if source.family.head not in source.shapes:
             raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
         wanted.add(source.family.head)

@@ -328,7 +328,7 @@ def _write_outer(job: Job) -> None:
             matrix, error = solve_head(job.stream, job.options, job.originals)
             entries += [tensor_entry(*pair) for pair in packed(job, name, matrix).items()]
             note["linears"][name] = error
-        elif name == job.stream.model.family.embeddings and Include.EMBEDDINGS in job.include:
+        elif name == job.stream.model.family.embeddings and job.options.blocks and job.options.blocks.is_mix:
             kind = job.options.kind_of(EMBEDDINGS, None, job.stream.model.source.shapes[name][1])
             assert kind is not None, "embeddings are quantized in GGUF's blocks alone"
             entries += [

@@ -11,10 +11,9 @@ from typing import Any
 
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Family, Shape
-from moepress.models.families.hf_config import hf_config
 from moepress.models.storage.checkpoint import Source
 
-Value = int | float | bool | str
+Value = int | float | bool | str | list[int]
 _GATING = {"softmax": 1, "sigmoid": 2}  # expert_gating_func
 MOST_EXPERTS = 1024
 
@@ -35,6 +34,10 @@ class Architecture:
         whole_norms: norms of queries and keys run over all heads at once.
         windows: it knows sliding windows; others must have none.
         leading: the first layers may be dense, as many as a key says; in others all have experts.
+        delta: layers of linear attention (a gated delta rule) among the others.
+        tiled: heads of values of a delta rule lie tiled over those of keys, where transformers' lie grouped by them.
+        sections: rotary embeddings of several axes.
+        one_more: its norms multiply by what is stored, where transformers' multiply by one more.
         own_head: its loader wants lm_head though it is the embeddings.
         renames: in transformers' names, before they are looked up.
     """
@@ -49,6 +52,10 @@ class Architecture:
     latent: bool = False
     windows: bool = False
     leading: bool = False
+    delta: bool = False
+    tiled: bool = False
+    sections: bool = False
+    one_more: bool = False
     own_head: bool = False
     renames: tuple[tuple[str, str], ...] = ()
 
@@ -70,6 +77,25 @@ _LATENT = Architecture(
     latent=True,
     leading=True,
     renames=_CORRECTION,
+)
+
+_DELTA_KEYS = (
+    _WIDTH,
+    ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+    ("ssm.conv_kernel", "linear_conv_kernel_dim"),
+    ("ssm.state_size", "linear_key_head_dim"),
+    ("ssm.group_count", "linear_num_key_heads"),
+    ("ssm.time_step_rank", "linear_num_value_heads"),
+)
+_TILED = Architecture(
+    name="qwen35moe",
+    keys=_DELTA_KEYS,
+    renormalises=True,
+    delta=True,
+    tiled=True,
+    sections=True,
+    one_more=True,
+    renames=((".language_model.", "."), (".dt_bias", ".dt_proj.bias")),
 )
 
 ARCHITECTURES = {
@@ -102,6 +128,16 @@ ARCHITECTURES = {
         windows=True,
         renames=((".self_attn.sinks", ".self_attn.sinks.weight"),),
     ),
+    "qwen3_next": Architecture(
+        name="qwen3next",
+        keys=_DELTA_KEYS,
+        renormalises=True,
+        delta=True,
+        one_more=True,
+        renames=((".dt_bias", ".dt_proj.bias"),),
+    ),
+    "qwen3_5_moe": _TILED,
+    "qwen3_5_moe_text": _TILED,
     "minimax_m2": Architecture(
         name="minimax-m2",
         keys=(("expert_feed_forward_length", "intermediate_size"),),
@@ -156,12 +192,35 @@ def architecture_of(model: Described) -> Architecture:
 
 
 def gguf_refusal(model: Described) -> str | None:
-    """Why a model can not become a GGUF file that llama.cpp computes as transformers does, or None."""
+    """Why a model can not become a GGUF file that llama.cpp computes as transformers does, or None.
+
+    By what config.json states alone, without transformers, so that commands may ask that start without it.
+    """
+    stated = Stated(model.family.text(model.config))
     try:
-        metadata(model, architecture_of(model))
+        row = architecture_of(model)
+        for part in (_rope, _experts):
+            dict(part(model, row, stated))
+        _require_plain(model, row, stated)
     except UnsupportedError as error:
         return str(error)
+    except (TypeError, KeyError, ValueError):  # config.json leaves a number to transformers' defaults: an export asks
+        return None
     return None
+
+
+class Stated:
+    """A config's keys as attributes, None where it does not state one; transformers' names of rotary embeddings."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rope_parameters" and name not in self._config:
+            scaling = self._config.get("rope_scaling")
+            scaling = scaling if isinstance(scaling, dict) else {}
+            return {**scaling, "rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+        return self._config.get(name)
 
 
 def metadata(model: Described, row: Architecture) -> dict[str, Value]:
@@ -170,10 +229,14 @@ def metadata(model: Described, row: Architecture) -> dict[str, Value]:
     Raises:
         UnsupportedError: the loader has something compiled in that this model does not do.
     """
+    from moepress.models.families.hf_config import hf_config
+
     config = hf_config(model.config).get_text_config()
     found: dict[str, Value] = {}
     for part in (_sizes, _rope, _experts):
         found |= dict(part(model, row, config))
+    if row.delta:
+        found |= dict(_delta(model, row, config))
     for key, attribute in row.keys:
         value = getattr(config, attribute, None)
         if value is not None:
@@ -187,7 +250,8 @@ def _sizes(model: Described, row: Architecture, config: Any) -> Iterator[tuple[s
     yield "block_count", model.shape.layers
     yield "context_length", model.shape.context
     yield "embedding_length", model.shape.hidden
-    yield "feed_forward_length", int(config.intermediate_size)
+    if getattr(config, "intermediate_size", None) is not None:
+        yield "feed_forward_length", int(config.intermediate_size)
     yield "attention.head_count", heads
     yield "attention.layer_norm_rms_epsilon", float(config.rms_norm_eps)
     yield "vocab_size", model.shape.vocabulary
@@ -202,6 +266,16 @@ def _sizes(model: Described, row: Architecture, config: Any) -> Iterator[tuple[s
     yield "attention.head_count_kv", int(getattr(config, "num_key_value_heads", None) or heads)
     yield "attention.key_length", head_size(config)
     yield "attention.value_length", head_size(config)
+
+
+def _delta(model: Described, row: Architecture, config: Any) -> Iterator[tuple[str, Value]]:
+    """Linear attention: which layers have full attention instead, and how wide its values are."""
+    yield "ssm.inner_size", int(config.linear_value_head_dim) * int(config.linear_num_value_heads)
+    kinds = list(config.layer_types)
+    every = next((n for n, kind in enumerate(kinds, start=1) if kind == "full_attention"), 0)
+    if not every or any((kind == "full_attention") != ((n + 1) % every == 0) for n, kind in enumerate(kinds)):
+        raise UnsupportedError(f"Layers of full attention that are not every so-manieth {_not(model, row)}.")
+    yield "full_attention_interval", every
 
 
 def head_size(config: Any) -> int:
@@ -221,6 +295,11 @@ def _rope(model: Described, row: Architecture, config: Any) -> Iterator[tuple[st
         share = stated.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
         turned = getattr(config, "rotary_dim", None)
         yield "rope.dimension_count", int(turned or head_size(config) * (1.0 if share is None else share))
+    if row.sections:
+        own = [int(size) for size in stated.get("mrope_section") or (11, 11, 10)]
+        if sum(own) > head_size(config):
+            raise UnsupportedError(f"Rotary sections of {sum(own)} in heads of {head_size(config)} {_not(model, row)}.")
+        yield "rope.dimension_sections", [*own, *([0] * (4 - len(own)))]
     if kind == "default":
         return
     if kind not in ("linear", "yarn"):
@@ -317,7 +396,7 @@ def _require_plain(model: Described, row: Architecture, config: Any) -> None:
     """What the config may say that no key of the architecture can."""
     window = getattr(config, "sliding_window", None)
     in_use = getattr(config, "use_sliding_window", True) is not False
-    if not row.windows and window and in_use and window < model.shape.context:
+    if not row.windows and isinstance(window, int) and in_use and window < model.shape.context:
         raise UnsupportedError(f"A sliding window of {window} tokens {_not(model, row)}.")
     if getattr(config, "clip_qkv", None):
         raise UnsupportedError(f"Clipped queries, keys and values (clip_qkv) {_not(model, row)}.")
@@ -325,7 +404,7 @@ def _require_plain(model: Described, row: Architecture, config: Any) -> None:
         raise UnsupportedError(f"Latent attention without rope_interleave {_not(model, row)}.")
     if row.latent:
         _require_lora(model, config)
-    act = getattr(config, "hidden_act", "silu")
+    act = getattr(config, "hidden_act", None) or "silu"
     if act not in ("silu", "swish"):
         raise UnsupportedError(f"The activation {act!r} {_not(model, row)}.")
 

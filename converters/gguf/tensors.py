@@ -74,6 +74,7 @@ class Matrices:
         count: how many there are.
         stacked: the tensor has an axis for them.
         rows: another order of the rows.
+        columns: another order of the columns, in runs of 32.
     """
 
     names: Sequence[str] = ()
@@ -83,6 +84,7 @@ class Matrices:
     count: int = 1
     stacked: bool = False
     rows: Reorder | None = None
+    columns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,8 +171,14 @@ class Writer:
             return
         for name in of.names:
             stored = source.stored.get(name)
-            if of.rows is not None or stored is None or stored.dtype not in _OF_DTYPE or len(stored.shape) < 2:
-                whole = exactly(source, name)
+            if (
+                of.rows is not None
+                or of.columns is not None
+                or stored is None
+                or stored.dtype not in _OF_DTYPE
+                or len(stored.shape) < 2
+            ):
+                whole = exactly(source, name) if of.columns is None else exactly(source, name)[:, of.columns]
                 yield whole if of.rows is None else of.rows(whole)
                 continue
             step = max(1, _CHUNK_BYTES // max(1, stored.bytes // stored.shape[0]))
@@ -191,9 +199,28 @@ class Writer:
                 else:
                     rows, error = copied(kind, *source.codes(name))
                     errors.append(error)
+                if of.columns is not None:
+                    rows = _runs_turned(TYPES[kind], rows, of.columns)
                 yield tensor_bytes(rows if of.rows is None else of.rows(rows))
 
         return data
+
+
+def _runs_turned(kind: BlockType, rows: Tensor, columns: Tensor) -> Tensor:
+    """The bytes of rows with their columns in another order, which keeps runs of a block's columns.
+
+    Raises:
+        UnsupportedError: it does not.
+    """
+    runs = columns.unflatten(0, (-1, kind.columns))
+    first = runs[:, 0]
+    if bool((runs - first[:, None] != torch.arange(kind.columns)).any()) or bool((first % kind.columns).any()):
+        raise UnsupportedError(
+            f"out_proj of linear attention lies in {kind.name}, whose blocks of {kind.columns} columns the order that "
+            "llama.cpp wants would cut; quantize without --include attention."
+        )
+    turned: Tensor = rows.unflatten(1, (-1, kind.size))[:, first // kind.columns].flatten(1)
+    return turned
 
 
 def _blocks_of(source: Folder, name: str) -> BlockType | None:
@@ -271,6 +298,8 @@ def _layer(source: Folder, row: Architecture, lookup: Callable[[str], str | None
             continue
         if row.latent and name.endswith("kv_b_proj.weight"):
             yield from _split_latent(source, name, layer)
+        elif row.delta and name.endswith("in_proj_qkvz.weight"):
+            yield from _split_delta(source, name, layer)
         else:
             yield _one(source, row, lookup, name, layer)
     if layer in source.outline.moe_layers:
@@ -301,8 +330,67 @@ def _one(
         return found, Matrices(names=(name,), shape=(math.prod(shape),), rows=torch.flatten), layer, part
     if name in routers and len(shape) == 2 and 1 in shape:  # a correction [1, E]
         return found, Matrices(names=(name,), shape=(math.prod(shape),), rows=torch.flatten), layer, Part.ROUTER
+    if row.tiled and ".linear_attn." in name and (turned := _tiled(source, name)) is not None:
+        return found, turned, layer, Part.ATTENTION if len(shape) == 2 else Part.NORMS
+    if (other := _computed(row, name, shape)) is not None:
+        new_shape, reorder = other
+        return found, Matrices(names=(name,), shape=new_shape, rows=reorder), layer, Part.NORMS
     kind = Part.ROUTER if name in routers else part
     return found, Matrices(names=(name,), rows=reorder), layer, kind
+
+
+def _computed(row: Architecture, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Reorder] | None:
+    """Small tensors that llama.cpp wants computed beforehand: shape, and the function."""
+    if row.one_more and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        return shape, lambda tensor: tensor.float() + 1
+    if row.delta and name.endswith("A_log"):
+        return shape, lambda tensor: -tensor.float().exp()
+    if row.delta and name.endswith("conv1d.weight"):
+        return (shape[0], shape[2]), lambda tensor: tensor.squeeze(1)
+    return None
+
+
+def _tiled(source: Folder, name: str) -> Matrices | None:
+    """A tensor of linear attention with the heads of its values tiled over those of keys; None where it has none."""
+    config = hf_config(source.config).get_text_config()
+    keys, heads = int(config.linear_num_key_heads), int(config.linear_num_value_heads)
+    size, wide = int(config.linear_key_head_dim), int(config.linear_value_head_dim)
+
+    def order(width: int) -> Tensor:
+        return torch.arange(heads * width).unflatten(0, (keys, heads // keys, width)).transpose(0, 1).flatten()
+
+    before = 2 * keys * size
+    behind = torch.cat((torch.arange(before), before + order(wide)))  # queries and keys stay
+    leaf, shape = name.rpartition("linear_attn.")[2], source.shapes[name]
+    if leaf == "A_log":
+        return Matrices(names=(name,), shape=shape, rows=lambda tensor: -tensor.float().exp()[order(1)])
+    if leaf == "conv1d.weight":
+        return Matrices(names=(name,), shape=(shape[0], shape[2]), rows=lambda tensor: tensor.squeeze(1)[behind])
+    if leaf == "out_proj.weight":
+        return Matrices(names=(name,), columns=order(wide))
+    index = {"in_proj_qkv.weight": behind, "in_proj_z.weight": order(wide)}
+    index |= dict.fromkeys(("in_proj_a.weight", "in_proj_b.weight", "dt_bias"), order(1))
+    return Matrices(names=(name,), shape=shape, rows=_picking(index[leaf])) if leaf in index else None
+
+
+def _split_delta(source: Folder, name: str, layer: int) -> Iterator[Placed]:
+    """in_proj_qkvz as llama.cpp has it: its rows lie head by head, and are wanted q, k, v of all heads, and z apart."""
+    config = hf_config(source.config).get_text_config()
+    heads, size = int(config.linear_num_key_heads), int(config.linear_key_head_dim)
+    wide = int(config.linear_value_head_dim) * int(config.linear_num_value_heads) // heads
+    rows = torch.arange(source.shapes[name][0]).unflatten(0, (heads, 2 * size + 2 * wide))
+    q, k, v, z = (part.flatten() for part in rows.split((size, size, wide, wide), dim=1))
+    columns = source.shapes[name][1]
+    for leaf, index in (("attn_qkv", torch.cat((q, k, v))), ("attn_gate", z)):
+        picked = Matrices(names=(name,), shape=(len(index), columns), rows=_picking(index))
+        yield f"blk.{layer}.{leaf}.weight", picked, layer, Part.ATTENTION
+
+
+def _picking(index: Tensor) -> Reorder:
+    def reorder(rows: Tensor) -> Tensor:
+        return rows[index]
+
+    return reorder
 
 
 def _lookup(row: Architecture, layers: int) -> Callable[[str], str | None]:

@@ -131,6 +131,16 @@ DERIVED: dict[str, dict[str, Any]] = {
         },
     },
     "minimax_m2": {},
+    "qwen3_next": {"mlp_only_layers": []},
+    "qwen3_5_moe": {
+        "mlp_only_layers": [],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [1, 1, 0],
+        },
+    },
 }
 """Families that are derived: model type -> what its tiny config has otherwise."""
 
@@ -140,9 +150,9 @@ def test_derived_families_too(model_type: str, tmp_path: Path) -> None:
     model = every_family.build(model_type, **DERIVED[model_type])
     folder = every_family.save(model, tmp_path / "model")
     byte_tokenizer(folder, merges=True)
-    wanted = every_family.logits(every_family.load(folder), tokens() % model.config.vocab_size)
+    wanted = every_family.logits(every_family.load(folder), tokens() % model.config.get_text_config().vocab_size)
     file = export(folder, tmp_path / "out", exact=True)
-    assert divergence(wanted, llama_logits(file, tokens() % model.config.vocab_size)) < 1e-4
+    assert divergence(wanted, llama_logits(file, tokens() % model.config.get_text_config().vocab_size)) < 1e-4
 
 
 def test_eight_bits_and_a_mix_by_layer(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
