@@ -357,7 +357,8 @@ def _tiled(source: Folder, name: str) -> Matrices | None:
     size, wide = int(config.linear_key_head_dim), int(config.linear_value_head_dim)
 
     def order(width: int) -> Tensor:
-        return torch.arange(heads * width).unflatten(0, (keys, heads // keys, width)).transpose(0, 1).flatten()
+        by_key: Tensor = torch.arange(heads * width).view(keys, heads // keys, width)
+        return by_key.transpose(0, 1).flatten()
 
     before = 2 * keys * size
     behind = torch.cat((torch.arange(before), before + order(wide)))  # queries and keys stay
