@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument("artifact")
-@output_options("Folder for the export.")
+@output_options("Folder for the export; with --to gguf also a file, FILE.gguf.")
 @click.option(
     "--to",
     "target",
@@ -63,13 +63,18 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
               moepress export quantized --to onnx -o quantized-onnx
               moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
               moepress export quantized --to gguf -o quantized-gguf
+              moepress export quantized --to gguf -o quantized.gguf
               moepress export quantized --to mlx -o quantized-mlx
     """
     from moepress.runs.output import check_output
-    from moepress.stages.places import Output, local_folders
+    from moepress.runs.single import making
+    from moepress.stages.places import GGUF, Output, local_folders
 
-    place = Output(folder=output, resume=resume, force=force)
-    check_output(output, local_folders(artifact), resume=resume, force=force)  # before anything heavy is imported
+    place, single = Output(folder=output, resume=resume, force=force), target == "gguf" and output.suffix == GGUF
+    if single and options["push"] is not None:
+        raise UsageError("--push uploads a folder; give -o a folder, not a file.")
+    beside = making(output) if single else output
+    check_output(beside, local_folders(artifact), resume=resume, force=force or single)  # before anything heavy
     push = push_of(options)
     if target == "onnx":
         _require_no_gguf_options()
@@ -113,7 +118,8 @@ def _export_gguf(artifact: str, place: Output, push: Push | None, options: Mappi
         emit({"output": str(place.folder), **asdict(result)})
     else:
         for name, size in result.files.items():
-            say(f"{place.folder / name}: {human_bytes(size)}")
+            file = place.folder if place.folder.suffix == ".gguf" else place.folder / name
+            say(f"{file}: {human_bytes(size)}")
         console, table = plain_console(), plain_table("type", "size")
         for kind, size in result.types.items():
             table.add_row(kind, human_bytes(size))

@@ -8,6 +8,7 @@ import click
 
 from moepress.commands.attempt import Attempt
 from moepress.commands.completers import complete_list, complete_models, complete_targets
+from moepress.compress.gptq.block_choice import GRIDS, PRESETS
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 
@@ -113,6 +114,12 @@ def onnx_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+grid_option: Decorator = click.option(
+    "--grid",
+    type=click.Choice([*GRIDS, *PRESETS]),
+    help="Solve on a grid of GGUF in place of --bits: a type (lower case) for what is quantized, or a mix (capitals) "
+    "for the whole model, embeddings and head too, as llama-quantize mixes them. The result is for --to gguf.",
+)
 gguf_options: Decorator = _stack(
     click.option(
         "--outtype",

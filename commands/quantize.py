@@ -13,6 +13,7 @@ from moepress.commands.options import (
     calibration_options,
     dry_run_option,
     effort_option,
+    grid_option,
     include_option,
     json_option,
     machine_options,
@@ -27,7 +28,6 @@ from moepress.commands.options import (
 )
 from moepress.commands.requests import all_default, calibration_of, includes_of, machine_of, mtp_of, push_of
 from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
-from moepress.compress.gptq.block_choice import GRIDS, PRESETS
 from moepress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,12 +42,7 @@ if TYPE_CHECKING:
 @output_options("Folder for the quantized model.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
 @scheme_options
-@click.option(
-    "--grid",
-    type=click.Choice([*GRIDS, *PRESETS]),
-    help="Solve on a grid of GGUF in place of --bits: a type (lower case) for what is quantized, or a mix (capitals) "
-    "for the whole model, embeddings and head too, as llama-quantize mixes them. The result is for `export --to gguf`.",
-)
+@grid_option
 @include_option
 @match_option
 @effort_option
@@ -141,23 +136,21 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
     Raises:
         UsageError: bits or groups are given besides.
     """
-    from moepress.compress.gptq.block_choice import BlockChoice
+    from moepress.compress.gptq.block_choice import nearest_scheme
     from moepress.compress.gptq.options import EFFORTS
-    from moepress.converters.safetensors.scheme import Scheme
     from moepress.stages.quantize import QuantizeRequest
 
     if not all_default("bits", "group_size"):
         raise UsageError("--bits and --group-size do not go with --grid, which says both.")
     if plan is not None and plan.layer_bits:
         note("--grid was given: the plan's bits by layer are left aside.")
-    bits = BlockChoice(name=options["grid"], layers=1, experts=1, shared_heads=1).bits
-    near = max(width for width in (2, 3, 4, 8) if width <= bits)  # for estimates of time and size
+    scheme = nearest_scheme(options["grid"])
     include, notes = _includes_for(plan, options)
     note(*notes)
     return QuantizeRequest(
-        scheme=Scheme(bits=near, group_size=32),
+        scheme=scheme,
         include=include,
-        hessian=_hessian_of(options, bits, {}),
+        hessian=_hessian_of(options, scheme.bits, {}),
         solver=EFFORTS[options["effort"]],
         grid=options["grid"],
     )

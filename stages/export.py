@@ -1,7 +1,8 @@
 """export as functions: what was quantized or pruned, in the form that another runtime reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from moepress import __version__
@@ -9,18 +10,20 @@ from moepress.calibration.profile import fingerprint
 from moepress.compress.estimates.export import layout_bytes
 from moepress.compress.gptq.include import Include, linear_groups
 from moepress.converters.gguf.export import GgufRequest, plan_gguf, write_gguf
+from moepress.converters.gguf.file import open_gguf
 from moepress.converters.gguf.tensors import types_of
 from moepress.converters.mlx.export import MlxExported, check_mlx, export_mlx, mlx_bytes
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
 from moepress.converters.safetensors.export import Exported, Target, check_target, export
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
-from moepress.errors import MoepressError, UnsupportedError, UsageError
+from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.inside import watched
 from moepress.runs.journal import open_run
 from moepress.runs.output import check_output
+from moepress.runs.single import check_single, making, put_single
 from moepress.stages.groundwork import announce, opened_artifact, opened_source, require_room
-from moepress.stages.places import Output, model_folder
+from moepress.stages.places import GGUF, Output, model_folder
 
 
 def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:
@@ -216,13 +219,16 @@ class GgufResult:
 
 
 def gguf_stage(model_name: str, output: Output, request: GgufRequest) -> GgufResult:
-    """Write any folder that moepress reads as GGUF.
+    """Write any folder that moepress reads as GGUF: to a folder, or where the output is named so to one .gguf file.
 
     Raises:
         UnsupportedError: llama.cpp does not compute such a model, or `gguf` is not installed.
         InvalidInputError: the folder is not sound.
+        UsageError: there is something in the way.
         MoepressError: the disk is too small.
     """
+    if output.folder.suffix == GGUF:
+        return _gguf_file(model_name, output, request)
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
@@ -247,9 +253,30 @@ def gguf_stage(model_name: str, output: Output, request: GgufRequest) -> GgufRes
     )
 
 
+def _gguf_file(model_name: str, output: Output, request: GgufRequest) -> GgufResult:
+    file = output.folder
+    check_single(file, written_by_us, force=output.force)
+    if request.split_bytes is not None:
+        raise UsageError(f"--split-max-size makes several files; give -o a folder, such as {file.with_suffix('')}.")
+    # What is in the folder of that name, if it is ours, is a run that was killed just before its last step.
+    place = Output(folder=making(file), resume=output.resume, force=True)
+    made = gguf_stage(model_name, place, replace(request, name=file.stem))
+    put_single(file.name, file, written_by_us, force=output.force)
+    return made
+
+
+def written_by_us(file: Path) -> bool:
+    """Whether a file is GGUF that moepress has written, as its metadata says."""
+    try:
+        return str(open_gguf(file).keys.get("general.quantized_by", "")).startswith("moepress ")
+    except (InvalidInputError, OSError):
+        return False
+
+
 def gguf_estimate(model_name: str, output: Output, request: GgufRequest) -> dict[str, Any]:
     """What an export would write, exactly, from the headers alone."""
-    check_output(output.folder, [model_folder(model_name)], resume=output.resume, force=output.force)
+    place = making(output.folder) if output.folder.suffix == GGUF else output.folder
+    check_output(place, [model_folder(model_name)], resume=output.resume, force=output.force)
     plan = plan_gguf(opened_source(model_folder(model_name)), request)
     return {
         "disk_bytes": plan.bytes,

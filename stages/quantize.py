@@ -87,7 +87,7 @@ def quantize_stage(
         checked_plan(checkpoint, plan)
     predicting = _predicting(checkpoint, plan, mtp)
     source = _seen(checkpoint, plan, repairs, predicting)
-    request = _settled(checkpoint, request)
+    request = replace(request, include=on_grid(checkpoint, request.grid, request.include))
     options = _options(source, request)
     check_scheme(source, options.scheme, request.include, options.blocks)
     shape = checkpoint.shape
@@ -159,21 +159,20 @@ def _seen(
     return source if repairs is None else repaired_source(source, repairs)
 
 
-def _settled(checkpoint: Checkpoint, request: QuantizeRequest) -> QuantizeRequest:
-    """The request with all that a mix of GGUF's types stands for.
+def on_grid(checkpoint: Checkpoint, grid: str | None, include: Iterable[Include]) -> frozenset[Include]:
+    """What is quantized besides the experts: a mix of GGUF's types stands for the whole model.
 
     Raises:
         UnsupportedError: llama.cpp does not compute such a model.
     """
-    if request.grid is None:
-        return request
+    if grid is None:
+        return frozenset(include)
     refusal = gguf_refusal(described(checkpoint))
     if refusal is not None:
         raise UnsupportedError(refusal)
-    if request.grid not in PRESETS:
-        return request
-    every = {*Include} if checkpoint.family.head in checkpoint.shapes else {*Include} - {Include.LM_HEAD}
-    return replace(request, include=frozenset(every))
+    if grid not in PRESETS:
+        return frozenset(include)
+    return frozenset(Include) - (set() if checkpoint.family.head in checkpoint.shapes else {Include.LM_HEAD})
 
 
 def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:

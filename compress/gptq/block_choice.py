@@ -7,6 +7,7 @@ can be compared at equal bytes. What a type can not hold, because its blocks do 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.storage.block_types import TYPES, BlockType
 
@@ -142,6 +143,16 @@ class BlockChoice:
         if self.experts == 8 and role == "output" and self.name in _EIGHT_TOO:
             kind = "Q5_K"
         return fitting(kind, columns)
+
+
+def nearest_scheme(name: str) -> Scheme:
+    """The scheme of integers that a grid is counted as where time and size are estimated: never more bits than it has.
+
+    Raises:
+        UsageError: there is no such grid.
+    """
+    bits = BlockChoice(name=name, layers=1, experts=1, shared_heads=1).bits
+    return Scheme(bits=max(width for width in SUPPORTED_BITS if width <= bits), group_size=_BLOCK)
 
 
 def fitting(name: str, columns: int) -> BlockType:

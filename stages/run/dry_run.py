@@ -24,6 +24,7 @@ from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.mtp import Mtp
 from moepress.stages.groundwork import workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine
+from moepress.stages.quantize import on_grid
 from moepress.stages.run.recipe import Recipe, Settled, budget_request, check_recipe, resolve, settled
 from moepress.stages.run.run import no_room
 
@@ -56,6 +57,7 @@ class RunEstimate:
             "recipe": self.recipe.model_dump(mode="json"),
             "experts": self.settled.count,
             "bits": None if self.settled.scheme is None else self.settled.scheme.bits,
+            "grid": self.recipe.grid,
             "group_size": None if self.settled.scheme is None else self.settled.scheme.group_size,
             "layer_bits": {str(layer): bits for layer, bits in self.settled.layer_bits.items()},
             "sizes": dict(self.sizes),
@@ -81,7 +83,8 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     stages = {"profile": estimate_profile(figures, work, rates, bit_losses=budget_request(full) is not None)}
     if full.repair:
         stages["repair"] = estimate_repair(figures, work, rates)
-    linears = included_linears(checkpoint, full.include)
+    include = on_grid(checkpoint, full.grid, full.include)
+    linears = included_linears(checkpoint, include)
     sizes = estimate_sizes(
         inventory(checkpoint), checkpoint.shape, known.count, known.scheme, known.layer_bits, linears=linears
     )
@@ -96,7 +99,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
             known.scheme,
             work,
             rates,
-            include=full.include,
+            include=include,
             layer_bits=known.layer_bits,
             original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
             solver=EFFORTS[full.effort],

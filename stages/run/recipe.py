@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from moepress.compress.budget.search import most_common
 from moepress.compress.budget.sizes import included_linears, predicting_bytes
+from moepress.compress.gptq.block_choice import GRIDS, PRESETS, nearest_scheme
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.pruning.plan import count_from_keep
@@ -31,6 +32,7 @@ from moepress.stages.export import check_gguf, check_onnx, onnx_bits
 from moepress.stages.groundwork import load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
+from moepress.stages.quantize import block_choice, on_grid
 from moepress.stages.repair import check_repair
 from moepress.stages.validate import (
     Evaluation,
@@ -80,6 +82,7 @@ class Recipe(BaseModel):
     groups: Groups = Groups.BALANCED
     bits: int | None = Field(default=None, lt=1 << 40)
     group_size: int | None = Field(default=None, lt=1 << 40)
+    grid: str | None = None
     budget: Bytes | None = Field(default=None, ge=1)
     target: str | None = None
     targets_file: str | None = None
@@ -121,7 +124,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
     if budget_request(recipe) is not None:
         return recipe
-    defaults: dict[str, Any] = {"group_size": recipe.group_size or 128}
+    defaults: dict[str, Any] = {} if recipe.grid is not None else {"group_size": recipe.group_size or 128}
     if recipe.keep is None and recipe.experts is None:
         defaults["keep"] = 0.75
     return recipe.model_copy(update=defaults)
@@ -179,11 +182,15 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
         UsageError: options exclude each other, or nothing fits.
     """
     shape, request = checkpoint.shape, budget_request(recipe)
+    if recipe.grid is not None:
+        require_grid(recipe)
     if request is None:
         if recipe.context is not None or recipe.mixed_bits:
             raise UsageError("--context and --mixed-bits go with --budget or --target only.")
         degroup = recipe.groups is Groups.DEGROUP
         count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
+        if recipe.grid is not None:
+            return Settled(count=count, scheme=nearest_scheme(recipe.grid))
         if recipe.bits is None and checkpoint.pressed_as:
             return Settled(count=count, scheme=None)
         return Settled(count=count, scheme=Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128))
@@ -200,6 +207,24 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
     scheme = Scheme(bits=most_common(found.widths) or 4, group_size=wish.group(shape, linears))
     bits = {layers[n]: width for n, width in found.widths.items() if width is not None}
     return Settled(count=found.count, scheme=scheme, layer_bits=bits if found.mixed else {})
+
+
+def require_grid(recipe: Recipe) -> None:
+    """Refuse what a grid of GGUF does not go with.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if recipe.grid not in (*GRIDS, *PRESETS):
+        raise UsageError(f"--grid {recipe.grid} is not there; choose one of {', '.join((*GRIDS, *PRESETS))}.")
+    if recipe.bits is not None or recipe.group_size is not None or recipe.mixed_bits:
+        raise UsageError("--bits, --group-size and --mixed-bits do not go with --grid, which says all of that.")
+    if budget_request(recipe) is not None:
+        raise UsageError(
+            "--grid does not go with --budget and --target, which choose bits; say how much stays with --keep."
+        )
+    if set(recipe.to) - {"gguf"}:
+        raise UsageError("Blocks of GGUF go into no other format: with --grid the only export is --to gguf.")
 
 
 def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
@@ -220,7 +245,10 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
         check_mtp(checkpoint, layer, folder=folder)
     if recipe.repair:
         check_repair(checkpoint, known.count, frozenset(recipe.repair))
-    if known.scheme is None:
+    if recipe.grid is not None:
+        scheme, include = nearest_scheme(recipe.grid), on_grid(checkpoint, recipe.grid, recipe.include)
+        check_scheme(checkpoint, scheme, include, block_choice(checkpoint, recipe.grid))
+    elif known.scheme is None:
         _check_unquantized(recipe, checkpoint)
     else:
         check_scheme(checkpoint, known.scheme, recipe.include)
@@ -271,8 +299,9 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
 
 
 def _bits(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
-    """What is taken where a recipe does not say; a budget chooses by itself."""
-    known = settled(recipe, checkpoint) if budget_request(recipe) is None else None
+    """What is taken where a recipe does not say; a budget chooses by itself, and a grid has its own."""
+    open_yet = recipe.grid is None and budget_request(recipe) is None
+    known = settled(recipe, checkpoint) if open_yet else None
     return known.scheme.bits if known is not None and known.scheme is not None else None
 
 
@@ -361,7 +390,7 @@ def runtime_notes(recipe: Recipe) -> list[str]:
     Raises:
         UsageError, InvalidInputError, UnsupportedError: as `check_recipe`.
     """
-    if budget_request(recipe) is not None:
+    if budget_request(recipe) is not None or recipe.grid is not None:  # blocks are read by moepress alone
         return []
     checkpoint = opened(model_folder(recipe.model))
     known, degroup = settled(recipe, checkpoint), recipe.groups is Groups.DEGROUP

@@ -5,7 +5,7 @@ OUT/journal.jsonl    settings and finished stages
 OUT/profile/         how the model uses its experts
 OUT/plan.json        what stays
 OUT/repair/          what is mended of it, where that is asked for
-OUT/model/           the canonical artifact, compressed-tensors
+OUT/model/           the canonical artifact, compressed-tensors; with --grid GGUF's blocks
 OUT/exports/<fmt>/   the same codes in other layouts; onnx-before: the original, to be timed beside exports/onnx
 OUT/report.{html,md,json}, junit.xml, provenance.json
 """
@@ -76,12 +76,13 @@ from moepress.validation.quality.measure import Subject
 from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance
-from moepress.validation.report.schema import Report
+from moepress.validation.report.schema import Quantization, Report
 from moepress.validation.report.sections import (
     calibration_section,
     choice_section,
     pruning_section,
     quantization_section,
+    scheme_text,
     usage_section,
 )
 from moepress.validation.rules.check import planned_notes
@@ -205,9 +206,9 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
                 criterion=recipe.criterion,
                 weights=recipe.domain_weight,
                 groups=recipe.groups,
-                scheme=setup.scheme,
-                include=recipe.include,
-                linears=linears_of_config(profile.config, recipe.include),
+                scheme=setup.scheme if recipe.grid is None else None,
+                include=recipe.include if recipe.grid is None else (),
+                linears=linears_of_config(profile.config, recipe.include) if recipe.grid is None else (),
             )
         text = plan_text(plan)
         run.write("plan", "plan.json", lambda path: _text(path, text))
@@ -242,8 +243,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
 
         result: Mapping[str, Any] = read_json(folder / "moepress.json")
     else:
-        scheme = plan.quantization.scheme() if plan.quantization else setup.scheme
-        assert scheme is not None, "a model that is only pruned goes another way"
+        scheme = _scheme(setup, plan)
         result = quantize_stage(
             recipe.model,
             _stage_output(setup, "model"),
@@ -254,6 +254,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
                 include=frozenset(recipe.include),
                 hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
                 solver=EFFORTS[recipe.effort],
+                grid=recipe.grid,
             ),
             calibration_of(recipe),
             setup.machine,
@@ -264,6 +265,13 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
     kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
     run.mark("model", {k: result[k] for k in kept}, folder="model")
     return run.pieces["model"].note
+
+
+def _scheme(setup: _Setup, plan: Plan) -> Scheme:
+    """The plan's, which a budget chose, or what the recipe says."""
+    scheme = plan.quantization.scheme() if plan.quantization else setup.scheme
+    assert scheme is not None, "a model that is only pruned goes another way"
+    return scheme
 
 
 def _prune(setup: _Setup, run: Run, plan: Plan, profile: Profile, checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -371,15 +379,14 @@ def _report(
     file = setup.out / JSON_NAME
     if done is not None and file.is_file() and done.note == late | {JSON_NAME: sha256_of(file)}:
         return Report.model_validate_json(file.read_text(encoding="utf-8"))
-    subjects, artifact, bits = [subject_of("original", original)], None, ""
+    subjects, pressed, bits = [subject_of("original", original)], opened_source(setup.out / "model"), ""
     if setup.scheme is None:
-        subjects.append(subject_of("pruned", opened(setup.out / "model")))
+        subjects.append(subject_of("pruned", pressed))
     else:
-        artifact = opened_artifact(setup.out / "model")
         if plan.prunes:
             subjects.append(pruned_subject("pruned", original, plan, repairs))
-        bits = "mixed bits" if plan.layer_bits else f"{artifact.scheme.bits} bit"
-        subjects.append(subject_of(f"pruned + {bits}" if plan.prunes else bits, artifact))
+        bits = "mixed bits" if plan.layer_bits else recipe.grid or f"{_scheme(setup, plan).bits} bit"
+        subjects.append(subject_of(f"pruned + {bits}" if plan.prunes else bits, pressed))
     if made.after is not None:
         subjects.append(onnx_subject(f"{bits}, ONNX", open_onnx(made.after)))
     if made.gguf is not None:
@@ -397,7 +404,7 @@ def _report(
         pruning=pruning_section(plan) if plan.prunes else None,
         usage=usage_section(profile, plan),
         choice=choice_section(plan),
-        quantization=None if artifact is None else quantization_section(quantized, artifact.scheme, plan),
+        quantization=None if setup.scheme is None else _quantization(setup, quantized, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
         notes=(
             *original.notes,
@@ -410,7 +417,7 @@ def _report(
     )
     run.require_ready()
     write_report(report, setup.out)
-    _describe(setup, report, original, artifact)
+    _describe(setup, report, original, pressed)
     run.mark("report", late | {JSON_NAME: sha256_of(file)})
     return report
 
@@ -421,20 +428,27 @@ def _gguf_subject(label: str, folder: Path) -> Subject:
     return gguf_subject(label, runnable_gguf(file))
 
 
-def _describe(setup: _Setup, report: Report, original: Checkpoint, artifact: Artifact | None) -> None:
+def _quantization(setup: _Setup, quantized: Mapping[str, Any], plan: Plan) -> Quantization:
+    grid = setup.recipe.grid
+    words = scheme_text(_scheme(setup, plan), plan.layer_bits) if grid is None else f"GGUF's {grid}"
+    return quantization_section(quantized, words, plan)
+
+
+def _describe(setup: _Setup, report: Report, original: Checkpoint, pressed: Checkpoint | Artifact) -> None:
     """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
     layouts: tuple[tuple[str, Format], ...] = (
-        ("model", "compressed-tensors"),
+        ("model", "compressed-tensors" if setup.recipe.grid is None else "gguf-blocks"),
         ("exports/gptq", "gptq"),
         ("exports/onnx", "onnx"),
         ("exports/gguf", "gguf"),
     )
+    mixed = isinstance(pressed, Artifact) and len(pressed.schemes) > 1
     for name, layout in layouts:
-        if (setup.out / name).is_dir() and artifact is not None:
+        if (setup.out / name).is_dir() and setup.scheme is not None:
             size = opened_artifact(setup.out / name).total_bytes if layout == "gptq" else None
             if layout == "gguf":
                 size = sum(file.stat().st_size for file in (setup.out / name).glob("*.gguf"))
-            card = model_card(report, original, layout, stored_bytes=size, mixed=len(artifact.schemes) > 1)
+            card = model_card(report, original, layout, stored_bytes=size, mixed=mixed)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
     settings = portable(setup.recipe, setup.out)

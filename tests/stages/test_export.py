@@ -244,8 +244,10 @@ def test_fp16_refuses_what_it_cannot_hold_by_name(copied: Path, tmp_path: Path) 
 
 
 def test_options_of_onnx_go_with_onnx_only(mixtral: Path, tmp_path: Path) -> None:
-    for options in (["--for", "cpu"], ["--experts", "loop"], ["--accuracy-level", "4"], ["--no-check"], ["--dry-run"]):
+    for options in (["--for", "cpu"], ["--experts", "loop"], ["--accuracy-level", "4"], ["--no-check"]):
         assert "go with --to onnx only" in refused_before_work(2, mixtral, tmp_path / "out", *options, to="gptq")
+    refusal = refused_before_work(2, mixtral, tmp_path / "out", "--dry-run", to="gptq")
+    assert "goes with --to onnx and --to gguf only" in refusal
 
 
 def test_places_that_cannot_be_written_to_are_refused(copied: Path, tmp_path: Path) -> None:

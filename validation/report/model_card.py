@@ -13,10 +13,12 @@ import yaml
 
 from moepress import __version__
 from moepress.converters.gguf.file import gguf_file
+from moepress.converters.mlx.folder import is_mlx
 from moepress.converters.onnx.folder import is_onnx
 from moepress.hub.snapshot import origin_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import read_json
+from moepress.models.storage.foreign import BLOCKS_METHOD
 from moepress.runs.parsing import parse_yaml
 from moepress.validation.quality.results import QualityRow
 from moepress.validation.report.cells import number_text, percent_text, share_text, size_text
@@ -24,7 +26,7 @@ from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report
 
 CARD_NAME = "README.md"
-Format = Literal["compressed-tensors", "gptq", "onnx", "gguf"]
+Format = Literal["compressed-tensors", "gptq", "onnx", "gguf", "gguf-blocks", "mlx"]
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _LARGEST_CARD = 1 << 20
@@ -66,8 +68,20 @@ llama-server -m path/to/this/folder/NAME.gguf
 ```
 
 llama.cpp, LM Studio, Ollama and others that are built on llama.cpp load the file; of several parts give the first.""",
+    "gguf-blocks": """```sh
+moepress export path/to/this/folder --to gguf -o FILE.gguf
+```
+
+The folder holds blocks of GGUF in safetensors files, which moepress reads and other runtimes do not; the export is a
+copy of the same blocks, for llama.cpp and what is built on it.""",
+    "mlx": """```python
+from mlx_lm import generate, load
+
+model, tokenizer = load("path/to/this/folder")
+print(generate(model, tokenizer, prompt="Hello"))
+```""",
 }
-_LIBRARIES = {"onnx": "onnx", "gguf": "gguf"}
+_LIBRARIES = {"onnx": "onnx", "gguf": "gguf", "mlx": "mlx", "gguf-blocks": "moepress"}
 _MIXED = (
     "Its bits differ by layer: vLLM and SGLang take that. **transformers loads such a folder wrong, without an "
     "error.**\n\n"
@@ -144,7 +158,9 @@ def _layout(folder: Path) -> Format | None:
         return "gguf"
     quantization = read_json(folder / "config.json").get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    return method if method in ("compressed-tensors", "gptq") else None  # a pruned fp8 model stays one
+    if is_mlx(folder):
+        return "mlx"
+    return method if method in ("compressed-tensors", "gptq", BLOCKS_METHOD) else None  # a pruned fp8 model stays one
 
 
 def source_link(folder: Path) -> str:

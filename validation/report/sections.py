@@ -55,12 +55,16 @@ def choice_section(plan: Plan) -> Choice | None:
     return Choice(limit_bytes=plan.budget.weight_bytes, rows=tuple(plan.alternatives))
 
 
-def quantization_section(result: Mapping[str, Any], scheme: Scheme, plan: Plan | None) -> Quantization:
-    """What the report says of the quantization."""
+def scheme_text(scheme: Scheme, layer_bits: Mapping[int, int]) -> str:
+    """Bits and groups in words."""
     group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
-    bits = bits_text(plan.layer_bits.values() if plan and plan.layer_bits else [scheme.bits])
+    return f"{bits_text(layer_bits.values() or [scheme.bits])} {group}, symmetric"
+
+
+def quantization_section(result: Mapping[str, Any], scheme: str, plan: Plan | None) -> Quantization:
+    """What the report says of the quantization; the scheme is in words."""
     return Quantization(
-        scheme=f"{bits} {group}, symmetric",
+        scheme=scheme,
         layers=tuple(LayerError(layer=int(n), mean_relative_error=e) for n, e in result["layer_error"].items()),
         fallback_experts=_experts(result["experts_without_tokens"]) + _experts(result["experts_rounded"]),
         unsupported_experts=_experts(plan.unsupported) if plan else (),

@@ -203,3 +203,28 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     byte_tokenizer(folder, merges=True)
     with pytest.raises(UnsupportedError, match=said):
         plan_gguf(open_source(folder), GgufRequest())
+
+
+def test_an_output_named_so_is_one_file(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, file = folder_of("olmoe"), tmp_path / "olmoe.gguf"
+
+    def refused(*arguments: object) -> str:
+        code, _out, err = command("export", folder, "--to", "gguf", *arguments)
+        assert code == 2
+        return err
+
+    code, _out, err = command("export", folder, "--to", "gguf", "-o", file, "--json")
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert bool(llama_logits(file, tokens()).isfinite().all())
+    assert "--force" in refused("-o", file)
+    code, _out, err = command("export", folder, "--to", "gguf", "-o", file, "--force")
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert "several files" in refused("-o", tmp_path / "b.gguf", "--split-max-size", "1MB")
+    foreign = tmp_path / "foreign.gguf"
+    foreign.write_bytes(b"GGUF of another")
+    assert "not made by moepress" in refused("-o", foreign, "--force")
+    assert foreign.read_bytes() == b"GGUF of another"
+    assert "inside the input" in refused("-o", folder / "inside.gguf")
+    assert "give -o a folder" in refused("-o", tmp_path / "c.gguf", "--push", "owner/name")

@@ -327,7 +327,7 @@ def test_what_onnx_can_not_hold_is_refused_with_the_right_exit_code(tmp_path: Pa
     arguments = ["run", "demo", "-o", tmp_path / "out", "--to"]
     for more, code, message in (
         (["gptq,onnx", "--bits", "3", "--group-size", "64"], 5, "3-bit codes can not be exported to ONNX"),
-        (["gguf"], 2, "--to gguf is not there; run exports to gptq and onnx"),
+        (["awq"], 2, "--to awq is not there; run exports to gptq, onnx and gguf"),
     ):
         found, printed, errors = command(*arguments, *more)
         assert (found, printed) == (code, "")
