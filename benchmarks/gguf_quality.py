@@ -9,6 +9,7 @@ llama-quantize's method is that of the package libgguf, ggml's own reference qua
 of columns (the mean square of what reaches them) from the same windows, which is its imatrix. A seed chooses the
 windows; errors are standard errors over windows, pooled over seeds. --mixes are whole files in llama.cpp itself, which
 rounds activations to 8 bits: the same type map for both, so the same bytes. --quick tries the script.
+The file of figures grows: what it holds of other grids and seeds stays, and the tables are of all that it holds.
 """
 
 import argparse
@@ -126,9 +127,9 @@ METHODS: Mapping[str, Solver | None] = {
 }
 
 
-def on_grids(setting: Setting, grids: Sequence[str], seeds: Sequence[int], work: Path) -> list[dict[str, Any]]:
+def on_grids(setting: Setting, grids: Sequence[str], seeds: Sequence[int], work: Path) -> Iterator[dict[str, Any]]:
     """KL of every grid, method and seed."""
-    corpus, rows = setting.evaluation(), []
+    corpus = setting.evaluation()
     for grid in grids:
         for seed in seeds:
             subjects = [original(setting)]
@@ -138,18 +139,19 @@ def on_grids(setting: Setting, grids: Sequence[str], seeds: Sequence[int], work:
             found = scores(subjects, corpus, work)
             for one in subjects[1:]:
                 row = {"grid": grid, "method": one.label, "seed": seed} | figures(found, one)
-                rows.append(row)
                 print(f"{grid:7} {one.label:32} seed {seed}: KL {1e3 * row['kl']:.3f}e-3", flush=True)
-    return rows
+                yield row
 
 
 def subject_of(label: str, made: Checkpoint) -> Subject:
     return Subject(label=label, source=made, folder=None, stored_bytes=made.total_bytes, parameters=0)
 
 
-def as_files(setting: Setting, mixes: Sequence[str], seeds: Sequence[int], work: Path) -> list[dict[str, Any]]:
+def as_files(setting: Setting, mixes: Sequence[str], seeds: Sequence[int], work: Path) -> Iterator[dict[str, Any]]:
     """KL of whole files in llama.cpp to the unquantized model in llama.cpp."""
-    corpus, rows = setting.evaluation(), []
+    if not mixes:
+        return
+    corpus = setting.evaluation()
     plain = export(setting.model, work / "plain", exact=True)
     wanted = llama_logits(plain, corpus)
     for mix in mixes:
@@ -158,15 +160,11 @@ def as_files(setting: Setting, mixes: Sequence[str], seeds: Sequence[int], work:
                 pressed(setting, mix, seed, work / "mix", solver)
                 file = export(work / "mix", work / "file")
                 found, same = compared(wanted, llama_logits(file, corpus))
-                rows.append(
-                    {"file": mix, "method": method, "seed": seed, "bytes": file.stat().st_size}
-                    | {"kl": float(found.mean()), "kl_error": float(found.std() / len(found) ** 0.5), "same_top1": same}
-                )
-                print(
-                    f"{mix:7} {method:32} seed {seed}: KL {1e3 * rows[-1]['kl']:.3f}e-3, {rows[-1]['bytes']} B",
-                    flush=True,
-                )
-    return rows
+                size, kl = file.stat().st_size, float(found.mean())
+                print(f"{mix:7} {method:32} seed {seed}: KL {1e3 * kl:.3f}e-3, {size} B", flush=True)
+                error = float(found.std() / len(found) ** 0.5)
+                row = {"file": mix, "method": method, "seed": seed, "bytes": size}
+                yield row | {"kl": kl, "kl_error": error, "same_top1": same}
 
 
 def export(folder: Path, out: Path, *, exact: bool = False) -> Path:
@@ -198,19 +196,26 @@ def compared(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[Tensor,
 
 def table(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     """Means over seeds, and what ours is to llama-quantize's."""
-    lines = [f"| {key} | method | MB | KL e-3 | same top-1 | to llama-quantize |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        f"| {key} | method | MB | seeds | KL e-3 | same top-1 | to llama-quantize |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for name in dict.fromkeys(row[key] for row in rows):
+        methods = {(row["seed"], row["method"]) for row in rows if row[key] == name}
+        whole = [seed for seed in {seed for seed, _ in methods} if all((seed, m) in methods for m in METHODS)]
+        if not whole:
+            continue
         means = {}
         for method in METHODS:
-            own = [row for row in rows if row[key] == name and row["method"] == method]
+            own = [row for row in rows if row[key] == name and row["method"] == method and row["seed"] in whole]
             kl = statistics.mean(row["kl"] for row in own)
             error = statistics.mean(row["kl_error"] for row in own)
             means[method] = kl, error, statistics.mean(row["same_top1"] for row in own), own[0]["bytes"]
         base = means["ggml, imatrix (llama-quantize)"][0]
         for method, (kl, error, same, size) in means.items():
             lines.append(
-                f"| {name} | {method} | {size / 1e6:.2f} | {1e3 * kl:.2f} ± {1e3 * error:.2f} | {same:.1%} "
-                f"| {kl / base - 1:+.0%} |"
+                f"| {name} | {method} | {size / 1e6:.2f} | {len(whole)} | {1e3 * kl:.2f} ± {1e3 * error:.2f} "
+                f"| {same:.1%} | {kl / base - 1:+.0%} |"
             )
     return "\n".join(lines)
 
@@ -228,16 +233,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = quick(options.threads) if options.quick else full(options.threads)
-    with tempfile.TemporaryDirectory(prefix="gguf-quality-") as name:
-        grids = on_grids(setting, options.grids, options.seeds, Path(name))
-        files = as_files(setting, options.mixes, options.seeds, Path(name))
-    for rows, key in ((grids, "grid"), (files, "file")):
-        if rows:
-            print(f"\n{table(rows, key)}")
     file = options.json or (None if options.quick else RESULTS / "gguf_quality.json")
-    if file:
-        document = {"machine": machine(), "model": setting.model.name, "grids": grids, "files": files}
-        file.write_text(json.dumps(document, indent=2) + "\n")
+    known = json.loads(file.read_text()) if file and file.is_file() else {}
+    document: dict[str, Any] = {"machine": machine() | {"model": setting.model.name}, "grids": [], "files": []}
+    if known.get("machine", {}).get("model") == setting.model.name:
+        document |= {part: known[part] for part in ("grids", "files")}
+    with tempfile.TemporaryDirectory(prefix="gguf-quality-") as name:
+        parts = (("grids", on_grids, options.grids), ("files", as_files, options.mixes))
+        for part, measured, named in parts:
+            for row in measured(setting, named, options.seeds, Path(name)):
+                key = (row[part[:-1]], row["method"], row["seed"])
+                others = [r for r in document[part] if (r[part[:-1]], r["method"], r["seed"]) != key]
+                document[part] = [*others, row]
+                if file:  # at once: the next may take an hour
+                    file.write_text(json.dumps(document, indent=2) + "\n")
+    for part in ("grids", "files"):
+        if document[part]:
+            print(f"\n{table(document[part], part[:-1])}")
 
 
 if __name__ == "__main__":

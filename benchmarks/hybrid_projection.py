@@ -3,19 +3,21 @@
     python benchmarks/hybrid_projection.py [--json FILE]
 
 Each row is a published figure with its rig; the interval is what `inspect --target` would say. Nothing is measured
-here. Sizes of the models are computed from their published shapes and the bits of the file that was run.
+here. Sizes of the models are computed from their published shapes and the bits of the file that was run. The second
+table is DeepSeek-R1 pressed for machines that people own: experts kept, their type, where they lie, tokens per second.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from setting import RESULTS
 
 from moepress.validation.speed.projection import Interval, Load, project, project_behind
-from moepress.validation.speed.targets import target_of
+from moepress.validation.speed.targets import fit, offload_options, target_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class Model:
     routed_bits: float
     rest_bits: float
     cache_bytes: int
+    dense: int = 0
+    stored: float = 0
 
     def load(self) -> Load:
         away, near = self.routed * self.routed_bits / 8, self.rest * self.rest_bits / 8
@@ -38,8 +42,9 @@ class Model:
             prefill_bytes=0,
             flops_per_token=0,
             cache_bytes_per_token=self.cache_bytes,
-            expert_layers=self.layers,
+            expert_layers=tuple(range(self.dense, self.layers)),
             routed_decode_bytes=round(away),
+            routed_bytes=round(self.stored * self.routed_bits / 8),
         )
 
 
@@ -107,6 +112,41 @@ PUBLISHED = (
 )
 
 
+TYPES = {"Q4_K": 4.5, "Q3_K": 3.4375, "Q2_K": 2.625}
+REST = 6.5625
+"""Bits of all but the routed experts, Q6_K."""
+CONTEXT = 8192
+RIGS = ("rtx-4090+ddr5-128", "rtx-4090+ddr5-256", "rtx-3090+ddr4-128", "rtx-4090+ddr5-8ch-512")
+
+
+def pressed_r1(experts: int, kind: str) -> Model:
+    """R1 with so many experts in each of its 58 layers."""
+    stored = 58 * experts * 3 * 7168 * 2048
+    return replace(R1, routed_bits=TYPES[kind], rest_bits=REST, dense=3, stored=stored)
+
+
+def pressed_rows() -> Iterator[dict[str, Any]]:
+    """For every machine and type the most experts that fit, and the speed projected."""
+    for rig in RIGS:
+        for kind in TYPES:
+            for experts in range(256, 15, -8):
+                model = pressed_r1(experts, kind)
+                load = model.load()
+                rest = round(model.rest * REST / 8)
+                found = fit(target_of(rig), load.routed_bytes + rest + CONTEXT * model.cache_bytes, load)
+                if found.tg128 is not None:
+                    yield {
+                        "target": rig,
+                        "type": kind,
+                        "experts": experts,
+                        "file_bytes": load.routed_bytes + rest,
+                        "ram_bytes": found.ram_bytes,
+                        "options": offload_options(found),
+                        "projected": asdict(found.tg128),
+                    }
+                    break
+
+
 def interval(one: Published) -> Interval:
     target, load = target_of(one.target), one.model.load()
     bandwidth = 1e9 * target.bandwidth_gb_per_second
@@ -138,7 +178,15 @@ def main() -> None:
             {"model": one.model.name, "target": one.target, "rig": one.rig, "measured": one.measured}
             | {"projected": asdict(found), "outside": away}
         )
-    options.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    made = list(pressed_rows())
+    print("\n| machine | experts at | most that fit | file, GiB | of it in RAM | llama.cpp | projected, tokens/s |")
+    print("|---|---|---:|---:|---:|---|---:|")
+    for row in made:
+        size, away = (row[name] / 2**30 for name in ("file_bytes", "ram_bytes"))
+        speed = f"{row['projected']['low']:.1f}-{row['projected']['high']:.1f}"
+        name, kept = target_of(row["target"]).name, f"{row['experts']} of 256"
+        print(f"| {name} | {row['type']} | {kept} | {size:.0f} | {away:.0f} | `{row['options']}` | {speed} |")
+    options.json.write_text(json.dumps({"rows": rows, "r1_pressed": made}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def _print_fits(console: Console, found: Mapping[str, Any], scheme: Mapping[str,
     )
     if any(fit["ram_layers"] for row in counts for fit in row["fits"]):
         console.print(
-            "N layers' experts in RAM: the rest fits on the card; in llama.cpp that is `-ngl 999 --n-cpu-moe N`"
+            "experts of N in RAM: of N layers; the rest fits on the card (llama.cpp: `-ngl 999` and the option shown)"
         )
     if speed:
         console.print("tokens/s: decoding (tg128, batch 1) with the most experts that fit, projected; --json has all")
@@ -174,7 +174,7 @@ def _speed(found: Mapping[str, Any] | None) -> str:
 
 def _cell(row: Mapping[str, Any]) -> str:
     if row["ram_layers"]:
-        return f"{row['ram_layers']} layers' experts in RAM"
+        return f"experts of {row['ram_layers']} in RAM (--n-cpu-moe {row['cpu_moe']})"
     lacking = row["lacking_bytes"] / 2**30
     return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
 

@@ -230,7 +230,8 @@ def target_fits(
     counts = dict.fromkeys(min(legal_counts(shape), key=lambda n: (abs(n - s * shape.experts), n)) for s in SHARES)
     sizes = {count: pressed_sizes(checkpoint, figures, count, scheme) for count in counts}
     each = cache_bytes(checkpoint.config, 1)
-    loads = {count: pressed_load(figures, parts, count, each) for count, parts in sizes.items()}
+    layers = checkpoint.outline.moe_layers
+    loads = {count: pressed_load(figures, parts, count, each, layers) for count, parts in sizes.items()}
     rows = [
         {
             "experts": count,
@@ -257,14 +258,20 @@ def target_fits(
     return found | {"answer": [*said, *context_notes(context, shape.context)]}
 
 
-def pressed_load(figures: Figures, sizes: Mapping[Part, int], count: int, cache_bytes_per_token: int) -> Load:
+def pressed_load(
+    figures: Figures,
+    sizes: Mapping[Part, int],
+    count: int,
+    cache_bytes_per_token: int,
+    expert_layers: Sequence[int] | None = None,
+) -> Load:
     """What the model asks of a GPU after pressing, from the bytes of its parts and the experts that stay."""
     shape, parts = dataclasses.replace(figures.shape, experts=count), dict[Part, Weight]()
     for part, size in sizes.items():
         parameters = figures.parts[part].parameters if part in figures.parts else 0
         kept = parameters * count // figures.shape.experts if part is Part.ROUTED else parameters
         parts[part] = Weight(parameters=kept, bytes=size)
-    return load_of(parts, shape, cache_bytes_per_token, figures.moe_layers)
+    return load_of(parts, shape, cache_bytes_per_token, expert_layers)
 
 
 def _beside_experts(

@@ -5,7 +5,7 @@ these `quantized` is a pressed model's; one that was only pruned is a `finetune`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from moepress.validation.quality.results import QualityRow
 from moepress.validation.report.cells import number_text, percent_text, share_text, size_text
 from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report
+from moepress.validation.speed.projection import interval_text
 
 CARD_NAME = "README.md"
 Format = Literal["compressed-tensors", "gptq", "onnx", "gguf", "gguf-blocks", "mlx"]
@@ -113,10 +114,28 @@ def model_card(
         "Perplexity alone misses damage: test it on your own task.",
         "## How to load it",
         _MIXED if mixed and layout == "compressed-tensors" else _LOADING[layout],
+        *(_behind_the_card(report) if layout == "gguf" else ()),
         "## Licence",
         _licence(front, source.folder),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _behind_the_card(report: Report) -> Iterator[str]:
+    """llama.cpp's options where the run aimed at a card with memory behind it, and experts have to lie there."""
+    found = report.targets
+    if found is None or not found.loads:
+        return
+    subject = found.loads[-1].subject
+    row = next((row for row in found.rows if (row.target, row.subject) == (found.chosen, subject)), None)
+    if row is None or row.tg128 is None or not row.cpu_moe:
+        return
+    speed = interval_text(row.tg128.low, row.tg128.high)
+    yield (
+        f"On {plain_text(row.name)} the experts of {row.ram_layers} layers lie in RAM and all else on the card "
+        f"(projected: {speed} tokens/s):"
+    )
+    yield f"```sh\nllama-server -m path/to/this/folder/NAME.gguf -ngl 999 --n-cpu-moe {row.cpu_moe}\n```"
 
 
 def plain_card(folder: Path, base: Path) -> str:

@@ -78,7 +78,7 @@ def _load(label: str, source: Checkpoint | Artifact, tokens: int) -> SubjectLoad
         subject=label,
         weight_bytes=source.total_bytes,
         cache_bytes=cache_bytes(source.config, tokens),
-        load=load_of(weights_of(source), shape, cache_bytes(source.config, 1), len(source.outline.moe_layers)),
+        load=load_of(weights_of(source), shape, cache_bytes(source.config, 1), source.outline.moe_layers),
     )
 
 

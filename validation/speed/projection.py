@@ -6,7 +6,7 @@ The bounds are chosen so that published measurements of llama.cpp lie inside;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -44,7 +44,7 @@ class Load:
         prefill_bytes: weights that a prompt of 512 tokens reads: every expert is some token's.
         flops_per_token: two for each weight that a token passes.
         cache_bytes_per_token: KV cache of one token, all layers.
-        expert_layers: decoder layers with routed experts.
+        expert_layers: numbers of the decoder layers with routed experts.
         routed_bytes: all routed experts.
         routed_decode_bytes: those that one token reads; a part of `decode_bytes`.
     """
@@ -54,7 +54,7 @@ class Load:
     prefill_bytes: int
     flops_per_token: int
     cache_bytes_per_token: int
-    expert_layers: int = 0
+    expert_layers: tuple[int, ...] = ()
     routed_bytes: int = 0
     routed_decode_bytes: int = 0
 
@@ -75,7 +75,7 @@ def interval_text(low: float, high: float) -> str:
 
 
 def load_of(
-    parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: int, expert_layers: int | None = None
+    parts: Mapping[Part, Weight], shape: Shape, cache_bytes_per_token: int, expert_layers: Sequence[int] | None = None
 ) -> Load:
     """What a model of these parts asks; its MTP layer is not run.
 
@@ -83,7 +83,7 @@ def load_of(
         parts: parameters and stored bytes of what it has.
         shape: its config's.
         cache_bytes_per_token: of its KV cache.
-        expert_layers: with routed experts; None for all.
+        expert_layers: numbers of those with routed experts; None for all.
     """
     from moepress.models.forward.inventory import Weight  # here, so that the table of GPUs costs no torch
 
@@ -100,7 +100,7 @@ def load_of(
         prefill_bytes=whole,
         flops_per_token=2 * (parameters - routed.parameters + routed.parameters * top_k // experts),
         cache_bytes_per_token=cache_bytes_per_token,
-        expert_layers=shape.layers if expert_layers is None else expert_layers,
+        expert_layers=tuple(range(shape.layers) if expert_layers is None else expert_layers),
         routed_bytes=routed.bytes,
         routed_decode_bytes=routed.bytes * top_k // experts,
     )

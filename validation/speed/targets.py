@@ -200,6 +200,7 @@ class Fit:
         pp512, tg128: projected tokens per second; None where it does not fit, or nobody asked.
         ram_layers: layers whose routed experts lie in the memory behind the card; 0 where all is on the card.
         ram_bytes: what those experts take there.
+        cpu_moe: llama.cpp's `--n-cpu-moe`, which counts layers from the first, dense ones too.
     """
 
     target: str
@@ -210,6 +211,7 @@ class Fit:
     tg128: Interval | None = None
     ram_layers: int = 0
     ram_bytes: int = 0
+    cpu_moe: int = 0
 
 
 def fit(target: Target, needed_bytes: int, load: Load | None = None) -> Fit:
@@ -233,9 +235,10 @@ def _behind(target: Target, ram: Ram, needed_bytes: int, load: Load) -> Fit | No
     All else and the KV cache stay on the card, as llama.cpp's `--n-cpu-moe` has it.
     """
     room = target.memory_bytes * (1 - RESERVE) - (needed_bytes - load.routed_bytes)
-    layer = load.routed_bytes / load.expert_layers
+    layers = len(load.expert_layers)
+    layer = load.routed_bytes / layers
     on_card = math.floor(room / layer)
-    moved = load.expert_layers - max(0, on_card)
+    moved = layers - max(0, on_card)
     ram_bytes = math.ceil(moved * layer)
     if room < 0 or ram_bytes > ram.memory_gib * GIB * (1 - RESERVE):
         return None
@@ -243,7 +246,7 @@ def _behind(target: Target, ram: Ram, needed_bytes: int, load: Load) -> Fit | No
         load,
         bandwidth=1e9 * target.bandwidth_gb_per_second,
         ram_bandwidth=1e9 * ram.bandwidth_gb_per_second,
-        share=moved / load.expert_layers,
+        share=moved / layers,
     )
     left = round(target.memory_bytes - (needed_bytes - ram_bytes))
     return Fit(
@@ -254,12 +257,13 @@ def _behind(target: Target, ram: Ram, needed_bytes: int, load: Load) -> Fit | No
         tg128=tg128,
         ram_layers=moved,
         ram_bytes=ram_bytes,
+        cpu_moe=load.expert_layers[moved - 1] + 1,
     )
 
 
 def offload_options(found: Fit) -> str:
     """llama.cpp's options for a fit; empty where all is on the card."""
-    return f"-ngl 999 --n-cpu-moe {found.ram_layers}" if found.ram_layers else ""
+    return f"-ngl 999 --n-cpu-moe {found.cpu_moe}" if found.ram_layers else ""
 
 
 def gaming(targets: Sequence[Target]) -> tuple[Target, ...]:

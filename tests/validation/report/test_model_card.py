@@ -12,6 +12,8 @@ from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.validation.quality.results import Quality
 from moepress.validation.report.model_card import card_metadata, model_card
 from moepress.validation.report.schema import Calibration, Pruning, Quantization, Report, SubjectInfo
+from moepress.validation.speed.fits import fits_section
+from moepress.validation.speed.targets import target_of
 
 
 @pytest.fixture
@@ -126,3 +128,18 @@ def test_only_the_hub_s_cache_tells_a_model_s_name(tmp_path: Path) -> None:
     assert origin_of(tmp_path / "models--a--b--c" / "snapshots" / "1") == HubModel("a/b--c", "1")
     assert origin_of(tmp_path / "models" / "a") is None
     assert card_metadata(tmp_path) == {}
+
+
+def test_a_gguf_card_says_which_experts_lie_in_memory(demo: Checkpoint, report: Report) -> None:
+    card = target_of("rtx-4090+ddr5-64")
+    small = card.model_copy(update={"memory_gib": 0.009})  # not enough for the demo, which then lies in both
+    found = fits_section([("copy", demo)], [small], 64, chosen=small.id)
+    assert found is not None
+    aimed = report.model_copy(update={"targets": found})
+    text = model_card(aimed, demo, "gguf")
+    row = next(row for row in found.rows if row.target == small.id)
+    assert row.cpu_moe > 0
+    assert f"-ngl 999 --n-cpu-moe {row.cpu_moe}" in text
+    assert "projected" in text
+    assert "--n-cpu-moe" not in model_card(aimed, demo, "onnx")
+    assert "--n-cpu-moe" not in model_card(report, demo, "gguf")
