@@ -89,19 +89,19 @@ def solve_blocks(weight_EOI: Tensor, hessian_EII: Tensor, kind: BlockType, optio
         scales = _searched(kind, weight_EOI, hessian_EII)
     grid = replace(grid_of(kind), minimum=False)
     plain = replace(options, scale_search=False)
-    lattice = _lattice(kind, scales) if kind.scale_bits else None
+    device = weight_EOI.device  # scales are searched on the CPU
+    lattice = _lattice(kind, scales, device) if kind.scale_bits else None
     dtype = torch.float32 if kind.scale_bits else torch.float16
     task = Task(grid=grid, group=kind.group, dtype=dtype, options=plain, lattice=lattice)
     above_EOI = weight_EOI
     if scales[0].offset is not None:
         above_EOI = torch.stack(
             [
-                w - spread(one.offset, kind.group)
+                w - spread(one.offset.to(device), kind.group)
                 for w, one in zip(weight_EOI, scales, strict=True)
                 if one.offset is not None
             ]
         )
-    device = weight_EOI.device
     solved = solve_fixed(above_EOI, hessian_EII, torch.stack([one.scale for one in scales]).to(device), task)
     if above_EOI is not weight_EOI:
         energy_E = quadratic(weight_EOI.mT, hessian_EII).sum(dim=1).clamp(min=0)
@@ -110,10 +110,10 @@ def solve_blocks(weight_EOI: Tensor, hessian_EII: Tensor, kind: BlockType, optio
     return SolvedBlocks(kind=kind, solved=solved, scales=refitted)
 
 
-def _lattice(kind: BlockType, scales: Sequence[BlockScales]) -> Lattice:
+def _lattice(kind: BlockType, scales: Sequence[BlockScales], device: torch.device) -> Lattice:
     """What scales may be: each block's d times the integers of the type."""
     groups = kind.columns // kind.group
-    step_EOG = torch.stack([one.d.float().repeat_interleave(groups, dim=1) for one in scales])
+    step_EOG = torch.stack([one.d.float().repeat_interleave(groups, dim=1) for one in scales]).to(device)
     least = -kind.scale_zero if kind.scale_zero else 0
     return Lattice(step=step_EOG, least=least, most=(1 << kind.scale_bits) - 1 - kind.scale_zero)
 
