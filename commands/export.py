@@ -67,14 +67,14 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
               moepress export quantized --to mlx -o quantized-mlx
     """
     from moepress.runs.output import check_output
-    from moepress.runs.single import making
     from moepress.stages.places import GGUF, Output, local_folders
 
     place, single = Output(folder=output, resume=resume, force=force), target == "gguf" and output.suffix == GGUF
     if single and options["push"] is not None:
         raise UsageError("--push uploads a folder; give -o a folder, not a file.")
-    beside = making(output) if single else output
-    check_output(beside, local_folders(artifact), resume=resume, force=force or single)  # before anything heavy
+    inputs = local_folders(artifact)
+    if not single:  # of a file all is checked by the stage
+        check_output(output, inputs, resume=resume, force=force)  # before anything heavy is imported
     push = push_of(options)
     if target == "onnx":
         _require_no_gguf_options()

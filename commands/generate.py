@@ -23,7 +23,8 @@ from moepress.errors import UsageError
 @device_options
 @json_option
 def generate(model: str, prompt: str, as_json: bool, **options: Any) -> None:
-    """Let MODEL go on from PROMPT, to look at what was made: an original, pruned, quantized or ONNX folder. A PROMPT of
+    """Let MODEL go on from PROMPT, to look at what was made: an original, pruned, quantized, ONNX or MLX folder,
+    or a GGUF file. A PROMPT of
     - is read from stdin.
 
     The text comes to stdout as it is made. The whole model is loaded, so it must fit into memory; ONNX models keep

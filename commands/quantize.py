@@ -40,7 +40,12 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument()
 @output_options("Folder for the quantized model.")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Prune by this plan, with its bits.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="Prune by this plan, with its bits unless --grid is given.",
+)
 @scheme_options
 @grid_option
 @include_option
@@ -142,8 +147,12 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
 
     if not all_default("bits", "group_size"):
         raise UsageError("--bits and --group-size do not go with --grid, which says both.")
-    if plan is not None and plan.layer_bits:
-        note("--grid was given: the plan's bits by layer are left aside.")
+    if plan is not None and plan.budget is not None:
+        raise UsageError(
+            "The plan fits its budget with other bits than --grid has; plan again with --keep or --experts."
+        )
+    if plan is not None and plan.quantization is not None:
+        note("--grid was given: the plan's bits are left aside.")
     scheme = nearest_scheme(options["grid"])
     include, notes = _includes_for(plan, options)
     note(*notes)

@@ -34,21 +34,22 @@ def targets(targets_file: Path | None, as_json: bool) -> None:
       [[ram]]
       id = "my-ram"
       name = "192 GB DDR5-5200, two channels"
-      memory_gib = 178.8
+      memory_gib = 192
       bandwidth_gb_per_second = 83.2
 
     \b
     Example:  moepress targets
               moepress targets --targets-file my-gpus.toml --json
     """
-    from moepress.validation.speed.targets import all_targets
+    from moepress.validation.speed.targets import all_ram, all_targets
 
     rows = [target.model_dump() for target in all_targets(targets_file)]
-    emit({"targets": rows}) if as_json else _print_targets(rows)
+    behind = [ram.model_dump() for ram in all_ram(targets_file).values()]
+    emit({"targets": rows, "ram": behind}) if as_json else _print_targets(rows, behind)
 
 
-def _print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
-    """The table of GPUs; target -> a `Target` as plain data."""
+def _print_targets(targets: Sequence[Mapping[str, Any]], behind: Sequence[Mapping[str, Any]]) -> None:
+    """The tables of GPUs and of memory behind them, as plain data."""
     table = plain_table("id", "GPU", "kind", "GiB", "GB/s", "TFLOPS")
     for row in targets:
         flops = f"{'~' if row['uncertain'] else ''}{row['fp16_tflops']:g}"
@@ -57,3 +58,8 @@ def _print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
     console = plain_console(markup=True)
     console.print(table)
     console.print("TFLOPS: fp16 on tensor cores, dense, accumulating in fp32; ~: less certain")
+    memory = plain_table("id", "memory behind a card, as in rtx-4090+ddr5-128", "GiB", "GB/s")
+    for row in behind:
+        memory.add_row(row["id"], row["name"], f"{row['memory_gib']:g}", f"{row['bandwidth_gb_per_second']:g}")
+    console.print()
+    console.print(memory)

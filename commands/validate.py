@@ -51,8 +51,8 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
     tokens per second on this machine.
 
-    BEFORE and AFTER are folders: original, pruned, compressed-tensors, GPTQ or ONNX, which ONNX Runtime runs. Ends with
-    3 when a threshold is missed by more than two sigma.
+    BEFORE and AFTER are folders: original, pruned, compressed-tensors, GPTQ, ONNX, which ONNX Runtime runs, or MLX; or
+    GGUF files, which llama.cpp runs. Ends with 3 when a threshold is missed by more than two sigma.
 
     \b
     Example:  moepress validate demo pressed --max-ppl-increase 3% -o report

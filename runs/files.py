@@ -163,8 +163,10 @@ def check_file(file: Path, option: str, *, force: bool) -> None:
         found, parent = None, file.parent.resolve()
     except OSError as error:
         raise UsageError(f"{option} {file}: {error.strerror or error}; choose another name.") from error
-    if (found is not None and stat.S_ISDIR(found.st_mode)) or not parent.is_dir():
-        raise UsageError(f"{option} {file} is not a file in a folder that exists; write for example {option} out.json.")
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        raise UsageError(f"{option} {file} is a folder, not a file in a folder that exists; choose another name.")
+    if not parent.is_dir():
+        raise UsageError(f"{option} {file} is not a file in a folder that exists; make {parent} first.")
     if found is not None and not (stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)):
         raise UsageError(f"{option} {file} is no plain file and would be replaced by one; choose another name.")
     if found is not None and not force:

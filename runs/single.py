@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moepress.errors import UsageError
-from moepress.runs.files import check_file, contents, remove_listed, sync_folder
+from moepress.runs.files import check_file, contents, new_id, remove_listed, sync_folder
 from moepress.runs.progress import note
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -58,9 +58,12 @@ def put_single(name: str, file: Path, ours: Callable[[Path], bool], *, force: bo
             _move_new(folder / name, file)
     except (UsageError, FileExistsError) as error:
         raise UsageError(f"{file} has appeared meanwhile; what was made is {folder / name}.") from error
+    # Under another name first: a kill leaves nothing that a later run would take for an output.
+    aside = folder.with_name(f"{folder.name}.done-{new_id()}")
+    folder.rename(aside)
     sync_folder(file.parent)
-    if not remove_listed(folder, made):
-        note(f"{folder} holds what this run did not make; it is kept.")
+    if not remove_listed(aside, made):
+        note(f"{aside} holds what this run did not make; it is kept.")
 
 
 def _move_new(made: Path, file: Path) -> None:

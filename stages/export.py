@@ -1,6 +1,7 @@
 """export as functions: what was quantized or pruned, in the form that another runtime reads."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,22 @@ from moepress import __version__
 from moepress.calibration.profile import fingerprint
 from moepress.compress.estimates.export import layout_bytes
 from moepress.compress.gptq.include import Include, linear_groups
-from moepress.converters.gguf.export import GgufRequest, plan_gguf, write_gguf
-from moepress.converters.gguf.file import open_gguf
+from moepress.converters.gguf.export import GgufPlan, GgufRequest, plan_gguf, write_gguf
+from moepress.converters.gguf.file import PART, open_gguf
 from moepress.converters.gguf.tensors import types_of
 from moepress.converters.mlx.export import MlxExported, check_mlx, export_mlx, mlx_bytes
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
+from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.export import Exported, Target, check_target, export
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
+from moepress.models.forward.tensor_check import check_tensors
 from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.folder import read_json
 from moepress.models.storage.inside import watched
 from moepress.runs.journal import open_run
-from moepress.runs.output import check_output
+from moepress.runs.output import check_output, is_ours
+from moepress.runs.rows import holds_journal
 from moepress.runs.single import check_single, making, put_single
 from moepress.stages.groundwork import announce, opened_artifact, opened_source, require_room
 from moepress.stages.places import GGUF, Output, model_folder
@@ -232,10 +237,19 @@ def gguf_stage(model_name: str, output: Output, request: GgufRequest) -> GgufRes
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
+    source, plan, settings = _gguf_plan(folder, request)
+    require_room(output, plan.bytes)
+    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
+        summary = write_gguf(source, plan, run)
+        run.finish()
+    return _gguf_result(summary)
+
+
+def _gguf_plan(folder: Path, request: GgufRequest) -> tuple[Checkpoint | Artifact, GgufPlan, dict[str, Any]]:
     source = opened_source(folder)
     announce(source)
+    check_tensors(source.family, source.config, source.outline.shape, source.shapes, folder=folder)
     plan = plan_gguf(source, request)
-    require_room(output, plan.bytes)
     settings = {
         "command": "export",
         "moepress": __version__,
@@ -245,24 +259,38 @@ def gguf_stage(model_name: str, output: Output, request: GgufRequest) -> GgufRes
         "split_bytes": request.split_bytes,
         "files": [file.name for file in plan.files],
     }
-    with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
-        summary = write_gguf(source, plan, run)
-        run.finish()
+    return source, plan, settings
+
+
+def _gguf_result(summary: Mapping[str, Any]) -> GgufResult:
+    files = summary["files"]
     return GgufResult(
-        bytes_after=plan.bytes, files=summary["files"], types=summary["types"], notes=tuple(summary["notes"])
+        bytes_after=sum(files.values()), files=files, types=summary["types"], notes=tuple(summary["notes"])
     )
 
 
 def _gguf_file(model_name: str, output: Output, request: GgufRequest) -> GgufResult:
-    file = output.folder
+    file, request = output.folder, replace(request, name=_stem(output.folder))
     check_single(file, written_by_us, force=output.force)
     if request.split_bytes is not None:
         raise UsageError(f"--split-max-size makes several files; give -o a folder, such as {file.with_suffix('')}.")
-    # What is in the folder of that name, if it is ours, is a run that was killed just before its last step.
-    place = Output(folder=making(file), resume=output.resume, force=True)
-    made = gguf_stage(model_name, place, replace(request, name=file.stem))
-    put_single(file.name, file, written_by_us, force=output.force)
-    return made
+    if PART.search(file.name):
+        raise UsageError(f"{file.name} is the name of one part of several; choose another name.")
+    made, inner = making(file), f"{request.name}{GGUF}"
+    if output.resume and (made / inner).is_file() and is_ours(made) and not holds_journal(made):
+        summary = read_json(made / "moepress.json")  # killed right before the last step
+        if summary.get("settings") == _gguf_plan(model_folder(model_name), request)[2]:
+            put_single(inner, file, written_by_us, force=output.force)
+            return _gguf_result(summary)
+    place = Output(folder=made, resume=output.resume, force=output.force)
+    result = gguf_stage(model_name, place, request)
+    put_single(inner, file, written_by_us, force=output.force)
+    return result
+
+
+def _stem(file: Path) -> str:
+    """A file's name without its ending, as text: names may be any bytes."""
+    return os.fsencode(file.stem).decode("utf-8", "replace")
 
 
 def written_by_us(file: Path) -> bool:
@@ -277,6 +305,8 @@ def gguf_estimate(model_name: str, output: Output, request: GgufRequest) -> dict
     """What an export would write, exactly, from the headers alone."""
     place = making(output.folder) if output.folder.suffix == GGUF else output.folder
     check_output(place, [model_folder(model_name)], resume=output.resume, force=output.force)
+    if output.folder.suffix == GGUF:
+        request = replace(request, name=_stem(output.folder))
     plan = plan_gguf(opened_source(model_folder(model_name)), request)
     return {
         "disk_bytes": plan.bytes,

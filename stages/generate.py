@@ -222,9 +222,8 @@ def generate_stage(
     if not request.prompt:
         raise UsageError("The prompt is empty; give some text to go on from.")
     model = open_model(folder, machine)
-    beside = folder.parent if folder.is_file() else folder  # a GGUF file's tokenizer.json lies beside it
-    tokenizer = load_tokenizer(beside)
-    stop = stop_tokens(beside, tokenizer)
+    tokenizer = load_tokenizer(folder)
+    stop = stop_tokens(folder, tokenizer)
     prompt_ids = encode(tokenizer, request.prompt, chat=request.chat)
     check_prompt(prompt_ids, context=model.context, vocabulary=model.vocabulary)
     try:
@@ -292,7 +291,7 @@ def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
     Raises:
         InvalidInputError: a file states something else than token numbers.
     """
-    for name in ("generation_config.json", "config.json"):
+    for name in ("generation_config.json", "config.json") if folder.is_dir() else ():
         file = folder / name
         stated = read_json(file).get("eos_token_id") if file.is_file() else None
         if stated is not None:

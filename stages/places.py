@@ -100,6 +100,8 @@ def _place(name: str) -> Path | HubModel:
         return folder
     if folder.is_file():
         raise _refused_file(folder)
+    if folder.suffix == GGUF and not folder.exists():
+        raise InvalidInputError(f"There is no file {name}; give the path of a .gguf file that is there.")
     model = hub_model(name)
     if model is None or folder.exists():
         raise InvalidInputError(

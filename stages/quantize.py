@@ -14,7 +14,7 @@ from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.gptq.block_choice import PRESETS, BlockChoice
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.layer_bits import check_scheme, model_dtype, scale_value_dtype, settle_bits
+from moepress.compress.gptq.layer_bits import check_scheme, fallback_text, model_dtype, scale_value_dtype, settle_bits
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.pieces import PIECE_BYTES
 from moepress.compress.gptq.pipeline import quantize
@@ -90,6 +90,8 @@ def quantize_stage(
     request = replace(request, include=on_grid(checkpoint, request.grid, request.include))
     options = _options(source, request)
     check_scheme(source, options.scheme, request.include, options.blocks)
+    if options.blocks is not None and (others := fallback_text(source, request.include, options.blocks)):
+        note(f"{options.blocks.main} has blocks of 256 columns; as in llama.cpp there is {others}.")
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(source, machine)

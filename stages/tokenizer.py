@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moepress.calibration.sources import embedded_sources, source_files
+from moepress.converters.gguf.file import open_gguf
+from moepress.converters.gguf.vocabulary import tokenizer_of
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.storage.folder import read_json
 from moepress.models.storage.inside import check_files
@@ -39,7 +41,7 @@ class Read:
 
 
 def read_tokenizer(folder: Path) -> Read:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder; of a GGUF file the one that lies beside it, or its own.
 
     Raises:
         InvalidInputError: there is none, or a file of it is broken.
@@ -47,6 +49,10 @@ def read_tokenizer(folder: Path) -> Read:
     """
     from transformers import AutoTokenizer
 
+    if folder.is_file():
+        if _tokenizer_files(folder.parent):
+            return read_tokenizer(folder.parent)
+        return Read(tokenizer=tokenizer_of(open_gguf(folder)))
     check_files(folder)
     _require_files(folder)
     raw = _raw(folder)

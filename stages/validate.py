@@ -179,7 +179,6 @@ def tokenizer_folder(folders: Sequence[Path]) -> Path:
     """
     first: MoepressError | None = None
     for folder in folders:
-        folder = folder.parent if folder.is_file() else folder
         try:
             read_tokenizer(folder)
         except (InvalidInputError, UnsupportedError) as error:

@@ -113,9 +113,14 @@ class BlockChoice:
         return self.name in PRESETS
 
     @property
+    def main(self) -> str:
+        """The type of most matrices."""
+        return next(name for name in TYPES if self.name.upper().startswith(name))
+
+    @property
     def bits(self) -> int:
         """Of most codes."""
-        return next(kind.bits for name, kind in TYPES.items() if self.name.upper().startswith(name))
+        return TYPES[self.main].bits
 
     def of(self, role: str, layer: int | None, columns: int) -> BlockType:
         """The type of a matrix.

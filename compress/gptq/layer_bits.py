@@ -35,11 +35,31 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include], blo
     Raises:
         UsageError: naming the first such matrix.
     """
+    if Include.LM_HEAD in include and source.family.head not in source.shapes:
+        raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
+    columns = _columns(source, include)
+    for name, count in columns.items():
+        try:
+            if blocks is not None:
+                fitting("Q4_K", count)
+                continue
+            scheme.groups(count)
+        except UsageError as error:
+            proposal = proposed_group(scheme.group_size, columns.values())
+            raise UsageError(f"{name}: {error} {proposal if blocks is None else ''}".strip()) from error
+
+
+def fallback_text(source: Source, include: Iterable[Include], blocks: BlockChoice) -> str:
+    """Which rows take another type than the grid's, such as `Q5_0 where rows have 128`; empty where none does."""
+    found = {count: fitting(blocks.main, count).name for count in _columns(source, include).values()}
+    return ", ".join(f"{name} where rows have {count}" for count, name in sorted(found.items()) if name != blocks.main)
+
+
+def _columns(source: Source, include: Iterable[Include]) -> dict[str, int]:
+    """Columns of every matrix that is quantized, by a name that stands for it."""
     layers = source.outline.shape.layers
     wanted = quantized_linears(source, layers, include)
-    if Include.LM_HEAD in include:
-        if source.family.head not in source.shapes:
-            raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
+    if Include.LM_HEAD in set(include):
         wanted.add(source.family.head)
     columns = {
         name: source.shapes[name][-1]
@@ -51,15 +71,7 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include], blo
         if is_fused(source, layer):
             first, down = source.family.fused_names(layer)[:2]
             columns |= {first: source.outline.shape.hidden, down: source.outline.shape.expert_width}
-    for name, count in columns.items():
-        try:
-            if blocks is not None:
-                fitting("Q4_K", count)
-                continue
-            scheme.groups(count)
-        except UsageError as error:
-            proposal = proposed_group(scheme.group_size, columns.values())
-            raise UsageError(f"{name}: {error} {proposal if blocks is None else ''}".strip()) from error
+    return columns
 
 
 def settle_bits(

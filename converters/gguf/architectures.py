@@ -306,16 +306,25 @@ def _rope(model: Described, row: Architecture, config: Any) -> Iterator[tuple[st
         raise UnsupportedError(f"Rotary embeddings of type {kind!r} {_not(model, row)}; linear and yarn can.")
     yield "rope.scaling.type", kind
     yield "rope.scaling.factor", float(stated["factor"])
+    if row.latent and kind == "linear":
+        raise UnsupportedError(f"Latent attention with linear rotary embeddings {_not(model, row)}.")
     if kind == "yarn":
-        yield (
-            "rope.scaling.original_context_length",
-            int(stated.get("original_max_position_embeddings") or model.shape.context),
-        )
-        every = stated.get("mscale_all_dim")
-        if row.latent and every:
-            yield "rope.scaling.yarn_log_multiplier", 0.1 * float(every)
-        if stated.get("attention_factor") is not None or (stated.get("mscale") or every) != every:
-            raise UnsupportedError(f"A yarn embedding with an attention factor of its own {_not(model, row)}.")
+        yield from _yarn(model, row, stated)
+
+
+def _yarn(model: Described, row: Architecture, stated: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    every = stated.get("mscale_all_dim")
+    trained = stated.get("original_max_position_embeddings") or model.shape.context
+    yield "rope.scaling.original_context_length", int(trained)
+    for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        if float(stated.get(name) or usual) != usual:  # tried: llama.cpp takes its own, whatever the file says
+            raise UnsupportedError(f"A yarn embedding with {name} {stated[name]} {_not(model, row)}.")
+    if row.latent:
+        if not every:  # llama.cpp scales scores all the same
+            raise UnsupportedError(f"Latent attention with yarn and without mscale_all_dim {_not(model, row)}.")
+        yield "rope.scaling.yarn_log_multiplier", 0.1 * float(every)
+    if stated.get("attention_factor") is not None or (stated.get("mscale") or every) != every:
+        raise UnsupportedError(f"A yarn embedding with an attention factor of its own {_not(model, row)}.")
 
 
 def _experts(model: Described, row: Architecture, config: Any) -> Iterator[tuple[str, Value]]:

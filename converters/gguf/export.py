@@ -165,7 +165,7 @@ def _split(tensors: Sequence[GgufTensor], most: int | None) -> list[list[GgufTen
 def _general(source: Folder, name: str, kind: str) -> dict[str, Any]:
     return {
         "general.type": "model",
-        "general.name": name,
+        "general.name": os.fsencode(name).decode("utf-8", "replace"),
         "general.file_type": _FILE_TYPES.get(kind, 0),
         "general.quantization_version": 2,
         "general.quantized_by": f"moepress {__version__}",
@@ -299,6 +299,7 @@ def write_gguf(source: Folder, plan: GgufPlan, run: Run) -> dict[str, Any]:
         "files": {file.name: file.bytes for file in plan.files},
         "types": types_of(plan.tensors),
         "notes": notes,
+        "settings": dict(run.settings),
     }
     write_json(run.folder / "moepress.json", summary)
     return summary

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moepress.converters.gguf.heads import require_whole_head
 from moepress.converters.gguf.runtime import require_gguf
 from moepress.errors import InvalidInputError
 from moepress.models.storage.block_types import PLAIN, type_of
+from moepress.runs.files import require_plain
 
 SUFFIX = ".gguf"
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
+"""How the name of a file ends that is one of several."""
 _LONG = 64  # entries of a list that is kept as it is; of longer ones only their number
 
 
@@ -97,12 +100,19 @@ class GgufModel:
 def gguf_file(place: Path) -> Path | None:
     """The file to load of a place: itself, or the only (or first of several) of a folder; None where there is none."""
     if place.is_file():
-        return place if place.suffix == SUFFIX else None
+        return _first(place) if place.suffix == SUFFIX else None
     if not place.is_dir() or (place / "config.json").is_file():
         return None
     found = sorted(place.glob(f"*{SUFFIX}"))
-    firsts = [file for file in found if (part := _PART.search(file.name)) is None or int(part[1]) == 1]
+    firsts = [file for file in found if (part := PART.search(file.name)) is None or int(part[1]) == 1]
     return firsts[0] if len(firsts) == 1 else None
+
+
+def _first(file: Path) -> Path:
+    """The first part of a file that is one of several, where it is there: it stands for all."""
+    named = PART.search(file.name)
+    first = file if named is None else file.with_name(f"{file.name[: named.start()]}-00001-of-{named[2]}{SUFFIX}")
+    return first if first.is_file() else file
 
 
 def open_gguf(file: Path) -> GgufModel:
@@ -114,6 +124,9 @@ def open_gguf(file: Path) -> GgufModel:
     """
     require_gguf()
     files = _parts(file)
+    for part in files:
+        require_plain(part)
+        require_whole_head(part)
     keys: dict[str, Any] = {}
     tensors: dict[str, TensorInfo] = {}
     for part in files:
@@ -126,7 +139,7 @@ def open_gguf(file: Path) -> GgufModel:
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
-    named = _PART.search(file.name)
+    named = PART.search(file.name)
     if named is None:
         return (file,)
     count, stem = int(named[2]), file.name[: named.start()]

@@ -284,7 +284,7 @@ def _proved(tokenizer: Any) -> tuple[str, tuple[str, ...]]:
     closest, fewest = "", 1 << 30
     for name, expressions in PRE_TOKENIZERS.items():
         other = Tokenizer.from_str(tokenizer.to_str())
-        other.pre_tokenizer = _splitting(expressions)
+        other.pre_tokenizer = splitting(expressions)
         found = [other.encode(text, add_special_tokens=False).ids for text in PROBES]
         wrong = sum(a != b for a, b in zip(wanted, found, strict=True))
         if not wrong:
@@ -300,7 +300,8 @@ def _proved(tokenizer: Any) -> tuple[str, tuple[str, ...]]:
     )
 
 
-def _splitting(expressions: tuple[str, ...]) -> Any:
+def splitting(expressions: tuple[str, ...]) -> Any:
+    """A pre-tokenizer that splits by expressions, one after the other, and then into bytes."""
     from tokenizers import Regex, pre_tokenizers
 
     parts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]

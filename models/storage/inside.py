@@ -90,10 +90,13 @@ def in_hub_cache(file: Path) -> bool:
 
 
 def watched(folder: Path) -> dict[Path, tuple[int, int]]:
-    """A model's files as they are now, for `open_run`: a model that changes while it is read is two models.
+    """A model's files as they are now, for `open_run`: a model that changes while it is read is two models; of a file
+    itself.
 
     Raises:
         InvalidInputError: as `check_files`.
     """
+    if folder.is_file():
+        return stamps([folder])
     check_files(folder)
     return stamps(file for file in model_files(folder) if file.is_file())

@@ -24,6 +24,7 @@ from moepress import __version__
 from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile, fingerprint, load_profile
 from moepress.compress.budget.sizes import linears_of_config
+from moepress.compress.gptq.layer_bits import fallback_text
 from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
@@ -48,7 +49,7 @@ from moepress.stages.places import Machine, Output, model_folder
 from moepress.stages.plan import plan_within
 from moepress.stages.profile import profile_stage
 from moepress.stages.prune import prune_stage
-from moepress.stages.quantize import QuantizeRequest, quantize_stage
+from moepress.stages.quantize import QuantizeRequest, block_choice, on_grid, quantize_stage
 from moepress.stages.repair import load_repairs, repair_stage
 from moepress.stages.run.recipe import (
     LATE_FIELDS,
@@ -404,7 +405,7 @@ def _report(
         pruning=pruning_section(plan) if plan.prunes else None,
         usage=usage_section(profile, plan),
         choice=choice_section(plan),
-        quantization=None if setup.scheme is None else _quantization(setup, quantized, plan),
+        quantization=None if setup.scheme is None else _quantization(setup, original, quantized, plan),
         calibration=calibration_section(recipe.calibration + recipe.domain, quantized["calibration"]),
         notes=(
             *original.notes,
@@ -428,10 +429,13 @@ def _gguf_subject(label: str, folder: Path) -> Subject:
     return gguf_subject(label, runnable_gguf(file))
 
 
-def _quantization(setup: _Setup, quantized: Mapping[str, Any], plan: Plan) -> Quantization:
+def _quantization(setup: _Setup, original: Checkpoint, quantized: Mapping[str, Any], plan: Plan) -> Quantization:
     grid = setup.recipe.grid
-    words = scheme_text(_scheme(setup, plan), plan.layer_bits) if grid is None else f"GGUF's {grid}"
-    return quantization_section(quantized, words, plan)
+    if grid is None:
+        return quantization_section(quantized, scheme_text(_scheme(setup, plan), plan.layer_bits), plan)
+    include = on_grid(original, grid, setup.recipe.include)
+    others = fallback_text(original, include, block_choice(original, grid))
+    return quantization_section(quantized, f"GGUF's {grid}{f' ({others})' if others else ''}", plan)
 
 
 def _describe(setup: _Setup, report: Report, original: Checkpoint, pressed: Checkpoint | Artifact) -> None:

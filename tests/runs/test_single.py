@@ -93,4 +93,6 @@ def test_what_another_has_put_into_the_folder_stays(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "link", and_more)
     put_single(file.name, file, ours, force=False)
-    assert [p.name for p in folder.iterdir()] == ["mine.txt"]
+    (kept,) = tmp_path.glob("*.done-*")
+    assert [p.name for p in kept.iterdir()] == ["mine.txt"]
+    assert not folder.exists()

@@ -3,6 +3,7 @@
 Letters: S tokens given, V vocabulary, T tokens of a window, N windows, R positions.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,7 @@ def open_llama(file: Path, *, context: int | None = None, threads: int | None = 
     llama = require_llama()
     llama.said.clear()
     call = llama.call
-    model = call["model_load_from_file"](str(file).encode(), call["model_default_params"]())
+    model = call["model_load_from_file"](os.fsencode(file), call["model_default_params"]())
     if not model:
         why = next((line for line in llama.said if "error" in line), "it does not say why")
         raise InvalidInputError(f"llama.cpp can not load {file} ({why[:200]}).")

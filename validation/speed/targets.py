@@ -164,8 +164,17 @@ def _several(count: int, target: Target) -> Target:
     )
 
 
+def all_ram(own: Path | None = None) -> dict[str, Ram]:
+    """Memory that may lie behind a card, by id; rows of the user's own take the place of those of the table.
+
+    Raises:
+        InvalidInputError: the user's table can not be used.
+    """
+    return {ram.id: ram for file in (TABLE, own) if file is not None for ram in _read_table(file).ram}
+
+
 def _with_ram(target: Target, name: str, own: Path | None) -> Target:
-    rows = {ram.id: ram for file in (TABLE, own) if file is not None for ram in _read_table(file).ram}
+    rows = all_ram(own)
     if name not in rows:
         raise UsageError(f"--target ...+{name} is not in the table{suggestion(name, rows)}; it has {', '.join(rows)}.")
     ram = rows[name]

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from moepress.converters.gguf.export import GgufRequest, plan_gguf
 from moepress.converters.gguf.tensors import exactly
 from moepress.converters.safetensors.artifact import Artifact, open_source
-from moepress.errors import UnsupportedError
+from moepress.errors import InvalidInputError, UnsupportedError
+from moepress.runs.single import making
 from moepress.stages.export import gguf_stage
 from moepress.stages.places import Output
 from moepress.validation.quality.llama_cpp import open_llama
@@ -228,3 +231,57 @@ def test_an_output_named_so_is_one_file(folder_of: Callable[[str], Path], tmp_pa
     assert foreign.read_bytes() == b"GGUF of another"
     assert "inside the input" in refused("-o", folder / "inside.gguf")
     assert "give -o a folder" in refused("-o", tmp_path / "c.gguf", "--push", "owner/name")
+
+
+def test_a_kill_before_the_last_step_is_gone_on_with(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, file = folder_of("olmoe"), tmp_path / "olmoe.gguf"
+    gguf_stage(str(folder), Output(folder=making(file)), GgufRequest(name="olmoe"))  # as if killed before it was moved
+    whole = (making(file) / file.name).read_bytes()
+    (making(file) / "notes.txt").write_text("of the user")
+    code, _out, err = command("export", folder, "--to", "gguf", "-o", file)
+    assert code == 2
+    assert "not empty" in err
+    other = command("export", folder, "--to", "gguf", "--outtype", "f32", "-o", file, "--resume")
+    assert other[0] == 2
+    assert (making(file) / "notes.txt").read_text() == "of the user"
+    (making(file) / "notes.txt").unlink()
+    assert command("export", folder, "--to", "gguf", "-o", file, "--resume")[0] == 0
+    assert file.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_names_of_parts_are_refused_and_any_bytes_are_a_name(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = folder_of("olmoe")
+    code, _out, err = command("export", folder, "--to", "gguf", "-o", tmp_path / "m-00002-of-00003.gguf")
+    assert code == 2
+    assert "one part of several" in err
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/s\xff.gguf"))
+    gguf_stage(str(folder), Output(folder=file), GgufRequest())
+    assert bool(llama_logits(file, tokens()).isfinite().all())
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(folder_of("olmoe"), tmp_path / "model")
+    tiny_models.rewrite(broken, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(InvalidInputError, match=r"lm_head\.weight is missing"):
+        gguf_stage(str(broken), Output(folder=tmp_path / "out"), GgufRequest())
+
+
+@pytest.mark.parametrize(
+    ("key", "rope", "named"),
+    [
+        ("qwen3_moe", {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8}, "beta_fast 8"),
+        ("deepseek_v3", {"rope_type": "linear", "factor": 4.0}, "linear rotary"),
+        ("deepseek_v3", {"rope_type": "yarn", "factor": 4.0}, "without mscale_all_dim"),
+    ],
+)
+def test_angles_that_llama_cpp_computes_otherwise_are_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path, key: str, rope: dict[str, Any], named: str
+) -> None:
+    folder = shutil.copytree(folder_of(key), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_scaling", None)
+    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 32, **rope}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(UnsupportedError, match=named):
+        plan_gguf(open_source(folder), GgufRequest())
