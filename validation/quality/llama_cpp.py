@@ -132,7 +132,11 @@ def open_llama(file: Path, *, context: int | None = None, threads: int | None = 
     state = call["init_from_model"](model, exact_context(llama, tokens, threads or torch.get_num_threads()))
     if not state:
         call["model_free"](model)
-        raise MoepressError(f"llama.cpp can not make a context of {tokens} tokens for {file}; free some memory.")
+        why = next(iter(llama.said), "it does not say why")
+        raise MoepressError(
+            f"llama.cpp can not make a context of {tokens} tokens for {file} ({why[:200]}); free some memory, or make "
+            "the file again."
+        )
     return LlamaSession(
         file=file,
         llama=llama,

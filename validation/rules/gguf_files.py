@@ -10,6 +10,7 @@ from pathlib import Path
 from moepress.converters.gguf.architectures import MOST_EXPERTS, group_fault
 from moepress.converters.gguf.file import GgufModel, open_gguf
 from moepress.converters.gguf.runtime import require_llama
+from moepress.converters.gguf.trial import require_survived
 from moepress.errors import InvalidInputError
 from moepress.validation.rules.findings import Effect, Problem, Runtime
 
@@ -133,4 +134,5 @@ def runnable_gguf(file: Path) -> GgufModel:
     require_llama()
     for problem in file_problems(model):
         raise InvalidInputError(f"{file}: {problem.what}; llama.cpp {problem.happens[Runtime.LLAMA_CPP][1]}.")
+    require_survived(model.file)
     return model

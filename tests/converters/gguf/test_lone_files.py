@@ -85,3 +85,18 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert found is not None
     with pytest.raises(InvalidInputError, match="named pipe"):
         open_gguf(found)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rms_epsilon", struct.pack("<f", -1.0)), ("block_count", bytes(4))])
+def test_a_file_over_which_llama_cpp_ends_its_process_is_refused(
+    lone: Path, tmp_path: Path, key: str, value: bytes
+) -> None:
+    raw = bytearray(lone.read_bytes())
+    place = raw.index(key.encode()) + len(key) + 4  # behind the key and its type
+    raw[place : place + len(value)] = value
+    file = tmp_path / "changed.gguf"
+    file.write_bytes(raw)
+    code, _out, err = command("generate", file, "x", "--max-new-tokens", 1)
+    assert code == 4
+    assert "llama.cpp" in err
+    assert err.count("\n") == 1
