@@ -118,8 +118,8 @@ def _require_losses(profile: Profile, *, bits: bool) -> None:
         )
     if bits and not any(BIT_LOSSES in s and bool(s[BIT_TOKENS].any()) for s in profile.statistics.values()):
         raise InvalidInputError(
-            "A budget weighs bits by losses that `profile` measures, and this profile has none (of a `run` without a "
-            "budget, with --no-bit-losses, or on too little text); make one with `moepress profile`."
+            "A budget weighs bits by losses that `profile` measures, and this profile has none (a `run` without budget "
+            "measures none); profile again with `moepress profile`, without --no-bit-losses and on enough text."
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moepress.errors import UnsupportedError
+from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family, Shape
 from moepress.models.storage.checkpoint import Source
 
@@ -204,7 +204,8 @@ def gguf_refusal(model: Described) -> str | None:
         _require_plain(model, row, stated)
     except UnsupportedError as error:
         return str(error)
-    except (TypeError, KeyError, ValueError):  # config.json leaves a number to transformers' defaults: an export asks
+    except (TypeError, KeyError, ValueError, ArithmeticError):
+        # config.json leaves a number to transformers' defaults, or states none that can be: an export asks
         return None
     return None
 
@@ -228,15 +229,17 @@ def metadata(model: Described, row: Architecture) -> dict[str, Value]:
 
     Raises:
         UnsupportedError: the loader has something compiled in that this model does not do.
+        InvalidInputError: a number in config.json can not be one.
     """
     from moepress.models.families.hf_config import hf_config
 
     config = hf_config(model.config).get_text_config()
     found: dict[str, Value] = {}
-    for part in (_sizes, _rope, _experts):
-        found |= dict(part(model, row, config))
-    if row.delta:
-        found |= dict(_delta(model, row, config))
+    for part in (_sizes, _rope, _experts, *([_delta] if row.delta else [])):
+        try:
+            found |= dict(part(model, row, config))
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise InvalidInputError(f"config.json states a number that can not be ({error}); restore it.") from error
     for key, attribute in row.keys:
         value = getattr(config, attribute, None)
         if value is not None:

@@ -88,7 +88,9 @@ def test_a_pipe_gets_no_escape_codes_and_whole_tables(long_name: Path) -> None:
     assert not ESCAPE.search(found.stdout)
     assert found.stderr == b""
     assert re.search(rf"^own +{LONG} +gaming +48 +936 +71\.2$".encode(), found.stdout, re.MULTILINE)
-    assert len({len(line) for line in found.stdout.splitlines()[1:-1]}) == 1  # columns, not sentences
+    gpus, memory = found.stdout.split(b"\n\n")
+    for rows in (gpus.splitlines()[1:-1], memory.splitlines()):  # columns, not sentences
+        assert len({len(line) for line in rows}) == 1
 
 
 @pytest.mark.parametrize(
@@ -186,14 +188,14 @@ COMPLETIONS: list[tuple[str, list[str]]] = [
     ("moepress run d", ["demo"]),
     ("moepress check pr", ["pressed", "pressed-gptq"]),
     ("moepress inspect models/", ["models/mine"]),
-    ("moepress plan profile --target rtx-40", ["rtx-4060-ti-16gb", "rtx-4070-ti-super", "rtx-4080", "rtx-4090"]),
+    ("moepress plan profile --target rtx-30", ["rtx-3060-12gb", "rtx-3090", "rtx-3080-10gb"]),
     ("moepress plan --targets-file gpus.toml --target tw", ["two-3090"]),
     ("moepress plan --targets-file nowhere.toml --target rtx-309", ["rtx-3090"]),
     ("moepress plan profile --criterion e", ["easy-ep", "ean"]),
     ("moepress check pressed --runtime v", ["vllm"]),
     ("moepress check pressed --runtime vllm,s", ["vllm,sglang"]),
     ("moepress check pressed --runtime vllm,v", []),
-    ("moepress run demo --to gptq,", ["gptq,onnx"]),
+    ("moepress run demo --to gptq,", ["gptq,onnx", "gptq,gguf"]),
     ("moepress run demo --repair g", ["gain"]),
     ("moepress export pressed --to o", ["onnx"]),
     ("moepress quantize demo --group", ["--group-size"]),
@@ -232,8 +234,8 @@ def test_tab_completes_a_gpu_in_an_interactive_bash(bash: tuple[Path, dict[str, 
         os.close(slave)
         os.write(master, b"source ./complete.sh && echo rea''dy\n")
         shown = read_until(master, lambda seen: b"ready" in seen)
-        os.write(master, b"moepress plan profile --target rtx-4060\t")
-        shown += read_until(master, lambda seen: b"-ti-16gb " in seen)
+        os.write(master, b"moepress plan profile --target rtx-4060-t\t")
+        shown += read_until(master, lambda seen: b"i-16gb " in seen)
         os.write(master, b"\x15exit\n")
         process.wait(timeout=30)
     os.close(master)
