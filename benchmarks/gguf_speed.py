@@ -24,7 +24,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.stages.export import gguf_stage, onnx_stage
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
-from moepress.stages.validate import gguf_subject, onnx_subject, open_subject
+from moepress.stages.validate import elsewhere_subject, open_subject
 from moepress.validation.speed.throughput import measure_throughput
 from moepress.validation.speed.timing import Bench
 
@@ -51,8 +51,8 @@ def main() -> None:
         assert file is not None
         subjects = [
             open_subject("pressed", work / "pressed"),
-            onnx_subject("pressed, ONNX", open_onnx(work / "onnx")),
-            gguf_subject("pressed, GGUF", open_gguf(file)),
+            elsewhere_subject("pressed, ONNX", open_onnx(work / "onnx")),
+            elsewhere_subject("pressed, GGUF", open_gguf(file)),
         ]
         bench = Bench(device=torch.device("cpu"), dtype=torch.float32, onnx_device="cpu")
         found = measure_throughput(subjects, bench)

@@ -107,6 +107,7 @@ def _require_no_gguf_options() -> None:
 def _export_gguf(artifact: str, place: Output, push: Push | None, options: Mapping[str, Any], *, as_json: bool) -> None:
     from moepress.converters.gguf.export import GgufRequest
     from moepress.stages.export import gguf_estimate, gguf_stage
+    from moepress.stages.places import GGUF
 
     request = GgufRequest(exact=options["outtype"] == "f32", split_bytes=options["split_max_size"])
     if options["dry_run"]:
@@ -118,7 +119,7 @@ def _export_gguf(artifact: str, place: Output, push: Push | None, options: Mappi
         emit({"output": str(place.folder), **asdict(result)})
     else:
         for name, size in result.files.items():
-            file = place.folder if place.folder.suffix == ".gguf" else place.folder / name
+            file = place.folder if place.folder.suffix == GGUF else place.folder / name
             say(f"{file}: {human_bytes(size)}")
         console, table = plain_console(), plain_table("type", "size")
         for kind, size in result.types.items():

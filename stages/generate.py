@@ -134,6 +134,16 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
     )
 
 
+def _require_memory(place: Path, size: int) -> None:
+    """Refuse what a runtime would load as a whole into memory that is not free."""
+    free = free_memory_bytes(torch.device("cpu"))
+    if size > free:
+        raise MoepressError(
+            f"{place} has {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
+            "close other programs or take a smaller model."
+        )
+
+
 def _open_onnx(folder: Path, machine: Machine) -> Runnable:
     if machine.dtype != "auto":
         raise UsageError("An ONNX model has its dtype in its graph; leave out --dtype.")
@@ -141,12 +151,7 @@ def _open_onnx(folder: Path, machine: Machine) -> Runnable:
     opened = open_onnx(folder)
 
     def load() -> OnnxDecoder:
-        free = free_memory_bytes(torch.device("cpu"))
-        if opened.total_bytes > free:
-            raise MoepressError(
-                f"{folder} has {opened.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
-                "close other programs or take a smaller model."
-            )
+        _require_memory(folder, opened.total_bytes)
         return OnnxDecoder(open_session(opened, machine.device, exact=False))
 
     return Runnable(
@@ -166,12 +171,7 @@ def _open_gguf(file: Path, machine: Machine) -> Runnable:
     context = min(model.context, _LLAMA_CONTEXT)
 
     def load() -> LlamaDecoder:
-        free = free_memory_bytes(torch.device("cpu"))
-        if model.total_bytes > free:
-            raise MoepressError(
-                f"{file} has {model.total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free; "
-                "close other programs or take a smaller model."
-            )
+        _require_memory(file, model.total_bytes)
         return LlamaDecoder(open_llama(file, context=context))
 
     return Runnable(

@@ -25,7 +25,7 @@ from moepress.models.families.family import Shape, legal_counts
 from moepress.models.forward.inventory import cache_bytes
 from moepress.models.storage.mtp import Mtp
 from moepress.stages.places import context_notes
-from moepress.validation.speed.targets import DEFAULT_CONTEXT, GIB, RESERVE, target_of
+from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, target_of
 
 FEW_BITS_NOTE = (
     "2- and 3-bit experts load in transformers, and in vLLM by an optional backend only; --bits 4 or --bits 8 keeps to "
@@ -126,7 +126,7 @@ def budget_of(request: BudgetRequest, config: Mapping[str, Any], shape: Shape, *
             limit_bytes=request.limit_bytes, cache_bytes=cache, context=request.context, predicting_bytes=predicting
         )
     target = target_of(request.target, request.targets_file)
-    memory = target.memory_bytes + (0 if target.ram is None else round(target.ram.memory_gib * GIB))
+    memory = target.memory_bytes + (0 if target.ram is None else target.ram.memory_bytes)
     context = request.context or min(DEFAULT_CONTEXT, shape.context)
     return Budget(
         limit_bytes=memory,

@@ -19,7 +19,7 @@ from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.pruning.plan import Plan, estimate_sizes
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.converters.gguf.file import GgufModel, gguf_file
-from moepress.converters.mlx.folder import MlxFolder, is_mlx, open_mlx, require_mlx
+from moepress.converters.mlx.folder import is_mlx, open_mlx, require_mlx
 from moepress.converters.onnx.folder import OnnxFolder, is_onnx, open_onnx
 from moepress.converters.onnx.runtime import require_onnxruntime, session_providers
 from moepress.converters.safetensors.artifact import Artifact
@@ -113,42 +113,20 @@ def open_subject(label: str, folder: Path) -> Subject:
     """
     file = gguf_file(folder)
     if file is not None:
-        return gguf_subject(label, runnable_gguf(file))
+        return elsewhere_subject(label, runnable_gguf(file))
     if is_mlx(folder):
         require_mlx()
-        return mlx_subject(label, open_mlx(folder))
+        return elsewhere_subject(label, open_mlx(folder))
     if not is_onnx(folder):
         source = opened_source(folder)
         announce(source)
         return subject_of(label, source)
     require_onnxruntime()
-    return onnx_subject(label, open_onnx(folder))
+    return elsewhere_subject(label, open_onnx(folder))
 
 
-def gguf_subject(label: str, source: GgufModel) -> Subject:
-    """A GGUF file as one side of a comparison."""
-    return Subject(
-        label=label,
-        source=source,
-        folder=source.folder,
-        stored_bytes=source.total_bytes,
-        parameters=source.parameters,
-    )
-
-
-def mlx_subject(label: str, source: MlxFolder) -> Subject:
-    """An MLX folder as one side of a comparison."""
-    return Subject(
-        label=label,
-        source=source,
-        folder=source.folder,
-        stored_bytes=source.total_bytes,
-        parameters=source.parameters,
-    )
-
-
-def onnx_subject(label: str, source: OnnxFolder) -> Subject:
-    """An ONNX folder as one side of a comparison."""
+def elsewhere_subject(label: str, source: Elsewhere) -> Subject:
+    """What a runtime of its own runs (ONNX, GGUF, MLX) as one side of a comparison."""
     return Subject(
         label=label,
         source=source,

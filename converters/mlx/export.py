@@ -20,7 +20,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part, part_of
 from moepress.models.storage.experts import without_mtp
-from moepress.models.storage.safetensors_file import Stored, read_bytes
+from moepress.models.storage.safetensors_file import Stored, read_bytes, read_header
 from moepress.models.storage.tensors import tensor_bytes
 from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
@@ -91,10 +91,10 @@ def export_mlx(artifact: Artifact, run: Run) -> MlxExported:
     check_mlx(artifact)
     shards = _by_layer(artifact)
     names = {layer: f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n, layer in enumerate(shards, start=1)}
-    modules: dict[str, Scheme] = {}
+    modules: dict[str, tuple[int, int]] = {}
     with track("export to mlx", len(shards), unit="shards") as advance:
         for layer, (coded, plain) in shards.items():
-            modules |= {one.module: artifact.scheme_of(one.names[0]) for one in coded}
+            modules |= {one.module: _width(artifact, one) for one in coded}
             if run.done(names[layer]) is None:
                 write = functools.partial(_write, artifact, coded, plain)
                 run.write(names[layer], names[layer], write)
@@ -165,8 +165,7 @@ def _entries(artifact: Artifact, one: _Matrices) -> tuple[Entry, ...]:
     """Words, scales and biases of a module."""
     first = one.names[0].removesuffix(".weight")
     words, scales = artifact.stored[f"{first}.weight_packed"], artifact.stored[f"{first}.weight_scale"]
-    scheme, (rows, columns) = artifact.scheme_of(one.names[0]), artifact.shapes[one.names[0]]
-    group = _group(scheme, columns)
+    (bits, group), (rows, columns) = _width(artifact, one), artifact.shapes[one.names[0]]
     lead = (len(one.names),) if one.stacked else ()
     return (
         _entry(f"{one.module}.weight", "U32", (*lead, *words.shape), 4, lambda: _words(artifact, one)),
@@ -178,7 +177,7 @@ def _entries(artifact: Artifact, one: _Matrices) -> tuple[Entry, ...]:
                 4 if scales.dtype == "F32" else 2,
                 functools.partial(_scales, artifact, one, group, factor),
             )
-            for leaf, factor in (("scales", 1), ("biases", -(1 << (scheme.bits - 1))))
+            for leaf, factor in (("scales", 1), ("biases", -(1 << (bits - 1))))
         ),
     )
 
@@ -208,9 +207,13 @@ def _group(scheme: Scheme, columns: int) -> int:
     return next(size for size in reversed(GROUPS) if own % size == 0)
 
 
-def _listed(folder: Path, names: Any) -> tuple[dict[str, str], int]:
-    from moepress.models.storage.safetensors_file import read_header
+def _width(artifact: Artifact, one: _Matrices) -> tuple[int, int]:
+    """Bits and group of a module's codes."""
+    scheme = artifact.scheme_of(one.names[0])
+    return scheme.bits, _group(scheme, artifact.shapes[one.names[0]][1])
 
+
+def _listed(folder: Path, names: Any) -> tuple[dict[str, str], int]:
     weight_map: dict[str, str] = {}
     total = 0
     for name in names:
@@ -220,7 +223,7 @@ def _listed(folder: Path, names: Any) -> tuple[dict[str, str], int]:
     return weight_map, total
 
 
-def _config(artifact: Artifact, modules: Mapping[str, Scheme]) -> dict[str, Any]:
+def _config(artifact: Artifact, modules: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """config.json with what mlx-lm asks for and transformers 5 does not save, and the codes of every module."""
     config: dict[str, Any] = json.loads(json.dumps(dict(without_mtp(artifact.family, artifact.config))))
     config.pop("quantization_config", None)
@@ -233,21 +236,10 @@ def _config(artifact: Artifact, modules: Mapping[str, Scheme]) -> dict[str, Any]
         config.setdefault("num_experts", config.get("num_local_experts"))
     if artifact.family.name == "kimi_k2":
         config["model_type"] = "deepseek_v3"
-    widths = {m: (scheme.bits, _of_module(artifact, m, scheme)) for m, scheme in modules.items()}
-    usual = max(set(widths.values()), key=list(widths.values()).count)
+    usual = max(set(modules.values()), key=list(modules.values()).count)
     stated: dict[str, Any] = {"bits": usual[0], "group_size": usual[1], "mode": "affine"}
-    stated |= {m: {"bits": b, "group_size": g, "mode": "affine"} for m, (b, g) in widths.items() if (b, g) != usual}
+    stated |= {m: {"bits": b, "group_size": g, "mode": "affine"} for m, (b, g) in modules.items() if (b, g) != usual}
     return config | {"quantization": stated, "quantization_config": stated}
-
-
-def _of_module(artifact: Artifact, module: str, scheme: Scheme) -> int:
-    """The group of a module's codes."""
-    name = f"{module}.weight"
-    if name in artifact.shapes:
-        return _group(scheme, artifact.shapes[name][1])
-    layer, leaf = artifact.family.layer_of(f"{module}."), module.rpartition(".")[2]
-    assert layer is not None
-    return _group(scheme, artifact.shapes[artifact.family.expert_names(layer, 0)[_MATRICES.index(leaf)]][1])
 
 
 def _notes(artifact: Artifact) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from moepress.compress.budget.search import most_common
 from moepress.compress.budget.sizes import included_linears, predicting_bytes
-from moepress.compress.gptq.block_choice import GRIDS, PRESETS, nearest_scheme
+from moepress.compress.gptq.block_choice import nearest_scheme
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.pruning.plan import count_from_keep
@@ -215,8 +215,6 @@ def require_grid(recipe: Recipe) -> None:
     Raises:
         UsageError: naming it.
     """
-    if recipe.grid not in (*GRIDS, *PRESETS):
-        raise UsageError(f"--grid {recipe.grid} is not there; choose one of {', '.join((*GRIDS, *PRESETS))}.")
     if recipe.bits is not None or recipe.group_size is not None or recipe.mixed_bits:
         raise UsageError("--bits, --group-size and --mixed-bits do not go with --grid, which says all of that.")
     if budget_request(recipe) is not None:

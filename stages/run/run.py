@@ -29,7 +29,6 @@ from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.gguf.export import GgufRequest
-from moepress.converters.gguf.file import gguf_file
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
@@ -66,14 +65,13 @@ from moepress.stages.run.recipe import (
     wish_of,
 )
 from moepress.stages.validate import (
+    elsewhere_subject,
     evaluation_corpus,
-    gguf_subject,
-    onnx_subject,
+    open_subject,
     pruned_subject,
     subject_of,
     validate_stage,
 )
-from moepress.validation.quality.measure import Subject
 from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance
@@ -87,7 +85,6 @@ from moepress.validation.report.sections import (
     usage_section,
 )
 from moepress.validation.rules.check import planned_notes
-from moepress.validation.rules.gguf_files import runnable_gguf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,9 +386,9 @@ def _report(
         bits = "mixed bits" if plan.layer_bits else recipe.grid or f"{_scheme(setup, plan).bits} bit"
         subjects.append(subject_of(f"pruned + {bits}" if plan.prunes else bits, pressed))
     if made.after is not None:
-        subjects.append(onnx_subject(f"{bits}, ONNX", open_onnx(made.after)))
+        subjects.append(elsewhere_subject(f"{bits}, ONNX", open_onnx(made.after)))
     if made.gguf is not None:
-        subjects.append(_gguf_subject(f"{bits}, GGUF", made.gguf))
+        subjects.append(open_subject(f"{bits}, GGUF", made.gguf))
     report = validate_stage(
         subjects,
         folder,
@@ -399,7 +396,7 @@ def _report(
         setup.machine,
         setup.out,
         onnx_device="auto",  # the export is for the CPU; its throughput is taken on CUDA as well where there is one
-        also_timed=[onnx_subject("original, ONNX", open_onnx(made.before))] if made.before is not None else [],
+        also_timed=[elsewhere_subject("original, ONNX", open_onnx(made.before))] if made.before is not None else [],
         also_checked=[(f"{bits}, GPTQ", gptq)] if (gptq := setup.out / "exports" / "gptq").is_dir() else [],
         title=plan.model_name,
         pruning=pruning_section(plan) if plan.prunes else None,
@@ -421,12 +418,6 @@ def _report(
     _describe(setup, report, original, pressed)
     run.mark("report", late | {JSON_NAME: sha256_of(file)})
     return report
-
-
-def _gguf_subject(label: str, folder: Path) -> Subject:
-    file = gguf_file(folder)
-    assert file is not None, "a finished export has one"
-    return gguf_subject(label, runnable_gguf(file))
 
 
 def _quantization(setup: _Setup, original: Checkpoint, quantized: Mapping[str, Any], plan: Plan) -> Quantization:

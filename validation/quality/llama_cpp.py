@@ -5,7 +5,7 @@ Letters: S tokens given, V vocabulary, T tokens of a window, N windows, R positi
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ class LlamaSession:
     context: int
     trained_context: int
     length: int = 0
-    _batch: Any = field(default=None)
 
     @property
     def provider(self) -> str:

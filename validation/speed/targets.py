@@ -42,6 +42,11 @@ class Ram(BaseModel):
     memory_gib: float = Field(gt=0)
     bandwidth_gb_per_second: float = Field(gt=0)
 
+    @property
+    def memory_bytes(self) -> int:
+        """All of it."""
+        return round(self.memory_gib * GIB)
+
 
 class Target(BaseModel):
     """One card, or one machine whose GPU shares the CPU's memory.
@@ -249,7 +254,7 @@ def _behind(target: Target, ram: Ram, needed_bytes: int, load: Load) -> Fit | No
     on_card = math.floor(room / layer)
     moved = layers - max(0, on_card)
     ram_bytes = math.ceil(moved * layer)
-    if room < 0 or ram_bytes > ram.memory_gib * GIB * (1 - RESERVE):
+    if room < 0 or ram_bytes > ram.memory_bytes * (1 - RESERVE):
         return None
     tg128 = project_behind(
         load,

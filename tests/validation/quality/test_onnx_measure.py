@@ -16,7 +16,7 @@ from moepress.converters.safetensors.artifact import open_artifact
 from moepress.errors import InvalidInputError
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.stages.validate import onnx_subject, open_subject, subject_of, tokenizer_folder
+from moepress.stages.validate import elsewhere_subject, open_subject, subject_of, tokenizer_folder
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.onnx_session import Decoding, open_session, read_logits
 from moepress.validation.quality.results import Quality
@@ -38,7 +38,7 @@ def run(subjects: Sequence[Subject], corpus: EvaluationCorpus, folder: Path) -> 
 def both(artifact: Path, onnx: OnnxFolder) -> dict[str, Subject]:
     """The artifact, read as ONNX Runtime reads it, and its export."""
     exact = dataclasses.replace(open_artifact(artifact), exact=True)
-    return {"artifact": subject_of("artifact", exact), "onnx": onnx_subject("onnx", onnx)}
+    return {"artifact": subject_of("artifact", exact), "onnx": elsewhere_subject("onnx", onnx)}
 
 
 @pytest.mark.parametrize("order", [("artifact", "onnx"), ("onnx", "artifact")])
@@ -61,7 +61,7 @@ def test_onnx_on_both_sides_shows_what_int8_activations_cost(
     both: dict[str, Subject], rough_onnx: OnnxFolder, corpus: EvaluationCorpus, tmp_path: Path
 ) -> None:
     copy = dataclasses.replace(both["onnx"], label="copy")
-    found = run([both["onnx"], copy, onnx_subject("rough", rough_onnx)], corpus, tmp_path)
+    found = run([both["onnx"], copy, elsewhere_subject("rough", rough_onnx)], corpus, tmp_path)
     same, rough = found.row("copy").paired, found.row("rough").paired
     assert same is not None
     assert rough is not None
@@ -99,7 +99,7 @@ def test_few_logits_at_a_time_give_the_same_scores(
 def test_another_vocabulary_is_refused(
     demo: Checkpoint, onnx: OnnxFolder, corpus: EvaluationCorpus, tmp_path: Path
 ) -> None:
-    other = onnx_subject("other", dataclasses.replace(onnx, vocabulary=4096))
+    other = elsewhere_subject("other", dataclasses.replace(onnx, vocabulary=4096))
     with pytest.raises(InvalidInputError, match="demo has a vocabulary of 2048 and other one of 4096"):
         run([subject_of("demo", demo), other], corpus, tmp_path)
     with pytest.raises(InvalidInputError, match=r"gives 2048 logits and its config\.json has a vocab_size of 4096"):
@@ -163,6 +163,6 @@ def test_a_kernel_that_rounds_by_itself_is_in_the_notes(
     onnx: OnnxFolder, corpus: EvaluationCorpus, tmp_path: Path, bits: int, kernel: str, text: str | None
 ) -> None:
     one = dataclasses.replace(onnx, summary=onnx.summary | {"bits": bits, "kernel": kernel})
-    notes = [note for note in run([onnx_subject("one", one)], corpus, tmp_path).notes if note.startswith("one: ")]
+    notes = [note for note in run([elsewhere_subject("one", one)], corpus, tmp_path).notes if note.startswith("one: ")]
     assert [text in note for note in notes if text] == [True] * (text is not None)
     assert len(notes) == (text is not None)

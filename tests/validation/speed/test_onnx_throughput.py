@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from moepress.converters.onnx.folder import OnnxFolder, open_onnx
 from moepress.converters.safetensors.artifact import open_artifact
-from moepress.stages.validate import onnx_subject, subject_of
+from moepress.stages.validate import elsewhere_subject, subject_of
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.onnx_session import Decoding, open_session
 from moepress.validation.quality.results import Throughput, ThroughputRow
@@ -70,10 +70,10 @@ def measured(
     shutil.copytree(onnx.folder, broken)
     (broken / "genai_config.json").write_text("{")
     others = (
-        onnx_subject("onnx", onnx),
-        onnx_subject("rough", rough_onnx),
-        onnx_subject("broken", open_onnx(broken)),
-        onnx_subject("huge", dataclasses.replace(onnx, total_bytes=1 << 60)),
+        elsewhere_subject("onnx", onnx),
+        elsewhere_subject("rough", rough_onnx),
+        elsewhere_subject("broken", open_onnx(broken)),
+        elsewhere_subject("huge", dataclasses.replace(onnx, total_bytes=1 << 60)),
         subject_of("artifact", open_artifact(artifact)),
     )
     return measure_throughput((subjects[0], *others), SMALL)
@@ -108,7 +108,7 @@ def test_ratios_are_to_the_first_model_in_the_same_runtime(measured: Throughput)
 def test_a_model_alone_in_its_runtime_is_compared_across_runtimes(
     subjects: Sequence[Subject], onnx: OnnxFolder
 ) -> None:
-    found = measure_throughput((subjects[0], onnx_subject("onnx", onnx)), SMALL)
+    found = measure_throughput((subjects[0], elsewhere_subject("onnx", onnx)), SMALL)
     first = rows_of(found, "demo", "transformers")
     for runtime in ("ONNX Runtime", "onnxruntime-genai"):
         for before, after in zip(first, rows_of(found, "onnx", runtime), strict=True):
@@ -142,7 +142,7 @@ def test_a_folder_of_another_tool_is_timed_with_a_growing_cache(onnx: OnnxFolder
     other = open_onnx(foreign(tmp_path / "foreign"))
     assert shares_cache(onnx)
     assert not shares_cache(other)
-    found = measure_throughput((onnx_subject("other", other),), SMALL)
+    found = measure_throughput((elsewhere_subject("other", other),), SMALL)
     for row, test in zip(rows_of(found, "other", "ONNX Runtime"), ("pp8", "tg3"), strict=True):
         assert (row.test, len(row.samples)) == (test, 2)
         assert "the cache is copied at each step" in (row.note or "")
