@@ -7,6 +7,7 @@ On disk a profile is a folder: `profile.json` (what was observed) and `statistic
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,8 @@ SCHEMA_VERSION = "1.0"
 SHARDS = 8
 _HASHED_WHOLE_BYTES = 1 << 30
 STATISTICS, DESCRIPTION = "statistics.safetensors", "profile.json"
-BIT_LOSSES, BIT_TOKENS = "bit_losses", "bit_tokens"
-"""Beside the accumulators of a layer, where it was probed: fp64 [widths], [1]. They have no domains."""
+BIT_LOSSES, BIT_TOKENS, GRID_LOSSES = "bit_losses", "bit_tokens", "grid_losses"
+"""Beside the accumulators of a layer, where it was probed: fp64 [widths], [1], [types]. They have no domains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,8 @@ class Profile:
         inventory: bytes and parameters of the checkpoint by part, for size estimates.
         statistics: layer -> accumulator -> fp64 [S, B, E] (totals [S, B]); `bit_losses` and `bit_tokens` if measured.
         mtp: the same of multi-token-prediction layers, apart, for sizes and losses are those of decoder layers.
+        grids: GGUF's types that `grid_losses` are of, in order, and `rounded`; empty where none were measured.
+        kind_losses: what rounding one kind of matrix in some layers costs, as JSON (`compress.budget.kind_losses`).
     """
 
     model: str
@@ -73,6 +76,8 @@ class Profile:
     inventory: Mapping[str, Any]
     statistics: Mapping[int, Mapping[str, Statistic]]
     mtp: Mapping[int, Mapping[str, Statistic]] = field(default_factory=dict)
+    grids: tuple[str, ...] = ()
+    kind_losses: tuple[Mapping[str, Any], ...] = ()
 
 
 @phase("check")
@@ -149,6 +154,8 @@ def save_profile(profile: Profile, folder: Path) -> None:
     }
     if profile.mtp:
         description["mtp_layers"] = sorted(profile.mtp)
+    if profile.grids:
+        description |= {"grids": list(profile.grids), "kind_losses": [dict(row) for row in profile.kind_losses]}
     write_json(folder / DESCRIPTION, description)
 
 
@@ -180,6 +187,8 @@ def load_profile(folder: Path) -> Profile:
         inventory={part.value: dict(row) for part, row in found.inventory.items()},
         statistics={layer: _statistics(folder, entries, layer, found, shape.experts) for layer in found.layers},
         mtp={n: _statistics(folder, entries, n, found, shape.experts, place="mtp") for n in found.mtp_layers},
+        grids=found.grids,
+        kind_losses=found.kind_losses,
     )
 
 
@@ -206,6 +215,8 @@ class _Description(BaseModel):
     mtp_layers: tuple[Annotated[int, Field(ge=0, lt=1 << 31, strict=True)], ...] = ()
     calibration: dict[str, Any]
     inventory: dict[Part, _Weight]
+    grids: tuple[str, ...] = ()
+    kind_losses: tuple[dict[str, Any], ...] = ()
 
 
 def _description(file: Path) -> _Description:
@@ -261,11 +272,16 @@ def _statistics(
     lacking = [name for name in (*ACCUMULATORS, *TOTALS) if name not in rows]
     if lacking:
         raise InvalidInputError(f"{folder / STATISTICS} lacks {place}.{layer}.{lacking[0]}; profile the model again.")
-    _check_bit_losses(folder, layer, rows)
+    _check_bit_losses(folder, layer, rows, found.grids)
     return rows
 
 
-def _check_bit_losses(folder: Path, layer: int, found: Mapping[str, Statistic]) -> None:
+def _check_bit_losses(folder: Path, layer: int, found: Mapping[str, Statistic], grids: Sequence[str]) -> None:
+    if GRID_LOSSES in found and found[GRID_LOSSES].shape != (len(grids),):
+        raise InvalidInputError(
+            f"{folder / STATISTICS}: layers.{layer}.{GRID_LOSSES} is not what {DESCRIPTION} says; profile the model "
+            "again."
+        )
     if BIT_LOSSES not in found:
         return
     losses = found[BIT_LOSSES]
@@ -283,8 +299,26 @@ def _merged_bit_losses(found: Sequence[Mapping[str, Statistic]]) -> dict[str, St
     if not all(BIT_LOSSES in statistics for statistics in found):
         return {}
     tokens = np.stack([statistics[BIT_TOKENS] for statistics in found])
-    losses = np.stack([statistics[BIT_LOSSES] for statistics in found])
-    return {BIT_LOSSES: (tokens * losses).sum(axis=0) / max(tokens.sum(), 1), BIT_TOKENS: tokens.sum(axis=0)}
+    merged = {BIT_TOKENS: tokens.sum(axis=0)}
+    for name in (BIT_LOSSES, GRID_LOSSES):
+        if all(name in statistics for statistics in found):
+            losses = np.stack([statistics[name] for statistics in found])
+            merged[name] = (tokens * losses).sum(axis=0) / max(tokens.sum(), 1)
+    return merged
+
+
+def _merged_kind_losses(profiles: Sequence[Profile]) -> dict[str, Any]:
+    """Their mean; nothing where one profile has none, or others."""
+    first = profiles[0]
+    keys = [[(row["kind"], row["layers"]) for row in profile.kind_losses] for profile in profiles]
+    if any(profile.grids != first.grids or own != keys[0] for profile, own in zip(profiles, keys, strict=True)):
+        return {}
+    rows = []
+    for alike in zip(*(profile.kind_losses for profile in profiles), strict=True):
+        errors = [row["error"] for row in alike]
+        mean = {"kl": sum(row["kl"] for row in alike) / len(alike), "error": math.hypot(*errors) / len(alike)}
+        rows.append({**alike[0], **mean})
+    return {"grids": first.grids, "kind_losses": tuple(rows)}
 
 
 def merge_profiles(profiles: Sequence[Profile]) -> Profile:
@@ -317,6 +351,7 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
         inventory=first.inventory,
         statistics={n: _merged(domains, profiles, [p.statistics[n] for p in profiles]) for n in first.layers},
         mtp={n: _merged(domains, profiles, [p.mtp[n] for p in profiles]) for n in predicting},
+        **_merged_kind_losses(profiles),
     )
 
 
@@ -326,7 +361,7 @@ def _merged(
     """One layer's accumulators of several profiles, by the domains of all of them."""
     merged: dict[str, Statistic] = {}
     for name, sample in found[0].items():
-        if name in (BIT_LOSSES, BIT_TOKENS):
+        if name in (BIT_LOSSES, BIT_TOKENS, GRID_LOSSES):
             continue
         total = np.zeros((len(domains), *sample.shape[1:]))
         for profile, statistics in zip(profiles, found, strict=True):

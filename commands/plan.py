@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 @click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
 @scheme_options
 @include_option
+@click.option(
+    "--to",
+    type=click.Choice(["gguf"]),
+    help="With --budget or --target: choose a type of GGUF for every kind of matrix in every part of the depth, by the "
+    "losses of `profile --grid-losses`.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File for the plan, such as plan.json.")
 @force_option
 @json_option
@@ -50,6 +56,7 @@ def plan(profiles: tuple[Path, ...], output: Path | None, force: bool, as_json: 
               moepress plan profile --experts 8 --domain-weight python=1 --domain-weight german=0 -o plan.json
               moepress plan profile --budget 12GiB -o plan.json
               moepress plan profile --target rtx-4060-ti-16gb --context 8192 -o plan.json
+              moepress plan profile --budget 12GiB --to gguf -o plan.json
     """
     from moepress.runs.files import check_file, write_atomically
     from moepress.stages.places import require_profiles
@@ -71,6 +78,8 @@ def plan(profiles: tuple[Path, ...], output: Path | None, force: bool, as_json: 
 
 def _print_plan(plan: Plan, file: Path | None) -> None:
     """What a plan keeps and what it costs."""
+    from moepress.compress.gptq.kinds import mix_text
+
     console = plain_console()
     share = plan.experts / plan.experts_before
     console.print(
@@ -92,11 +101,13 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
     sizes = plan.sizes
     change = sizes.after_bytes / sizes.before_bytes - 1
     scheme = f", {plan.quantization.bits} bit g{plan.quantization.group_size}" if plan.quantization else ""
+    scheme = f", {mix_text(plan.grids)}" if plan.grids else scheme
     console.print(
         f"size: {human_bytes(sizes.before_bytes)} -> about {human_bytes(sizes.after_bytes)} ({change:+.0%}{scheme})"
     )
     if plan.budget is not None:
-        _print_alternatives(console, plan, plan.budget)
+        _print_budget(console, plan.budget)
+        _print_mix(console, plan) if plan.grids else _print_alternatives(console, plan)
     for line in plan.notes:
         console.print(f"Note: {line}")
     if plan.calibration.get("embedded"):
@@ -105,8 +116,8 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
         console.print(f"Plan written to {file}")
 
 
-def _print_alternatives(console: Console, plan: Plan, budget: Budget) -> None:
-    """What the budget is made of, and what else there is; the estimated loss is a share of the experts' output."""
+def _print_budget(console: Console, budget: Budget) -> None:
+    """What the budget is made of."""
     parts = [f"budget: {human_bytes(budget.limit_bytes)}" + (f" of {budget.target}" if budget.target else "")]
     if budget.reserve_bytes:
         share = budget.reserve_bytes / budget.limit_bytes
@@ -115,6 +126,27 @@ def _print_alternatives(console: Console, plan: Plan, budget: Budget) -> None:
         parts.append(f"- {human_bytes(budget.cache_bytes)} KV cache ({budget.context} tokens)")
     left = f" = {human_bytes(budget.weight_bytes)}" if len(parts) > 1 else ""
     console.print(" ".join(parts) + left + " for the weights")
+
+
+def _print_mix(console: Console, plan: Plan) -> None:
+    """The type of every kind of matrix, by layers; and the best mixes of other sizes."""
+    from moepress.compress.gptq.kinds import range_text
+
+    types = plain_table("kind", "layers", "type")
+    for row in plan.grids:
+        types.add_row(row.kind, "" if row.layers is None else range_text(row.layers), row.type)
+    console.print(types)
+    points = plain_table("file", "bits per weight", "experts", "estimated KL", "")
+    for point in plan.curve:
+        chosen = "chosen" if point.chosen else ""
+        points.add_row(
+            human_bytes(point.weight_bytes), f"{point.bits:.2f}", str(point.experts), f"{point.kl:.2e}", chosen
+        )
+    console.print(points)
+
+
+def _print_alternatives(console: Console, plan: Plan) -> None:
+    """What else there is; the estimated loss is a share of the experts' output."""
     table = plain_table("experts", "bits", "weights", "estimated loss", "fits", "")
     for row in plan.alternatives:
         bits = "as stored" if row.bits is None else f"{row.bits:.2f} by layer" if row.mixed else f"{row.bits:g}"

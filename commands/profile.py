@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     help="Leave out what bits cost, for which four experts of a layer are quantized at 2, 3, 4 and 8 bits (fewer where "
     "experts are wide and the text short): no `plan --budget`.",
 )
+@click.option(
+    "--grid-losses",
+    is_flag=True,
+    help="Measure too what GGUF's types cost, by kind of matrix and depth, for `plan --to gguf`: half as long again.",
+)
 @nonfinite_option
 @timings_option
 @dry_run_option
@@ -53,6 +58,7 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     \b
     Example:  moepress profile demo -o profile
               moepress profile MODEL -o profile --calibration chats.jsonl --domain python=code.txt
+              moepress profile MODEL -o profile --grid-losses
     """
     from moepress.calibration.sources import parse_sources
     from moepress.commands.timings import check_timings, timed
@@ -69,7 +75,11 @@ def profile(model: str, output: Path, resume: bool, force: bool, **options: Any)
     from moepress.stages.profile import profile_estimate, profile_stage
 
     place = Output(folder=output, resume=resume, force=force)
-    measured = {"leave_one_out": not options["no_loo"], "bit_losses": not options["no_bit_losses"]}
+    measured = {
+        "leave_one_out": not options["no_loo"],
+        "bit_losses": not options["no_bit_losses"],
+        "grid_losses": options["grid_losses"],
+    }
     if options["dry_run"]:
         with headers_only():
             found = profile_estimate(model, calibration, machine, output=place, **measured)

@@ -120,7 +120,7 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     from moepress.converters.safetensors.scheme import Scheme
     from moepress.stages.quantize import QuantizeRequest
 
-    if options["grid"] is not None:
+    if options["grid"] is not None or (plan is not None and plan.grids):
         return _on_blocks(plan, options)
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
     layer_bits: Mapping[int, int] = {}
@@ -136,32 +136,35 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
 
 
 def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
-    """What is asked of `quantize --grid`; bits by layer of a plan are of another kind.
+    """What is asked of `quantize --grid`, or of a plan that has chosen types; bits by layer are of another kind.
 
     Raises:
-        UsageError: bits or groups are given besides.
+        UsageError: bits or groups are given besides, or a grid and a plan that fits its budget with others.
     """
-    from moepress.compress.gptq.block_choice import nearest_scheme
+    from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
     from moepress.compress.gptq.options import EFFORTS
     from moepress.stages.quantize import QuantizeRequest
 
     if not all_default("bits", "group_size"):
-        raise UsageError("--bits and --group-size do not go with --grid, which says both.")
-    if plan is not None and plan.budget is not None:
+        what = "--grid, which says both" if options["grid"] else "this plan, which has chosen types of GGUF"
+        raise UsageError(f"--bits and --group-size do not go with {what}.")
+    if plan is not None and plan.budget is not None and options["grid"]:
         raise UsageError(
             "The plan fits its budget with other bits than --grid has; plan again with --keep or --experts."
         )
     if plan is not None and plan.quantization is not None:
         note("--grid was given: the plan's bits are left aside.")
-    scheme = nearest_scheme(options["grid"])
-    include, notes = _includes_for(plan, options)
+    mix = () if plan is None or options["grid"] else plan.grids
+    scheme = nearest_scheme(options["grid"] or PLANNED, mix)
+    include, notes = (includes_of(options), list[str]()) if mix else _includes_for(plan, options)
     note(*notes)
     return QuantizeRequest(
         scheme=scheme,
         include=include,
         hessian=_hessian_of(options, scheme.bits, {}),
         solver=EFFORTS[options["effort"]],
-        grid=options["grid"],
+        grid=options["grid"] or PLANNED,
+        mix=mix,
     )
 
 

@@ -105,8 +105,10 @@ def machine_of(options: Mapping[str, Any]) -> Machine:
 def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) -> Plan:
     """A plan made of a profile with the options of selection, and of the scheme where it is quantized.
 
-    With --budget or --target what these leave open is chosen.
+    With --budget or --target what these leave open is chosen; with --to gguf besides, a mix of GGUF's types.
     """
+    if options.get("to") is not None and options.get("budget") is None and options.get("target") is None:
+        raise UsageError("--to gguf chooses a mix of GGUF's types for a size; give --budget or --target too.")
     if options.get("budget") is not None or options.get("target") is not None:
         return _budgeted_plan(profile, options, quantized=quantized)
     if options.get("context") is not None or options.get("mixed_bits"):
@@ -142,8 +144,16 @@ def _planned_includes(options: Mapping[str, Any], *, quantized: bool) -> frozens
 def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: bool) -> Plan:
     from moepress.compress.pruning.scoring import Criterion, Groups
     from moepress.converters.safetensors.scheme import SUPPORTED_BITS
-    from moepress.stages.plan import BudgetRequest, Wish, plan_within
+    from moepress.stages.plan import BudgetRequest, Wish, mix_within, plan_within
 
+    mixing = options.get("to") is not None
+    if mixing and not (quantized and all_default("bits", "group_size") and not options["mixed_bits"]):
+        raise UsageError(
+            "--to gguf chooses the type of every matrix; leave out --bits, --group-size, --mixed-bits and "
+            "--no-quantization."
+        )
+    if mixing and options.get("include"):
+        raise UsageError("--to gguf mixes types for the whole model; leave out --include.")
     if options["mixed_bits"] and not (quantized and all_default("bits")):
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits and --no-quantization.")
     widths = (None,) if not quantized else SUPPORTED_BITS if all_default("bits") else (options["bits"],)
@@ -164,4 +174,4 @@ def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: b
         context=options["context"],
         targets_file=options["targets_file"],
     )
-    return plan_within(profile, request, wish)
+    return mix_within(profile, request, wish) if mixing else plan_within(profile, request, wish)

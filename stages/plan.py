@@ -8,7 +8,8 @@ from typing import Any
 
 from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
-from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, verdict
+from moepress.compress.budget.mixes import best_mix, curve, mix_space, smallest_mix
+from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, too_small, verdict
 from moepress.compress.budget.sizes import (
     Linear,
     group_size_within,
@@ -55,6 +56,12 @@ class BudgetRequest:
     target: str | None = None
     context: int | None = None
     targets_file: Path | None = None
+
+
+MIX_NOTE = (
+    "The divergence is estimated: what rounding each kind of matrix costs was measured, the rest follows from the "
+    "errors of types; `validate` measures what came of it."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +178,35 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
     notes = [*plan.notes, *verdict(space, budget.weight_bytes, chosen), *_notes(profile, chosen, group_size, budget)]
     notes += [INCLUDE_NOTE] if wish.include else []
     return plan.model_copy(update={"budget": budget, "alternatives": rows, "notes": notes})
+
+
+def mix_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
+    """The plan of the smallest estimated divergence that fits as a GGUF file, type by type, with the curve.
+
+    Raises:
+        UsageError: nothing fits, or llama.cpp does not compute such a model.
+        InvalidInputError: the profile lacks what the estimate needs.
+    """
+    shape, every = profile.shape, domain_weights(profile.domains, wish.weights)
+    budget = budget_of(request, profile.config, shape)
+    counts, criterion = wish.counts(shape), wish.criterion or default_criterion(every)
+    selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)
+    space = mix_space(profile, {n: keep_sets(profile, replace(selection, count=n)) for n in counts}, every)
+    chosen = best_mix(space, budget.weight_bytes)
+    if chosen is None:
+        least = smallest_mix(space)
+        raise UsageError(too_small(budget, f"{least.count} experts in types of GGUF", least.size))
+    plan = make_plan(profile, count=chosen.count, criterion=criterion, weights=wish.weights, groups=wish.groups)
+    notes = [*plan.notes, MIX_NOTE, *context_notes(budget.context, shape.context)]
+    return plan.model_copy(
+        update={
+            "budget": budget,
+            "grids": chosen.rows(),
+            "curve": curve(space, chosen),
+            "sizes": plan.sizes.model_copy(update={"after_bytes": chosen.size}),
+            "notes": notes,
+        }
+    )
 
 
 def require_possible(

@@ -6,11 +6,16 @@ from moepress.calibration.collect import collect, drop_hidden
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.profile import Profile, describe_corpus, fingerprint, save_profile
 from moepress.compress.budget.bit_losses import bit_loss_probe
+from moepress.compress.budget.kind_losses import drop_kind_losses, kind_losses, sample
+from moepress.compress.budget.rounding import ROUNDED
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import measure_rates
+from moepress.compress.gptq.block_choice import BLOCK, MIX_TYPES
+from moepress.converters.gguf.architectures import described, gguf_refusal
+from moepress.errors import UnsupportedError, UsageError
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.tensor_check import mtp_problems
 from moepress.models.storage.checkpoint import Checkpoint
@@ -42,21 +47,33 @@ def profile_stage(
     *,
     leave_one_out: bool = True,
     bit_losses: bool = True,
+    grid_losses: bool = False,
     allow_nonfinite: bool = False,
 ) -> Profile:
-    """Run the model over calibration text and write its profile."""
+    """Run the model over calibration text and write its profile.
+
+    With `grid_losses` also what GGUF's types cost, kind by kind of matrix: a second walk over a few windows.
+
+    Raises:
+        UsageError: `grid_losses` without `bit_losses`.
+        UnsupportedError: `grid_losses` of a model that llama.cpp does not compute.
+    """
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
     checkpoint = opened(folder, allow_nonfinite=allow_nonfinite)
     announce(checkpoint)
+    if grid_losses:
+        _require_grids(checkpoint, bit_losses=bit_losses)
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
     work = _profile_workload(corpus, machine, output)
     tell_of_residual(checkpoint)
     leave_one_out = leave_one_out and can_leave_out(checkpoint)
-    estimate = estimate_profile(figures_of(checkpoint), work, leave_one_out=leave_one_out, bit_losses=bit_losses)
+    estimate = estimate_profile(
+        figures_of(checkpoint), work, leave_one_out=leave_one_out, bit_losses=bit_losses, grid_losses=grid_losses
+    )
     require_room(output, estimate.disk_bytes)
     warn_of_memory(estimate)
     digest = fingerprint(checkpoint)
@@ -65,12 +82,14 @@ def profile_stage(
         "model": digest,
         "leave_one_out": leave_one_out,
         "bit_losses": bit_losses,
+        "grid_losses": grid_losses,
         "seed": calibration.seed,
     }
-    probe = bit_loss_probe(checkpoint.config) if bit_losses else None
+    probe = bit_loss_probe(checkpoint.config, grids=grid_losses) if bit_losses else None
     note(*_not_whole(checkpoint))
     with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
         found = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
+        kinds = kind_losses(model, sample(corpus), run, limits) if grid_losses else []
         profile = Profile(
             model=digest,
             model_name=display_name(folder, model_name),
@@ -83,12 +102,30 @@ def profile_stage(
             inventory=inventory(checkpoint),
             statistics={layer: found[layer] for layer in checkpoint.outline.moe_layers},
             mtp={layer: statistics for layer, statistics in found.items() if layer >= shape.layers},
+            grids=(*MIX_TYPES, ROUNDED) if grid_losses else (),
+            kind_losses=tuple(row.model_dump(mode="json") for row in kinds),
         )
         save_profile(profile, run.folder)
         run.require_ready()
+        drop_kind_losses(run)
         drop_hidden(run)
         run.finish()
     return profile
+
+
+def _require_grids(checkpoint: Checkpoint, *, bit_losses: bool) -> None:
+    """Refuse losses on GGUF's types where they can not be had, or would be of no use."""
+    if not bit_losses:
+        raise UsageError("--grid-losses needs what bits cost; leave out --no-bit-losses.")
+    refusal = gguf_refusal(described(checkpoint))
+    if refusal is not None:
+        raise UnsupportedError(refusal)
+    for columns in (checkpoint.shape.hidden, checkpoint.shape.expert_width):
+        if columns % BLOCK:
+            raise UsageError(
+                f"--grid-losses: experts have {columns} columns and GGUF's blocks {BLOCK}, so no file of that format "
+                "holds them; leave it out."
+            )
 
 
 def _not_whole(checkpoint: Checkpoint) -> list[str]:
@@ -108,6 +145,7 @@ def profile_estimate(
     *,
     leave_one_out: bool = True,
     bit_losses: bool = True,
+    grid_losses: bool = False,
     output: Output | None = None,
 ) -> Estimate:
     """What `profile` would take; without an output its disk is taken to have room."""
@@ -118,7 +156,14 @@ def profile_estimate(
     work = _profile_workload(corpus, machine, output)
     rates = measure_rates(checkpoint, work.device, work.dtype)
     leave_one_out = leave_one_out and can_leave_out(checkpoint)
-    return estimate_profile(figures_of(checkpoint), work, rates, leave_one_out=leave_one_out, bit_losses=bit_losses)
+    return estimate_profile(
+        figures_of(checkpoint),
+        work,
+        rates,
+        leave_one_out=leave_one_out,
+        bit_losses=bit_losses,
+        grid_losses=grid_losses,
+    )
 
 
 def _profile_workload(corpus: Corpus, machine: Machine, output: Output | None) -> Workload:

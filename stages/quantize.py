@@ -11,9 +11,10 @@ from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
-from moepress.compress.gptq.block_choice import PRESETS, BlockChoice
+from moepress.compress.gptq.block_choice import PLANNED, PRESETS, BlockChoice
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.kinds import GridRow
 from moepress.compress.gptq.layer_bits import check_scheme, fallback_text, model_dtype, scale_value_dtype, settle_bits
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.pieces import PIECE_BYTES
@@ -48,7 +49,12 @@ from moepress.stages.places import Calibration, Machine, Output, display_name, m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeRequest:
-    """Options of `quantize`; `layer_bits` are those of layers that do not have the scheme's, `grid` is GGUF's."""
+    """Options of `quantize`.
+
+    Attributes:
+        layer_bits: of layers that do not have the scheme's.
+        grid: of GGUF, in the place of the scheme; `PLANNED` with the rows of a plan's mix in `mix`.
+    """
 
     scheme: Scheme
     layer_bits: Mapping[int, int] = field(default_factory=dict)
@@ -56,6 +62,7 @@ class QuantizeRequest:
     hessian: HessianOptions = field(default_factory=HessianOptions)
     solver: SolverOptions = field(default_factory=SolverOptions)
     grid: str | None = None
+    mix: tuple[GridRow, ...] = ()
 
 
 def quantize_stage(
@@ -172,14 +179,14 @@ def on_grid(checkpoint: Checkpoint, grid: str | None, include: Iterable[Include]
     refusal = gguf_refusal(described(checkpoint))
     if refusal is not None:
         raise UnsupportedError(refusal)
-    if grid not in PRESETS:
+    if grid not in (*PRESETS, PLANNED):
         return frozenset(include)
     return frozenset(Include) - (set() if checkpoint.family.head in checkpoint.shapes else {Include.LM_HEAD})
 
 
 def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:
     stored = model_dtype(source.config)
-    blocks = None if request.grid is None else block_choice(source, request.grid)
+    blocks = None if request.grid is None else block_choice(source, request.grid, request.mix)
     scheme, layer_bits = settle_bits(source, request.scheme, request.layer_bits, request.include)
     return QuantizeOptions(
         scheme=scheme,
@@ -192,13 +199,20 @@ def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:
     )
 
 
-def block_choice(source: Source, name: str) -> BlockChoice:
-    """What `--grid` names, for a model."""
+def block_choice(source: Source, name: str, mix: tuple[GridRow, ...] = ()) -> BlockChoice:
+    """What `--grid` names, or a plan's mix, for a model."""
     config = hf_config(source.config).get_text_config()
     heads = int(config.num_attention_heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
     shape = source.outline.shape
-    return BlockChoice(name=name, layers=shape.layers, experts=shape.experts, shared_heads=heads // max(1, shared))
+    return BlockChoice(
+        name=name,
+        layers=shape.layers,
+        experts=shape.experts,
+        shared_heads=heads // max(1, shared),
+        rows=mix,
+        family=source.family,
+    )
 
 
 def _estimate(
@@ -229,6 +243,10 @@ def _estimate(
     )
 
 
+def _mix_settings(request: QuantizeRequest) -> dict[str, Any]:
+    return {"mix": [row.model_dump(mode="json") for row in request.mix]} if request.mix else {}
+
+
 def _settings(
     plan: Plan | None, options: QuantizeOptions, request: QuantizeRequest, repairs: Repairs | None, seed: int
 ) -> dict[str, Any]:
@@ -240,7 +258,7 @@ def _settings(
         "repair": None if repairs is None else repairs.digest,
         "scheme": asdict(options.scheme)
         if request.grid is None
-        else {"grid": request.grid, "bits": options.scheme.bits},
+        else {"grid": request.grid, "bits": options.scheme.bits, **_mix_settings(request)},
         "layer_bits": {str(layer): bits for layer, bits in options.layer_bits.items()} or None,
         "include": sorted(request.include),
         "hessian": asdict(request.hessian),

@@ -8,7 +8,8 @@ with the combine weights w. Times the accumulator `weighted_norm_squared` it is 
 the unit of `leave_one_out`, so that removing experts and taking bits away can be weighed against each other.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import gram
+from moepress.compress.budget.rounding import rounded_expert
 from moepress.compress.budget.sizes import probe_scheme
+from moepress.compress.gptq.block_choice import MIX_TYPES, BlockChoice
 from moepress.compress.gptq.experts import CodedExpert, QuantizeOptions, experts_at_once, pooled_inputs, solve_experts
 from moepress.compress.gptq.layer_bits import model_dtype, scale_value_dtype
-from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS
 from moepress.models.families.family import Shape
 from moepress.models.forward.streamed import apply_expert, tokens_of
 from moepress.models.forward.walk import Stream
@@ -38,16 +41,22 @@ _SHARE = 0.2  # of the forward pass's time that solving may take, where fewer ex
 _SOLVER_COST = 3.0  # a solver's FLOP against those of a forward pass, in time
 
 
+Position = tuple[Tensor, Tensor]
+"""Tokens of an expert and their slots among the K, as `tokens_of` gives them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """Measures a layer after it was observed; `collect` calls it.
 
     Attributes:
         scale_dtype, stored_dtype: as in `QuantizeOptions`.
+        grids: GGUF's types are measured too.
     """
 
     scale_dtype: torch.dtype
     stored_dtype: torch.dtype
+    grids: bool = False
 
     def __call__(self, stream: Stream, layer: int, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `bit_losses`."""
@@ -55,29 +64,37 @@ class Probe:
         options = QuantizeOptions(
             scheme=probe_scheme(shape, SUPPORTED_BITS[0]), scale_dtype=self.scale_dtype, stored_dtype=self.stored_dtype
         )
-        return bit_losses(stream, layer, found, options, experts_to_solve(shape, stream.tokens))
+        experts = experts_to_solve(shape, stream.tokens, grids=self.grids)
+        return bit_losses(stream, layer, found, options, experts, grids=self.grids)
 
 
-def bit_loss_probe(config: Mapping[str, Any]) -> Probe:
-    """The probe for a model with that config."""
+def bit_loss_probe(config: Mapping[str, Any], *, grids: bool = False) -> Probe:
+    """The probe for a model with that config; with `grids` it solves on GGUF's types too."""
     stored = model_dtype(config)
-    return Probe(scale_dtype=scale_value_dtype(stored), stored_dtype=stored)
+    return Probe(scale_dtype=scale_value_dtype(stored), stored_dtype=stored, grids=grids)
 
 
-def experts_to_solve(shape: Shape, tokens: int) -> int:
+def experts_to_solve(shape: Shape, tokens: int, *, grids: bool = False) -> int:
     """How many experts of a layer: four, or fewer where they are wide and the text is short, one at least."""
     forward = 2.0 * tokens * (shape.top_k + 1) * 3 * shape.hidden * shape.expert_width
-    return max(1, min(EXPERTS, round(_SHARE * forward / (_SOLVER_COST * solver_flops(shape)))))
+    return max(1, min(EXPERTS, round(_SHARE * forward / (_SOLVER_COST * solver_flops(shape, grids=grids)))))
 
 
-def solver_flops(shape: Shape) -> float:
+def solver_flops(shape: Shape, *, grids: bool = False) -> float:
     """Of one expert at all widths: ten multiply-adds for each weight and column, and the factors of two Hessians."""
     hidden, width = shape.hidden, shape.expert_width
-    return len(SUPPORTED_BITS) * (10.0 * (2 * width * hidden**2 + hidden * width**2) + 2.0 * (hidden**3 + width**3))
+    each = 10.0 * (2 * width * hidden**2 + hidden * width**2) + 2.0 * (hidden**3 + width**3)
+    return (len(SUPPORTED_BITS) + grids * len(MIX_TYPES)) * each
 
 
 def bit_losses(
-    stream: Stream, layer: int, found: Mapping[str, Tensor], options: QuantizeOptions, experts: int
+    stream: Stream,
+    layer: int,
+    found: Mapping[str, Tensor],
+    options: QuantizeOptions,
+    experts: int,
+    *,
+    grids: bool = False,
 ) -> dict[str, Tensor]:
     """Solve a sample of a layer's experts at every supported width and measure their outputs.
 
@@ -87,35 +104,56 @@ def bit_losses(
         found: the layer's accumulators.
         options: of the solver; the bits are replaced.
         experts: how many, spread over the ranking by tokens; each stands for its part of the ranking.
+        grids: solve on `MIX_TYPES` too.
 
     Returns:
         `bit_losses`, fp64 [4], relative errors at `SUPPORTED_BITS`, and `bit_tokens`, fp64 [1], the tokens that they
-        were measured on; both 0 where no expert saw enough tokens.
+        were measured on; both 0 where no expert saw enough tokens. With `grids` also `grid_losses`, fp64 [8], at
+        `MIX_TYPES` and of matrices that are merely `rounded`.
     """
     held = held_out(stream)
     fit, test = _divided(stream, held)
     enough = [len(a[0]) >= _FEWEST[0] and len(b[0]) >= _FEWEST[1] for a, b in zip(fit, test, strict=True)]
     counts, mass = (found[name].sum(dim=(0, 1)) for name in ("count", "weighted_norm_squared"))
     chosen = spread(counts, mass, torch.tensor(enough), experts)
-    losses = torch.zeros(len(SUPPORTED_BITS), dtype=torch.float64)
+    schemes = [replace(options, scheme=replace(options.scheme, bits=bits)) for bits in SUPPORTED_BITS]
+    ways = [*schemes, *(map(functools.partial(_on_type, options), MIX_TYPES) if grids else ())]
+    losses = torch.zeros(len(ways) + grids, dtype=torch.float64)
     with phase("bit losses"):
         pooled, sample = _pooled(stream, held), pooled_inputs(stream, options.hessian)
         names, size = list(chosen), experts_at_once(stream.model, stream.limits.memory_bytes)
         for start in range(0, len(names), size):
             batch = names[start : start + size]
             weights = {e: stream.model.read_expert(layer, e, torch.float32) for e in batch}
-            for index, bits in enumerate(SUPPORTED_BITS):
-                own = replace(options, scheme=Scheme(bits=bits, group_size=options.scheme.group_size))
+            errors = functools.partial(_weighed_error, stream, layer, weights, chosen, test)
+            for index, own in enumerate(ways):
                 coded = solve_experts(stream, layer, weights, fit, pooled, sample, own)
-                for expert, matrices in zip(batch, coded, strict=True):
-                    error = output_error(stream, layer, weights[expert], _dense(stream, matrices), test[expert])
-                    losses[index] += chosen[expert] * error
+                losses[index] += errors([_dense(stream, matrices) for matrices in coded])
+            if grids:
+                losses[-1] += errors([rounded_expert(expert) for expert in weights.values()])
     tokens = float(sum(len(test[e][0]) for e in chosen))
-    return {"bit_losses": losses, "bit_tokens": torch.tensor([tokens], dtype=torch.float64)}
+    of_bits = len(SUPPORTED_BITS)
+    made = {"bit_losses": losses[:of_bits], "bit_tokens": torch.tensor([tokens], dtype=torch.float64)}
+    return made | ({"grid_losses": losses[of_bits:]} if grids else {})
 
 
-Position = tuple[Tensor, Tensor]
-"""Tokens of an expert and their slots among the K, as `tokens_of` gives them."""
+def _weighed_error(
+    stream: Stream,
+    layer: int,
+    originals: Mapping[int, Expert],
+    chosen: Mapping[int, float],
+    test: Sequence[Position],
+    made: Sequence[Expert],
+) -> float:
+    """`output_error` of those experts, each with the share that it stands for."""
+    return sum(
+        chosen[expert] * output_error(stream, layer, original, other, test[expert])
+        for (expert, original), other in zip(originals.items(), made, strict=True)
+    )
+
+
+def _on_type(options: QuantizeOptions, name: str) -> QuantizeOptions:
+    return replace(options, blocks=BlockChoice(name=name.lower(), layers=1, experts=1, shared_heads=1))
 
 
 def _divided(stream: Stream, held: Tensor) -> tuple[list[Position], list[Position]]:

@@ -49,7 +49,7 @@ def space_of(
     """
     layers, bits = profile.layers, [width for width in widths if width is not None]
     _require_losses(profile, bits=bool(bits))
-    removal, contribution = _shares(profile, weights)
+    removal, contribution = removal_shares(profile, weights)
     errors = _errors(profile) if bits else {}
     pruned = {}
     for count, stay in kept.items():
@@ -123,7 +123,7 @@ def _require_losses(profile: Profile, *, bits: bool) -> None:
         )
 
 
-def _shares(profile: Profile, weights: Mapping[str, float]) -> tuple[dict[int, Statistic], dict[int, float]]:
+def removal_shares(profile: Profile, weights: Mapping[str, float]) -> tuple[dict[int, Statistic], dict[int, float]]:
     """Per layer: what removing each expert costs, fp64 [E], and what all contribute, as shares of the routed output."""
     weight_S = np.array([weights.get(d, 1.0) for d in profile.domains])
     removal, contribution = {}, {}

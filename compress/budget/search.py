@@ -6,9 +6,10 @@ steps do not depend on the budget, so a larger budget never gives a larger loss.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +18,8 @@ from moepress.errors import UsageError
 GIB = 1 << 30
 Width = int | None
 """Bits of the routed experts; None leaves them as they are."""
+Key = TypeVar("Key")
+Choice = TypeVar("Choice")
 
 
 class Budget(BaseModel):
@@ -143,19 +146,11 @@ def uniform(space: Space) -> list[Candidate]:
 def by_layer(space: Space, count: int, limit: int) -> Candidate | None:
     """The best bits by layer on the path of the Lagrange multiplier that fit, or None."""
     sizes = space.layer[count]
-    hulls = {n: _hull([(sizes[w], losses[w], w) for w in sizes]) for n, losses in space.quantized.items()}
-    widths = {layer: hull[0][2] for layer, hull in hulls.items()}
-    steps = sorted(
-        (
-            ((after[1] - before[1]) / (after[0] - before[0]), layer, after[0] - before[0], after[2])
-            for layer, hull in hulls.items()
-            for before, after in pairwise(hull)
-        ),
-        key=lambda step: step[:3],
-    )
-    size, found = space.rest[count] + sum(hull[0][0] for hull in hulls.values()), None
+    hulls = {n: hull([(sizes[w], losses[w], w) for w in sizes]) for n, losses in space.quantized.items()}
+    widths = {layer: points[0][2] for layer, points in hulls.items()}
+    size, found = space.rest[count] + sum(points[0][0] for points in hulls.values()), None
     # With something outside, whose bits are those of most layers, sizes do not only grow along the path.
-    for layer, more, width in [(None, 0, None), *(step[1:] for step in steps)]:
+    for layer, more, width in [(None, 0, None), *descent(hulls)]:
         if layer is not None:
             widths, size = widths | {layer: width}, size + more
         if size + (space.outside.get(most_common(widths), 0) if space.outside else 0) <= limit:
@@ -163,9 +158,24 @@ def by_layer(space: Space, count: int, limit: int) -> Candidate | None:
     return None if found is None else candidate(space, count, found)
 
 
-def _hull(points: Iterable[tuple[int, float, Width]]) -> list[tuple[int, float, Width]]:
+def descent(
+    hulls: Mapping[Key, Sequence[tuple[int, float, Choice]]],
+) -> list[tuple[Key, int, Choice]]:
+    """The steps of all hulls as a multiplier takes them, those that save most per byte first: key, more bytes, choice.
+
+    Of equal steps the first key's comes first.
+    """
+    steps = [
+        (_slope(before, after), place, after[0] - before[0], key, after[2])
+        for place, (key, points) in enumerate(hulls.items())
+        for before, after in pairwise(points)
+    ]
+    return [(key, more, choice) for _, _, more, key, choice in sorted(steps, key=lambda step: step[:3])]
+
+
+def hull(points: Iterable[tuple[int, float, Choice]]) -> list[tuple[int, float, Choice]]:
     """The points (bytes, loss) that a multiplier can choose, the fewest bytes first: each step saves less per byte."""
-    found: list[tuple[int, float, Width]] = []
+    found: list[tuple[int, float, Choice]] = []
     for point in sorted(points, key=lambda p: p[:2]):
         if found and point[1] >= found[-1][1]:
             continue
@@ -175,7 +185,7 @@ def _hull(points: Iterable[tuple[int, float, Width]]) -> list[tuple[int, float, 
     return found
 
 
-def _slope(first: tuple[int, float, Width], second: tuple[int, float, Width]) -> float:
+def _slope(first: tuple[int, float, object], second: tuple[int, float, object]) -> float:
     return (second[1] - first[1]) / (second[0] - first[0])
 
 
@@ -195,14 +205,15 @@ def choose(space: Space, budget: Budget, *, mixed: bool = False) -> tuple[Candid
     """
     chosen = best(space, budget.weight_bytes, mixed=mixed)
     if chosen is None:
-        raise UsageError(too_small(budget, min(uniform(space), key=lambda c: c.size)))
+        least = min(uniform(space), key=lambda c: c.size)
+        what = f"{least.count} experts" + ("" if least.bits is None else f" at {least.bits:g} bits")
+        raise UsageError(too_small(budget, what, least.size))
     return chosen, alternatives(space, budget.weight_bytes, chosen)
 
 
-def too_small(budget: Budget, smallest: Candidate) -> str:
-    """One sentence: what the smallest result takes, and what there is."""
-    what = f"{smallest.count} experts" + ("" if smallest.bits is None else f" at {smallest.bits:g} bits")
-    takes = f"The smallest possible result, {what}, takes {_size(smallest.size)}"
+def too_small(budget: Budget, what: str, size: int) -> str:
+    """One sentence: what the smallest result is and takes, and what there is."""
+    takes = f"The smallest possible result, {what}, takes {_size(size)}"
     if budget.cache_bytes:
         takes += f" beside {_size(budget.cache_bytes)} of KV cache"
     room = _size(budget.limit_bytes - budget.reserve_bytes)

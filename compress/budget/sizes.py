@@ -62,14 +62,16 @@ def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> 
         UsageError: lm_head is asked for and tied to the embeddings.
     """
     wanted = frozenset(include)
-    if not wanted:
-        return ()
+    return included_linears(names_of_config(config), wanted) if wanted else ()
+
+
+def names_of_config(config: Mapping[str, Any]) -> "Source":
+    """A model's names and shapes, as transformers has them; it holds no weights."""
     shapes = dict(expected_of(config).shapes)
     if config.get("tie_word_embeddings"):
         shapes.pop("lm_head.weight", None)
     family = family_of(config)
-    outline = outline_of(family, config, shapes)
-    return included_linears(_Names(config=config, family=family, outline=outline, shapes=shapes), wanted)
+    return _Names(config=config, family=family, outline=outline_of(family, config, shapes), shapes=shapes)
 
 
 def included_linears(source: "Source", include: Iterable[Include]) -> tuple[Linear, ...]:

@@ -4,17 +4,24 @@ The mixes are the type maps of llama-quantize (`src/llama-quant.cpp`, b11434, re
 can be compared at equal bytes. What a type can not hold, because its blocks do not fill a row, falls back as there.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from moepress.compress.gptq.kinds import GridRow, Kind, kind_of
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
+from moepress.models.families.family import Family
 from moepress.models.storage.block_types import TYPES, BlockType
 
 GRIDS = ("q4_k", "q5_k", "q6_k", "q3_k", "q2_k", "iq4_xs", "iq4_nl", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 """Types that `--grid` takes, in lower case."""
 PRESETS = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "IQ4_XS")
 """Mixes that `--grid` takes by these names, in capitals."""
+MIX_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+"""Types that a plan's mix is made of, the smallest first."""
+PLANNED = "a plan's mix"
+"""The name of a mix that a plan has chosen, row by row."""
 _FALLBACKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -23,7 +30,8 @@ _FALLBACKS = {
     "Q6_K": "Q8_0",
     "IQ4_XS": "IQ4_NL",
 }
-_BLOCK = 32
+BLOCK = 32
+"""Columns of the smallest blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,30 +99,38 @@ _EIGHT_TOO = ("Q2_K", "Q3_K_M", "Q4_K_M", "IQ4_XS")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockChoice:
-    """What `--grid` names.
+    """What `--grid` names, or what a plan says.
 
     Attributes:
-        name: a type in lower case, or a mix in capitals.
+        name: a type in lower case, or a mix in capitals, or `PLANNED`.
         layers, experts, shared_heads: of the model, as in `Place`.
+        rows: of a planned mix.
+        family: the model's, which tells kinds by names; wanted for rows alone.
     """
 
     name: str
     layers: int
     experts: int
     shared_heads: int
+    rows: tuple[GridRow, ...] = ()
+    family: Family | None = None
 
     def __post_init__(self) -> None:
+        if self.rows:
+            return
         if self.name not in (*GRIDS, *PRESETS):
             raise UsageError(f"--grid {self.name} is not there; choose one of {', '.join((*GRIDS, *PRESETS))}.")
 
     @property
     def is_mix(self) -> bool:
         """Whether it is a mix, which stands for all matrices of a model, embeddings and head among them."""
-        return self.name in PRESETS
+        return self.name in PRESETS or bool(self.rows)
 
     @property
     def main(self) -> str:
-        """The type of most matrices."""
+        """The type of most matrices; of a plan's that of the experts in most layers."""
+        if self.rows:
+            return main_type(self.rows)
         return next(name for name in TYPES if self.name.upper().startswith(name))
 
     @property
@@ -122,19 +138,22 @@ class BlockChoice:
         """Of most codes."""
         return TYPES[self.main].bits
 
-    def of(self, role: str, layer: int | None, columns: int) -> BlockType:
+    def of(self, name: str, layer: int | None, columns: int) -> BlockType:
         """The type of a matrix.
 
         Args:
-            role: as in `Place`.
+            name: on disk.
             layer: whose; None outside of the layers.
             columns: of the matrix.
 
         Raises:
-            UsageError: no type takes that many columns.
+            UsageError: no type takes that many columns, or a plan says nothing of such a matrix.
         """
         if not self.is_mix:
             return fitting(self.name.upper(), columns)
+        if self.rows:
+            return fitting(self._planned(name, layer), columns)
+        role = role_of(name)
         at = Place(
             role=role,
             layer=layer or 0,
@@ -149,15 +168,34 @@ class BlockChoice:
             kind = "Q5_K"
         return fitting(kind, columns)
 
+    def _planned(self, name: str, layer: int | None) -> str:
+        """The type that a plan gives a matrix; layers behind the last, of multi-token prediction, have the last's."""
+        assert self.family is not None
+        kind, at = kind_of(self.family, name), None if layer is None else min(layer, self.layers - 1)
+        for row in self.rows:
+            if row.kind is kind and (row.layers is None or (at is not None and row.layers[0] <= at <= row.layers[1])):
+                return row.type
+        raise UsageError(f"The plan gives {name} no type; plan again for this model.")
 
-def nearest_scheme(name: str) -> Scheme:
-    """The scheme of integers that a grid is counted as where time and size are estimated: never more bits than it has.
+
+def main_type(rows: tuple[GridRow, ...]) -> str:
+    """The type that the experts of most layers have in a plan's mix."""
+    counts = Counter[str]()
+    for row in rows:
+        if row.kind in (Kind.EXPERTS, Kind.DOWN) and row.layers is not None:
+            counts[row.type] += row.layers[1] - row.layers[0] + 1
+    return counts.most_common(1)[0][0] if counts else rows[0].type
+
+
+def nearest_scheme(name: str, rows: tuple[GridRow, ...] = ()) -> Scheme:
+    """The scheme of integers that a grid, or a plan's mix, is counted as where time and size are estimated: never more
+    bits than it has.
 
     Raises:
         UsageError: there is no such grid.
     """
-    bits = BlockChoice(name=name, layers=1, experts=1, shared_heads=1).bits
-    return Scheme(bits=max(width for width in SUPPORTED_BITS if width <= bits), group_size=_BLOCK)
+    bits = BlockChoice(name=name, layers=1, experts=1, shared_heads=1, rows=rows).bits
+    return Scheme(bits=max(width for width in SUPPORTED_BITS if width <= bits), group_size=BLOCK)
 
 
 def fitting(name: str, columns: int) -> BlockType:
@@ -169,17 +207,13 @@ def fitting(name: str, columns: int) -> BlockType:
     kind = TYPES[name]
     if columns % kind.columns:
         kind = TYPES[_FALLBACKS.get(name, name)]
-    if columns % _BLOCK:
-        raise UsageError(f"--grid: a matrix has {columns} columns, and GGUF's blocks have {_BLOCK}; use --bits.")
+    if columns % BLOCK:
+        raise UsageError(f"--grid: a matrix has {columns} columns, and GGUF's blocks have {BLOCK}; use --bits.")
     return kind
 
 
 _ROLES = {"v_proj": "value", "k_proj": "key", "o_proj": "output", "down_proj": "down", "w2": "down"}
 _ROLES |= {"lm_head": "head", "embed_tokens": "embeddings"}
-
-
-EMBEDDINGS = "embed_tokens.weight"
-"""What `role_of` is asked about embeddings, whatever they are called on disk."""
 
 
 def role_of(name: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moepress.calibration.hessian import HessianOptions, Moments, add_cross, add_gram, mirror, shares
 from moepress.compress.gptq.asymmetry import move_target, relative_error
 from moepress.compress.gptq.balance import topped_up
-from moepress.compress.gptq.block_choice import BlockChoice, role_of
+from moepress.compress.gptq.block_choice import BlockChoice
 from moepress.compress.gptq.block_solver import BlockCoded, SolvedBlocks, solve_blocks
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.parts import part_slices, side_by_side
@@ -53,7 +53,7 @@ class QuantizeOptions:
 
     def kind_of(self, name: str, layer: int | None, columns: int) -> BlockType | None:
         """The block type of a matrix by its name on disk; None where it gets codes by the scheme."""
-        return None if self.blocks is None else self.blocks.of(role_of(name), layer, columns)
+        return None if self.blocks is None else self.blocks.of(name, layer, columns)
 
     def scheme_of(self, layer: int | None) -> Scheme:
         """The scheme of a layer's matrices, or of what lies outside of the layers."""

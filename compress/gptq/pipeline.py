@@ -20,7 +20,6 @@ from torch import Tensor
 from moepress import __version__
 from moepress.calibration.collect import resume_hidden, save_hidden
 from moepress.calibration.corpus import Corpus
-from moepress.compress.gptq.block_choice import EMBEDDINGS
 from moepress.compress.gptq.block_solver import rounded_blocks
 from moepress.compress.gptq.experts import (
     CodedExpert,
@@ -329,7 +328,7 @@ def _write_outer(job: Job) -> None:
             entries += [tensor_entry(*pair) for pair in packed(job, name, matrix).items()]
             note["linears"][name] = error
         elif name == job.stream.model.family.embeddings and job.options.blocks and job.options.blocks.is_mix:
-            kind = job.options.kind_of(EMBEDDINGS, None, job.stream.model.source.shapes[name][1])
+            kind = job.options.kind_of(name, None, job.stream.model.source.shapes[name][1])
             assert kind is not None, "embeddings are quantized in GGUF's blocks alone"
             entries += [
                 tensor_entry(*pair) for pair in packed(job, name, rounded_blocks(kind, plain(job, name))).items()

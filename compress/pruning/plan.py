@@ -8,9 +8,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress.calibration.profile import Profile
+from moepress.compress.budget.mixes import CurvePoint
 from moepress.compress.budget.search import Alternative, Budget
 from moepress.compress.budget.sizes import Linear, part_sizes
+from moepress.compress.gptq.block_choice import MIX_TYPES
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.kinds import OUTSIDE, GridRow
 from moepress.compress.pruning.scoring import (
     Criterion,
     Groups,
@@ -90,9 +93,11 @@ class Plan(BaseModel):
     mtp_keep: dict[int, list[int]] = {}
     quantization: Quantization | None
     layer_bits: dict[int, int] = {}
+    grids: tuple[GridRow, ...] = ()
     include: tuple[Include, ...] = ()
     budget: Budget | None = None
     alternatives: list[Alternative] = []
+    curve: list[CurvePoint] = []
     loss: dict[str, DomainLoss]
     stability: float
     protected: dict[int, list[int]]
@@ -219,13 +224,17 @@ def estimate_sizes(
 def plan_text(plan: Plan) -> str:
     """The plan as it is written to disk; keep lists have one layer a line so that diffs are readable."""
     data = plan.model_dump(mode="json")
-    if not plan.mtp_keep:
-        del data["mtp_keep"]
-    lists = {name: data[name] for name in ("keep", "mtp_keep") if name in data}
+    for name in ("mtp_keep", "grids", "curve"):
+        if not data[name]:
+            del data[name]
+    lists = {name: data[name] for name in ("keep", "mtp_keep", "grids", "curve") if name in data}
     text = json.dumps(data | {name: f"@{name}@" for name in lists}, indent=2, ensure_ascii=False)
-    for name, keep in lists.items():
-        rows = ",\n".join(f'    "{layer}": {json.dumps(experts)}' for layer, experts in keep.items())
-        text = text.replace(f'"@{name}@"', "{\n" + rows + "\n  }")
+    for name, found in lists.items():
+        if isinstance(found, dict):
+            rows, ends = [f'"{layer}": {json.dumps(experts)}' for layer, experts in found.items()], "{}"
+        else:
+            rows, ends = [json.dumps(row) for row in found], "[]"
+        text = text.replace(f'"@{name}@"', ends[0] + "\n    " + ",\n    ".join(rows) + "\n  " + ends[1])
     return f"{text}\n"
 
 
@@ -257,7 +266,25 @@ def load_plan(file: Path) -> Plan:
                 "counts that differ by layer."
             )
     _check_layer_bits(file, plan)
+    _check_grids(file, plan)
     return plan
+
+
+def _check_grids(file: Path, plan: Plan) -> None:
+    """Refuse types that are none, and rows that would not be seen: ranges of one kind do not meet."""
+    if plan.grids and plan.quantization is not None:
+        raise InvalidInputError(f"{file} has a quantization and grids both; take one of them away.")
+    seen: dict[str, int] = {}
+    for row in sorted(plan.grids, key=lambda row: (row.kind, row.layers or (0, 0))):
+        if row.type not in MIX_TYPES:
+            raise InvalidInputError(f"{file}: grids has the type {row.type}; give one of {', '.join(MIX_TYPES)}.")
+        first, last = row.layers or (0, 0)
+        if (row.layers is None) != (row.kind in OUTSIDE) or last < first or first <= seen.get(row.kind, -1):
+            raise InvalidInputError(
+                f"{file}: the layers of {row.kind} in grids must be ranges, first and last, that do not meet; "
+                f"{' and '.join(sorted(OUTSIDE))} have none."
+            )
+        seen[row.kind] = last
 
 
 def _check_layer_bits(file: Path, plan: Plan) -> None:

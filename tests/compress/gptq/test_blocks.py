@@ -103,12 +103,13 @@ def test_widths_take_what_llama_cpp_falls_back_to() -> None:
 
 def test_a_mix_gives_bits_where_llama_quantize_does() -> None:
     choice = BlockChoice(name="Q4_K_M", layers=16, experts=64, shared_heads=4)
-    assert choice.of("down", 0, 512).name == "Q6_K"
-    assert choice.of("down", 3, 512).name == "Q4_K"
-    assert choice.of("head", None, 512).name == "Q6_K"
-    assert choice.of("embeddings", None, 512).name == "Q4_K"
+    assert choice.of("model.layers.0.mlp.down_proj.weight", 0, 512).name == "Q6_K"
+    assert choice.of("model.layers.3.mlp.down_proj.weight", 3, 512).name == "Q4_K"
+    assert choice.of("lm_head.weight", None, 512).name == "Q6_K"
+    assert choice.of("model.embed_tokens.weight", None, 512).name == "Q4_K"
     eight = BlockChoice(name="Q4_K_M", layers=16, experts=8, shared_heads=4)
-    assert [eight.of(role, 5, 512).name for role in ("value", "key", "output")] == ["Q8_0", "Q8_0", "Q5_K"]
+    names = [f"model.layers.5.self_attn.{leaf}.weight" for leaf in ("v_proj", "k_proj", "o_proj")]
+    assert [eight.of(name, 5, 512).name for name in names] == ["Q8_0", "Q8_0", "Q5_K"]
     assert {BlockChoice(name=name, layers=4, experts=4, shared_heads=1).bits for name in PRESETS} == {2, 3, 4, 5}
     assert role_of("model.layers.0.block_sparse_moe.experts.3.w2.weight") == "down"
 
