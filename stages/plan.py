@@ -1,5 +1,6 @@
 """plan: profiles read and merged; from a budget in bytes, or a GPU of the table, to a plan, as `run` does it too."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any
 
 from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
+from moepress.compress.budget.gguf_sizes import file_weights
 from moepress.compress.budget.mixes import best_mix, curve, mix_space, smallest_mix
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, too_small, verdict
 from moepress.compress.budget.sizes import (
@@ -17,6 +19,7 @@ from moepress.compress.budget.sizes import (
     predicting_bytes,
     probe_scheme,
 )
+from moepress.compress.gptq.block_choice import MIX_TYPES
 from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
 from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights, keep_sets
@@ -207,6 +210,24 @@ def mix_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
             "notes": notes,
         }
     )
+
+
+def possible_mix(config: Mapping[str, Any], shape: Shape, budget: Budget, wish: Wish) -> tuple[int, str]:
+    """Refuse a budget that no mix fits into; known from sizes alone, before any profile.
+
+    Returns:
+        The most experts that fit in some type, and the largest type that all matrices then fit in: what takes longest.
+
+    Raises:
+        UsageError: with the smallest size there is.
+    """
+    file = file_weights(config, shape)
+    counts = sorted(wish.counts(shape), reverse=True)
+    for count, name in itertools.product(counts, sorted(MIX_TYPES, key=lambda name: -file.bytes(counts[0], name))):
+        if file.bytes(count, name) <= budget.weight_bytes:
+            return count, name
+    least = min(file.bytes(counts[-1], name) for name in MIX_TYPES)
+    raise UsageError(too_small(budget, f"{counts[-1]} experts in types of GGUF", least))
 
 
 def require_possible(

@@ -7,7 +7,7 @@ from moepress.calibration.corpus import Corpus
 from moepress.calibration.profile import Profile, describe_corpus, fingerprint, save_profile
 from moepress.compress.budget.bit_losses import bit_loss_probe
 from moepress.compress.budget.kind_losses import drop_kind_losses, kind_losses, sample
-from moepress.compress.budget.rounding import ROUNDED
+from moepress.compress.budget.sensitivities import ROUNDED
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.footprint import Workload

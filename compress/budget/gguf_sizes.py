@@ -59,6 +59,11 @@ class FileWeights:
         """Bytes of all that takes no type, with so many experts left."""
         return self.rest_bytes + math.ceil(4 * self.router_parameters * count / self.experts)
 
+    def bytes(self, count: int, name: str) -> int:
+        """Of the file, with so many experts left and every matrix in one type."""
+        every = (m.bytes(name) * (count if m.each else 1) for own in self.matrices.values() for m in own)
+        return self.rest(count) + sum(every)
+
     def parameters(self, count: int) -> int:
         """Weights in all, with so many experts left."""
         every = sum(m.rows * m.columns * (count if m.each else 1) for own in self.matrices.values() for m in own)

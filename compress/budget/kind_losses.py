@@ -10,20 +10,20 @@ that both give the experts' outputs (`bit_losses`).
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moepress.calibration.corpus import Corpus
 from moepress.compress.budget.rounding import rounded, rounded_expert
+from moepress.compress.budget.sensitivities import TOKENS, KindLoss, ranges_of
 from moepress.compress.gptq.include import Include, linear_groups
-from moepress.compress.gptq.kinds import OUTSIDE, Kind, Layer, kind_of
+from moepress.compress.gptq.kinds import OUTSIDE, Kind, kind_of
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import (
     Limits,
@@ -44,35 +44,9 @@ from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase
 from moepress.runs.progress import track
 
-RANGES = 8
-"""Ranges of layers that are told apart, at most; the first and the last layer are ranges of their own."""
-TOKENS = 4096
-"""Of the calibration text, in whole windows spread over it; two windows at least, for an error."""
 _ROWS = 128  # of logits at a time
 _LINEARS = {Kind.ATTENTION: Include.ATTENTION, Kind.SHARED: Include.SHARED, Kind.DENSE: Include.DENSE}
 _PIECE, _RESULT = "kind-hidden-", "kind-losses"
-
-
-Key = tuple[Kind, tuple[int, int] | None]
-"""A kind of matrix, and the range of layers (first, last) that it lies in, if in any."""
-
-
-class KindLoss(BaseModel):
-    """What rounding one kind costs.
-
-    Attributes:
-        kind: which; None: all kinds at once.
-        layers: the first and the last; None: all of them, or none.
-        kl: mean divergence from the model's own answers, in nats per token.
-        error: its standard error over windows.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Kind | None
-    layers: tuple[Layer, Layer] | None = None
-    kl: float = Field(ge=0, allow_inf_nan=False)
-    error: float = Field(ge=0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +68,6 @@ class _Variant:
 _PLAIN = _Variant(frozenset(), 0, -1)
 
 
-def ranges_of(layers: int) -> list[tuple[int, int]]:
-    """Ranges of consecutive layers (first, last): single ones where they are few, else eight with both edges alone."""
-    if layers <= RANGES:
-        return [(n, n) for n in range(layers)]
-    parts = RANGES - 2
-    cuts = [1 + (layers - 2) * n // parts for n in range(parts + 1)]
-    return [(0, 0), *((a, b - 1) for a, b in itertools.pairwise(cuts)), (layers - 1, layers - 1)]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RoundedOutside(SourceView):
     """A model with its embeddings and its head rounded, and nothing else."""
@@ -114,13 +79,6 @@ class _RoundedOutside(SourceView):
     def read_row(self, name: str, row: int) -> Tensor:
         tensor = self.base.read_row(name, row)
         return rounded(tensor[None])[0] if name in (self.family.embeddings, self.family.head) else tensor
-
-
-def streams_at(layers: int) -> tuple[float, int]:
-    """Ways through the model, mean over its layers, and at its end; with three kinds in a layer."""
-    starts = [first for first, _ in ranges_of(layers)]
-    mean = 3 + 3 * sum(layers - first for first in starts) / layers
-    return mean, 3 + 3 * len(starts)
 
 
 def sample(corpus: Corpus) -> Tensor:
@@ -365,15 +323,3 @@ def _loss(variant: _Variant, kl_N: Tensor, every: _Variant) -> KindLoss:
     layers = None if kind is None or kind in OUTSIDE else (variant.first, variant.last)
     error = float(kl_N.std(correction=1)) / len(kl_N) ** 0.5 if len(kl_N) > 1 else 0.0
     return KindLoss(kind=kind, layers=layers, kl=max(0.0, float(kl_N.mean())), error=error)
-
-
-def together(rows: Sequence[KindLoss]) -> float:
-    """What all kinds at once lose, over the sum of what each loses: 1 where divergences add up."""
-    sums = sum(row.kl for row in rows if row.kind is not None)
-    whole = next((row.kl for row in rows if row.kind is None), sums)
-    return whole / sums if sums > 0 else 1.0
-
-
-def by_kind(rows: Iterable[KindLoss]) -> Mapping[Key, KindLoss]:
-    """Rows by what they are of."""
-    return {(row.kind, row.layers): row for row in rows if row.kind is not None}

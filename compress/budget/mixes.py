@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moepress.calibration.profile import BIT_TOKENS, GRID_LOSSES, Profile
 from moepress.compress.budget.damage import PRUNING_WEIGHT, removal_shares
 from moepress.compress.budget.gguf_sizes import file_weights
-from moepress.compress.budget.kind_losses import Key, KindLoss, by_kind, together
-from moepress.compress.budget.rounding import ROUNDED
 from moepress.compress.budget.search import descent, hull
+from moepress.compress.budget.sensitivities import ROUNDED, Key, KindLoss, by_kind, together
 from moepress.compress.gptq.block_choice import MIX_TYPES
 from moepress.compress.gptq.kinds import GridRow, Kind
 from moepress.errors import InvalidInputError

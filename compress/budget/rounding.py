@@ -11,8 +11,6 @@ from moepress.compress.gptq.kinds import Kind
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.models.storage.experts import Expert
 
-ROUNDED = "rounded"
-"""What losses of matrices that are merely rounded are called, beside those of GGUF's types."""
 _SCHEME = Scheme(bits=4, group_size=32)
 _BOTH = frozenset({Kind.EXPERTS, Kind.DOWN})
 

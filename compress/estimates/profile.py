@@ -7,7 +7,7 @@ from moepress.calibration.accumulators import ACCUMULATORS
 from moepress.calibration.observe import ROWS_AT_ONCE as OBSERVED_ROWS
 from moepress.calibration.profile import SHARDS
 from moepress.compress.budget.bit_losses import experts_to_solve
-from moepress.compress.budget.kind_losses import TOKENS, streams_at
+from moepress.compress.budget.sensitivities import TOKENS, streams_at
 from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.figures import Figures, expert_matrices
 from moepress.compress.estimates.footprint import (

@@ -10,11 +10,13 @@ from moepress.compress.budget.sizes import included_linears
 from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.export import Pressed, estimate_gguf, estimate_gptq, estimate_onnx, onnx_bytes_after
 from moepress.compress.estimates.figures import Figures, figures_of
+from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.estimates.repair import estimate_repair
+from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
 from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import estimate_sizes, load_plan
 from moepress.models.forward.inventory import inventory
@@ -25,7 +27,7 @@ from moepress.models.storage.mtp import Mtp
 from moepress.stages.groundwork import workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine
 from moepress.stages.quantize import on_grid
-from moepress.stages.run.recipe import Recipe, Settled, budget_request, check_recipe, resolve, settled
+from moepress.stages.run.recipe import Recipe, Settled, budget_request, check_recipe, grid_of, mixes, resolve, settled
 from moepress.stages.run.run import no_room
 
 ALL = "all"
@@ -80,10 +82,10 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     planned = _planned(out) if resume else None
     known, figures = planned or settled(full, checkpoint), figures_of(checkpoint)
     rates = measure_rates(checkpoint, work.device, work.dtype)
-    stages = {"profile": estimate_profile(figures, work, rates, bit_losses=budget_request(full) is not None)}
+    stages = {"profile": _profile_estimate(full, figures, work, rates)}
     if full.repair:
         stages["repair"] = estimate_repair(figures, work, rates)
-    include = on_grid(checkpoint, full.grid, full.include)
+    include = on_grid(checkpoint, grid_of(full), full.include)
     linears = included_linears(checkpoint, include)
     sizes = estimate_sizes(
         inventory(checkpoint), checkpoint.shape, known.count, known.scheme, known.layer_bits, linears=linears
@@ -123,6 +125,11 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     )
 
 
+def _profile_estimate(recipe: Recipe, figures: Figures, work: Workload, rates: Rates) -> Estimate:
+    budgeted = budget_request(recipe) is not None
+    return estimate_profile(figures, work, rates, bit_losses=budgeted, grid_losses=mixes(recipe))
+
+
 def together(stages: Mapping[str, Estimate], notes: list[str]) -> Estimate:
     """One after the other: times and outputs add up; of memory, and of what lies beside outputs, the most counts."""
     before, peak = 0, 0
@@ -151,6 +158,8 @@ def _planned(out: Path) -> Settled | None:
     if not file.exists():
         return None
     plan = load_plan(file)
+    if plan.grids:
+        return Settled(count=plan.experts, scheme=nearest_scheme(PLANNED, plan.grids))
     if plan.quantization is None:
         return None
     return Settled(count=plan.experts, scheme=plan.quantization.scheme(), layer_bits=plan.layer_bits)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from moepress.compress.budget.search import most_common
 from moepress.compress.budget.sizes import included_linears, predicting_bytes
-from moepress.compress.gptq.block_choice import nearest_scheme
+from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.pruning.plan import count_from_keep
@@ -31,7 +31,7 @@ from moepress.runs.text import suggestion
 from moepress.stages.export import check_gguf, check_onnx, onnx_bits
 from moepress.stages.groundwork import load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
-from moepress.stages.plan import BudgetRequest, Wish, budget_of, require_possible
+from moepress.stages.plan import BudgetRequest, Wish, budget_of, possible_mix, require_possible
 from moepress.stages.quantize import block_choice, on_grid
 from moepress.stages.repair import check_repair
 from moepress.stages.validate import (
@@ -162,6 +162,17 @@ def wish_of(recipe: Recipe) -> Wish:
     )
 
 
+def mixes(recipe: Recipe) -> bool:
+    """Whether the budget is spent on a mix of GGUF's types: nothing but a GGUF is wanted, and no bits are named."""
+    named = (recipe.bits, recipe.group_size, recipe.grid, recipe.mixed_bits or None, recipe.include or None)
+    return set(recipe.to) == {"gguf"} and budget_request(recipe) is not None and all(given is None for given in named)
+
+
+def grid_of(recipe: Recipe) -> str | None:
+    """The grid of GGUF that a recipe names or a plan mixes; None for codes of another kind."""
+    return PLANNED if mixes(recipe) else recipe.grid
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
     """What is known of the result before there is a plan; `layer_bits` are those of layers with experts, if mixed.
@@ -194,6 +205,10 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
         if recipe.bits is None and checkpoint.pressed_as:
             return Settled(count=count, scheme=None)
         return Settled(count=count, scheme=Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128))
+    if mixes(recipe):
+        budget = budget_of(request, checkpoint.config, shape)
+        most, name = possible_mix(checkpoint.config, shape, budget, wish_of(recipe))
+        return Settled(count=most, scheme=nearest_scheme(name.lower()))
     if recipe.mixed_bits and recipe.bits is not None:
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits.")
     if recipe.mixed_bits and "gptq" in recipe.to:
@@ -243,9 +258,10 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
         check_mtp(checkpoint, layer, folder=folder)
     if recipe.repair:
         check_repair(checkpoint, known.count, frozenset(recipe.repair))
-    if recipe.grid is not None:
-        scheme, include = nearest_scheme(recipe.grid), on_grid(checkpoint, recipe.grid, recipe.include)
-        check_scheme(checkpoint, scheme, include, block_choice(checkpoint, recipe.grid))
+    if (grid := grid_of(recipe)) is not None:
+        assert known.scheme is not None
+        include = on_grid(checkpoint, grid, recipe.include)
+        check_scheme(checkpoint, known.scheme, include, block_choice(checkpoint, recipe.grid or "q4_k"))
     elif known.scheme is None:
         _check_unquantized(recipe, checkpoint)
     else:

@@ -24,6 +24,8 @@ from moepress import __version__
 from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile, fingerprint, load_profile
 from moepress.compress.budget.sizes import linears_of_config
+from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
+from moepress.compress.gptq.kinds import mix_text
 from moepress.compress.gptq.layer_bits import fallback_text
 from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
@@ -45,7 +47,7 @@ from moepress.runs.rows import first_settings
 from moepress.stages.export import export_stage, gguf_stage, onnx_stage
 from moepress.stages.groundwork import load_corpus, opened, opened_artifact, opened_source
 from moepress.stages.places import Machine, Output, model_folder
-from moepress.stages.plan import plan_within
+from moepress.stages.plan import mix_within, plan_within
 from moepress.stages.profile import profile_stage
 from moepress.stages.prune import prune_stage
 from moepress.stages.quantize import QuantizeRequest, block_choice, on_grid, quantize_stage
@@ -58,6 +60,8 @@ from moepress.stages.run.recipe import (
     calibration_of,
     check_recipe,
     evaluation_of,
+    grid_of,
+    mixes,
     portable,
     recipe_text,
     resolve,
@@ -185,7 +189,8 @@ def _profile(setup: _Setup, run: Run) -> Profile:
     if run.done("profile") is None and not _is_made(folder):
         recipe = setup.recipe
         budgeted, place = budget_request(recipe) is not None, _stage_output(setup, "profile")
-        profile_stage(recipe.model, place, calibration_of(recipe), setup.machine, bit_losses=budgeted)
+        text = calibration_of(recipe)
+        profile_stage(recipe.model, place, text, setup.machine, bit_losses=budgeted, grid_losses=mixes(recipe))
     if run.done("profile") is None:
         run.mark("profile", folder="profile")
     return load_profile(folder)
@@ -195,7 +200,9 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
     recipe = setup.recipe
     if run.done("plan") is None:
         request = budget_request(recipe)
-        if request is not None:
+        if request is not None and mixes(recipe):
+            plan = mix_within(profile, request, wish_of(recipe))
+        elif request is not None:
             plan = plan_within(profile, request, wish_of(recipe), mtp=recipe.mtp)
         else:
             plan = make_plan(
@@ -252,7 +259,8 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
                 include=frozenset(recipe.include),
                 hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
                 solver=EFFORTS[recipe.effort],
-                grid=recipe.grid,
+                grid=grid_of(recipe),
+                mix=plan.grids,
             ),
             calibration_of(recipe),
             setup.machine,
@@ -266,7 +274,9 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
 
 
 def _scheme(setup: _Setup, plan: Plan) -> Scheme:
-    """The plan's, which a budget chose, or what the recipe says."""
+    """The plan's, which a budget chose, or what the recipe says; of a mix what it is counted as."""
+    if plan.grids:
+        return nearest_scheme(PLANNED, plan.grids)
     scheme = plan.quantization.scheme() if plan.quantization else setup.scheme
     assert scheme is not None, "a model that is only pruned goes another way"
     return scheme
@@ -383,7 +393,7 @@ def _report(
     else:
         if plan.prunes:
             subjects.append(pruned_subject("pruned", original, plan, repairs))
-        bits = "mixed bits" if plan.layer_bits else recipe.grid or f"{_scheme(setup, plan).bits} bit"
+        bits = _bits_text(setup, plan)
         subjects.append(subject_of(f"pruned + {bits}" if plan.prunes else bits, pressed))
     if made.after is not None:
         subjects.append(elsewhere_subject(f"{bits}, ONNX", open_onnx(made.after)))
@@ -420,8 +430,18 @@ def _report(
     return report
 
 
+def _bits_text(setup: _Setup, plan: Plan) -> str:
+    """How the report calls what was quantized."""
+    if plan.grids:
+        point = next((point for point in plan.curve if point.chosen), None)
+        return "mix" if point is None else f"mix of {point.bits:.2f} bits"
+    return "mixed bits" if plan.layer_bits else setup.recipe.grid or f"{_scheme(setup, plan).bits} bit"
+
+
 def _quantization(setup: _Setup, original: Checkpoint, quantized: Mapping[str, Any], plan: Plan) -> Quantization:
     grid = setup.recipe.grid
+    if plan.grids:
+        return quantization_section(quantized, f"GGUF's types mixed by measured damage: {mix_text(plan.grids)}", plan)
     if grid is None:
         return quantization_section(quantized, scheme_text(_scheme(setup, plan), plan.layer_bits), plan)
     include = on_grid(original, grid, setup.recipe.include)
@@ -432,7 +452,7 @@ def _quantization(setup: _Setup, original: Checkpoint, quantized: Mapping[str, A
 def _describe(setup: _Setup, report: Report, original: Checkpoint, pressed: Checkpoint | Artifact) -> None:
     """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
     layouts: tuple[tuple[str, Format], ...] = (
-        ("model", "compressed-tensors" if setup.recipe.grid is None else "gguf-blocks"),
+        ("model", "compressed-tensors" if grid_of(setup.recipe) is None else "gguf-blocks"),
         ("exports/gptq", "gptq"),
         ("exports/onnx", "onnx"),
         ("exports/gguf", "gguf"),

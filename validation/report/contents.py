@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moepress.compress.gptq.kinds import range_text
 from moepress.validation.quality.results import Samples
 from moepress.validation.report.cells import Table, prose_text, share_text, size_text
 from moepress.validation.report.heatmap import FULL_SHARE
@@ -21,7 +22,7 @@ def contents(report: Report) -> tuple[Table, ...]:
     if report.samples is not None:
         _insert(found, _samples(report.samples), after=("Divergence from the first model", "Perplexity"))
     _insert(found, _checks(report.checks), after=("Measured here", GPUS, "Quantization", "Pruning", "Throughput"))
-    decided = [_choice(report.choice)] if report.choice is not None else []
+    decided = _decided(report.choice) if report.choice is not None else []
     decided += [_usage(report.usage)] if report.usage is not None else []
     for table in decided:
         _insert(found, table, after=("Pruning", "Throughput", "Divergence from the first model"))
@@ -41,6 +42,36 @@ def _parts(report: Report) -> Table:
     rows = [(name, *(size_text(subject.parts.get(name, 0)) for subject in known)) for name in names]
     header = ("Part", *(subject.label for subject in known))
     return Table(title=PARTS, header=header, rows=tuple(rows), numeric=len(known))
+
+
+def _decided(choice: Choice) -> list[Table]:
+    """Behind each other, the last first: every one is put in at the same place."""
+    return [_types(choice), _curve(choice)] if choice.curve else [_choice(choice)]
+
+
+def _curve(choice: Choice) -> Table:
+    """The best mixes of several sizes."""
+    rows = [
+        (
+            "chosen" if row.chosen else "fits" if row.weight_bytes <= choice.limit_bytes else "too large",
+            str(row.experts),
+            f"{row.bits:.2f}",
+            size_text(row.weight_bytes),
+            f"{row.kl:.2e}",
+        )
+        for row in choice.curve
+    ]
+    note = (
+        f"The file may take {size_text(choice.limit_bytes)}. The divergence from the original is an estimate made "
+        "before anything was pressed, from what rounding each kind of matrix costs; what came of it is measured below."
+    )
+    header = ("Outcome", "Experts per layer", "Bits per weight", "Size", "Estimated KL")
+    return Table(title=CHOICE, header=header, rows=tuple(rows), note=note, numeric=4)
+
+
+def _types(choice: Choice) -> Table:
+    rows = [(row.kind.value, "" if row.layers is None else range_text(row.layers), row.type) for row in choice.grids]
+    return Table(title="Types", header=("Kind of matrix", "Layers", "Type of GGUF"), rows=tuple(rows))
 
 
 def _choice(choice: Choice) -> Table:

@@ -14,7 +14,7 @@ from moepress.validation.report.charts import (
 from moepress.validation.report.contents import CHOICE, PARTS, USAGE
 from moepress.validation.report.drawing import Picture, picture
 from moepress.validation.report.heatmap import usage_maps
-from moepress.validation.report.plots import choice_chart, layer_error_chart
+from moepress.validation.report.plots import choice_chart, curve_chart, layer_error_chart
 from moepress.validation.report.schema import Report
 
 
@@ -33,7 +33,10 @@ def pictures(report: Report) -> dict[str, tuple[Picture, ...]]:
         found["Throughput"] = tuple(_speed(report, test) for test in timed_tests(report))
     if report.usage is not None:
         found[USAGE] = usage_maps(report.usage)
-    if report.choice is not None:
+    if report.choice is not None and report.choice.curve:
+        caption = "Estimated divergence by size (lower is better)"
+        found[CHOICE] = (picture(caption, _of(curve_chart, report.choice)),)
+    elif report.choice is not None:
         found[CHOICE] = (picture("Estimated loss by size (lower is better)", _of(choice_chart, report.choice)),)
     if report.quantization is not None and report.quantization.layers:
         caption = "Mean relative error by layer (lower is better)"

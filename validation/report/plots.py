@@ -33,6 +33,39 @@ def layer_error_chart(made: Quantization, *, broad: bool = False) -> str:
         return svg(figure, "errors-broad" if broad else "errors", spoken)
 
 
+def curve_chart(choice: Choice, *, broad: bool = False) -> str:
+    """Estimated divergence against size, of the best mixes; the budget, and what was chosen."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    ordered = sorted(choice.curve, key=lambda point: point.weight_bytes)
+    with styled():
+        figure = new_figure(3.6, width=width(broad=broad))
+        (axes,) = figure.axes
+        sizes, kl = [point.weight_bytes for point in ordered], [point.kl for point in ordered]
+        axes.plot(sizes, kl, color=mark(1), marker="o", markersize=5, linewidth=1, label="best mix")
+        axes.axvline(choice.limit_bytes, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="budget")
+        chosen = [point for point in ordered if point.chosen]
+        for point in chosen:
+            at = (point.weight_bytes, point.kl)
+            axes.plot(*at, "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, label="chosen")
+        if min(kl) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(lambda size, _: size_text(round(size)) if size > 0 else "0")
+        axes.set_xlabel("size of the file")
+        axes.set_ylabel("estimated KL divergence, nats per token")
+        legend_above(figure)
+        taken = "".join(f"; chosen: {size_text(p.weight_bytes)}, {p.experts} experts, KL {p.kl:.2g}" for p in chosen)
+        spoken = (
+            f"Line chart of the estimated KL divergence of {len(ordered)} mixes against their size, budget "
+            f"{size_text(choice.limit_bytes)}{taken}"
+        )
+        return svg(figure, "curve-broad" if broad else "curve", spoken)
+
+
 def choice_chart(choice: Choice, *, broad: bool = False) -> str:
     """Estimated loss against size: a line for each number of bits, the budget, and what was chosen."""
     with styled():

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from moepress.compress.budget.mixes import CurvePoint
 from moepress.compress.budget.search import Alternative
+from moepress.compress.gptq.kinds import GridRow
 from moepress.validation.quality.results import ALL_WINDOWS, Quality, QualityRow, Samples, Throughput
 from moepress.validation.quality.thresholds import Outcome
 from moepress.validation.speed.results import Targets
@@ -111,10 +113,14 @@ class Choice(_Section):
     Attributes:
         limit_bytes: what the weights may take.
         rows: the alternatives, with their estimated loss.
+        curve: of a mix of GGUF's types, the best ones of several sizes.
+        grids: the types that were chosen, by kind of matrix and layers.
     """
 
     limit_bytes: int
     rows: tuple[Alternative, ...]
+    curve: tuple[CurvePoint, ...] = ()
+    grids: tuple[GridRow, ...] = ()
 
 
 class LayerError(_Section):

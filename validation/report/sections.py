@@ -50,9 +50,14 @@ def usage_section(profile: Profile, plan: Plan) -> Usage:
 
 def choice_section(plan: Plan) -> Choice | None:
     """What the report says of the alternatives; None where the plan was not made under a budget."""
-    if plan.budget is None or not plan.alternatives:
+    if plan.budget is None or not (plan.alternatives or plan.curve):
         return None
-    return Choice(limit_bytes=plan.budget.weight_bytes, rows=tuple(plan.alternatives))
+    return Choice(
+        limit_bytes=plan.budget.weight_bytes,
+        rows=tuple(plan.alternatives),
+        curve=tuple(plan.curve),
+        grids=plan.grids,
+    )
 
 
 def scheme_text(scheme: Scheme, layer_bits: Mapping[int, int]) -> str:

@@ -5,7 +5,7 @@ in November 2026, and tried with transformers 5.23, compressed-tensors 0.20, GPT
 `source` says of each rule which.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,8 @@ def _check_gguf(file: Path, runtimes: Iterable[Runtime]) -> Checked:
 
 def planned_notes(plan: Plan, config: Mapping[str, Any], *, gptq: bool = False) -> list[str]:
     """What would not work of a plan's result, before anything is made; of its GPTQ export too, if asked for."""
+    if plan.grids:  # of blocks there is a GGUF alone
+        return _notes(planned_facts(plan, config, Kind.PLAIN), MADE_FOR[Kind.GGUF])
     kinds = (Kind.COMPRESSED if plan.quantization else Kind.PLAIN, *((Kind.GPTQ,) if gptq else ()))
     return list(dict.fromkeys(note for kind in kinds for note in _notes(planned_facts(plan, config, kind))))
 
@@ -230,10 +232,10 @@ def notes_before(config: Mapping[str, Any], experts: int, scheme: Any, *, degrou
     return list(dict.fromkeys(notes))
 
 
-def _notes(facts: Facts) -> list[str]:
+def _notes(facts: Facts, runtimes: Sequence[Runtime] = ()) -> list[str]:
     """One sentence for each problem that fails, with the runtimes it fails in."""
     by_problem: dict[tuple[str, str], list[Finding]] = {}
-    for finding in findings(facts, MADE_FOR[facts.kind]):
+    for finding in findings(facts, runtimes or MADE_FOR[facts.kind]):
         if finding.fails:
             by_problem.setdefault((finding.what, finding.mend), []).append(finding)
     return [
