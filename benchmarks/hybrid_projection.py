@@ -58,9 +58,21 @@ R1 = Model(
     rest_bits=5.0,
     cache_bytes=61 * 576 * 2,
 )
+V3_SIX = Model(
+    name="DeepSeek-V3-0324, 227 GiB, 6 experts a token",
+    layers=61,
+    routed=58 * 6 * 3 * 7168 * 2048,
+    rest=17.1e9,
+    routed_bits=8 * (227 * 2**30 - 17.1e9 * 8.5 / 8) / (58 * 256 * 3 * 7168 * 2048),
+    rest_bits=8.5,
+    cache_bytes=61 * 576 * 2,
+    dense=3,
+    stored=58 * 256 * 3 * 7168 * 2048,
+)
 OSS_120 = Model(
     name="gpt-oss-120b MXFP4",
     layers=36,
+    stored=36 * 128 * 3 * 2880 * 2880,
     routed=36 * 4 * 3 * 2880 * 2880,
     rest=36 * 2880 * 9216 + 201_088 * 2880,
     routed_bits=4.25,
@@ -89,7 +101,8 @@ CODER = Model(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """Someone's figure: tokens per second on a target, with all of the routed experts in RAM or none."""
+    """Someone's figure: tokens per second on a target, all routed experts in RAM or none unless the model says how many
+    there are: then they lie where `inspect` would place them."""
 
     model: Model
     target: str
@@ -104,6 +117,12 @@ PUBLISHED = (
         rig="RTX 4090, Xeon 6454S, 8 x DDR5-4800 (ktransformers)",
         measured=(8.73, 8.73),
     ),
+    Published(
+        model=V3_SIX,
+        target="rtx-3090-ti+ddr5-96+nvme-5",
+        rig="RTX 3090 Ti, 9950X, 96 GB DDR5, NVMe on PCIe 5.0 (ik_llama.cpp), more than",
+        measured=(4.0, 4.0),
+    ),
     Published(model=OSS_120, target="dgx-spark", rig="DGX Spark (llama.cpp)", measured=(59.0, 59.0)),
     Published(model=OSS_20, target="dgx-spark", rig="DGX Spark (llama.cpp)", measured=(84.1, 84.1)),
     Published(model=CODER, target="dgx-spark", rig="DGX Spark (llama.cpp)", measured=(60.9, 60.9)),
@@ -116,7 +135,13 @@ TYPES = {"Q4_K": 4.5, "Q3_K": 3.4375, "Q2_K": 2.625}
 REST = 6.5625
 """Bits of all but the routed experts, Q6_K."""
 CONTEXT = 8192
-RIGS = ("rtx-4090+ddr5-128", "rtx-4090+ddr5-256", "rtx-3090+ddr4-128", "rtx-4090+ddr5-8ch-512")
+RIGS = (
+    "rtx-4090+ddr5-128",
+    "rtx-4090+ddr5-128+nvme-5",
+    "rtx-4090+ddr5-256",
+    "rtx-3090+ddr4-128",
+    "rtx-4090+ddr5-8ch-512",
+)
 
 
 def pressed_r1(experts: int, kind: str) -> Model:
@@ -140,7 +165,8 @@ def pressed_rows() -> Iterator[dict[str, Any]]:
                         "type": kind,
                         "experts": experts,
                         "file_bytes": load.routed_bytes + rest,
-                        "ram_bytes": found.ram_bytes,
+                        "ram_bytes": found.ram_bytes - found.disk_bytes,
+                        "disk_bytes": found.disk_bytes,
                         "options": offload_options(found),
                         "projected": asdict(found.tg128),
                     }
@@ -153,6 +179,12 @@ def interval(one: Published) -> Interval:
     if target.ram is None:
         return project(load, bandwidth=bandwidth, flops=1e12 * target.fp16_tflops)[1]
     ram = 1e9 * target.ram.bandwidth_gb_per_second
+    if one.model.stored:  # as `inspect` places them: some on the card, some in RAM, some on the disk
+        model = one.model
+        needed = load.routed_bytes + round(model.rest * model.rest_bits / 8) + CONTEXT * model.cache_bytes
+        found = fit(target, needed, load).tg128
+        assert found is not None
+        return found
     return project_behind(load, bandwidth=bandwidth, ram_bandwidth=ram, share=1.0)
 
 
@@ -182,10 +214,11 @@ def main() -> None:
     print("\n| machine | experts at | most that fit | file, GiB | of it in RAM | llama.cpp | projected, tokens/s |")
     print("|---|---|---:|---:|---:|---|---:|")
     for row in made:
-        size, away = (row[name] / 2**30 for name in ("file_bytes", "ram_bytes"))
+        size, ram, disk = (row[name] / 2**30 for name in ("file_bytes", "ram_bytes", "disk_bytes"))
+        away = f"{ram:.0f}" + (f", {disk:.0f} more on the disk" if disk else "")
         speed = f"{row['projected']['low']:.1f}-{row['projected']['high']:.1f}"
         name, kept = target_of(row["target"]).name, f"{row['experts']} of 256"
-        print(f"| {name} | {row['type']} | {kept} | {size:.0f} | {away:.0f} | `{row['options']}` | {speed} |")
+        print(f"| {name} | {row['type']} | {kept} | {size:.0f} | {away} | `{row['options']}` | {speed} |")
     options.json.write_text(json.dumps({"rows": rows, "r1_pressed": made}, indent=2) + "\n")
 
 

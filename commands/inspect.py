@@ -174,7 +174,8 @@ def _speed(found: Mapping[str, Any] | None) -> str:
 
 def _cell(row: Mapping[str, Any]) -> str:
     if row["ram_layers"]:
-        return f"experts of {row['ram_layers']} in RAM (--n-cpu-moe {row['cpu_moe']})"
+        where = "RAM and on disk" if row["disk_bytes"] else "RAM"
+        return f"experts of {row['ram_layers']} in {where} (--n-cpu-moe {row['cpu_moe']})"
     lacking = row["lacking_bytes"] / 2**30
     return str(row["verdict"]) if not lacking else f"-{lacking:,.1f} GiB"
 

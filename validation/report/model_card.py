@@ -131,8 +131,9 @@ def _behind_the_card(report: Report) -> Iterator[str]:
     if row is None or row.tg128 is None or not row.cpu_moe:
         return
     speed = interval_text(row.tg128.low, row.tg128.high)
+    disk = f", {size_text(row.disk_bytes)} of them on the disk," if row.disk_bytes else ""
     yield (
-        f"On {plain_text(row.name)} the experts of {row.ram_layers} layers lie in RAM and all else on the card "
+        f"On {plain_text(row.name)} the experts of {row.ram_layers} layers lie in RAM{disk} and all else on the card "
         f"(projected: {speed} tokens/s):"
     )
     yield f"```sh\nllama-server -m path/to/this/folder/NAME.gguf -ngl 999 --n-cpu-moe {row.cpu_moe}\n```"

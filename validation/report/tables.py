@@ -291,7 +291,8 @@ def _speed_checks(found: Targets) -> Table:
 def _fit_text(row: TargetFit) -> str:
     if row.tg128 is not None and row.ram_layers:
         decode = interval_text(row.tg128.low, row.tg128.high)
-        return f"experts of {row.ram_layers} layers in RAM (--n-cpu-moe {row.cpu_moe}); tg {decode}"
+        disk = f", {size_text(row.disk_bytes)} of them on the disk" if row.disk_bytes else ""
+        return f"experts of {row.ram_layers} layers in RAM{disk} (--n-cpu-moe {row.cpu_moe}); tg {decode}"
     if row.tg128 is None or row.pp512 is None:
         return f"no, {size_text(row.lacking_bytes)} short"
     decode, prefill = (interval_text(speed.low, speed.high) for speed in (row.tg128, row.pp512))

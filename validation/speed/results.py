@@ -26,6 +26,7 @@ class TargetFit(_Row):
         lacking_bytes: how much memory more would make it `tight`.
         pp512, tg128: tokens per second by the formulas of the section, projected; None where it does not fit.
         ram_layers, ram_bytes: layers whose experts lie in the memory behind the GPU, and what those take there.
+        disk_bytes: of that, what memory does not hold and is read from the disk.
         cpu_moe: llama.cpp's `--n-cpu-moe` for that, which counts layers from the first, dense ones too.
     """
 
@@ -41,6 +42,7 @@ class TargetFit(_Row):
     tg128: Interval | None = None
     ram_layers: int = 0
     ram_bytes: int = 0
+    disk_bytes: int = 0
     cpu_moe: int = 0
 
 

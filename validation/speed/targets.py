@@ -48,6 +48,22 @@ class Ram(BaseModel):
         return round(self.memory_gib * GIB)
 
 
+class Disk(BaseModel):
+    """A disk behind that memory.
+
+    Attributes:
+        id: short name, such as nvme-4.
+        name: in words.
+        bandwidth_gb_per_second: of reading, as its maker says, 10^9 bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
+    name: str = Field(min_length=1)
+    bandwidth_gb_per_second: float = Field(gt=0)
+
+
 class Target(BaseModel):
     """One card, or one machine whose GPU shares the CPU's memory.
 
@@ -61,6 +77,7 @@ class Target(BaseModel):
         pcie: generation and lanes, None where there is no bus in between.
         uncertain: `fp16_tflops` is less certain than the other figures.
         ram: memory behind it, which may hold experts.
+        disk: behind that memory, from which experts are read that it does not hold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,6 +91,7 @@ class Target(BaseModel):
     pcie: str | None = Field(default=None, pattern=r"^\d\.\d x\d+$")
     uncertain: bool = False
     ram: Ram | None = None
+    disk: Disk | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -86,6 +104,7 @@ class _Table(BaseModel):
 
     target: tuple[Target, ...] = Field(min_length=1)
     ram: tuple[Ram, ...] = ()
+    disk: tuple[Disk, ...] = ()
 
 
 def load_targets(file: Path = TABLE) -> tuple[Target, ...]:
@@ -131,7 +150,7 @@ def all_targets(own: Path | None = None) -> tuple[Target, ...]:
 
 def target_of(name: str, own: Path | None = None) -> Target:
     """The GPU of that id, or with that name as shops write it, `RTX 4090`; several of it, `2xrtx-3090`, and with the
-    machine's memory behind it, `rtx-4090+ddr5-128`.
+    machine's memory behind it, `rtx-4090+ddr5-128`, and a disk behind that, `rtx-4090+ddr5-128+nvme-4`.
 
     Raises:
         UsageError: there is none, or several cards are sold under that name; the message says which there are.
@@ -139,7 +158,9 @@ def target_of(name: str, own: Path | None = None) -> Target:
     """
     card, plus, behind = name.partition("+")
     if plus:
-        return _with_ram(target_of(card.strip(), own), behind.strip(), own)
+        memory, _, disk = behind.partition("+")
+        machine = _with_ram(target_of(card.strip(), own), memory.strip(), own)
+        return _with_disk(machine, disk.strip(), own) if disk else machine
     several = re.fullmatch(r"(\d{1,2})\s*x\s*(.+)", name)
     targets = {target.id: target for target in all_targets(own)}
     if name in targets:
@@ -188,6 +209,21 @@ def _with_ram(target: Target, name: str, own: Path | None) -> Target:
     )
 
 
+def all_disks(own: Path | None = None) -> dict[str, Disk]:
+    """Disks that may lie behind a machine's memory, by id; raises as `all_ram`."""
+    return {disk.id: disk for file in (TABLE, own) if file is not None for disk in _read_table(file).disk}
+
+
+def _with_disk(target: Target, name: str, own: Path | None) -> Target:
+    rows = all_disks(own)
+    if name not in rows:
+        raise UsageError(f"--target ...+{name} is not in the table{suggestion(name, rows)}; it has {', '.join(rows)}.")
+    disk = rows[name]
+    return target.model_copy(
+        update={"id": f"{target.id}+{disk.id}", "name": f"{target.name} and {disk.name}", "disk": disk}
+    )
+
+
 def _plain(name: str) -> str:
     """A card's name without its maker, in the form of an id."""
     words = re.findall(r"[a-z0-9]+", name.lower())
@@ -213,7 +249,8 @@ class Fit:
         lacking_bytes: how much memory more would make it `tight`; 0 where it is that already.
         pp512, tg128: projected tokens per second; None where it does not fit, or nobody asked.
         ram_layers: layers whose routed experts lie in the memory behind the card; 0 where all is on the card.
-        ram_bytes: what those experts take there.
+        ram_bytes: what those experts take there, and on the disk.
+        disk_bytes: of that, what memory does not hold.
         cpu_moe: llama.cpp's `--n-cpu-moe`, which counts layers from the first, dense ones too.
     """
 
@@ -225,6 +262,7 @@ class Fit:
     tg128: Interval | None = None
     ram_layers: int = 0
     ram_bytes: int = 0
+    disk_bytes: int = 0
     cpu_moe: int = 0
 
 
@@ -246,7 +284,8 @@ def fit(target: Target, needed_bytes: int, load: Load | None = None) -> Fit:
 def _behind(target: Target, ram: Ram, needed_bytes: int, load: Load) -> Fit | None:
     """The experts of some layers in the memory behind the card; None where that is not enough either.
 
-    All else and the KV cache stay on the card, as llama.cpp's `--n-cpu-moe` has it.
+    All else and the KV cache stay on the card, as llama.cpp's `--n-cpu-moe` has it. With a disk there is always room:
+    llama.cpp maps the file, and the system keeps in memory what is used most.
     """
     room = target.memory_bytes * (1 - RESERVE) - (needed_bytes - load.routed_bytes)
     layers = len(load.expert_layers)
@@ -254,23 +293,27 @@ def _behind(target: Target, ram: Ram, needed_bytes: int, load: Load) -> Fit | No
     on_card = math.floor(room / layer)
     moved = layers - max(0, on_card)
     ram_bytes = math.ceil(moved * layer)
-    if room < 0 or ram_bytes > ram.memory_bytes * (1 - RESERVE):
+    over = max(0, math.ceil(ram_bytes - ram.memory_bytes * (1 - RESERVE)))
+    if room < 0 or (over and target.disk is None):
         return None
     tg128 = project_behind(
         load,
         bandwidth=1e9 * target.bandwidth_gb_per_second,
         ram_bandwidth=1e9 * ram.bandwidth_gb_per_second,
         share=moved / layers,
+        disk_bandwidth=0.0 if target.disk is None else 1e9 * target.disk.bandwidth_gb_per_second,
+        held=1 - over / max(1, ram_bytes),
     )
     left = round(target.memory_bytes - (needed_bytes - ram_bytes))
     return Fit(
         target=target.id,
-        verdict=Verdict.FITS,
+        verdict=Verdict.TIGHT if over else Verdict.FITS,
         left_bytes=left,
         lacking_bytes=0,
         tg128=tg128,
         ram_layers=moved,
         ram_bytes=ram_bytes,
+        disk_bytes=over,
         cpu_moe=load.expert_layers[moved - 1] + 1,
     )
 

@@ -1,5 +1,7 @@
 """Targets with memory behind a card, and several of one card."""
 
+from dataclasses import replace
+
 import pytest
 
 from moepress.errors import UsageError
@@ -49,6 +51,30 @@ def test_memory_that_is_too_small_is_no_help() -> None:
     assert offload_options(fit(target_of("4xrtx-4090"), NEEDED, LOAD)) == ""
 
 
+def test_a_disk_holds_what_memory_does_not_and_is_slower() -> None:
+    plain, disk, faster = (
+        fit(target_of(f"rtx-4060-8gb+ddr4-64{behind}"), NEEDED - 10 * GIB, LOAD)
+        for behind in ("", "+nvme-3", "+nvme-5")
+    )
+    smaller = replace(LOAD, routed_bytes=80 * GIB)
+    short = fit(target_of("rtx-4090+ddr4-64"), NEEDED + 30 * GIB, smaller)
+    assert short.verdict is Verdict.NO
+    spilled = [fit(target_of(f"rtx-4090+ddr4-64+{name}"), NEEDED + 30 * GIB, smaller) for name in ("nvme-3", "nvme-5")]
+    for found in spilled:
+        assert found.verdict is Verdict.TIGHT
+        assert found.ram_bytes - found.disk_bytes == pytest.approx(0.85 * 64 * GIB, rel=1e-6)
+        assert "--n-cpu-moe" in offload_options(found)
+    speeds = [found.tg128 for found in spilled]
+    assert speeds[0] is not None
+    assert speeds[1] is not None
+    assert speeds[0].low < speeds[1].low < speeds[1].high
+    assert speeds[0].high < speeds[1].high
+    # The slow end has all experts used alike: what memory lacks is read from the disk for every token.
+    away = smaller.routed_decode_bytes * spilled[0].ram_layers / 38 * spilled[0].disk_bytes / spilled[0].ram_bytes
+    assert 1 / speeds[0].low > away / (3.5e9 * 0.3)
+    assert plain == replace(disk, target=plain.target) == replace(faster, target=plain.target)  # where memory is enough
+
+
 def test_several_of_a_card_have_their_memory_together_and_the_speed_of_one() -> None:
     one, two = target_of("rtx-3090"), target_of("2xrtx-3090")
     assert two.memory_bytes == 2 * one.memory_bytes
@@ -59,3 +85,7 @@ def test_several_of_a_card_have_their_memory_together_and_the_speed_of_one() -> 
 def test_unknown_memory_names_what_there_is() -> None:
     with pytest.raises(UsageError, match="ddr5-128"):
         target_of("rtx-4090+ddr6-128")
+    with pytest.raises(UsageError, match="nvme-4"):
+        target_of("rtx-4090+ddr5-128+floppy")
+    with pytest.raises(UsageError, match="nvme-4"):
+        target_of("rtx-4090+ddr5-128+nvme-4+nvme-4")

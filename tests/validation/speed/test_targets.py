@@ -29,7 +29,7 @@ CARD += "fp16_tflops = 10\n"
 
 def test_the_shipped_table_can_be_read() -> None:
     targets = load_targets()
-    assert len(targets) == 24
+    assert len(targets) == 25
     by_id = {target.id: target for target in targets}
     card = by_id["rtx-4060-ti-16gb"]
     assert (card.memory_gib, card.bandwidth_gb_per_second, card.fp16_tflops, card.pcie) == (16, 288, 44.1, "4.0 x8")
@@ -43,7 +43,7 @@ def test_the_shipped_table_can_be_read() -> None:
 
 def test_no_data_centre_card_and_no_shared_memory_is_a_gaming_gpu() -> None:
     cards = gaming(load_targets())
-    assert len(cards) == 17
+    assert len(cards) == 18
     assert cards[0].id == "rtx-4060-8gb"
     assert cards[-1].id == "rtx-5090"
 
@@ -99,7 +99,7 @@ def test_targets_lists_the_table_with_one_s_own(tmp_path: Path) -> None:
     code, printed, _ = command("targets")
     lines = printed.splitlines()
     assert code == 0
-    assert [line.split()[0] for line in lines[1:25]] == [t.id for t in load_targets()]
+    assert [line.split()[0] for line in lines[1:26]] == [t.id for t in load_targets()]
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("rx-9070-xt") and "~195" in line for line in lines)
 
