@@ -67,6 +67,12 @@ def _print_checked(found: Checked) -> None:
 
     console = plain_console(markup=True)
     console.print(f"[bold]{escape(found.folder)}[/bold]  {found.kind}, held against {found.rules} rules")
+    if not found.runtimes:
+        console.print(
+            "No runtime reads such a folder; `moepress export FOLDER --to gguf -o FILE.gguf` makes the file that "
+            "llama.cpp reads, and `moepress check FILE.gguf` looks at it."
+        )
+        return
     table = plain_table("runtime", *Effect)
     for runtime in found.runtimes:
         counts = Counter(finding.effect for finding in found.findings if finding.runtime is runtime)

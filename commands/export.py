@@ -67,9 +67,9 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
               moepress export quantized --to mlx -o quantized-mlx
     """
     from moepress.runs.output import check_output
-    from moepress.stages.places import GGUF, Output, local_folders
+    from moepress.stages.places import Output, local_folders, names_gguf
 
-    place, single = Output(folder=output, resume=resume, force=force), target == "gguf" and output.suffix == GGUF
+    place, single = Output(folder=output, resume=resume, force=force), target == "gguf" and names_gguf(output)
     if single and options["push"] is not None:
         raise UsageError("--push uploads a folder; give -o a folder, not a file.")
     inputs = local_folders(artifact)
@@ -107,11 +107,12 @@ def _require_no_gguf_options() -> None:
 def _export_gguf(artifact: str, place: Output, push: Push | None, options: Mapping[str, Any], *, as_json: bool) -> None:
     from moepress.converters.gguf.export import GgufRequest
     from moepress.stages.export import gguf_estimate, gguf_stage
-    from moepress.stages.places import GGUF
+    from moepress.stages.places import names_gguf
 
     request = GgufRequest(exact=options["outtype"] == "f32", split_bytes=options["split_max_size"])
     if options["dry_run"]:
-        emit(gguf_estimate(artifact, place, request))
+        found = gguf_estimate(artifact, place, request)
+        emit(found) if as_json else _print_sizes(found)
         return
     result = gguf_stage(artifact, place, request)
     note(*result.notes)
@@ -119,13 +120,24 @@ def _export_gguf(artifact: str, place: Output, push: Push | None, options: Mappi
         emit({"output": str(place.folder), **asdict(result)})
     else:
         for name, size in result.files.items():
-            file = place.folder if place.folder.suffix == GGUF else place.folder / name
+            file = place.folder if names_gguf(place.folder) else place.folder / name
             say(f"{file}: {human_bytes(size)}")
         console, table = plain_console(), plain_table("type", "size")
         for kind, size in result.types.items():
             table.add_row(kind, human_bytes(size))
         console.print(table)
     upload(push, place.folder, artifact, as_json=as_json)
+
+
+def _print_sizes(found: Mapping[str, Any]) -> None:
+    """What a GGUF export would write, to the byte."""
+    for name, size in found["files"].items():
+        say(f"{name}: {human_bytes(size)} ({size:,} bytes)")
+    console, table = plain_console(), plain_table("type", "size")
+    for kind, size in found["types"].items():
+        table.add_row(kind, human_bytes(size))
+    console.print(table)
+    note(*found["notes"])
 
 
 def _export_onnx(artifact: str, place: Output, push: Push | None, options: Mapping[str, Any], *, as_json: bool) -> None:

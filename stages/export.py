@@ -28,7 +28,7 @@ from moepress.runs.output import check_output, is_ours
 from moepress.runs.rows import holds_journal
 from moepress.runs.single import check_single, making, put_single
 from moepress.stages.groundwork import announce, opened_artifact, opened_source, require_room
-from moepress.stages.places import GGUF, Output, model_folder
+from moepress.stages.places import GGUF, Output, model_folder, names_gguf
 
 
 def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:
@@ -232,7 +232,7 @@ def gguf_stage(model_name: str, output: Output, request: GgufRequest) -> GgufRes
         UsageError: there is something in the way.
         MoepressError: the disk is too small.
     """
-    if output.folder.suffix == GGUF:
+    if names_gguf(output.folder):
         return _gguf_file(model_name, output, request)
     folder = model_folder(model_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
@@ -303,9 +303,9 @@ def written_by_us(file: Path) -> bool:
 
 def gguf_estimate(model_name: str, output: Output, request: GgufRequest) -> dict[str, Any]:
     """What an export would write, exactly, from the headers alone."""
-    place = making(output.folder) if output.folder.suffix == GGUF else output.folder
+    place = making(output.folder) if names_gguf(output.folder) else output.folder
     check_output(place, [model_folder(model_name)], resume=output.resume, force=output.force)
-    if output.folder.suffix == GGUF:
+    if names_gguf(output.folder):
         request = replace(request, name=_stem(output.folder))
     plan = plan_gguf(opened_source(model_folder(model_name)), request)
     return {

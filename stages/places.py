@@ -69,10 +69,15 @@ def model_folder(name: str) -> Path:
     return found if isinstance(found, Path) else snapshot(found)
 
 
+def names_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file by its name."""
+    return path.suffix.lower() == GGUF
+
+
 def model_place(name: str) -> Path:
     """`model_folder`, or a GGUF file: for commands that run a model or look at one."""
     file = Path(name)
-    return file if file.suffix == GGUF and file.is_file() else model_folder(name)
+    return file if names_gguf(file) and file.is_file() else model_folder(name)
 
 
 def local_folders(*names: str, gguf: bool = False) -> list[Path]:
@@ -85,7 +90,7 @@ def local_folders(*names: str, gguf: bool = False) -> list[Path]:
     Raises:
         InvalidInputError: there is no such model.
     """
-    files = [Path(name) for name in names if gguf and Path(name).suffix == GGUF and Path(name).is_file()]
+    files = [Path(name) for name in names if gguf and names_gguf(Path(name)) and Path(name).is_file()]
     places = (_place(name) for name in names if Path(name) not in files)
     return [*files, *(found for found in places if isinstance(found, Path))]
 
@@ -100,7 +105,7 @@ def _place(name: str) -> Path | HubModel:
         return folder
     if folder.is_file():
         raise _refused_file(folder)
-    if folder.suffix == GGUF and not folder.exists():
+    if names_gguf(folder) and not folder.exists():
         raise InvalidInputError(f"There is no file {name}; give the path of a .gguf file that is there.")
     model = hub_model(name)
     if model is None or folder.exists():

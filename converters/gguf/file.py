@@ -98,14 +98,22 @@ class GgufModel:
 
 
 def gguf_file(place: Path) -> Path | None:
-    """The file to load of a place: itself, or the only (or first of several) of a folder; None where there is none."""
+    """The file to load of a place: itself, or the only model (or the first of its parts) of a folder; None where there
+    is none.
+
+    Raises:
+        InvalidInputError: the folder holds several.
+    """
     if place.is_file():
-        return _first(place) if place.suffix == SUFFIX else None
+        return _first(place) if place.suffix.lower() == SUFFIX else None
     if not place.is_dir() or (place / "config.json").is_file():
         return None
     found = sorted(place.glob(f"*{SUFFIX}"))
     firsts = [file for file in found if (part := PART.search(file.name)) is None or int(part[1]) == 1]
-    return firsts[0] if len(firsts) == 1 else None
+    if len(firsts) > 1:
+        names = ", ".join(file.name for file in firsts[:4]) + (", ..." if len(firsts) > 4 else "")
+        raise InvalidInputError(f"{place} holds {len(firsts)} GGUF models ({names}); give the path of one of them.")
+    return firsts[0] if firsts else None
 
 
 def _first(file: Path) -> Path:

@@ -31,6 +31,7 @@ from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.gguf.export import GgufRequest
+from moepress.converters.gguf.file import gguf_file
 from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
@@ -463,7 +464,9 @@ def _describe(setup: _Setup, report: Report, original: Checkpoint, pressed: Chec
             size = opened_artifact(setup.out / name).total_bytes if layout == "gptq" else None
             if layout == "gguf":
                 size = sum(file.stat().st_size for file in (setup.out / name).glob("*.gguf"))
-            card = model_card(report, original, layout, stored_bytes=size, mixed=mixed)
+            file = gguf_file(setup.out / name) if layout == "gguf" else None
+            loaded = "" if file is None else file.name
+            card = model_card(report, original, layout, stored_bytes=size, mixed=mixed, file=loaded)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
     settings = portable(setup.recipe, setup.out)

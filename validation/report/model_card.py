@@ -5,6 +5,7 @@ these `quantized` is a pressed model's; one that was only pruned is a `finetune`
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +83,7 @@ model, tokenizer = load("path/to/this/folder")
 print(generate(model, tokenizer, prompt="Hello"))
 ```""",
 }
+_FILE = "NAME.gguf"
 _LIBRARIES = {"onnx": "onnx", "gguf": "gguf", "mlx": "mlx", "gguf-blocks": "moepress"}
 _MIXED = (
     "Its bits differ by layer: vLLM and SGLang take that. **transformers loads such a folder wrong, without an "
@@ -91,7 +93,13 @@ _MIXED = (
 
 
 def model_card(
-    report: Report, source: Checkpoint, layout: Format, *, stored_bytes: int | None = None, mixed: bool = False
+    report: Report,
+    source: Checkpoint,
+    layout: Format,
+    *,
+    stored_bytes: int | None = None,
+    mixed: bool = False,
+    file: str = "",
 ) -> str:
     """The card of a pressed model; the same report gives the same text, and nothing in it depends on the clock.
 
@@ -101,6 +109,7 @@ def model_card(
         layout: of the folder; the table ends with the folder's own row.
         stored_bytes: of its weights; None for what the report says.
         mixed: bits differ by layer.
+        file: of a folder with GGUF, the one to load.
     """
     front = _front_matter(report, source, layout)
     name = source_link(source.folder)
@@ -113,15 +122,19 @@ def model_card(
         _remark(report, layout) + _measured(report),
         "Perplexity alone misses damage: test it on your own task.",
         "## How to load it",
-        _MIXED if mixed and layout == "compressed-tensors" else _LOADING[layout],
-        *(_behind_the_card(report) if layout == "gguf" else ()),
+        _MIXED if mixed and layout == "compressed-tensors" else _loading(layout, file),
+        *(_behind_the_card(report, file) if layout == "gguf" else ()),
         "## Licence",
         _licence(front, source.folder),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _behind_the_card(report: Report) -> Iterator[str]:
+def _loading(layout: Format | Literal["plain"], file: str) -> str:
+    return _LOADING[layout].replace(_FILE, shlex.quote(file) if file else _FILE)
+
+
+def _behind_the_card(report: Report, file: str) -> Iterator[str]:
     """llama.cpp's options where the run aimed at a card with memory behind it, and experts have to lie there."""
     found = report.targets
     if found is None or not found.loads:
@@ -136,7 +149,8 @@ def _behind_the_card(report: Report) -> Iterator[str]:
         f"On {plain_text(row.name)} the experts of {row.ram_layers} layers lie in RAM{disk} and all else on the card "
         f"(projected: {speed} tokens/s):"
     )
-    yield f"```sh\nllama-server -m path/to/this/folder/NAME.gguf -ngl 999 --n-cpu-moe {row.cpu_moe}\n```"
+    model = f"path/to/this/folder/{shlex.quote(file or _FILE)}"
+    yield f"```sh\nllama-server -m {model} -ngl 999 --n-cpu-moe {row.cpu_moe}\n```"
 
 
 def plain_card(folder: Path, base: Path) -> str:
@@ -163,7 +177,7 @@ def plain_card(folder: Path, base: Path) -> str:
         f"{how}, made of {source_link(base)} with moepress {__version__}; `moepress.json` says how.",
         "What it lost was not measured here: test it on your own task.",
         "## How to load it",
-        _LOADING[layout or "plain"],
+        _loading(layout or "plain", "" if layout != "gguf" else getattr(gguf_file(folder), "name", "")),
         "## Licence",
         _licence(front, base),
     ]

@@ -184,8 +184,10 @@ def test_the_size_is_known_before(folder_of: Callable[[str], Path], tmp_path: Pa
     plan = plan_gguf(open_source(folder), GgufRequest())
     file = export(folder, tmp_path / "out")
     assert file.stat().st_size == plan.bytes
-    dry = json.loads(command("export", folder, "--to", "gguf", "-o", tmp_path / "x", "--dry-run")[1])
+    dry = json.loads(command("export", folder, "--to", "gguf", "-o", tmp_path / "x", "--dry-run", "--json")[1])
     assert dry["disk_bytes"] == plan.bytes
+    shown = command("export", folder, "--to", "gguf", "-o", tmp_path / "x", "--dry-run")[1]
+    assert f"({plan.bytes:,} bytes)" in shown
     assert not (tmp_path / "x").exists()
 
 

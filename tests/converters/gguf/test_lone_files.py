@@ -37,6 +37,22 @@ def test_the_file_s_own_tokenizer_gives_the_ids_of_the_folder_s(lone: Path) -> N
     assert found.eos_token_id == wanted.eos_token_id
 
 
+def test_a_name_in_capitals_is_a_file_too(lone: Path, tmp_path: Path) -> None:
+    code, _, said = command("export", "demo", "--to", "gguf", "-o", tmp_path / "DEMO.GGUF")
+    assert code == 0, said
+    assert (tmp_path / "DEMO.GGUF").read_bytes()[:4] == b"GGUF"
+    assert gguf_file(tmp_path / "DEMO.GGUF") == tmp_path / "DEMO.GGUF"
+
+
+def test_a_folder_of_several_is_asked_which(lone: Path, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(lone.read_bytes())
+    for words in (("check", tmp_path), ("validate", "demo", tmp_path), ("generate", tmp_path, "x")):
+        code, _, said = command(*words)
+        assert code == 4, said
+        assert "holds 2 GGUF models (a.gguf, b.gguf); give the path of one of them" in said
+
+
 def test_generate_and_validate_take_it(lone: Path) -> None:
     code, out, err = command("generate", lone, "def main():", "--max-new-tokens", 2)
     assert code == 0, err

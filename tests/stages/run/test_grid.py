@@ -52,7 +52,13 @@ def test_cards_say_what_reads_each_folder(finished: Path) -> None:
     blocks, file = ((finished / name / "README.md").read_text() for name in ("model", "exports/gguf"))
     assert "from_pretrained" not in blocks
     assert "moepress export" in blocks
-    assert "llama-server" in file
+    made = gguf_file(finished / "exports" / "gguf")
+    assert made is not None
+    assert f"llama-server -m path/to/this/folder/{made.name}\n" in file
+    assert made.name in plain_card(made.parent, finished / "model")
+    code, shown, said = command("check", finished / "model")
+    assert code == 0, said
+    assert "No runtime reads such a folder" in " ".join(shown.split())
     assert "from_pretrained" not in plain_card(finished / "model", finished / "model")
 
 
