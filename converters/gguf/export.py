@@ -20,6 +20,7 @@ from moepress.converters.gguf.tensors import Folder, GgufTensor, Writer, types_o
 from moepress.converters.gguf.tokenizer import Vocabulary, read_vocabulary
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Part
+from moepress.models.families.hf_config import hf_config
 from moepress.models.storage.block_types import PLAIN, TYPES
 from moepress.models.storage.writer import copy_companions, write_json
 from moepress.runs.files import create
@@ -27,6 +28,9 @@ from moepress.runs.journal import Run
 from moepress.runs.progress import track
 
 _ALIGNMENT = 32
+_LATENT_EPS = 1e-6
+"""Of the norms of latent queries and keys in transformers (deepseek_v2, deepseek_v3, glm4_moe_lite), whatever a config
+says."""
 _BLOCK = 8 << 20
 _FILE_TYPES = {
     "F32": 0,
@@ -128,6 +132,12 @@ def plan_gguf(source: Folder, request: GgufRequest) -> GgufPlan:
         every = {**general, **keys, **_of_vocabulary(vocabulary)} if number == 0 else {}
         files.append(_laid_out(file, row, {**every, **of_split}, group))
     notes = [*vocabulary.notes, *_notes(source, tensors)]
+    eps = hf_config(source.config).get_text_config().rms_norm_eps if row.latent else _LATENT_EPS
+    if eps != _LATENT_EPS:
+        notes.append(
+            f"The norms inside of its attention add {_LATENT_EPS:g} in transformers, and in llama.cpp {eps:g} like all "
+            "others: a difference in the last digits, in any GGUF of this model."
+        )
     if (source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}).get("truncate") is False:
         notes.append(
             "Its yarn embedding has truncate=false, and llama.cpp rounds the bounds all the same: angles differ a "

@@ -191,6 +191,14 @@ def test_the_size_is_known_before(folder_of: Callable[[str], Path], tmp_path: Pa
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(("eps", "noted"), [(1e-6, False), (1e-5, True)])
+def test_norms_that_llama_cpp_computes_with_another_epsilon_are_noted(eps: float, noted: bool, tmp_path: Path) -> None:
+    folder = tiny_models.make("deepseek_v3", tmp_path / "model", rms_norm_eps=eps)
+    byte_tokenizer(folder, merges=True)
+    notes = plan_gguf(open_source(folder), GgufRequest()).notes
+    assert any("The norms inside of its attention" in note for note in notes) is noted
+
+
 @pytest.mark.parametrize(
     ("key", "changes", "said"),
     [
