@@ -15,8 +15,9 @@ from typing import Any
 
 from moepress import __version__
 from moepress.converters.gguf.architectures import Architecture, architecture_of, described, metadata
+from moepress.converters.gguf.placed import Folder
 from moepress.converters.gguf.runtime import require_gguf
-from moepress.converters.gguf.tensors import Folder, GgufTensor, Writer, types_of
+from moepress.converters.gguf.tensors import GgufTensor, Writer, types_of
 from moepress.converters.gguf.tokenizer import Vocabulary, read_vocabulary
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Part

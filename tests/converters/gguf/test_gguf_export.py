@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moepress.converters.gguf.export import GgufRequest, plan_gguf
-from moepress.converters.gguf.tensors import exactly
+from moepress.converters.gguf.placed import exactly
 from moepress.converters.safetensors.artifact import Artifact, open_source
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.runs.single import making
