@@ -130,11 +130,11 @@ def _print_budget(console: Console, budget: Budget) -> None:
 
 def _print_mix(console: Console, plan: Plan) -> None:
     """The type of every kind of matrix, by layers; and the best mixes of other sizes."""
-    from moepress.compress.gptq.kinds import range_text
+    from moepress.compress.gptq.kinds import kind_text, range_text
 
     types = plain_table("kind", "layers", "type")
     for row in plan.grids:
-        types.add_row(row.kind, "" if row.layers is None else range_text(row.layers), row.type)
+        types.add_row(kind_text(row.kind), "" if row.layers is None else range_text(row.layers), row.type)
     console.print(types)
     points = plain_table("file", "bits per weight", "experts", "estimated KL", "")
     for point in plan.curve:

@@ -62,6 +62,11 @@ def _leaf(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
+def kind_text(kind: Kind) -> str:
+    """For people."""
+    return {Kind.EXPERTS: "experts, gate and up", Kind.DOWN: "experts, down"}.get(kind, kind.value)
+
+
 def range_text(layers: tuple[int, int]) -> str:
     """For people: `3`, or `3 to 5`."""
     first, last = layers

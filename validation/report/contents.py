@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moepress.compress.gptq.kinds import range_text
+from moepress.compress.gptq.kinds import kind_text, range_text
 from moepress.validation.quality.results import Samples
 from moepress.validation.report.cells import Table, prose_text, share_text, size_text
 from moepress.validation.report.heatmap import FULL_SHARE
@@ -63,14 +63,17 @@ def _curve(choice: Choice) -> Table:
     ]
     note = (
         f"The file may take {size_text(choice.limit_bytes)}. The divergence from the original is an estimate made "
-        "before anything was pressed, from what rounding each kind of matrix costs; what came of it is measured below."
+        "before anything was pressed, from what rounding each kind of matrix costs. What came of it was measured, and "
+        "stands under “Divergence from the first model”."
     )
     header = ("Outcome", "Experts per layer", "Bits per weight", "Size", "Estimated KL")
     return Table(title=CHOICE, header=header, rows=tuple(rows), note=note, numeric=4)
 
 
 def _types(choice: Choice) -> Table:
-    rows = [(row.kind.value, "" if row.layers is None else range_text(row.layers), row.type) for row in choice.grids]
+    rows = [
+        (kind_text(row.kind), "" if row.layers is None else range_text(row.layers), row.type) for row in choice.grids
+    ]
     return Table(title="Types", header=("Kind of matrix", "Layers", "Type of GGUF"), rows=tuple(rows))
 
 

@@ -34,7 +34,7 @@ def pictures(report: Report) -> dict[str, tuple[Picture, ...]]:
     if report.usage is not None:
         found[USAGE] = usage_maps(report.usage)
     if report.choice is not None and report.choice.curve:
-        caption = "Estimated divergence by size (lower is better)"
+        caption = "Estimated KL divergence by size, nats per token (lower is better)"
         found[CHOICE] = (picture(caption, _of(curve_chart, report.choice)),)
     elif report.choice is not None:
         found[CHOICE] = (picture("Estimated loss by size (lower is better)", _of(choice_chart, report.choice)),)

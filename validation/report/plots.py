@@ -51,12 +51,10 @@ def curve_chart(choice: Choice, *, broad: bool = False) -> str:
         if min(kl) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xscale("log")
+        axes.yaxis.set_major_formatter(lambda kl, _: f"{kl:g}")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(lambda size, _: size_text(round(size)) if size > 0 else "0")
         axes.set_xlabel("size of the file")
-        axes.set_ylabel("estimated KL divergence, nats per token")
         legend_above(figure)
         taken = "".join(f"; chosen: {size_text(p.weight_bytes)}, {p.experts} experts, KL {p.kl:.2g}" for p in chosen)
         spoken = (
