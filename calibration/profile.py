@@ -62,6 +62,8 @@ class Profile:
         statistics: layer -> accumulator -> fp64 [S, B, E] (totals [S, B]); `bit_losses` and `bit_tokens` if measured.
         mtp: the same of multi-token-prediction layers, apart, for sizes and losses are those of decoder layers.
         grids: GGUF's types that `grid_losses` are of, in order, and `rounded`; empty where none were measured.
+        linears: the matrices that `--include` may add, as JSON (`compress.budget.sizes.linear_rows`).
+        file: what a GGUF file of the model is made of, as JSON (`compress.budget.gguf_sizes`); with `grids`.
         kind_losses: what rounding one kind of matrix in some layers costs, as JSON (`compress.budget.kind_losses`).
     """
 
@@ -78,6 +80,8 @@ class Profile:
     mtp: Mapping[int, Mapping[str, Statistic]] = field(default_factory=dict)
     grids: tuple[str, ...] = ()
     kind_losses: tuple[Mapping[str, Any], ...] = ()
+    linears: tuple[Mapping[str, Any], ...] = ()
+    file: Mapping[str, Any] | None = None
 
 
 @phase("check")
@@ -154,8 +158,11 @@ def save_profile(profile: Profile, folder: Path) -> None:
     }
     if profile.mtp:
         description["mtp_layers"] = sorted(profile.mtp)
+    if profile.linears:
+        description["linears"] = [dict(row) for row in profile.linears]
     if profile.grids:
-        description |= {"grids": list(profile.grids), "kind_losses": [dict(row) for row in profile.kind_losses]}
+        rows = [dict(row) for row in profile.kind_losses]
+        description |= {"grids": list(profile.grids), "kind_losses": rows, "file": profile.file}
     write_json(folder / DESCRIPTION, description)
 
 
@@ -188,8 +195,13 @@ def load_profile(folder: Path) -> Profile:
         statistics={layer: _statistics(folder, entries, layer, found, shape.experts) for layer in found.layers},
         mtp={n: _statistics(folder, entries, n, found, shape.experts, place="mtp") for n in found.mtp_layers},
         grids=found.grids,
-        kind_losses=found.kind_losses,
+        kind_losses=tuple(row.model_dump(mode="json") for row in found.kind_losses),
+        linears=tuple(row.model_dump(mode="json") for row in found.linears),
+        file=found.file,
     )
+
+
+_Layer = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
 
 
 class _Weight(BaseModel):
@@ -199,6 +211,29 @@ class _Weight(BaseModel):
 
     parameters: int = Field(ge=0, lt=1 << 63)
     bytes: int = Field(ge=0, lt=1 << 63)
+
+
+class _KindRow(BaseModel):
+    """What rounding one kind of matrix costs; see `compress.budget.sensitivities`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str | None
+    layers: tuple[_Layer, _Layer] | None
+    kl: float = Field(ge=0, allow_inf_nan=False, strict=True)
+    error: float = Field(ge=0, allow_inf_nan=False, strict=True)
+
+
+class _LinearRow(BaseModel):
+    """A matrix that `--include` may add."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    part: Part
+    layer: _Layer | None
+    routed: bool
+    rows: int = Field(gt=0, lt=1 << 40)
+    columns: int = Field(gt=0, lt=1 << 40)
 
 
 class _Description(BaseModel):
@@ -216,7 +251,9 @@ class _Description(BaseModel):
     calibration: dict[str, Any]
     inventory: dict[Part, _Weight]
     grids: tuple[str, ...] = ()
-    kind_losses: tuple[dict[str, Any], ...] = ()
+    kind_losses: tuple[_KindRow, ...] = ()
+    linears: tuple[_LinearRow, ...] = ()
+    file: dict[str, Any] | None = None
 
 
 def _description(file: Path) -> _Description:
@@ -349,6 +386,8 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
         layers=first.layers,
         calibration=calibration,
         inventory=first.inventory,
+        linears=first.linears,
+        file=first.file,
         statistics={n: _merged(domains, profiles, [p.statistics[n] for p in profiles]) for n in first.layers},
         mtp={n: _merged(domains, profiles, [p.mtp[n] for p in profiles]) for n in predicting},
         **_merged_kind_losses(profiles),

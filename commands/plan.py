@@ -78,7 +78,7 @@ def plan(profiles: tuple[Path, ...], output: Path | None, force: bool, as_json: 
 
 def _print_plan(plan: Plan, file: Path | None) -> None:
     """What a plan keeps and what it costs."""
-    from moepress.compress.gptq.kinds import mix_text
+    from moepress.compress.gptq.grid_rows import mix_text
 
     console = plain_console()
     share = plan.experts / plan.experts_before

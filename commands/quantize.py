@@ -155,6 +155,8 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
     if plan is not None and plan.quantization is not None:
         note("--grid was given: the plan's bits are left aside.")
     mix = () if plan is None or options["grid"] else plan.grids
+    if mix and options["include"]:
+        raise UsageError("--include does not go with this plan, which has chosen a type of GGUF for every matrix.")
     scheme = nearest_scheme(options["grid"] or PLANNED, mix)
     include, notes = (includes_of(options), list[str]()) if mix else _includes_for(plan, options)
     note(*notes)

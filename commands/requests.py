@@ -115,7 +115,7 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
         raise UsageError("--context and --mixed-bits go with --budget or --target only.")
     if options.get("targets_file") is not None:
         raise UsageError("--targets-file says what --target may name; give --target too, or leave it out.")
-    from moepress.compress.budget.sizes import linears_of_config
+    from moepress.compress.budget.sizes import planned_linears
     from moepress.compress.pruning.plan import count_from_keep, make_plan
     from moepress.compress.pruning.scoring import Criterion, Groups
     from moepress.converters.safetensors.scheme import Scheme
@@ -130,7 +130,7 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
         groups=groups,
         scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
         include=include,
-        linears=linears_of_config(profile.config, include),
+        linears=planned_linears(profile, include),
     )
 
 

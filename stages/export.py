@@ -160,6 +160,7 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
     inputs = watched(folder)
     source = opened_source(folder)
     announce(source)
+    _refuse_blocks(source)
     decoder = plan_onnx(source, request)
     require_room(output, onnx_bytes(decoder))
     settings = {
@@ -188,6 +189,15 @@ def onnx_stage(model_name: str, output: Output, request: Any, *, check: bool = T
     return OnnxResult(bytes_after=made.bytes_after, nodes=made.nodes, checked=checked, notes=tuple(notes))
 
 
+def _refuse_blocks(source: Checkpoint | Artifact) -> None:
+    """Refuse a whole model in GGUF's blocks: of experts alone in blocks the graph takes what they stand for."""
+    if isinstance(source, Checkpoint) and source.family.embeddings in source.packed:
+        raise UnsupportedError(
+            "The folder's embeddings lie in blocks of GGUF, which no graph of ONNX holds; export it with --to gguf, or "
+            "quantize the original with --bits for ONNX."
+        )
+
+
 def onnx_estimate(model_name: str, output: Output, request: Any) -> dict[str, Any]:
     """What an export would write, exactly, from the headers alone."""
     check_output(output.folder, [model_folder(model_name)], resume=output.resume, force=output.force)
@@ -197,7 +207,9 @@ def onnx_estimate(model_name: str, output: Output, request: Any) -> dict[str, An
     from moepress.converters.onnx.export import onnx_bytes, plan_onnx
     from moepress.converters.onnx.graph import file_bytes
 
-    decoder = plan_onnx(opened_source(model_folder(model_name)), request)
+    source = opened_source(model_folder(model_name))
+    _refuse_blocks(source)
+    decoder = plan_onnx(source, request)
     return {
         "disk_bytes": onnx_bytes(decoder),
         "nodes": len(decoder.model.graph.node),

@@ -15,9 +15,11 @@ from moepress import __version__
 from moepress.calibration.corpus import Corpus, build_corpus
 from moepress.calibration.profile import fingerprint
 from moepress.calibration.sources import embedded_sources, parse_sources
+from moepress.compress.budget.gguf_sizes import FileWeights, file_weights
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.pruning.plan import Plan, check_plan
+from moepress.converters.gguf.export import GgufRequest, plan_gguf
 from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
 from moepress.errors import MoepressError, UsageError
 from moepress.models.forward.proof import proven_family
@@ -184,6 +186,16 @@ def model_run(
     }
     with open_run(output.folder, every, resume=output.resume, force=output.force, inputs=inputs) as run:
         yield run, limits
+
+
+def gguf_weights(checkpoint: Checkpoint) -> FileWeights:
+    """What a GGUF file of a model is made of.
+
+    Raises:
+        UnsupportedError: llama.cpp does not compute such a model, or the package `gguf` is not installed.
+        InvalidInputError: the tokenizer is broken.
+    """
+    return file_weights(checkpoint, plan_gguf(checkpoint, GgufRequest()))
 
 
 def checked_plan(checkpoint: Checkpoint, plan: Plan) -> Plan:

@@ -9,13 +9,13 @@ from typing import Any
 
 from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
-from moepress.compress.budget.gguf_sizes import file_weights
+from moepress.compress.budget.gguf_sizes import FileWeights
 from moepress.compress.budget.mixes import best_mix, curve, mix_space, smallest_mix
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, too_small, verdict
 from moepress.compress.budget.sizes import (
     Linear,
     group_size_within,
-    linears_of_config,
+    planned_linears,
     predicting_bytes,
     probe_scheme,
 )
@@ -156,7 +156,7 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
         InvalidInputError: the profile lacks what the estimate needs.
     """
     shape, every = profile.shape, domain_weights(profile.domains, wish.weights)
-    linears = linears_of_config(profile.config, wish.include)
+    linears = planned_linears(profile, wish.include)
     predicting = predicting_bytes(profile.inventory, shape, wish.widths) if mtp is Mtp.KEEP else 0
     budget = budget_of(request, profile.config, shape, predicting=predicting)
     counts = wish.counts(shape)
@@ -212,7 +212,7 @@ def mix_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
     )
 
 
-def possible_mix(config: Mapping[str, Any], shape: Shape, budget: Budget, wish: Wish) -> tuple[int, str]:
+def possible_mix(file: FileWeights, shape: Shape, budget: Budget, wish: Wish) -> tuple[int, str]:
     """Refuse a budget that no mix fits into; known from sizes alone, before any profile.
 
     Returns:
@@ -221,7 +221,6 @@ def possible_mix(config: Mapping[str, Any], shape: Shape, budget: Budget, wish: 
     Raises:
         UsageError: with the smallest size there is.
     """
-    file = file_weights(config, shape)
     counts = sorted(wish.counts(shape), reverse=True)
     for count, name in itertools.product(counts, sorted(MIX_TYPES, key=lambda name: -file.bytes(counts[0], name))):
         if file.bytes(count, name) <= budget.weight_bytes:

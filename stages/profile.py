@@ -6,16 +6,17 @@ from moepress.calibration.collect import collect, drop_hidden
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.profile import Profile, describe_corpus, fingerprint, save_profile
 from moepress.compress.budget.bit_losses import bit_loss_probe
+from moepress.compress.budget.gguf_sizes import FileWeights
 from moepress.compress.budget.kind_losses import drop_kind_losses, kind_losses, sample
 from moepress.compress.budget.sensitivities import ROUNDED
+from moepress.compress.budget.sizes import linear_rows
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import measure_rates
-from moepress.compress.gptq.block_choice import BLOCK, MIX_TYPES
-from moepress.converters.gguf.architectures import described, gguf_refusal
-from moepress.errors import UnsupportedError, UsageError
+from moepress.compress.gptq.block_choice import MIX_TYPES
+from moepress.errors import UsageError
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.tensor_check import mtp_problems
 from moepress.models.storage.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from moepress.stages.groundwork import (
     announce,
     can_leave_out,
     free_disk,
+    gguf_weights,
     load_corpus,
     model_run,
     opened,
@@ -63,14 +65,13 @@ def profile_stage(
     inputs = watched(folder)
     checkpoint = opened(folder, allow_nonfinite=allow_nonfinite)
     announce(checkpoint)
-    if grid_losses:
-        _require_grids(checkpoint, bit_losses=bit_losses)
+    leave_one_out = leave_one_out and can_leave_out(checkpoint)
+    file = _file_weights(checkpoint, bit_losses=bit_losses, leave_one_out=leave_one_out) if grid_losses else None
     shape = checkpoint.shape
     corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
     model = streamed(checkpoint, machine)
     work = _profile_workload(corpus, machine, output)
     tell_of_residual(checkpoint)
-    leave_one_out = leave_one_out and can_leave_out(checkpoint)
     estimate = estimate_profile(
         figures_of(checkpoint), work, leave_one_out=leave_one_out, bit_losses=bit_losses, grid_losses=grid_losses
     )
@@ -104,6 +105,8 @@ def profile_stage(
             mtp={layer: statistics for layer, statistics in found.items() if layer >= shape.layers},
             grids=(*MIX_TYPES, ROUNDED) if grid_losses else (),
             kind_losses=tuple(row.model_dump(mode="json") for row in kinds),
+            linears=linear_rows(checkpoint),
+            file=None if file is None else file.model_dump(mode="json"),
         )
         save_profile(profile, run.folder)
         run.require_ready()
@@ -113,19 +116,23 @@ def profile_stage(
     return profile
 
 
-def _require_grids(checkpoint: Checkpoint, *, bit_losses: bool) -> None:
-    """Refuse losses on GGUF's types where they can not be had, or would be of no use."""
+def _file_weights(checkpoint: Checkpoint, *, bit_losses: bool, leave_one_out: bool) -> FileWeights:
+    """What a GGUF file of the model is made of; refuses losses on GGUF's types where they would be of no use.
+
+    Raises:
+        UsageError: other losses are left out, or a matrix fits no type.
+        UnsupportedError: llama.cpp does not compute such a model, or `gguf` is not installed.
+    """
     if not bit_losses:
         raise UsageError("--grid-losses needs what bits cost; leave out --no-bit-losses.")
-    refusal = gguf_refusal(described(checkpoint))
-    if refusal is not None:
-        raise UnsupportedError(refusal)
-    for columns in (checkpoint.shape.hidden, checkpoint.shape.expert_width):
-        if columns % BLOCK:
-            raise UsageError(
-                f"--grid-losses: experts have {columns} columns and GGUF's blocks {BLOCK}, so no file of that format "
-                "holds them; leave it out."
-            )
+    if not leave_one_out:
+        raise UsageError(
+            "--grid-losses is for plans, which weigh experts by leave-one-out losses too; this profile would have none."
+        )
+    file = gguf_weights(checkpoint)
+    for matrix in file.matrices:
+        matrix.type("Q4_K")
+    return file
 
 
 def _not_whole(checkpoint: Checkpoint) -> list[str]:

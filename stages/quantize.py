@@ -13,8 +13,8 @@ from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.gptq.block_choice import PLANNED, PRESETS, BlockChoice
 from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.grid_rows import GridRow
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.kinds import GridRow
 from moepress.compress.gptq.layer_bits import check_scheme, fallback_text, model_dtype, scale_value_dtype, settle_bits
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.pieces import PIECE_BYTES
@@ -22,7 +22,8 @@ from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.compress.pruning.rewrite import mtp_keep
-from moepress.converters.gguf.architectures import described, gguf_refusal
+from moepress.converters.gguf.architectures import architecture_of, described, gguf_refusal
+from moepress.converters.gguf.placed import column_runs
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError
 from moepress.models.families.hf_config import hf_config
@@ -212,6 +213,7 @@ def block_choice(source: Source, name: str, mix: tuple[GridRow, ...] = ()) -> Bl
         shared_heads=heads // max(1, shared),
         rows=mix,
         family=source.family,
+        runs=column_runs(source, architecture_of(described(source))),
     )
 
 

@@ -1,107 +1,125 @@
-"""Bytes of a GGUF file from a model's config alone, for any types: never fewer than are written, nearly as many."""
+"""Bytes of a GGUF file for any types, by what an export of the original would write; a profile holds it for plans.
+
+All but the types is known to the byte before anything is pressed: which tensors there are, head, tokenizer, gaps.
+"""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from moepress.compress.budget.sizes import names_of_config
+from pydantic import BaseModel, ConfigDict, Field
+
 from moepress.compress.gptq.block_choice import fitting
+from moepress.compress.gptq.grid_rows import Layer
 from moepress.compress.gptq.include import Include, quantized_linears
 from moepress.compress.gptq.kinds import Kind, kind_of
-from moepress.models.families.family import Part, Shape, part_of
+from moepress.models.families.family import Part
+from moepress.models.storage.experts import router_disk_names
 
-_TOKEN_BYTES = 48
-"""Of the file's head for each token: its text, score and type, and a merge."""
-_TENSOR_BYTES = 128
-"""Of the head for each tensor, and of the gap behind it."""
+if TYPE_CHECKING:
+    from moepress.converters.gguf.export import GgufPlan
+    from moepress.converters.gguf.tensors import GgufTensor
+    from moepress.models.storage.checkpoint import Checkpoint
+
+_SLACK_BYTES = 4096
+"""Of the head, for names and numbers that are not those of the original; and for each tensor the gap behind it."""
+_GAP_BYTES = 32
 _LINEARS = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """A matrix that takes a type.
+class Matrix(BaseModel):
+    """A tensor of the file that takes a type.
 
     Attributes:
-        layer: whose; None outside of the layers.
-        rows, columns: [O, I].
+        kind: whose type it takes.
+        layer: None outside of the layers.
+        rows, columns: [O, I]; of stacked experts those of one.
         each: there is one for every routed expert.
+        run: columns that llama.cpp's order leaves together, which no block may exceed; `columns` where it turns none.
     """
 
-    layer: int | None
-    rows: int
-    columns: int
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    layer: Layer | None
+    rows: int = Field(gt=0, lt=1 << 40)
+    columns: int = Field(gt=0, lt=1 << 40)
     each: bool = False
+    run: int = Field(gt=0, lt=1 << 40)
+
+    def type(self, name: str) -> str:
+        """What it lies in where its kind has that type.
+
+        Raises:
+            UsageError: no type takes it.
+        """
+        return fitting(name, math.gcd(self.columns, self.run)).name
 
     def bytes(self, name: str) -> int:
         """In a type, or the one that it falls back to."""
-        return self.rows * fitting(name, self.columns).row_bytes(self.columns)
+        return self.rows * fitting(name, math.gcd(self.columns, self.run)).row_bytes(self.columns)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileWeights:
+class FileWeights(BaseModel):
     """What a file is made of.
 
     Attributes:
-        matrices: those that take a type, by kind.
-        rest_bytes, rest_parameters: of all else but routers, in its own dtype, and of the head.
-        router_parameters: of all experts; they are F32 and go with their experts.
+        matrices: those that take a type.
+        rest_bytes, rest_parameters: of all else, in its own dtype, and of the head.
+        each_bytes, each_parameters: of that, what goes with every expert: rows of routers, biases.
         experts: of a layer.
     """
 
-    matrices: Mapping[Kind, tuple[Matrix, ...]]
-    rest_bytes: int
-    rest_parameters: int
-    router_parameters: int
-    experts: int
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    matrices: tuple[Matrix, ...]
+    rest_bytes: int = Field(ge=0, lt=1 << 62)
+    rest_parameters: int = Field(ge=0, lt=1 << 62)
+    each_bytes: int = Field(ge=0, lt=1 << 40)
+    each_parameters: int = Field(ge=0, lt=1 << 40)
+    experts: int = Field(gt=0, lt=1 << 31)
 
     def rest(self, count: int) -> int:
         """Bytes of all that takes no type, with so many experts left."""
-        return self.rest_bytes + math.ceil(4 * self.router_parameters * count / self.experts)
+        return self.rest_bytes + self.each_bytes * count
 
     def bytes(self, count: int, name: str) -> int:
         """Of the file, with so many experts left and every matrix in one type."""
-        every = (m.bytes(name) * (count if m.each else 1) for own in self.matrices.values() for m in own)
-        return self.rest(count) + sum(every)
+        return self.rest(count) + sum(m.bytes(name) * (count if m.each else 1) for m in self.matrices)
 
     def parameters(self, count: int) -> int:
         """Weights in all, with so many experts left."""
-        every = sum(m.rows * m.columns * (count if m.each else 1) for own in self.matrices.values() for m in own)
-        return every + self.rest_parameters + self.router_parameters * count // self.experts
+        every = sum(m.rows * m.columns * (count if m.each else 1) for m in self.matrices)
+        return every + self.rest_parameters + self.each_parameters * count
 
 
-def file_weights(config: Mapping[str, Any], shape: Shape) -> FileWeights:
-    """Of a model of which only config.json is there, as in a profile; multi-token prediction is no part of a file."""
-    source = names_of_config(config)
-    linears, layers = quantized_linears(source, shape.layers, _LINEARS), source.outline.shape.layers
-    width = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-    matrices: dict[Kind, list[Matrix]] = {}
-    tensors, rest_bytes, rest, routers = 0, 0, 0, 0
-    for name, size in source.shapes.items():
-        part = part_of(source.family, name, layers)
-        if part in (Part.ROUTED, Part.TOWERS, Part.MTP):
-            continue
-        tensors += 1
-        kind = kind_of(source.family, name)
-        if name in linears or name in (source.family.embeddings, source.family.head):
-            assert kind is not None
-            matrix = Matrix(layer=source.family.layer_of(name), rows=size[0], columns=size[1])
-            matrices.setdefault(kind, []).append(matrix)
-        elif part is Part.ROUTER:
-            routers += math.prod(size)
+def file_weights(source: "Checkpoint", plan: "GgufPlan") -> FileWeights:
+    """Of a model, by the plan of its export as it is."""
+    layers, experts = source.outline.shape.layers, source.shape.experts
+    linears = quantized_linears(source, layers, _LINEARS) | {source.family.embeddings, source.family.head}
+    routers = {name for layer in source.outline.moe_layers for name in router_disk_names(source, layer)}
+    matrices: list[Matrix] = []
+    rest: list[GgufTensor] = []
+    each: list[GgufTensor] = []
+    for tensor in plan.tensors:
+        if tensor.part is Part.ROUTED and len(tensor.shape) == 3:
+            kind: Kind | None = Kind.DOWN if "ffn_down" in tensor.name else Kind.EXPERTS
         else:
-            rest += math.prod(size)
-            rest_bytes += math.prod(size) * (4 if len(size) < 2 or part is Part.NORMS else width)
-    for layer in source.outline.moe_layers:
-        first = Matrix(layer=layer, rows=2 * shape.expert_width, columns=shape.hidden, each=True)
-        down = Matrix(layer=layer, rows=shape.hidden, columns=shape.expert_width, each=True)
-        matrices.setdefault(Kind.EXPERTS, []).append(first)
-        matrices.setdefault(Kind.DOWN, []).append(down)
-        tensors += 3
+            kind = kind_of(source.family, tensor.source) if tensor.source in linears else None
+        if kind is not None and len(tensor.shape) >= 2:
+            rows, columns = tensor.shape[-2:]
+            stacked = len(tensor.shape) == 3
+            run = tensor.run or columns
+            matrices.append(Matrix(kind=kind, layer=tensor.layer, rows=rows, columns=columns, each=stacked, run=run))
+        elif tensor.source in routers or tensor.part is Part.ROUTED:
+            each.append(tensor)
+        else:
+            rest.append(tensor)
+    outside = plan.bytes - sum(tensor.bytes for tensor in plan.tensors)
     return FileWeights(
-        matrices={kind: tuple(own) for kind, own in matrices.items()},
-        rest_bytes=rest_bytes + tensors * _TENSOR_BYTES + shape.vocabulary * _TOKEN_BYTES,
-        rest_parameters=rest,
-        router_parameters=routers,
-        experts=shape.experts,
+        matrices=tuple(matrices),
+        rest_bytes=sum(t.bytes for t in rest) + outside + _SLACK_BYTES + _GAP_BYTES * len(plan.tensors),
+        rest_parameters=sum(math.prod(t.shape) for t in rest),
+        each_bytes=-(-sum(t.bytes for t in each) // experts),
+        each_parameters=sum(math.prod(t.shape) for t in each) // experts,
+        experts=experts,
     )

@@ -17,19 +17,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moepress.calibration.profile import BIT_TOKENS, GRID_LOSSES, Profile
 from moepress.compress.budget.damage import PRUNING_WEIGHT, removal_shares
-from moepress.compress.budget.gguf_sizes import file_weights
+from moepress.compress.budget.gguf_sizes import FileWeights, Matrix
 from moepress.compress.budget.search import descent, hull
-from moepress.compress.budget.sensitivities import ROUNDED, Key, KindLoss, by_kind, together
-from moepress.compress.gptq.block_choice import MIX_TYPES
-from moepress.compress.gptq.kinds import GridRow, Kind
+from moepress.compress.budget.sensitivities import ROUNDED, Key, KindLoss, by_kind, ranges_of, together
+from moepress.compress.gptq.block_choice import MIX_TYPES, fitting
+from moepress.compress.gptq.grid_rows import GridRow
+from moepress.compress.gptq.kinds import OUTSIDE, Kind
 from moepress.errors import InvalidInputError
 
 ROUNDING = {
     "Q2_K": 7.34,
     "Q3_K": 2.19,
+    "Q4_0": 0.701,
+    "IQ4_NL": 0.587,
     "IQ4_XS": 0.593,
     "Q4_K": 0.525,
+    "Q5_0": 0.175,
     "Q5_K": 0.131,
+    "Q5_1": 0.120,
     "Q6_K": 0.0312,
     "Q8_0": 0.00263,
 }
@@ -140,20 +145,18 @@ def mix_space(
     """
     rows = _kind_rows(profile)
     whole, solved = together(rows), _solved_errors(profile)
-    file = file_weights(profile.config, profile.shape)
+    file = _file_of(profile)
+    _require_all(rows, file, profile.shape.layers)
     measured = by_kind(rows)
     items = dict[Key, Item]()
-    for kind, matrices in file.matrices.items():
-        for layers in sorted({key[1] for key in measured if key[0] is kind}, key=lambda at: at or (0, 0)):
-            own = [m for m in matrices if layers is None or (m.layer is not None and layers[0] <= m.layer <= layers[1])]
-            ratios = ROUNDING if kind is Kind.EMBEDDINGS else _ratios(solved, layers)
-            items[kind, layers] = Item(
-                sizes={name: sum(m.bytes(name) for m in own) for name in MIX_TYPES},
-                losses={name: whole * measured[kind, layers].kl * ratio for name, ratio in ratios.items()},
-                each=kind in _ROUTED,
-            )
-        if not any(key[0] is kind for key in items):
-            raise _lacking(f"its losses of {kind} are missing")
+    for (kind, layers), sensitivity in measured.items():
+        own = [matrix for matrix in file.matrices if _lies_in(matrix, kind, layers)]
+        ratios = {name: _ratio(name, own, solved, layers, profile.shape.hidden) for name in MIX_TYPES}
+        items[kind, layers] = Item(
+            sizes={name: sum(matrix.bytes(name) for matrix in own) for name in MIX_TYPES},
+            losses={name: whole * sensitivity.kl * ratio for name, ratio in ratios.items()},
+            each=kind in _ROUTED,
+        )
     lost, contribution = removal_shares(profile, weights)
     slopes = {n: whole * PRUNING_WEIGHT * _slope(profile, measured, solved, contribution, n) for n in profile.layers}
     pruned = {
@@ -200,11 +203,56 @@ def _solved_errors(profile: Profile) -> dict[int, dict[str, float]]:
     return found
 
 
-def _ratios(solved: Mapping[int, Mapping[str, float]], layers: tuple[int, int] | None) -> dict[str, float]:
-    """Type -> its error over that of rounding, over the range's layers, or over all where it has none of them."""
+def _ratio(
+    name: str,
+    matrices: Sequence[Matrix],
+    solved: Mapping[int, Mapping[str, float]],
+    layers: tuple[int, int] | None,
+    hidden: int,
+) -> float:
+    """What matrices lose on a type over what they lose by rounding.
+
+    That is what experts lose there, in the range's layers or where it has none in all, corrected where these matrices
+    fall back to another type than the experts' rows of the hidden size; embeddings are not solved.
+    """
+    weights = {matrix.type(name): 0 for matrix in matrices}
+    for matrix in matrices:
+        weights[matrix.type(name)] += matrix.rows * matrix.columns
+    rounding = sum(ROUNDING[kind] * weight for kind, weight in weights.items()) / sum(weights.values())
+    if all(matrix.kind is Kind.EMBEDDINGS for matrix in matrices):
+        return rounding
     within = _within(solved, layers)
-    rounding = sum(solved[n][ROUNDED] for n in within)
-    return {name: sum(solved[n][name] for n in within) / max(rounding, 1e-300) for name in MIX_TYPES}
+    coarse = sum(solved[n][ROUNDED] for n in within)
+    own = sum(solved[n][name] for n in within) / max(coarse, 1e-300)
+    return own * (1.0 if matrices[0].each else rounding / ROUNDING[fitting(name, hidden).name])
+
+
+def _lies_in(matrix: Matrix, kind: Kind, layers: tuple[int, int] | None) -> bool:
+    inside = layers is None or (matrix.layer is not None and layers[0] <= matrix.layer <= layers[1])
+    return matrix.kind is kind and inside
+
+
+def _file_of(profile: Profile) -> FileWeights:
+    if profile.file is None:
+        raise _lacking("this one does not say what a file is made of")
+    try:
+        file = FileWeights.model_validate(profile.file)
+    except ValidationError as error:
+        raise _lacking(f"what this one says of a file is not sound ({error.errors()[0]['msg']})") from error
+    if file.experts != profile.shape.experts or any((m.layer or 0) >= profile.shape.layers for m in file.matrices):
+        raise _lacking("what this one says of a file is of another model")
+    return file
+
+
+def _require_all(rows: Sequence[KindLoss], file: FileWeights, layers: int) -> None:
+    """Hold rows of losses against the matrices: each kind in each range where it lies, once."""
+    wanted: set[Key] = {(kind, None) for kind in OUTSIDE if any(m.kind is kind for m in file.matrices)}
+    for at in ranges_of(layers):
+        wanted |= {(m.kind, at) for m in file.matrices if m.layer is not None and at[0] <= m.layer <= at[1]}
+    found = [(row.kind, row.layers) for row in rows if row.kind is not None]
+    whole = [row.kl for row in rows if row.kind is None]
+    if sorted(map(str, found)) != sorted(map(str, wanted)) or len(whole) != 1 or not whole[0] > 0:
+        raise _lacking("this one's are not those of its model, each kind in each range of layers once")
 
 
 def _within(solved: Mapping[int, Mapping[str, float]], layers: tuple[int, int] | None) -> list[int]:

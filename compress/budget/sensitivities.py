@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moepress.compress.gptq.kinds import Kind, Layer
+from moepress.compress.gptq.grid_rows import Layer
+from moepress.compress.gptq.kinds import Kind
 
 RANGES = 8
 """Ranges of layers that are told apart, at most; the first and the last layer are ranges of their own."""

@@ -1,10 +1,10 @@
 """Bytes of a pressed model, part by part, from the inventory of the original alone: never fewer than are written."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moepress.compress.gptq.include import Include, quantized_linears
+from moepress.compress.gptq.include import Include, included_as, quantized_linears
 from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Family, Part, Shape, part_of
@@ -15,8 +15,10 @@ from moepress.models.storage.outline import Outline, outline_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moepress.calibration.profile import Profile
     from moepress.models.storage.checkpoint import Source
 
+_TIED = "--include lm_head: this model ties lm_head to its embeddings, which are never quantized."
 _SHAPE_BYTES = 16  # `weight_shape`, two int64 beside every quantized matrix
 USUAL_GROUPS = (128, 64, 32)
 
@@ -55,6 +57,27 @@ class _Names:
         raise NotImplementedError(name)
 
 
+def linear_rows(source: "Source") -> tuple[dict[str, Any], ...]:
+    """All that `--include` could add, for a profile to keep: plans have no model to ask."""
+    wanted = frozenset(Include) - (frozenset() if source.family.head in source.shapes else {Include.LM_HEAD})
+    return tuple({**asdict(linear), "part": linear.part.value} for linear in included_linears(source, wanted))
+
+
+def planned_linears(profile: "Profile", include: Iterable[Include]) -> tuple[Linear, ...]:
+    """`included_linears` of the model that was profiled.
+
+    Raises:
+        UsageError: lm_head is asked for and tied to the embeddings.
+    """
+    wanted = frozenset(include)
+    if not profile.linears:  # made before profiles kept them
+        return linears_of_config(profile.config, wanted)
+    every = [Linear(**{**row, "part": Part(row["part"])}) for row in profile.linears]
+    if Include.LM_HEAD in wanted and not any(linear.part is Part.LM_HEAD for linear in every):
+        raise UsageError(_TIED)
+    return tuple(linear for linear in every if included_as(linear.part) in wanted)
+
+
 def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> tuple[Linear, ...]:
     """`included_linears` of a model of which only config.json is there, as in a profile.
 
@@ -62,16 +85,14 @@ def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> 
         UsageError: lm_head is asked for and tied to the embeddings.
     """
     wanted = frozenset(include)
-    return included_linears(names_of_config(config), wanted) if wanted else ()
-
-
-def names_of_config(config: Mapping[str, Any]) -> "Source":
-    """A model's names and shapes, as transformers has them; it holds no weights."""
+    if not wanted:
+        return ()
     shapes = dict(expected_of(config).shapes)
     if config.get("tie_word_embeddings"):
         shapes.pop("lm_head.weight", None)
     family = family_of(config)
-    return _Names(config=config, family=family, outline=outline_of(family, config, shapes), shapes=shapes)
+    outline = outline_of(family, config, shapes)
+    return included_linears(_Names(config=config, family=family, outline=outline, shapes=shapes), wanted)
 
 
 def included_linears(source: "Source", include: Iterable[Include]) -> tuple[Linear, ...]:
@@ -84,7 +105,7 @@ def included_linears(source: "Source", include: Iterable[Include]) -> tuple[Line
     names = sorted(quantized_linears(source, layers, wanted))
     if Include.LM_HEAD in wanted:
         if source.family.head not in source.shapes:
-            raise UsageError("--include lm_head: this model ties lm_head to its embeddings, which are never quantized.")
+            raise UsageError(_TIED)
         names.append(source.family.head)
     routed = frozenset(source.outline.moe_layers)
     return tuple(
@@ -201,7 +222,8 @@ def part_sizes(
     rest: dict[Part, float] = {
         part: float(size) for part, (size, _) in parts.items() if part not in {Part.ROUTED, Part.MTP}
     }
-    layers = routed_parameters / (3 * shape.hidden * shape.expert_width * shape.experts)
+    every = 3 * shape.hidden * shape.expert_width * shape.experts  # of a layer; biases of experts come on top
+    layers, biases = divmod(routed_parameters, every)
     rest[Part.ROUTER] = _router_bytes(*parts.get(Part.ROUTER, (0, 0)), shape, layers, count)
     if scheme is None:
         return rest | {Part.ROUTED: routed_bytes * count / shape.experts}
@@ -217,7 +239,7 @@ def part_sizes(
     for part in {linear.part for linear in linears}:
         mine = [linear for linear in linears if linear.part is part]
         rest[part] += linears_bytes(inventory, mine, scheme, layer_bits) - dense_bytes(inventory, mine)
-    return rest | {Part.ROUTED: count * routed}
+    return rest | {Part.ROUTED: count * (routed + scale_bytes * biases / shape.experts)}
 
 
 def _router_bytes(size: int, parameters: int, shape: Shape, layers: float, count: int) -> float:

@@ -315,7 +315,9 @@ def disk_peak(disk: dict[str, int], layers: int) -> int:
     """While both hidden states are there the last layer is not; when it is, one of them has gone."""
     early = disk["output"] * (layers - 1) // layers + disk["hidden states"]
     late = disk["output"] + disk.get("statistics by layer", 0) + disk["hidden states"] // max(1, min(2, layers - 1))
-    return max(early, late) + disk["token buffers"] + disk.get("experts' outputs", 0)
+    walk = max(early, late) + disk["token buffers"] + disk.get("experts' outputs", 0)
+    # The second walk comes when the first has ended: all statistics are there, and no hidden states.
+    return max(walk, disk.get("statistics by layer", 0) + disk.get("losses by kind", 0))
 
 
 def hidden_bytes(figures: Figures, work: Workload) -> int:

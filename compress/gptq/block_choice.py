@@ -4,15 +4,20 @@ The mixes are the type maps of llama-quantize (`src/llama-quant.cpp`, b11434, re
 can be compared at equal bytes. What a type can not hold, because its blocks do not fill a row, falls back as there.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from moepress.compress.gptq.kinds import GridRow, Kind, kind_of
+from moepress.compress.gptq.kinds import Kind, kind_of
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
-from moepress.models.families.family import Family
 from moepress.models.storage.block_types import TYPES, BlockType
+
+if TYPE_CHECKING:
+    from moepress.compress.gptq.grid_rows import GridRow
+    from moepress.models.families.family import Family
 
 GRIDS = ("q4_k", "q5_k", "q6_k", "q3_k", "q2_k", "iq4_xs", "iq4_nl", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 """Types that `--grid` takes, in lower case."""
@@ -20,8 +25,8 @@ PRESETS = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "IQ4_XS")
 """Mixes that `--grid` takes by these names, in capitals."""
 MIX_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """Types that a plan's mix is made of, the smallest first."""
-PLANNED = "a plan's mix"
-"""The name of a mix that a plan has chosen, row by row."""
+PLANNED = "mix"
+"""The name of one that a plan has chosen, row by row."""
 _FALLBACKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -106,14 +111,16 @@ class BlockChoice:
         layers, experts, shared_heads: of the model, as in `Place`.
         rows: of a planned mix.
         family: the model's, which tells kinds by names; wanted for rows alone.
+        runs: name of a matrix whose columns get another order -> how many stay together: no block may be larger.
     """
 
     name: str
     layers: int
     experts: int
     shared_heads: int
-    rows: tuple[GridRow, ...] = ()
-    family: Family | None = None
+    rows: "tuple[GridRow, ...]" = ()
+    family: "Family | None" = None
+    runs: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows:
@@ -149,6 +156,7 @@ class BlockChoice:
         Raises:
             UsageError: no type takes that many columns, or a plan says nothing of such a matrix.
         """
+        columns = math.gcd(columns, self.runs.get(name, 0))
         if not self.is_mix:
             return fitting(self.name.upper(), columns)
         if self.rows:
@@ -178,7 +186,7 @@ class BlockChoice:
         raise UsageError(f"The plan gives {name} no type; plan again for this model.")
 
 
-def main_type(rows: tuple[GridRow, ...]) -> str:
+def main_type(rows: "tuple[GridRow, ...]") -> str:
     """The type that the experts of most layers have in a plan's mix."""
     counts = Counter[str]()
     for row in rows:
@@ -187,7 +195,7 @@ def main_type(rows: tuple[GridRow, ...]) -> str:
     return counts.most_common(1)[0][0] if counts else rows[0].type
 
 
-def nearest_scheme(name: str, rows: tuple[GridRow, ...] = ()) -> Scheme:
+def nearest_scheme(name: str, rows: "tuple[GridRow, ...]" = ()) -> Scheme:
     """The scheme of integers that a grid, or a plan's mix, is counted as where time and size are estimated: never more
     bits than it has.
 
@@ -208,7 +216,10 @@ def fitting(name: str, columns: int) -> BlockType:
     if columns % kind.columns:
         kind = TYPES[_FALLBACKS.get(name, name)]
     if columns % BLOCK:
-        raise UsageError(f"--grid: a matrix has {columns} columns, and GGUF's blocks have {BLOCK}; use --bits.")
+        raise UsageError(
+            f"A matrix has {columns} columns, which GGUF's blocks of {BLOCK} do not fill; such a model is quantized by "
+            "--bits alone."
+        )
     return kind
 
 

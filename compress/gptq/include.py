@@ -23,6 +23,11 @@ class Include(StrEnum):
 _PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}
 
 
+def included_as(part: Part) -> Include | None:
+    """What `--include` calls a part; None for those that it does not add."""
+    return Include.LM_HEAD if part is Part.LM_HEAD else _PARTS.get(part)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGroup:
     """Linears of one layer that see the same input, by their names on disk, `.weight` included."""

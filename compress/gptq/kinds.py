@@ -1,10 +1,6 @@
 """Kinds of matrices: what a mix of GGUF's types tells apart, besides layers."""
 
-from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from moepress.models.families.family import Family, Part, part_of
 
@@ -33,23 +29,6 @@ _PARTS = {
 }
 OUTSIDE = frozenset({Kind.EMBEDDINGS, Kind.HEAD})
 """Kinds that lie in no layer."""
-Layer = Annotated[int, Field(ge=0, lt=1 << 31, strict=True)]
-
-
-class GridRow(BaseModel):
-    """The type of one kind in some layers.
-
-    Attributes:
-        kind: `experts` are the routed experts' gate and up, `down` their down.
-        layers: the first and the last; None for what lies in no layer.
-        type: of GGUF, such as Q4_K.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Kind
-    layers: tuple[Layer, Layer] | None = None
-    type: str
 
 
 def kind_of(family: Family, name: str) -> Kind | None:
@@ -71,11 +50,3 @@ def range_text(layers: tuple[int, int]) -> str:
     """For people: `3`, or `3 to 5`."""
     first, last = layers
     return f"{first}" if first == last else f"{first} to {last}"
-
-
-def mix_text(rows: Sequence[GridRow]) -> str:
-    """A mix in short: the types in it, those of the experts first."""
-    routed = [row.type for row in rows if row.kind in (Kind.EXPERTS, Kind.DOWN)]
-    experts = list(dict.fromkeys(routed))
-    others = [name for name in dict.fromkeys(row.type for row in rows) if name not in experts]
-    return f"experts in {', '.join(experts)}" + (f", the rest also in {', '.join(others)}" if others else "")

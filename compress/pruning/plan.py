@@ -12,8 +12,9 @@ from moepress.compress.budget.mixes import CurvePoint
 from moepress.compress.budget.search import Alternative, Budget
 from moepress.compress.budget.sizes import Linear, part_sizes
 from moepress.compress.gptq.block_choice import MIX_TYPES
+from moepress.compress.gptq.grid_rows import GridRow
 from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.kinds import OUTSIDE, GridRow
+from moepress.compress.gptq.kinds import OUTSIDE
 from moepress.compress.pruning.scoring import (
     Criterion,
     Groups,
@@ -158,7 +159,7 @@ def make_plan(
         scheme: bits and group size; None for pruning alone.
         layer_bits: bits of the routed experts where they differ by layer, for all MoE layers.
         include: parts that are quantized besides the routed experts.
-        linears: their matrices, `sizes.linears_of_config`.
+        linears: their matrices, `sizes.planned_linears`.
 
     Raises:
         UsageError: the count is not legal, a domain is unknown, or the group size does not divide the matrices.

@@ -107,7 +107,7 @@ ARCHITECTURES = {
         own_head=True,
     ),
     "mixtral": Architecture(name="llama", renormalises=True, interleaved=True),
-    "olmoe": Architecture(name="olmoe", renormalises=False),
+    "olmoe": Architecture(name="olmoe", renormalises=False, own_head=True),
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "kimi_k2": _LATENT,

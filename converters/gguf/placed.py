@@ -18,7 +18,7 @@ from moepress.models.families.family import Part, part_of
 from moepress.models.families.hf_config import hf_config
 from moepress.models.storage.block_types import TYPES
 from moepress.models.storage.blocks import Blocks, pack
-from moepress.models.storage.checkpoint import Checkpoint
+from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import bias_names, is_fused, read_expert, router_disk_names
 from moepress.models.storage.packed import Packing
 from moepress.models.storage.tensors import read_row
@@ -144,7 +144,21 @@ def _computed(row: Architecture, name: str, shape: tuple[int, ...]) -> tuple[tup
     return None
 
 
-def _tiled(source: Folder, name: str) -> Matrices | None:
+def column_runs(source: Source, row: Architecture) -> dict[str, int]:
+    """Matrices whose columns llama.cpp wants in another order -> how many of them stay together."""
+    if not row.tiled:
+        return {}
+    turned = {name: _tiled(source, name) for name in source.shapes if name.endswith("linear_attn.out_proj.weight")}
+    return {name: run_of(of.columns) for name, of in turned.items() if of is not None and of.columns is not None}
+
+
+def run_of(columns: Tensor) -> int:
+    """The longest runs of neighbours that an order of columns keeps, all of one length, each at a multiple of it."""
+    breaks = torch.nonzero(columns[1:] != columns[:-1] + 1).flatten() + 1
+    return math.gcd(len(columns), *breaks.tolist(), *columns[breaks].tolist())
+
+
+def _tiled(source: Source, name: str) -> Matrices | None:
     """A tensor of linear attention with the heads of its values tiled over those of keys; None where it has none."""
     config = hf_config(source.config).get_text_config()
     keys, heads = int(config.linear_num_key_heads), int(config.linear_num_value_heads)

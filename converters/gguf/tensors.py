@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moepress.converters.gguf.architectures import Architecture
-from moepress.converters.gguf.placed import Folder, Matrices, exactly, placed_tensors
+from moepress.converters.gguf.placed import Folder, Matrices, exactly, placed_tensors, run_of
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.packing import to_unsigned
 from moepress.errors import UnsupportedError
@@ -43,6 +43,8 @@ class GgufTensor:
         layer: whose it is, or None.
         part: of the model.
         data: its bytes in order, read when they are asked for.
+        source: on disk, what it is made of, or the first of its experts; empty where it is a part of another tensor.
+        run: columns that stay together where their order changes; 0 where it does not.
         scale_error: of codes that were copied, the largest relative change of a scale in fp16, once written.
     """
 
@@ -53,6 +55,8 @@ class GgufTensor:
     layer: int | None
     part: Part
     data: Callable[[], Iterator[Chunk]]
+    source: str = ""
+    run: int = 0
     scale_error: list[float] = field(default_factory=list)
 
 
@@ -91,7 +95,16 @@ class Writer:
             size = of.count * shape[0] * TYPES[kind].row_bytes(shape[1])
             rows = self._coded(of, kind, errors)
         return GgufTensor(
-            name=name, shape=full, type=kind, bytes=size, layer=layer, part=part, data=rows, scale_error=errors
+            name=name,
+            shape=full,
+            type=kind,
+            bytes=size,
+            layer=layer,
+            part=part,
+            data=rows,
+            source=of.names[0] if of.names else "",
+            run=0 if of.columns is None else run_of(of.columns),
+            scale_error=errors,
         )
 
     def _type(self, of: Matrices, shape: tuple[int, ...], part: Part) -> str:

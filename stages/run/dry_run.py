@@ -24,10 +24,11 @@ from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.mtp import Mtp
+from moepress.runs.rows import first_settings
 from moepress.stages.groundwork import workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine
 from moepress.stages.quantize import on_grid
-from moepress.stages.run.recipe import Recipe, Settled, budget_request, check_recipe, grid_of, mixes, resolve, settled
+from moepress.stages.run.recipe import Recipe, Settled, as_before, budget_request, check_recipe, mixes, resolve, settled
 from moepress.stages.run.run import no_room
 
 ALL = "all"
@@ -75,6 +76,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     Raises:
         UsageError, InvalidInputError, UnsupportedError: as the run would.
     """
+    recipe = as_before(recipe, first_settings(out) if resume else {})
     checkpoint, _, criterion = check_recipe(recipe)
     full = resolve(recipe, checkpoint, criterion, recipe.max_memory or default_memory())
     machine = Machine(device=full.device, dtype=full.dtype, memory_bytes=full.max_memory)
@@ -85,7 +87,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     stages = {"profile": _profile_estimate(full, figures, work, rates)}
     if full.repair:
         stages["repair"] = estimate_repair(figures, work, rates)
-    include = on_grid(checkpoint, grid_of(full), full.include)
+    include = on_grid(checkpoint, full.grid, full.include)
     linears = included_linears(checkpoint, include)
     sizes = estimate_sizes(
         inventory(checkpoint), checkpoint.shape, known.count, known.scheme, known.layer_bits, linears=linears

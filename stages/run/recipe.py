@@ -29,7 +29,7 @@ from moepress.models.storage.mtp import Mtp
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 from moepress.runs.text import suggestion
 from moepress.stages.export import check_gguf, check_onnx, onnx_bits
-from moepress.stages.groundwork import load_corpus, opened
+from moepress.stages.groundwork import gguf_weights, load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, possible_mix, require_possible
 from moepress.stages.quantize import block_choice, on_grid
@@ -123,7 +123,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
             why = f"there is no such field{suggestion(where, Recipe.model_fields)}"
         raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
     if budget_request(recipe) is not None:
-        return recipe
+        return recipe.model_copy(update={"grid": PLANNED}) if _may_mix(recipe) else recipe
     defaults: dict[str, Any] = {} if recipe.grid is not None else {"group_size": recipe.group_size or 128}
     if recipe.keep is None and recipe.experts is None:
         defaults["keep"] = 0.75
@@ -162,15 +162,15 @@ def wish_of(recipe: Recipe) -> Wish:
     )
 
 
-def mixes(recipe: Recipe) -> bool:
-    """Whether the budget is spent on a mix of GGUF's types: nothing but a GGUF is wanted, and no bits are named."""
+def _may_mix(recipe: Recipe) -> bool:
+    """Whether a budget is to be spent on a mix of GGUF's types: nothing but a GGUF is wanted, and no bits are named."""
     named = (recipe.bits, recipe.group_size, recipe.grid, recipe.mixed_bits or None, recipe.include or None)
-    return set(recipe.to) == {"gguf"} and budget_request(recipe) is not None and all(given is None for given in named)
+    return set(recipe.to) == {"gguf"} and all(given is None for given in named)
 
 
-def grid_of(recipe: Recipe) -> str | None:
-    """The grid of GGUF that a recipe names or a plan mixes; None for codes of another kind."""
-    return PLANNED if mixes(recipe) else recipe.grid
+def mixes(recipe: Recipe) -> bool:
+    """Whether the budget is spent on a mix of GGUF's types."""
+    return recipe.grid == PLANNED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +207,7 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
         return Settled(count=count, scheme=Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128))
     if mixes(recipe):
         budget = budget_of(request, checkpoint.config, shape)
-        most, name = possible_mix(checkpoint.config, shape, budget, wish_of(recipe))
+        most, name = possible_mix(gguf_weights(checkpoint), shape, budget, wish_of(recipe))
         return Settled(count=most, scheme=nearest_scheme(name.lower()))
     if recipe.mixed_bits and recipe.bits is not None:
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits.")
@@ -232,7 +232,9 @@ def require_grid(recipe: Recipe) -> None:
     """
     if recipe.bits is not None or recipe.group_size is not None or recipe.mixed_bits:
         raise UsageError("--bits, --group-size and --mixed-bits do not go with --grid, which says all of that.")
-    if budget_request(recipe) is not None:
+    if mixes(recipe) and (budget_request(recipe) is None or recipe.include):
+        raise UsageError("The grid `mix` spends a --budget or --target on the whole model; give one, and no --include.")
+    if budget_request(recipe) is not None and not mixes(recipe):
         raise UsageError(
             "--grid does not go with --budget and --target, which choose bits; say how much stays with --keep."
         )
@@ -258,10 +260,11 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
         check_mtp(checkpoint, layer, folder=folder)
     if recipe.repair:
         check_repair(checkpoint, known.count, frozenset(recipe.repair))
-    if (grid := grid_of(recipe)) is not None:
+    if recipe.grid is not None:
         assert known.scheme is not None
-        include = on_grid(checkpoint, grid, recipe.include)
-        check_scheme(checkpoint, known.scheme, include, block_choice(checkpoint, recipe.grid or "q4_k"))
+        include = on_grid(checkpoint, recipe.grid, recipe.include)
+        named = "q4_k" if mixes(recipe) else recipe.grid
+        check_scheme(checkpoint, known.scheme, include, block_choice(checkpoint, named))
     elif known.scheme is None:
         _check_unquantized(recipe, checkpoint)
     else:
@@ -358,13 +361,17 @@ def recipe_text(recipe: Recipe, asked: Recipe, out: Path) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def as_before(recipe: Recipe, model: Any) -> Recipe:
-    """The recipe with the commit of the hub that an interrupted run began with, where it names none itself.
+def as_before(recipe: Recipe, before: Mapping[str, Any]) -> Recipe:
+    """The recipe with what an interrupted run has decided, where it does not say otherwise itself: the commit of the
+    hub, and whether a budget is spent on a mix of GGUF's types, which exports that come later do not change.
 
     Args:
         recipe: of the resume.
-        model: what the interrupted run has noted; None where there is none.
+        before: what the interrupted run has noted; empty where there is none.
     """
+    model, decided = before.get("recipe.model"), before.get("recipe.grid", recipe.grid)
+    if {recipe.grid, decided} == {None, PLANNED}:
+        recipe = recipe.model_copy(update={"grid": decided})
     named, began = hub_model(recipe.model), hub_model(model) if isinstance(model, str) else None
     if named is None or began is None or named.revision is not None or named.repo != began.repo:
         return recipe

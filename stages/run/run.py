@@ -23,9 +23,9 @@ import psutil
 from moepress import __version__
 from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile, fingerprint, load_profile
-from moepress.compress.budget.sizes import linears_of_config
+from moepress.compress.budget.sizes import planned_linears
 from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
-from moepress.compress.gptq.kinds import mix_text
+from moepress.compress.gptq.grid_rows import mix_text
 from moepress.compress.gptq.layer_bits import fallback_text
 from moepress.compress.gptq.options import EFFORTS
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
@@ -61,7 +61,6 @@ from moepress.stages.run.recipe import (
     calibration_of,
     check_recipe,
     evaluation_of,
-    grid_of,
     mixes,
     portable,
     recipe_text,
@@ -126,7 +125,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
         InvalidInputError: model or text are not sound.
     """
     before = first_settings(out) if resume else {}
-    recipe = as_before(recipe, before.get("recipe.model"))
+    recipe = as_before(recipe, before)
     check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
     inputs = watched(model_folder(recipe.model))
     checkpoint, count, criterion = check_recipe(recipe)
@@ -214,7 +213,7 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
                 groups=recipe.groups,
                 scheme=setup.scheme if recipe.grid is None else None,
                 include=recipe.include if recipe.grid is None else (),
-                linears=linears_of_config(profile.config, recipe.include) if recipe.grid is None else (),
+                linears=planned_linears(profile, recipe.include) if recipe.grid is None else (),
             )
         text = plan_text(plan)
         run.write("plan", "plan.json", lambda path: _text(path, text))
@@ -260,7 +259,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
                 include=frozenset(recipe.include),
                 hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
                 solver=EFFORTS[recipe.effort],
-                grid=grid_of(recipe),
+                grid=recipe.grid,
                 mix=plan.grids,
             ),
             calibration_of(recipe),
@@ -453,7 +452,7 @@ def _quantization(setup: _Setup, original: Checkpoint, quantized: Mapping[str, A
 def _describe(setup: _Setup, report: Report, original: Checkpoint, pressed: Checkpoint | Artifact) -> None:
     """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
     layouts: tuple[tuple[str, Format], ...] = (
-        ("model", "compressed-tensors" if grid_of(setup.recipe) is None else "gguf-blocks"),
+        ("model", "compressed-tensors" if setup.recipe.grid is None else "gguf-blocks"),
         ("exports/gptq", "gptq"),
         ("exports/onnx", "onnx"),
         ("exports/gguf", "gguf"),

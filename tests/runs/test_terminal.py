@@ -88,8 +88,8 @@ def test_a_pipe_gets_no_escape_codes_and_whole_tables(long_name: Path) -> None:
     assert not ESCAPE.search(found.stdout)
     assert found.stderr == b""
     assert re.search(rf"^own +{LONG} +gaming +48 +936 +71\.2$".encode(), found.stdout, re.MULTILINE)
-    gpus, memory = found.stdout.split(b"\n\n")
-    for rows in (gpus.splitlines()[1:-1], memory.splitlines()):  # columns, not sentences
+    gpus, memory, disks = found.stdout.split(b"\n\n")
+    for rows in (gpus.splitlines()[1:-1], memory.splitlines(), disks.splitlines()):  # columns, not sentences
         assert len({len(line) for line in rows}) == 1
 
 
@@ -188,7 +188,7 @@ COMPLETIONS: list[tuple[str, list[str]]] = [
     ("moepress run d", ["demo"]),
     ("moepress check pr", ["pressed", "pressed-gptq"]),
     ("moepress inspect models/", ["models/mine"]),
-    ("moepress plan profile --target rtx-30", ["rtx-3060-12gb", "rtx-3090", "rtx-3080-10gb"]),
+    ("moepress plan profile --target rtx-30", ["rtx-3060-12gb", "rtx-3090", "rtx-3080-10gb", "rtx-3090-ti"]),
     ("moepress plan --targets-file gpus.toml --target tw", ["two-3090"]),
     ("moepress plan --targets-file nowhere.toml --target rtx-309", ["rtx-3090"]),
     ("moepress plan profile --criterion e", ["easy-ep", "ean"]),

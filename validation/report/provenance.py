@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from moepress.converters.gguf.file import gguf_file, open_gguf
 from moepress.hub.snapshot import origin_of
 from moepress.runs.files import sha256_of, write_atomically
 from moepress.runs.progress import track
@@ -15,13 +16,18 @@ from moepress.validation.report.schema import Report
 
 PROVENANCE_NAME = "provenance.json"
 _PACKAGES = ("compressed-tensors", "numpy", "safetensors", "tokenizers")  # beside those that the report names
-_OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"}  # beside safetensors: never read
+_OTHER_WEIGHTS = {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth"}  # beside safetensors
 
 
-def model_files(folder: Path) -> list[Path]:
-    """What belongs to a model folder, by name; hidden files, subfolders and weights of other formats do not."""
-    found = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "__")))
-    return sorted(file for file in found if file.suffix not in _OTHER_WEIGHTS)
+def model_files(place: Path) -> list[Path]:
+    """What belongs to a model, by name: of a GGUF file itself or all its parts; of a folder what lies in it but hidden
+    files, subfolders and weights of formats that it is not run from."""
+    model = gguf_file(place)
+    if model is not None and place.is_file():
+        return list(open_gguf(model).files)
+    found = (file for file in place.iterdir() if file.is_file() and not file.name.startswith((".", "__")))
+    other = _OTHER_WEIGHTS - ({model.suffix} if model is not None else set())
+    return sorted(file for file in found if file.suffix not in other)
 
 
 def provenance(

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moepress.compress.budget.mixes import CurvePoint
 from moepress.compress.budget.search import Alternative
-from moepress.compress.gptq.kinds import GridRow
+from moepress.compress.gptq.grid_rows import GridRow
 from moepress.validation.quality.results import ALL_WINDOWS, Quality, QualityRow, Samples, Throughput
 from moepress.validation.quality.thresholds import Outcome
 from moepress.validation.speed.results import Targets

@@ -1,6 +1,8 @@
 """Mixes of GGUF's types under a budget: nothing exceeds it, more is never worse, and files are as large as was said."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage_runs import command
 
-from moepress.calibration.profile import Profile, load_profile, merge_profiles
+from moepress.calibration.profile import load_profile, merge_profiles
 from moepress.compress.budget.mixes import ROUNDING, Item, MixSpace, best_mix, curve, mix_space, smallest_mix
 from moepress.compress.budget.rounding import rounded
 from moepress.compress.gptq.block_choice import MIX_TYPES
 from moepress.compress.gptq.block_solver import rounded_blocks
-from moepress.compress.gptq.kinds import GridRow, Kind
+from moepress.compress.gptq.grid_rows import GridRow
+from moepress.compress.gptq.kinds import Kind
 from moepress.models.storage.block_types import TYPES
 
 SIZES = {"Q2_K": 84, "Q3_K": 110, "IQ4_XS": 136, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q8_0": 272}
@@ -168,14 +171,8 @@ def test_merged_profiles_keep_their_losses(profile: Path) -> None:
     assert alike[0] is not None
     assert alike[1] is not None
     assert alike[0].types == alike[1].types
-    bare: Profile = merge_profiles([one, load_without(one)])
+    bare = merge_profiles([one, replace(one, grids=(), kind_losses=())])
     assert bare.grids == ()
-
-
-def load_without(profile: Profile) -> Profile:
-    from dataclasses import replace
-
-    return replace(profile, grids=(), kind_losses=())
 
 
 @pytest.mark.parametrize(
@@ -203,6 +200,52 @@ def test_a_profile_without_such_losses_is_told_how_to_get_them(tmp_path: Path) -
     code, _, said = command("profile", "demo", "-o", tmp_path / "q", "--grid-losses", "--no-bit-losses")
     assert code == 2
     assert "leave out --no-bit-losses" in said
+    code, _, said = command("profile", "demo", "-o", tmp_path / "q", "--grid-losses", "--no-loo")
+    assert code == 2
+    assert "leave-one-out losses too" in said
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "change"),
+    [
+        (0, {"kl": "much"}),
+        (0, {"kl": -1.0}),
+        (0, {"kl": float("nan")}),
+        (0, {"layers": None}),
+        (0, {"layers": [2, 1]}),
+        (0, {"layers": [0, 1]}),
+        (0, {"kind": "router"}),
+        (0, None),
+        (-1, {"kl": 0.0}),
+        (-1, {"kind": "head"}),
+        (-1, None),
+    ],
+)
+def test_losses_that_are_not_those_of_the_model_are_refused(
+    row: int, change: dict[str, Any] | None, profile: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(profile, tmp_path / "p")
+    found = json.loads((tmp_path / "p" / "profile.json").read_text())
+    taken = found["kind_losses"].pop(row)
+    if change is not None:
+        found["kind_losses"].append(taken | change)
+    (tmp_path / "p" / "profile.json").write_text(json.dumps(found))
+    merged = [(tmp_path / "p", profile)] if change != {"kl": 0.0} else []  # whose mean is not 0
+    for profiles in [(tmp_path / "p",), *merged]:
+        code, _, said = command("plan", *profiles, "--to", "gguf", "--budget", "3MiB")
+        assert (code, said.count("\n")) == (4, 1), said
+        assert "rofile" in said
+
+
+def test_a_file_of_another_model_is_refused(profile: Path, tmp_path: Path) -> None:
+    for name, value in (("experts", 8), ("matrices", []), ("rest_bytes", "many")):
+        shutil.copytree(profile, tmp_path / name)
+        found = json.loads((tmp_path / name / "profile.json").read_text())
+        found["file"][name] = value
+        (tmp_path / name / "profile.json").write_text(json.dumps(found))
+        code, _, said = command("plan", tmp_path / name, "--to", "gguf", "--budget", "3MiB")
+        assert (code, said.count("\n")) == (4, 1), said
 
 
 @pytest.mark.parametrize(
@@ -227,7 +270,11 @@ def test_a_plan_that_was_edited_wrongly_is_refused(
 
 def test_a_planned_mix_goes_with_no_other_bits(profile: Path, tmp_path: Path) -> None:
     planned(profile, tmp_path / "plan.json", "--budget", "3MiB")
-    for options, says in ((("--bits", "8"), "do not go with this plan"), (("--grid", "q4_k"), "plan again")):
+    for options, says in (
+        (("--bits", "8"), "do not go with this plan"),
+        (("--include", "attention"), "does not go with this plan"),
+        (("--grid", "q4_k"), "plan again"),
+    ):
         code, _, said = command("quantize", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "q", *options)
         assert code == 2
         assert says in said

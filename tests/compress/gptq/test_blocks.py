@@ -119,6 +119,10 @@ def test_a_folder_of_blocks_is_read_like_any_other(grid: str, tmp_path: Path) ->
     out = tmp_path / "out"
     code, _, said = command("quantize", "demo", "--grid", grid, "-o", out, "--tokens", "2048", "--include", "attention")
     assert code == 0, said
+    if grid == "Q4_K_M":
+        code, _, said = command("export", out, "--to", "onnx", "-o", tmp_path / "onnx")
+        assert code == 5
+        assert "embeddings lie in blocks of GGUF" in said
     made, base = open_checkpoint(out), open_checkpoint(Path(__file__).parents[3] / "models" / "demo")
     name = (
         made.family.expert_names(0, 1)[0]

@@ -1,5 +1,6 @@
 """A .gguf file alone, without the folder that it was written with: its tokenizer, and heads that lead astray."""
 
+import json
 import os
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ from moepress.models import demo
 from moepress.stages.export import gguf_stage
 from moepress.stages.places import Output
 from moepress.stages.tokenizer import read_tokenizer
+from moepress.validation.report.provenance import model_files
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,16 @@ def test_a_name_in_capitals_is_a_file_too(lone: Path, tmp_path: Path) -> None:
     assert code == 0, said
     assert (tmp_path / "DEMO.GGUF").read_bytes()[:4] == b"GGUF"
     assert gguf_file(tmp_path / "DEMO.GGUF") == tmp_path / "DEMO.GGUF"
+
+
+def test_a_report_on_a_file_says_which_file_it_was(lone: Path, tmp_path: Path) -> None:
+    code, _, said = command("validate", "demo", lone, "-o", tmp_path / "v", "--max-windows", "1", "--no-throughput")
+    assert code == 0, said
+    inputs = json.loads((tmp_path / "v" / "provenance.json").read_text())["inputs"]
+    assert [file["path"] for file in inputs[1]["files"]] == ["demo.gguf"]
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "x.gguf").write_bytes(lone.read_bytes())
+    assert [file.name for file in model_files(tmp_path / "f")] == ["x.gguf"]
 
 
 def test_a_folder_of_several_is_asked_which(lone: Path, tmp_path: Path) -> None:

@@ -81,6 +81,28 @@ def test_bits_and_other_exports_mean_codes_of_integers() -> None:
         assert not mixes(make_recipe(SMALL | change)), change
     assert not mixes(make_recipe({key: value for key, value in SMALL.items() if key != "budget"}))
     assert mixes(make_recipe(SMALL | {"keep": 0.75}))
+    for change in ({"budget": None}, {"include": ["attention"]}, {"bits": 4}):
+        with pytest.raises(UsageError):
+            check_recipe(make_recipe(SMALL | {"grid": "mix"} | change))
+
+
+def test_exports_that_come_later_do_not_change_what_was_decided(finished: Path, tmp_path: Path) -> None:
+    bare = make_recipe({key: value for key, value in SMALL.items() if key != "to"})
+    card = (finished / "model" / "README.md").read_text()
+    run_recipe(bare, finished, resume=True)
+    assert (finished / "model" / "README.md").read_text() == card
+    with pytest.raises(UsageError, match="Blocks of GGUF go into no other format"):
+        run_recipe(make_recipe(SMALL | {"to": ["gguf", "gptq"]}), finished, resume=True)
+    run_recipe(make_recipe(SMALL), finished, resume=True)
+    integers = tmp_path / "integers"
+    run_recipe(make_recipe(SMALL | {"to": [], "budget": "3.4MiB"}), integers)
+    run_recipe(make_recipe(SMALL | {"budget": "3.4MiB"}), integers, resume=True)
+    assert "gguf-blocks" not in (integers / "model" / "README.md").read_text()
+    file = gguf_file(integers / "exports" / "gguf")
+    assert file is not None
+    types = {t.type for name, t in open_gguf(file).tensors.items() if "_exps" in name}
+    assert len(types) == 1
+    assert types <= {"Q4_0", "Q8_0"}
 
 
 def test_a_budget_that_is_too_small_is_refused_before_any_work() -> None:
