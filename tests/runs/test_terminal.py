@@ -190,7 +190,7 @@ COMPLETIONS: list[tuple[str, list[str]]] = [
     ("moepress inspect models/", ["models/mine"]),
     ("moepress plan profile --target rtx-30", ["rtx-3060-12gb", "rtx-3090", "rtx-3080-10gb", "rtx-3090-ti"]),
     ("moepress plan --targets-file gpus.toml --target tw", ["two-3090"]),
-    ("moepress plan --targets-file nowhere.toml --target rtx-309", ["rtx-3090"]),
+    ("moepress plan --targets-file nowhere.toml --target rtx-309", ["rtx-3090", "rtx-3090-ti"]),
     ("moepress plan profile --criterion e", ["easy-ep", "ean"]),
     ("moepress check pressed --runtime v", ["vllm"]),
     ("moepress check pressed --runtime vllm,s", ["vllm,sglang"]),
