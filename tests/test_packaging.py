@@ -171,3 +171,25 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path: Path, compiler: bo
     assert bool(built) == compiler  # a build is optional: without a compiler the installation goes on
     assert names - built == {f"moepress/{file.relative_to(ROOT).as_posix()}" for file in files}
     assert licences
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, ["PASSIVE", "1000"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["PASSIVE", "7"]),
+    ],
+)
+def test_threads_wait_for_microseconds_unless_the_user_says_otherwise(given: dict[str, str], wanted: list[str]) -> None:
+    """llama.cpp shares torch's OpenMP: threads that sleep at once made it ten times slower."""
+    code = """
+import atexit, os, sys
+atexit.register(lambda: print(os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT")))
+from moepress.cli import main
+sys.argv = ["moepress", "--version"]
+main()
+"""
+    plain = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain | given, check=True)
+    assert made.stdout.split()[-2:] == wanted
