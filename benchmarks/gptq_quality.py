@@ -69,6 +69,7 @@ VARIANTS = (
     Variant(name="damp 0.01", solver={"damp": 0.01}),
     Variant(name="damp 0.1", solver={"damp": 0.1}),
     Variant(name="match original", hessian={"asymmetry": 1.0}),
+    Variant(name="positive scales", solver={"signed": False}),
 )
 
 

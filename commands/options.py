@@ -296,6 +296,13 @@ effort_option: Decorator = click.option(
     "the solver's time, two per cent more error. high does it four times: 1.7 times as long, half a per cent less.",
 )
 
+positive_option: Decorator = click.option(
+    "--positive-scales",
+    is_flag=True,
+    help="Scales of one sign, for readers that take no others. Codes reach one step further down than up; by default a "
+    "negative scale turns that to where a group's largest weight is: less is lost, and all known loaders read it.",
+)
+
 mtp_option: Decorator = click.option(
     "--mtp",
     type=click.Choice(["keep", "drop"]),

@@ -21,6 +21,7 @@ from moepress.commands.options import (
     model_argument,
     mtp_option,
     output_options,
+    positive_option,
     push_options,
     scheme_options,
     talk_options,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @include_option
 @match_option
 @effort_option
+@positive_option
 @mtp_option
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
@@ -116,7 +118,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
 
 def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
     """What is asked of `quantize`: the plan's bits and parts, unless options name others, of which a note tells."""
-    from moepress.compress.gptq.options import EFFORTS
+    from moepress.compress.gptq.options import solver_of
     from moepress.converters.safetensors.scheme import Scheme
     from moepress.stages.quantize import QuantizeRequest
 
@@ -131,7 +133,7 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     include, notes = _includes_for(plan, options)
     note(*notes)
     hessian = _hessian_of(options, scheme.bits, layer_bits)
-    solver = EFFORTS[options["effort"]]
+    solver = solver_of(options["effort"], positive=options["positive_scales"])
     return QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian, solver=solver)
 
 
@@ -142,12 +144,14 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
         UsageError: bits or groups are given besides, or a grid and a plan that fits its budget with others.
     """
     from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
-    from moepress.compress.gptq.options import EFFORTS
+    from moepress.compress.gptq.options import solver_of
     from moepress.stages.quantize import QuantizeRequest
 
     if not all_default("bits", "group_size"):
         what = "--grid, which says both" if options["grid"] else "this plan, which has chosen types of GGUF"
         raise UsageError(f"--bits and --group-size do not go with {what}.")
+    if options["positive_scales"]:
+        raise UsageError("--positive-scales is for codes of integers; GGUF's types say themselves what scales are.")
     if plan is not None and plan.budget is not None and options["grid"]:
         raise UsageError(
             "The plan fits its budget with other bits than --grid has; plan again with --keep or --experts."
@@ -164,7 +168,7 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
         scheme=scheme,
         include=include,
         hessian=_hessian_of(options, scheme.bits, {}),
-        solver=EFFORTS[options["effort"]],
+        solver=solver_of(options["effort"]),
         grid=options["grid"] or PLANNED,
         mix=mix,
     )

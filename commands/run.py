@@ -25,6 +25,7 @@ from moepress.commands.options import (
     mtp_option,
     output_options,
     parse_weights,
+    positive_option,
     push_options,
     repair_option,
     scheme_options,
@@ -39,6 +40,7 @@ from moepress.runs.byte_sizes import parse_bytes
 
 _RECIPE_OPTIONS = (
     *("keep", "experts", "criterion", "groups", "bits", "group_size", "grid", "include", "match", "effort", "mtp"),
+    "positive_scales",
     *("target", "context", "mixed_bits"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
@@ -60,6 +62,7 @@ _RECIPE_OPTIONS = (
 @include_option
 @match_option
 @effort_option
+@positive_option
 @mtp_option
 @calibration_options
 @evaluation_options

@@ -29,9 +29,10 @@ class Grid:
     minimum: bool = False
 
     @classmethod
-    def of(cls, scheme: Scheme) -> "Grid":
-        """The symmetric integers of a scheme."""
-        return cls(levels=tuple(map(float, range(scheme.code_min, scheme.code_max + 1))))
+    def of(cls, scheme: Scheme, *, either_sign: bool = False) -> "Grid":
+        """The symmetric integers of a scheme, which reach one further down than up; scales of either sign turn them."""
+        levels = tuple(map(float, range(scheme.code_min, scheme.code_max + 1)))
+        return cls(levels=levels, either_sign=either_sign)
 
     @property
     def low(self) -> float:

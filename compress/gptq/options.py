@@ -23,6 +23,8 @@ class SolverOptions:
             to nothing, one in torch alone as much as all of GPTQ, and a GPU makes a product of each
             (`columns.Loops.sweeps`).
         refits: rounds of the descent in which every scale goes to its least-squares value and the codes follow.
+        signed: scales of integer codes may be negative, which puts the code that the symmetric integers have more on
+            one side where the largest weight of a group is.
     """
 
     damp: float = 0.03
@@ -30,6 +32,7 @@ class SolverOptions:
     scale_search: bool = True
     sweeps: int | None = None
     refits: int = 1
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1 or (self.sweeps or 0) < 0 or self.refits < 0:
@@ -38,7 +41,7 @@ class SolverOptions:
 
 MANY_SWEEPS = 20
 """In which nearly every row comes to rest."""
-PLAIN = SolverOptions(damp=0.01, act_order=False, scale_search=False, sweeps=0, refits=0)
+PLAIN = SolverOptions(damp=0.01, act_order=False, scale_search=False, sweeps=0, refits=0, signed=False)
 """GPTQ as in the paper, with absmax scales fixed beforehand."""
 
 EFFORTS = {
@@ -47,6 +50,11 @@ EFFORTS = {
     "high": SolverOptions(refits=4),
 }
 """Levels of `--effort`, from least time to least loss."""
+
+
+def solver_of(effort: str, *, positive: bool = False) -> SolverOptions:
+    """A level of `--effort`, with scales of either sign unless `--positive-scales` asks for those of one."""
+    return replace(EFFORTS[effort], signed=not positive)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,10 @@ def solve(
     """
     _check(weight_EOI, hessian_EII)
     group = scheme.columns_per_group(weight_EOI.shape[2])
-    task = Task(grid=grid or Grid.of(scheme), group=group, dtype=scale_dtype, options=options or SolverOptions())
+    options = options or SolverOptions()
+    signed = options.signed and options.scale_search  # the plain scales are of one sign, and a refit keeps it
+    grid = grid or Grid.of(scheme, either_sign=signed)
+    task = Task(grid=grid, group=group, dtype=scale_dtype, options=options)
     if task.grid.minimum:
         return _solve_above(weight_EOI, hessian_EII, task)
     if task.options.scale_search:  # which writes them

@@ -12,6 +12,7 @@ from moepress import __version__
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.errors import UnsupportedError
+from moepress.models.storage.folder import read_json
 from moepress.models.storage.tensors import DTYPES, read_tensor, tensor_entry
 from moepress.models.storage.writer import Entry, copy_companions, write_index, write_json, write_shard
 from moepress.runs.journal import Run
@@ -142,6 +143,9 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
         notes.append(f"Some scales are not exact in fp16; the largest changes by {scale_error:.2g} of its value.")
     result = Exported(bytes_after=total, modules=len(quantized), scale_error=scale_error, notes=notes)
     note = {"moepress": __version__, "stage": "export", "target": target, "modules": len(quantized), "notes": notes}
+    before = artifact.folder / "moepress.json"
+    solver = read_json(before).get("solver") if before.is_file() else None
+    note |= {} if solver is None else {"solver": solver}  # whether scales have either sign is asked of every layout
     write_json(run.folder / "moepress.json", note)
     run.finish()
     return result

@@ -17,7 +17,7 @@ from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.estimates.repair import estimate_repair
 from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
-from moepress.compress.gptq.options import EFFORTS
+from moepress.compress.gptq.options import solver_of
 from moepress.compress.pruning.plan import estimate_sizes, load_plan
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import default_memory
@@ -106,7 +106,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
             include=include,
             layer_bits=known.layer_bits,
             original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
-            solver=EFFORTS[full.effort],
+            solver=solver_of(full.effort, positive=full.positive_scales),
             predicting=mtp_layers(checkpoint) if full.mtp is Mtp.KEEP else (),
         )
         pressed = Pressed(

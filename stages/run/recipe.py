@@ -91,6 +91,7 @@ class Recipe(BaseModel):
     include: tuple[Include, ...] = ()
     match: Literal["auto", "own", "original"] = "auto"
     effort: Literal["fast", "normal", "high"] = "normal"
+    positive_scales: bool = False
     repair: tuple[Repair, ...] = ()
     mtp: Mtp = Mtp.KEEP
     to: tuple[Literal["gptq", "onnx", "gguf"], ...] = ()
@@ -232,6 +233,8 @@ def require_grid(recipe: Recipe) -> None:
     """
     if recipe.bits is not None or recipe.group_size is not None or recipe.mixed_bits:
         raise UsageError("--bits, --group-size and --mixed-bits do not go with --grid, which says all of that.")
+    if recipe.positive_scales:
+        raise UsageError("--positive-scales is for codes of integers; GGUF's types say themselves what scales are.")
     if mixes(recipe) and (budget_request(recipe) is None or recipe.include):
         raise UsageError("The grid `mix` spends a --budget or --target on the whole model; give one, and no --include.")
     if budget_request(recipe) is not None and not mixes(recipe):

@@ -27,7 +27,7 @@ from moepress.compress.budget.sizes import planned_linears
 from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
 from moepress.compress.gptq.grid_rows import mix_text
 from moepress.compress.gptq.layer_bits import fallback_text
-from moepress.compress.gptq.options import EFFORTS
+from moepress.compress.gptq.options import solver_of
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.gguf.export import GgufRequest
@@ -258,7 +258,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
                 layer_bits=plan.layer_bits,
                 include=frozenset(recipe.include),
                 hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
-                solver=EFFORTS[recipe.effort],
+                solver=solver_of(recipe.effort, positive=recipe.positive_scales),
                 grid=recipe.grid,
                 mix=plan.grids,
             ),

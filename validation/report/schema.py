@@ -180,7 +180,7 @@ class RuntimeCheck(_Section):
         subject: the folder's label.
         layout: how its weights are laid out.
         runtime: the runtime's name.
-        outcome: `loads`, `slower`, `refuses` or `silently wrong`: the worst that was found.
+        outcome: `loads`, `slower`, `wrong with an option`, `refuses` or `silently wrong`: the worst that was found.
         findings: how many there are for this runtime.
         first: the first of those, in a sentence; None where nothing was found.
     """
@@ -188,7 +188,7 @@ class RuntimeCheck(_Section):
     subject: str
     layout: str
     runtime: str
-    outcome: Literal["loads", "slower", "refuses", "silently wrong"]
+    outcome: Literal["loads", "slower", "wrong with an option", "refuses", "silently wrong"]
     findings: int
     first: str | None = None
 

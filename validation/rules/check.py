@@ -83,6 +83,7 @@ RULES: tuple[Rule, ...] = (
     _rule("group-size-in-width", quantized.whole_shards, _VLLM),
     _rule("marlin-shapes", quantized.marlin, _VLLM),
     _rule("symmetric", quantized.symmetric, _ALL),
+    _rule("negative-scales", quantized.negative_scales, "vLLM's issue 48905 (read)"),
     _rule("desc-act", quantized.activation_order, _VLLM),
     _rule("mixed-bits-by-layer", quantized.mixed_by_layer, _ALL),
     _rule("mixed-bits-in-layer", quantized.mixed_in_layer, _ALL),

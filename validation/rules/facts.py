@@ -89,6 +89,7 @@ class Facts:
         quantize_config: quantize_config.json; None where it is not there.
         graph: of an ONNX model.
         form: how weights are quantized or stored that no layout here is for, in words.
+        signed: scales have either sign.
         prefix: what is to be said of tensors whose names have another prefix than the family's.
         tensor_parallel, expert_parallel: over how many devices it is to be spread.
     """
@@ -107,6 +108,7 @@ class Facts:
     graph: Graph | None = None
     form: str | None = None
     prefix: str | None = None
+    signed: bool = False
     tensor_parallel: int = 1
     expert_parallel: int = 1
 
@@ -206,9 +208,17 @@ def read_facts(folder: Path, *, tensor_parallel: int = 1, expert_parallel: int =
         stored=stored,
         index=index,
         quantize_config=read_json(file) if file.is_file() else None,
+        signed=_signed(folder),
         tensor_parallel=tensor_parallel,
         expert_parallel=expert_parallel,
     )
+
+
+def _signed(folder: Path) -> bool:
+    """Whether moepress.json says that scales have either sign; what other tools write is not known without weights."""
+    note = read_json(folder / "moepress.json") if (folder / "moepress.json").is_file() else {}
+    solver = note.get("solver")
+    return isinstance(solver, dict) and solver.get("signed") is True and bool(solver.get("scale_search"))
 
 
 def planned_facts(plan: Plan, config: Mapping[str, Any], kind: Kind) -> Facts:

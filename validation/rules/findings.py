@@ -25,6 +25,7 @@ class Effect(StrEnum):
     REFUSES = "refuses"
     WRONG = "silently wrong"
     SLOWER = "slower"
+    OPTION = "wrong with an option"
 
 
 Happens = Mapping[Runtime, tuple[Effect, str]]
@@ -47,7 +48,7 @@ class Finding:
     Attributes:
         rule: the rule's name.
         runtime: where it shows.
-        effect: refuses, silently wrong or slower.
+        effect: refuses, silently wrong, slower, or wrong where an option of the runtime is given.
         what: what is there.
         happens: what the runtime does.
         mend: what to do.
@@ -64,8 +65,8 @@ class Finding:
 
     @property
     def fails(self) -> bool:
-        """Whether the folder cannot be used there: only speed is no failure."""
-        return self.effect is not Effect.SLOWER
+        """Whether the folder cannot be used there: speed is no failure, nor what an option of the runtime asks for."""
+        return self.effect in (Effect.REFUSES, Effect.WRONG)
 
 
 def first(names: list[str], most: int = 3) -> str:

@@ -6,7 +6,7 @@ from moepress.validation.rules.check import Checked
 from moepress.validation.rules.findings import Effect, Finding
 
 LOADS = "loads"
-_WORST = (Effect.REFUSES, Effect.WRONG, Effect.SLOWER)
+_WORST = (Effect.REFUSES, Effect.WRONG, Effect.SLOWER, Effect.OPTION)
 """What refuses can not be wrong any more."""
 
 

@@ -55,6 +55,17 @@ def layout(facts: Facts) -> Iterator[Problem]:
         )
 
 
+def negative_scales(facts: Facts) -> Iterator[Problem]:
+    """Scales of either sign: vLLM's kernels with activations of 8 bits take them for positive."""
+    if facts.signed and facts.kind in (Kind.COMPRESSED, Kind.GPTQ):
+        happens = "with VLLM_MARLIN_INPUT_DTYPE=int8 computes something else, without an error (its issue 48905)"
+        yield Problem(
+            what="about half of the scales are negative",
+            happens={Runtime.VLLM: (Effect.OPTION, happens)},
+            mend="leave that variable unset, which is its default, or quantize with --positive-scales",
+        )
+
+
 def mlx(facts: Facts) -> Iterator[Problem]:
     """mlx-lm reads the folder: its own layout, plain weights, and of DeepSeek-V3 codes of 4 bits."""
     if facts.kind in (Kind.PLAIN, Kind.MLX):

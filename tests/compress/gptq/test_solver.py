@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moepress.compress.gptq import native
-from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest, search_scales
+from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest, search_scales, search_scales_on
 from moepress.compress.gptq.levels import Grid
 from moepress.compress.gptq.options import PLAIN, SolverOptions
 from moepress.compress.gptq.solver import Solved, solve
@@ -107,7 +107,7 @@ def nearest_loss(
 def assert_valid(solved: Solved, scheme: Scheme, scale_dtype: torch.dtype) -> None:
     assert solved.codes.dtype == torch.int8
     assert scheme.code_min <= solved.codes.min() <= solved.codes.max() <= scheme.code_max
-    assert bool((solved.scales > 0).all())
+    assert bool((solved.scales != 0).all())
     assert torch.equal(solved.scales.to(scale_dtype).float(), solved.scales)
     assert bool(solved.loss.isfinite().all())
 
@@ -236,12 +236,26 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_says_so() -> None:
     untouched = solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16)
     hessian_EII[1] = 0
     solved = solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16)
-    scales_EOG = search_scales(weight_EOI, torch.ones(3, 48), SCHEME, scale_dtype=torch.bfloat16)
+    either = Grid.of(SCHEME, either_sign=True)
+    group = SCHEME.columns_per_group(48)
+    scales_EOG = search_scales_on(weight_EOI, torch.ones(3, 48), either, group, torch.bfloat16)
     assert torch.equal(solved.scales[1], scales_EOG[1])
     assert torch.equal(solved.codes[1], round_to_nearest(weight_EOI, scales_EOG, SCHEME)[1])
     assert solved.rounded.tolist() == [False, True, False]
     assert solved.damping.tolist() == [0.03, 0.0, 0.03]
     assert torch.equal(solved.codes[[0, 2]], untouched.codes[[0, 2]])
+
+
+def test_scales_have_either_sign_unless_one_is_asked_for() -> None:
+    weight_EOI, hessian_EII = problem(14, rows=64)
+    either = solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16)
+    plain = solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16, options=SolverOptions(signed=False))
+    assert 0.3 < float((either.scales < 0).double().mean()) < 0.7
+    assert bool((plain.scales > 0).all())
+    assert bool((either.loss < plain.loss).all())
+    turned = weight_EOI.abs() * torch.tensor([1.0, -1.0]).repeat(24)  # half of each group reaches further down
+    absmax = solve(turned, hessian_EII, SCHEME, scale_dtype=torch.bfloat16, options=SolverOptions(scale_search=False))
+    assert bool((absmax.scales > 0).all())
 
 
 def test_fewer_tokens_than_columns_work() -> None:
@@ -320,7 +334,7 @@ def test_scales_of_either_sign_and_a_minimum_lose_less_than_symmetric_codes() ->
     weight_EOI, hessian_EII = problem(21, rows=64)
     plain, either = (
         float(solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16, grid=grid).loss.sum())
-        for grid in (None, GRIDS["either sign"])
+        for grid in (Grid.of(SCHEME), GRIDS["either sign"])
     )
     shifted = weight_EOI + 0.1  # what symmetric codes serve badly
     without, above = (
