@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq_config
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.scheme import Scheme
 
 QUANTIZED = re.compile(r"\.(self_attn\.(q|k|v|o|q_a|q_b)_proj|kv_a_proj_with_mqa|mlp\..*(gate|up|down)_proj)\.weight$")
@@ -51,9 +51,14 @@ def family_config(family: str) -> PreTrainedConfig:
 
 
 def round_to_grid(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Nearest codes with absmax scales that bfloat16, and so every layout, holds exactly."""
+    """Nearest codes with scales that bfloat16, and so every layout, holds exactly.
+
+    A group's largest magnitude falls on the least code, which has no counterpart: half of the scales are negative.
+    """
     groups_OGC = weight_OI.float().unflatten(-1, (scheme.groups(weight_OI.shape[1]), -1))
-    scales_OG = (groups_OGC.abs().amax(-1).clamp_min(1e-3) / scheme.code_max).bfloat16().float()
+    largest_OG = groups_OGC.gather(-1, groups_OGC.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    size_OG = largest_OG.abs().clamp_min(1e-3)
+    scales_OG = (torch.where(largest_OG < 0, -size_OG, size_OG) / scheme.code_min).bfloat16().float()
     codes_OGC = (groups_OGC / scales_OG[..., None]).round().clamp(scheme.code_min, scheme.code_max)
     return codes_OGC.flatten(1).to(torch.int8), scales_OG
 
@@ -77,10 +82,10 @@ def save_folder(folder: Path, tensors: dict[str, Tensor], config: dict, quantiza
 def write_layouts(root: Path, scheme: Scheme, dtype: torch.dtype) -> None:
     """Turn original/ into the three other folders."""
     config = json.loads((root / "original/config.json").read_text())
-    plain, compressed, gptq, kept = {}, {}, {}, []
+    plain, compressed, packed, kept = {}, {}, {}, []
     for name, weight in load_file(root / "original/model.safetensors").items():
         if not QUANTIZED.search(name):
-            for tensors in (plain, compressed, gptq):
+            for tensors in (plain, compressed, packed):
                 tensors[name] = weight
             if weight.ndim == 2:
                 kept.append(name.removesuffix(".weight"))
@@ -89,13 +94,13 @@ def write_layouts(root: Path, scheme: Scheme, dtype: torch.dtype) -> None:
         codes, scales = round_to_grid(weight, scheme)
         plain[name] = dequantize(codes, scales, dtype)
         compressed |= compressed_tensors.layer_tensors(module, codes, scales, scheme, dtype)
-        gptq |= gptq.layer_tensors(module, codes, scales, scheme)
+        packed |= gptq.layer_tensors(module, codes, scales, scheme)
     save_folder(root / "dequantized", plain, config, None)
     save_folder(
         root / "compressed-tensors", compressed, config, compressed_tensors_config.quantization_config(scheme, kept)
     )
     gptq_json = gptq_config.quantize_config(scheme, [gptq_config.module_pattern(name) for name in kept])
-    save_folder(root / "gptq", gptq, config, gptq_json)
+    save_folder(root / "gptq", packed, config, gptq_json)
     (root / "gptq/quantize_config.json").write_text(json.dumps(gptq_json, indent=2) + "\n")
 
 
