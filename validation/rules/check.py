@@ -25,6 +25,10 @@ _ALL = "vLLM 0.33, SGLang 0.5.23, llama.cpp (read), transformers 5.23 (tried)"
 _STATED = "bug reports (sglang 7593, 23841) and how such loaders work; not run here"
 _REGISTRIES = "vLLM's and SGLang's registries (read); llama.cpp by what its users report"
 _HEADS = "vLLM's loaders (read), transformers 5.23 (tried); the others by how they work"
+_SIGNS = (
+    "vLLM's issue 48905 (read); AutoGPTQ 0.7.1, GPTQModel 7.7, transformers 5.23, ONNX Runtime 1.32, llama.cpp b11549 and "
+    "mlx-lm read such scales (tried)"
+)
 _ORT, _ORT_CUDA = "ONNX Runtime 1.31 and 1.32 on the CPU (tried)", "ONNX Runtime's documents of July 2026 for CUDA"
 
 MADE_FOR: Mapping[Kind, tuple[Runtime, ...]] = {
@@ -83,7 +87,7 @@ RULES: tuple[Rule, ...] = (
     _rule("group-size-in-width", quantized.whole_shards, _VLLM),
     _rule("marlin-shapes", quantized.marlin, _VLLM),
     _rule("symmetric", quantized.symmetric, _ALL),
-    _rule("negative-scales", quantized.negative_scales, "vLLM's issue 48905 (read)"),
+    _rule("negative-scales", quantized.negative_scales, _SIGNS),
     _rule("desc-act", quantized.activation_order, _VLLM),
     _rule("mixed-bits-by-layer", quantized.mixed_by_layer, _ALL),
     _rule("mixed-bits-in-layer", quantized.mixed_in_layer, _ALL),
