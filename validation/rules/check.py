@@ -26,8 +26,8 @@ _STATED = "bug reports (sglang 7593, 23841) and how such loaders work; not run h
 _REGISTRIES = "vLLM's and SGLang's registries (read); llama.cpp by what its users report"
 _HEADS = "vLLM's loaders (read), transformers 5.23 (tried); the others by how they work"
 _SIGNS = (
-    "vLLM's issue 48905 (read); AutoGPTQ 0.7.1, GPTQModel 7.7, transformers 5.23, ONNX Runtime 1.32, llama.cpp b11549 and "
-    "mlx-lm read such scales (tried)"
+    "vLLM's issue 48905 (read); AutoGPTQ 0.7.1, GPTQModel 7.7, transformers 5.23, ONNX Runtime 1.32, llama.cpp b11549 "
+    "and mlx-lm read such scales (tried)"
 )
 _ORT, _ORT_CUDA = "ONNX Runtime 1.31 and 1.32 on the CPU (tried)", "ONNX Runtime's documents of July 2026 for CUDA"
 
