@@ -82,13 +82,15 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
     """The whole job: profile, plan, quantize, export, validate, report. `run demo` shows it on the embedded model.
 
     Without --keep and --experts, three quarters of the experts stay; with --budget or --target experts and bits are
-    chosen so that the result fits at the least estimated loss. OUT/recipe.yaml holds all that was used.
+    chosen so that the result fits at the least estimated loss. With --to gguf alone, and no --bits or --include, that
+    is a mix of GGUF's types by measured damage. OUT/recipe.yaml holds all that was used.
 
     \b
     Example:  moepress run demo -o out --keep 0.75 --bits 4
               moepress run MODEL -o out --calibration my-text/ --keep 0.5 --to gptq,onnx --max-ppl-increase 5%
               moepress run MODEL -o out --calibration my-text/ --target rtx-4060-ti-16gb --context 8192
               moepress run MODEL -o out --calibration my-text/ --grid Q4_K_M --to gguf
+              moepress run MODEL -o out --calibration my-text/ --budget 12GiB --to gguf
               moepress run --recipe out/recipe.yaml -o again
     """
     from moepress.commands.timings import check_timings, timed

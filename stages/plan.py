@@ -10,7 +10,7 @@ from typing import Any
 from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
 from moepress.compress.budget.gguf_sizes import FileWeights
-from moepress.compress.budget.mixes import best_mix, curve, mix_space, smallest_mix
+from moepress.compress.budget.mixes import best_mix, curve, fallen_back, mix_space, smallest_mix
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, too_small, verdict
 from moepress.compress.budget.sizes import (
     Linear,
@@ -200,7 +200,7 @@ def mix_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
         least = smallest_mix(space)
         raise UsageError(too_small(budget, f"{least.count} experts in types of GGUF", least.size))
     plan = make_plan(profile, count=chosen.count, criterion=criterion, weights=wish.weights, groups=wish.groups)
-    notes = [*plan.notes, MIX_NOTE, *context_notes(budget.context, shape.context)]
+    notes = [*plan.notes, MIX_NOTE, *fallen_back(profile, chosen), *context_notes(budget.context, shape.context)]
     return plan.model_copy(
         update={
             "budget": budget,

@@ -248,7 +248,7 @@ def validate_stage(
         InvalidInputError: the subjects have different vocabularies, or the text is too short.
         MoepressError: an ONNX folder does not fit into memory.
     """
-    provider, targets = onnx_device or machine.device, all_targets(evaluation.targets_file)
+    provider, targets = onnx_device or machine.device, _targets(evaluation)
     streamed = [s.source for s in subjects if not isinstance(s.source, Elsewhere)]
     others = [s.source for s in subjects if isinstance(s.source, Elsewhere)]
     device = choose_device(machine.device if streamed else "cpu")
@@ -283,7 +283,11 @@ def validate_stage(
             subjects, corpus, load_tokenizer(tokenizer), device=device, dtype=dtype, onnx_device=provider
         )
         notes += lack
-    made = [(s.label, s.folder) for s in subjects[1:] if s.folder is not None]
+    made = [
+        (s.label, s.source.file if isinstance(s.source, GgufModel) else s.folder)  # others may lie beside a file
+        for s in subjects[1:]
+        if s.folder is not None
+    ]
     checks, unchecked = checks_section([*made, *also_checked])
     report = Report(
         tool_version=__version__,
@@ -324,6 +328,15 @@ def _gpus(
         throughput=timed,
         chosen=target_of(evaluation.target, evaluation.targets_file).id if evaluation.target else None,
     )
+
+
+def _targets(evaluation: Evaluation) -> tuple[Target, ...]:
+    """Those of the table, and the one that the user aims at, where it is made of several of them."""
+    every = all_targets(evaluation.targets_file)
+    if evaluation.target is None:
+        return every
+    chosen = target_of(evaluation.target, evaluation.targets_file)
+    return every if chosen.id in {target.id for target in every} else (*every, chosen)
 
 
 def _gpu_here(device: torch.device, targets: Sequence[Target]) -> Target | None:

@@ -10,7 +10,7 @@ of `ROUNDING`. D_n, divergence per share of a layer's squared output, is what ro
 that this made; pruning counts twice, as in `damage`. t is what all at once cost over the sum of all alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -274,6 +274,18 @@ def _slope(
     error = sum(solved[n][ROUNDED] for n in within) / len(within) * contribution[layer]
     layers = sum(own[0] <= n <= own[1] for n in profile.layers)
     return sum(measured[kind, own].kl for kind in _ROUTED) / layers / max(error, 1e-300)
+
+
+def fallen_back(profile: Profile, mix: Mix) -> Iterator[str]:
+    """What is to be said of rows that no block of the types fills."""
+    found = dict[str, str]()
+    for matrix in _file_of(profile).matrices:
+        for (kind, layers), name in mix.types.items():
+            if _lies_in(matrix, kind, layers) and matrix.type(name) != name:
+                found[name] = matrix.type(name)
+    if found:
+        instead = ", ".join(f"{name} is {other}" for name, other in sorted(found.items()))
+        yield f"Rows that are no multiple of 256 columns take what llama.cpp falls back to: there {instead}."
 
 
 def best_mix(space: MixSpace, limit: int) -> Mix | None:

@@ -183,7 +183,8 @@ class BlockChoice:
         for row in self.rows:
             if row.kind is kind and (row.layers is None or (at is not None and row.layers[0] <= at <= row.layers[1])):
                 return row.type
-        raise UsageError(f"The plan gives {name} no type; plan again for this model.")
+        where = "" if at is None else f" in layer {at}"
+        raise UsageError(f"The plan's grids give {kind or 'this kind of matrix'}{where} no type ({name}); add a row.")
 
 
 def main_type(rows: "tuple[GridRow, ...]") -> str:

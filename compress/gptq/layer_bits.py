@@ -41,7 +41,7 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include], blo
     for name, count in columns.items():
         try:
             if blocks is not None:
-                fitting("Q4_K", count)
+                blocks.of(name, source.family.layer_of(name), count)
                 continue
             scheme.groups(count)
         except UsageError as error:

@@ -273,6 +273,8 @@ def load_plan(file: Path) -> Plan:
 
 def _check_grids(file: Path, plan: Plan) -> None:
     """Refuse types that are none, and rows that would not be seen: ranges of one kind do not meet."""
+    if plan.curve and not plan.grids:
+        raise InvalidInputError(f"{file} has a curve and no grids, of which its budget is made; plan again.")
     if plan.grids and plan.quantization is not None:
         raise InvalidInputError(f"{file} has a quantization and grids both; take one of them away.")
     seen: dict[str, int] = {}

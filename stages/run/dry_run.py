@@ -16,7 +16,7 @@ from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.estimates.repair import estimate_repair
-from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
+from moepress.compress.gptq.block_choice import MIX_TYPES, PLANNED, nearest_scheme
 from moepress.compress.gptq.options import solver_of
 from moepress.compress.pruning.plan import estimate_sizes, load_plan
 from moepress.models.forward.inventory import inventory
@@ -25,8 +25,9 @@ from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.rows import first_settings
-from moepress.stages.groundwork import workload
+from moepress.stages.groundwork import gguf_weights, workload
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, Machine
+from moepress.stages.plan import budget_of
 from moepress.stages.quantize import on_grid
 from moepress.stages.run.recipe import Recipe, Settled, as_before, budget_request, check_recipe, mixes, resolve, settled
 from moepress.stages.run.run import no_room
@@ -92,6 +93,8 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     sizes = estimate_sizes(
         inventory(checkpoint), checkpoint.shape, known.count, known.scheme, known.layer_bits, linears=linears
     )
+    if mixes(full):
+        sizes = sizes.model_copy(update={"after_bytes": _mix_bytes(full, checkpoint, known.count)})
     notes: list[str] = []
     if known.scheme is None:
         stages["prune"] = estimate_prune(sizes.after_bytes, rates)
@@ -125,6 +128,14 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
         sizes=sizes.model_dump(),
         stages={name: asdict(row) for name, row in {**stages, ALL: together(stages, notes)}.items()},
     )
+
+
+def _mix_bytes(recipe: Recipe, checkpoint: Checkpoint, count: int) -> int:
+    """What a mix takes at most: its budget, or a file with every matrix in the largest type."""
+    request = budget_request(recipe)
+    assert request is not None
+    most = gguf_weights(checkpoint).bytes(count, MIX_TYPES[-1])
+    return min(most, budget_of(request, checkpoint.config, checkpoint.shape).weight_bytes)
 
 
 def _profile_estimate(recipe: Recipe, figures: Figures, work: Workload, rates: Rates) -> Estimate:

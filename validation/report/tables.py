@@ -244,7 +244,8 @@ def _targets(report: Report) -> tuple[Table, ...]:
     for target in sorted(found.table, key=lambda target: target.id != found.chosen):
         fits = [next(r for r in found.rows if (r.subject, r.target) == (label, target.id)) for label in labels]
         name = f"{target.name} (your target)" if target.id == found.chosen else target.name
-        rows.append((name, f"{target.memory_gib:g} GiB", *map(_fit_text, fits)))
+        memory = f"{target.memory_gib:g} GiB" + (f" + {target.ram.memory_gib:g} GiB" if target.ram else "")
+        rows.append((name, memory, *map(_fit_text, fits)))
     note = (
         f"Alone on the card, with a KV cache of {found.context:,} tokens: fits leaves "
         f"{share_text(found.reserve, digits=0)} of the memory free, tight {share_text(found.tight_reserve, digits=0)}. "

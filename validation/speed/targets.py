@@ -159,6 +159,8 @@ def target_of(name: str, own: Path | None = None) -> Target:
     card, plus, behind = name.partition("+")
     if plus:
         memory, _, disk = behind.partition("+")
+        if memory.strip() in all_disks(own):
+            raise UsageError(f"--target {name}: a disk lies behind a machine's memory, as in rtx-4090+ddr5-128+nvme-4.")
         machine = _with_ram(target_of(card.strip(), own), memory.strip(), own)
         return _with_disk(machine, disk.strip(), own) if disk else machine
     several = re.fullmatch(r"(\d{1,2})\s*x\s*(.+)", name)
@@ -204,6 +206,10 @@ def _with_ram(target: Target, name: str, own: Path | None) -> Target:
     if name not in rows:
         raise UsageError(f"--target ...+{name} is not in the table{suggestion(name, rows)}; it has {', '.join(rows)}.")
     ram = rows[name]
+    if target.kind == "unified":
+        raise UsageError(
+            f"--target {target.id}+{ram.id}: {target.name} shares its memory with the CPU; leave +{ram.id} out."
+        )
     return target.model_copy(
         update={"id": f"{target.id}+{ram.id}", "name": f"{target.name} with {ram.name}", "ram": ram}
     )

@@ -268,6 +268,20 @@ def test_a_plan_that_was_edited_wrongly_is_refused(
     assert says in said
 
 
+def test_a_plan_that_lost_its_types_is_refused_before_any_work(profile: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    plan = planned(profile, file, "--budget", "3MiB")
+    assert any("there Q" in note or "there IQ" in note for note in plan["notes"])  # the demo's rows are narrow
+    file.write_text(json.dumps(plan | {"grids": []}))
+    code, _, said = command("quantize", "demo", "--plan", file, "-o", tmp_path / "q", "--dry-run")
+    assert code == 4
+    assert "has a curve and no grids" in said
+    file.write_text(json.dumps(plan | {"grids": [row for row in plan["grids"] if row["kind"] != "attention"]}))
+    code, _, said = command("quantize", "demo", "--plan", file, "-o", tmp_path / "q", "--dry-run")
+    assert code == 2
+    assert "grids give attention in layer 0 no type" in said
+
+
 def test_a_planned_mix_goes_with_no_other_bits(profile: Path, tmp_path: Path) -> None:
     planned(profile, tmp_path / "plan.json", "--budget", "3MiB")
     for options, says in (

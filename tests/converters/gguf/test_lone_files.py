@@ -49,6 +49,14 @@ def test_a_name_in_capitals_is_a_file_too(lone: Path, tmp_path: Path) -> None:
 def test_a_report_on_a_file_says_which_file_it_was(lone: Path, tmp_path: Path) -> None:
     code, _, said = command("validate", "demo", lone, "-o", tmp_path / "v", "--max-windows", "1", "--no-throughput")
     assert code == 0, said
+    (lone.parent / "other.gguf").write_bytes(b"GGUF")  # one more model in the folder
+    try:
+        code, _, said = command("validate", "demo", lone, "-o", tmp_path / "w", "--max-windows", "1", "--no-throughput")
+    finally:
+        (lone.parent / "other.gguf").unlink()
+    assert code == 0, said
+    checks = json.loads((tmp_path / "w" / "report.json").read_text())["checks"]
+    assert [row["runtime"] for row in checks] == ["llama.cpp"]
     inputs = json.loads((tmp_path / "v" / "provenance.json").read_text())["inputs"]
     assert [file["path"] for file in inputs[1]["files"]] == ["demo.gguf"]
     (tmp_path / "f").mkdir()

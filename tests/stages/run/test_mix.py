@@ -76,6 +76,25 @@ def test_its_own_recipe_gives_the_same_plan(finished: Path, tmp_path: Path) -> N
     assert (tmp_path / "again" / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
 
 
+def test_the_report_has_a_row_for_the_machine_that_was_aimed_at(tmp_path: Path) -> None:
+    table = tmp_path / "mine.toml"
+    table.write_text(
+        '[[target]]\nid = "tiny"\nname = "Tiny"\nkind = "gaming"\nmemory_gib = 0.0042\nbandwidth_gb_per_second = 100\n'
+        'fp16_tflops = 10\n[[ram]]\nid = "small"\nname = "little memory"\nmemory_gib = 0.004\n'
+        "bandwidth_gb_per_second = 50\n"
+    )
+    values = {key: value for key, value in SMALL.items() if key != "budget"}
+    aimed = {"target": "tiny+small", "targets_file": str(table), "context": 64}
+    run_recipe(make_recipe(values | aimed), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["targets"]
+    assert found["chosen"] == "tiny+small"
+    row = next(row for row in found["rows"] if row["target"] == "tiny+small" and row["subject"].startswith("mix"))
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Tiny with little memory (your target)" in page
+    card = (tmp_path / "out" / "exports" / "gguf" / "README.md").read_text()
+    assert ("--n-cpu-moe" in card) == bool(row["cpu_moe"])
+
+
 def test_bits_and_other_exports_mean_codes_of_integers() -> None:
     for change in ({"bits": 4}, {"to": ["gguf", "gptq"]}, {"include": ["attention"]}, {"mixed_bits": True}, {"to": []}):
         assert not mixes(make_recipe(SMALL | change)), change
@@ -114,5 +133,8 @@ def test_a_dry_run_tells_of_the_second_walk(finished: Path, tmp_path: Path) -> N
     found = estimate_recipe(make_recipe(SMALL), tmp_path / "out")
     assert found.stages["profile"]["time"]["losses by kind"] > 0
     assert found.settled.scheme is not None
+    assert found.sizes["after_bytes"] == int(2.4 * 2**20)
+    large = estimate_recipe(make_recipe(SMALL | {"budget": "1GiB"}), tmp_path / "out")
+    assert 4 << 20 < large.sizes["after_bytes"] < 8 << 20
     again = estimate_recipe(make_recipe(SMALL), finished, resume=True)
     assert again.settled.count == load_plan(finished / "plan.json").experts

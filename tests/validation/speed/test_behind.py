@@ -85,6 +85,11 @@ def test_several_of_a_card_have_their_memory_together_and_the_speed_of_one() -> 
 def test_unknown_memory_names_what_there_is() -> None:
     with pytest.raises(UsageError, match="ddr5-128"):
         target_of("rtx-4090+ddr6-128")
+    for strange in ("rtx-4090+nvme-4", "rtx-4090+nvme-4+ddr5-64"):
+        with pytest.raises(UsageError, match="a disk lies behind a machine's memory"):
+            target_of(strange)
+    with pytest.raises(UsageError, match="shares its memory with the CPU"):
+        target_of("m4-max-128gb+ddr5-64")
     with pytest.raises(UsageError, match="nvme-4"):
         target_of("rtx-4090+ddr5-128+floppy")
     with pytest.raises(UsageError, match="nvme-4"):
