@@ -246,8 +246,8 @@ class _Description(BaseModel):
     model_name: str
     config: dict[str, Any]
     domains: tuple[str, ...] = Field(min_length=1)
-    layers: tuple[Annotated[int, Field(ge=0, lt=1 << 31, strict=True)], ...] = Field(min_length=1)
-    mtp_layers: tuple[Annotated[int, Field(ge=0, lt=1 << 31, strict=True)], ...] = ()
+    layers: tuple[_Layer, ...] = Field(min_length=1)
+    mtp_layers: tuple[_Layer, ...] = ()
     calibration: dict[str, Any]
     inventory: dict[Part, _Weight]
     grids: tuple[str, ...] = ()

@@ -122,10 +122,7 @@ def _export_gguf(artifact: str, place: Output, push: Push | None, options: Mappi
         for name, size in result.files.items():
             file = place.folder if names_gguf(place.folder) else place.folder / name
             say(f"{file}: {human_bytes(size)}")
-        console, table = plain_console(), plain_table("type", "size")
-        for kind, size in result.types.items():
-            table.add_row(kind, human_bytes(size))
-        console.print(table)
+        _print_types(result.types)
     upload(push, place.folder, artifact, as_json=as_json)
 
 
@@ -133,11 +130,16 @@ def _print_sizes(found: Mapping[str, Any]) -> None:
     """What a GGUF export would write, to the byte."""
     for name, size in found["files"].items():
         say(f"{name}: {human_bytes(size)} ({size:,} bytes)")
-    console, table = plain_console(), plain_table("type", "size")
-    for kind, size in found["types"].items():
-        table.add_row(kind, human_bytes(size))
-    console.print(table)
+    _print_types(found["types"])
     note(*found["notes"])
+
+
+def _print_types(types: Mapping[str, int]) -> None:
+    """Bytes by type of tensor."""
+    table = plain_table("type", "size")
+    for kind, size in types.items():
+        table.add_row(kind, human_bytes(size))
+    plain_console().print(table)
 
 
 def _export_onnx(artifact: str, place: Output, push: Push | None, options: Mapping[str, Any], *, as_json: bool) -> None:

@@ -162,7 +162,7 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
     if mix and options["include"]:
         raise UsageError("--include does not go with this plan, which has chosen a type of GGUF for every matrix.")
     scheme = nearest_scheme(options["grid"] or PLANNED, mix)
-    include, notes = (includes_of(options), list[str]()) if mix else _includes_for(plan, options)
+    include, notes = _includes_for(plan, options)
     note(*notes)
     return QuantizeRequest(
         scheme=scheme,

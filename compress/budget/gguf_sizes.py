@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moepress.compress.gptq.block_choice import fitting
 from moepress.compress.gptq.grid_rows import Layer
-from moepress.compress.gptq.include import Include, quantized_linears
+from moepress.compress.gptq.include import IN_LAYERS, quantized_linears
 from moepress.compress.gptq.kinds import Kind, kind_of
 from moepress.models.families.family import Part
 from moepress.models.storage.experts import router_disk_names
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _SLACK_BYTES = 4096
 """Of the head, for names and numbers that are not those of the original; and for each tensor the gap behind it."""
 _GAP_BYTES = 32
-_LINEARS = frozenset({Include.ATTENTION, Include.SHARED, Include.DENSE})
 
 
 class Matrix(BaseModel):
@@ -95,7 +94,7 @@ class FileWeights(BaseModel):
 def file_weights(source: "Checkpoint", plan: "GgufPlan") -> FileWeights:
     """Of a model, by the plan of its export as it is."""
     layers, experts = source.outline.shape.layers, source.shape.experts
-    linears = quantized_linears(source, layers, _LINEARS) | {source.family.embeddings, source.family.head}
+    linears = quantized_linears(source, layers, IN_LAYERS) | {source.family.embeddings, source.family.head}
     routers = {name for layer in source.outline.moe_layers for name in router_disk_names(source, layer)}
     matrices: list[Matrix] = []
     rest: list[GgufTensor] = []

@@ -22,7 +22,7 @@ from torch import Tensor
 from moepress.calibration.corpus import Corpus
 from moepress.compress.budget.rounding import rounded, rounded_expert
 from moepress.compress.budget.sensitivities import TOKENS, KindLoss, ranges_of
-from moepress.compress.gptq.include import Include, linear_groups
+from moepress.compress.gptq.include import IN_LAYERS, linear_groups
 from moepress.compress.gptq.kinds import OUTSIDE, Kind, kind_of
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
 from moepress.models.forward.walk import (
@@ -45,7 +45,6 @@ from moepress.runs.phases import in_layer, phase
 from moepress.runs.progress import track
 
 _ROWS = 128  # of logits at a time
-_LINEARS = {Kind.ATTENTION: Include.ATTENTION, Kind.SHARED: Include.SHARED, Kind.DENSE: Include.DENSE}
 _PIECE, _RESULT = "kind-hidden-", "kind-losses"
 
 
@@ -193,7 +192,7 @@ class _Walk:
 
     def _linears(self, layer: int) -> dict[Kind, list[str]]:
         source, found = self.model.source, dict[Kind, list[str]]()
-        for group in linear_groups(source, layer, self.model.shape.layers, _LINEARS.values()):
+        for group in linear_groups(source, layer, self.model.shape.layers, IN_LAYERS):
             kind = kind_of(source.family, group.names[0])
             if kind is not None:
                 found.setdefault(kind, []).extend(group.names)

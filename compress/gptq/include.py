@@ -21,6 +21,8 @@ class Include(StrEnum):
 
 
 _PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}
+IN_LAYERS = frozenset(_PARTS.values())
+"""What `--include` may add of the layers."""
 
 
 def included_as(part: Part) -> Include | None:

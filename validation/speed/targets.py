@@ -3,11 +3,11 @@
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,6 +23,7 @@ TIGHT_RESERVE = 0.05
 DEFAULT_CONTEXT = 8192
 """Tokens in the KV cache where none are named; fewer where the model's context is shorter."""
 GIB = 1 << 30
+Row = TypeVar("Row")
 
 
 class Ram(BaseModel):
@@ -202,10 +203,7 @@ def all_ram(own: Path | None = None) -> dict[str, Ram]:
 
 
 def _with_ram(target: Target, name: str, own: Path | None) -> Target:
-    rows = all_ram(own)
-    if name not in rows:
-        raise UsageError(f"--target ...+{name} is not in the table{suggestion(name, rows)}; it has {', '.join(rows)}.")
-    ram = rows[name]
+    ram = _row_of(name, all_ram(own))
     if target.kind == "unified":
         raise UsageError(
             f"--target {target.id}+{ram.id}: {target.name} shares its memory with the CPU; leave +{ram.id} out."
@@ -220,11 +218,15 @@ def all_disks(own: Path | None = None) -> dict[str, Disk]:
     return {disk.id: disk for file in (TABLE, own) if file is not None for disk in _read_table(file).disk}
 
 
-def _with_disk(target: Target, name: str, own: Path | None) -> Target:
-    rows = all_disks(own)
+def _row_of(name: str, rows: Mapping[str, Row]) -> Row:
+    """What a target names behind a `+`."""
     if name not in rows:
         raise UsageError(f"--target ...+{name} is not in the table{suggestion(name, rows)}; it has {', '.join(rows)}.")
-    disk = rows[name]
+    return rows[name]
+
+
+def _with_disk(target: Target, name: str, own: Path | None) -> Target:
+    disk = _row_of(name, all_disks(own))
     return target.model_copy(
         update={"id": f"{target.id}+{disk.id}", "name": f"{target.name} and {disk.name}", "disk": disk}
     )

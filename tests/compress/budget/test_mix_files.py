@@ -9,6 +9,7 @@ import every_family
 import pytest
 import tiny_models
 from byte_tokenizer import byte_tokenizer
+from gguf_families import DERIVED
 from stage_runs import command
 
 from moepress.converters.gguf.export import GgufRequest
@@ -17,24 +18,9 @@ from moepress.stages.places import Output
 from moepress.validation.quality.llama_cpp import open_llama
 
 SHORT = ("--tokens", "1024", "--window", "64")
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 150_000.0,
-    "factor": 4.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "original_max_position_embeddings": 64,
-}
-_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
-DERIVED: dict[str, dict[str, Any]] = {
-    "gpt_oss": {  # biases of experts
-        "sliding_window": 128,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "rope_parameters": _YARN,
-    },
+CHANGES: dict[str, dict[str, Any]] = {
+    "gpt_oss": {},  # biases of experts
     "qwen3_5_moe": {  # columns of out_proj in another order, of which 128 stay together
-        "mlp_only_layers": [],
-        "rope_parameters": _SECTIONS,
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
         "linear_num_value_heads": 4,
@@ -49,15 +35,15 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def made(key: str, folder: Path) -> Path:
-    if key in DERIVED:
-        every_family.save(every_family.build(key, **DERIVED[key]), folder)
+    if key in CHANGES:
+        every_family.save(every_family.build(key, **DERIVED[key], **CHANGES[key]), folder)
     else:
         tiny_models.make(key, folder, **ROWS[key])
     byte_tokenizer(folder, merges=True)
     return folder
 
 
-@pytest.mark.parametrize("key", [*DERIVED, *ROWS])
+@pytest.mark.parametrize("key", [*CHANGES, *ROWS])
 def test_no_file_is_larger_than_planned_and_each_runs(key: str, tmp_path: Path) -> None:
     model, plan, file = made(key, tmp_path / "model"), tmp_path / "plan.json", tmp_path / "x.gguf"
     said = command("profile", model, "-o", tmp_path / "p", "--grid-losses", *SHORT)
