@@ -14,7 +14,8 @@ from moepress.runs.byte_sizes import parse_bytes, parse_share
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
-INCLUDES = ("attention", "shared", "dense", "lm_head")
+PARTS = ("attention", "shared", "dense", "lm_head")
+INCLUDES = ("auto", "none", *PARTS)
 
 
 def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:
@@ -262,8 +263,51 @@ budget_options: Decorator = _stack(
     ),
 )
 
+
+def _take_bits(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """The experts' bits; those of other parts become `part_bits`, an option that nobody types."""
+    try:
+        bits, parts = parse_bits(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    context.params["part_bits"] = parts
+    if bits is None and parameter.name is not None:  # named were parts alone: the experts' are as open as without it
+        context.set_parameter_source(parameter.name, click.core.ParameterSource.DEFAULT)
+    return bits or 4
+
+
+def parse_bits(text: str) -> tuple[int | None, dict[str, int]]:
+    """`4`, `4,attention=8` or `attention=8`: the experts' bits, and those of other parts.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    bits, parts = None, dict[str, int]()
+    for word in text.split(","):
+        part, equals, number = word.strip().rpartition("=")
+        if (
+            not number.strip().isdecimal()
+            or (equals and part.strip() not in PARTS)
+            or (not equals and bits is not None)
+        ):
+            known = f"one of {', '.join(PARTS)}, an equals sign and its bits"
+            raise UsageError(f"{word.strip()!r} is not a number of bits, nor {known}; write for example 4,attention=8.")
+        if equals:
+            parts[part.strip()] = int(number)
+        else:
+            bits = int(number)
+    return bits, parts
+
+
 scheme_options: Decorator = _stack(
-    click.option("--bits", type=int, default=4, show_default=True, help="Bits per weight: 2, 3, 4 or 8."),
+    click.option(
+        "--bits",
+        metavar="BITS",
+        default="4",
+        show_default=True,
+        callback=_take_bits,
+        help="Bits per weight: 2, 3, 4 or 8. Parts besides the routed experts may have others: 4,attention=8,shared=4.",
+    ),
     click.option(
         "--group-size", type=int, default=128, show_default=True, help="Input columns that share a scale; -1: all."
     ),
@@ -273,7 +317,10 @@ include_option: Decorator = click.option(
     "--include",
     multiple=True,
     type=click.Choice(INCLUDES),
-    help="Quantize this part too, besides the routed experts. Repeatable.",
+    default=("auto",),
+    show_default="auto",
+    help="What is quantized besides the routed experts. auto: attention, shared experts and dense MLPs, at 8 bits; "
+    "none: nothing; a part by its name, at --bits. Repeatable.",
 )
 
 match_option: Decorator = click.option(

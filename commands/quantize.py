@@ -27,13 +27,21 @@ from moepress.commands.options import (
     talk_options,
     timings_option,
 )
-from moepress.commands.requests import all_default, calibration_of, includes_of, machine_of, mtp_of, push_of
+from moepress.commands.requests import (
+    all_default,
+    asked_of,
+    calibration_of,
+    machine_of,
+    mtp_of,
+    names_parts,
+    push_of,
+)
 from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
 from moepress.errors import UsageError
 
 if TYPE_CHECKING:
     from moepress.calibration.hessian import HessianOptions
-    from moepress.compress.gptq.include import Include
+    from moepress.compress.gptq.include import Asked
     from moepress.compress.pruning.plan import Plan
     from moepress.stages.quantize import QuantizeRequest
 
@@ -66,15 +74,16 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     """Quantize MODEL with GPTQ, pruned by a plan where one is given; the calibration text flows through the pruned,
     already quantized layers.
 
-    The routed experts are quantized, and what --include adds; router, norms, embeddings and what a runtime trips over
-    stay as they are. The result is a compressed-tensors folder that transformers and vLLM load.
+    The routed experts are quantized, attention, shared experts and dense MLPs at 8 bits unless --include says
+    otherwise; router, norms, embeddings, lm_head and what a runtime trips over stay as they are. The result is a
+    compressed-tensors folder that transformers and vLLM load.
 
     A large model may be quantized in several sittings: --max-pieces ends each after so many pieces (of about 256 MiB of
     the result), and the folder appears with the last one.
 
     \b
     Example:  moepress quantize demo --bits 4 --group-size 64 -o quantized
-              moepress quantize MODEL --plan plan.json --include attention --include shared -o pressed
+              moepress quantize MODEL --plan plan.json --bits 4,attention=8,shared=4 -o pressed
               moepress quantize MODEL --plan plan.json -o pressed --max-pieces 20 --resume
               moepress quantize MODEL --grid Q4_K_M -o blocks
     """
@@ -130,11 +139,16 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
         scheme, layer_bits = plan.quantization.scheme(), plan.layer_bits
     elif plan is not None and plan.layer_bits:
         note("--bits or --group-size was given: the plan's bits by layer are left aside.")
-    include, notes = _includes_for(plan, options)
+    asked, notes = _asked_for(plan, options)
     note(*notes)
-    hessian = _hessian_of(options, scheme.bits, layer_bits)
-    solver = solver_of(options["effort"], positive=options["positive_scales"])
-    return QuantizeRequest(scheme=scheme, layer_bits=layer_bits, include=include, hessian=hessian, solver=solver)
+    return QuantizeRequest(
+        scheme=scheme,
+        layer_bits=layer_bits,
+        include=asked.parts,
+        auto=asked.auto,
+        hessian=_hessian_of(options, scheme.bits, layer_bits),
+        solver=solver_of(options["effort"], positive=options["positive_scales"]),
+    )
 
 
 def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
@@ -159,14 +173,15 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
     if plan is not None and plan.quantization is not None:
         note("--grid was given: the plan's bits are left aside.")
     mix = () if plan is None or options["grid"] else plan.grids
-    if mix and options["include"]:
+    if mix and names_parts(options):
         raise UsageError("--include does not go with this plan, which has chosen a type of GGUF for every matrix.")
     scheme = nearest_scheme(options["grid"] or PLANNED, mix)
-    include, notes = _includes_for(plan, options)
+    asked, notes = _asked_for(plan, options)
     note(*notes)
     return QuantizeRequest(
         scheme=scheme,
-        include=include,
+        include=asked.parts,
+        auto=asked.auto and not mix,
         hessian=_hessian_of(options, scheme.bits, {}),
         solver=solver_of(options["effort"]),
         grid=options["grid"] or PLANNED,
@@ -187,19 +202,27 @@ def _show_quantized(result: Mapping[str, Any], output: Path, *, as_json: bool) -
     _print_quantized(result, output)
 
 
-def _includes_for(plan: Plan | None, options: Mapping[str, Any]) -> tuple[frozenset[Include], list[str]]:
-    """The parts that `quantize` adds: the plan's, unless --include names others; and what to say of that.
+def _asked_for(plan: Plan | None, options: Mapping[str, Any]) -> tuple[Asked, list[str]]:
+    """What `quantize` adds to the experts: the plan's parts, unless options name others; and what to say of that.
 
     Raises:
         UsageError: less is included than the plan's budget counts on.
     """
-    given = includes_of(options)
-    if plan is None or not given or given == set(plan.include) or (plan.budget is None and not plan.include):
-        return (given or frozenset(plan.include if plan is not None else ())), []
-    planned = " ".join(f"--include {part}" for part in plan.include) or "no --include"
-    if plan.budget is not None and not given >= set(plan.include):
-        raise UsageError(f"The plan fits its budget with {planned}; leave --include out here, or plan again with it.")
-    return given, [f"The plan was made for {planned}: the sizes that it states are not those of this result."]
+    from moepress.compress.gptq.include import Asked, included
+
+    if plan is None or (plan.quantization is None and not plan.grids):
+        return asked_of(options), []
+    planned = Asked(parts=included(plan.included))
+    if not names_parts(options) or asked_of(options) == planned:
+        return planned, []
+    given = asked_of(options)
+    if plan.budget is None and not plan.include:
+        return given, []
+    text = " ".join(f"--include {part}" for part in plan.include) or "--include none"
+    less = {part for part in plan.include if given.parts.get(part, 99) != plan.included[part]}
+    if plan.budget is not None and (less or given.auto):
+        raise UsageError(f"The plan fits its budget with {text}; leave --include out here, or plan again with it.")
+    return given, [f"The plan was made for {text}: the sizes that it states are not those of this result."]
 
 
 def _hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, int]) -> HessianOptions:
@@ -211,11 +234,12 @@ def _hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, 
 
 def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:
     """What `quantize` made."""
+    from moepress.compress.gptq.include import included_of
     from moepress.compress.gptq.layer_bits import bits_text
 
     console = plain_console()
     scheme = result["scheme"]
-    bits = bits_text(result.get("layer_bits", {"": scheme["bits"]}).values())
+    bits = bits_text(result.get("layer_bits", {"": scheme["bits"]}).values(), included_of(result))
     text = scheme["grid"] if "grid" in scheme else f"{bits} g{scheme['group_size']}"
     before, after = result["bytes_before"], result["bytes_after"]
     console.print(f"{folder}: {text}, {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.0%})")

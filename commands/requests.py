@@ -13,7 +13,7 @@ from moepress.runs.byte_sizes import parse_bytes
 
 if TYPE_CHECKING:
     from moepress.calibration.profile import Profile
-    from moepress.compress.gptq.include import Include
+    from moepress.compress.gptq.include import Asked
     from moepress.compress.pruning.plan import Plan
     from moepress.compress.pruning.repair import Repair
     from moepress.models.storage.mtp import Mtp
@@ -41,11 +41,16 @@ def all_default(*names: str) -> bool:
     return all(context.get_parameter_source(n) is click.core.ParameterSource.DEFAULT for n in names)
 
 
-def includes_of(options: Mapping[str, Any]) -> frozenset[Include]:
-    """The parts of --include, as a frozen set."""
-    from moepress.compress.gptq.include import Include
+def asked_of(options: Mapping[str, Any]) -> Asked:
+    """What --include and the parts of --bits ask for."""
+    from moepress.compress.gptq.include import asked_for
 
-    return frozenset(Include(name) for name in options["include"])
+    return asked_for(options["include"], options["part_bits"])
+
+
+def names_parts(options: Mapping[str, Any]) -> bool:
+    """Whether the command line says what is quantized besides the routed experts."""
+    return not all_default("include") or bool(options["part_bits"])
 
 
 def mtp_of(options: Mapping[str, Any]) -> Mtp:
@@ -115,30 +120,38 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
         raise UsageError("--context and --mixed-bits go with --budget or --target only.")
     if options.get("targets_file") is not None:
         raise UsageError("--targets-file says what --target may name; give --target too, or leave it out.")
-    from moepress.compress.budget.sizes import planned_linears
+    from moepress.compress.budget.sizes import planned_linears, settled_parts
+    from moepress.compress.gptq.include import IN_LAYERS
     from moepress.compress.pruning.plan import count_from_keep, make_plan
     from moepress.compress.pruning.scoring import Criterion, Groups
     from moepress.converters.safetensors.scheme import Scheme
 
-    groups, include = Groups(options["groups"]), _planned_includes(options, quantized=quantized)
+    groups, asked = Groups(options["groups"]), _planned_parts(options, quantized=quantized)
     keep, experts = options["keep"], options["experts"]
-    return make_plan(
+    scheme = Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None
+    include, notes = settled_parts(asked, planned_linears(profile, IN_LAYERS), scheme.group_size if scheme else 0)
+    made = make_plan(
         profile,
         count=count_from_keep(profile.shape, keep, experts, degroup=groups is Groups.DEGROUP),
         criterion=Criterion(options["criterion"]) if options["criterion"] else None,
         weights=parse_weights(options["domain_weight"]),
         groups=groups,
-        scheme=Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None,
+        scheme=scheme,
         include=include,
         linears=planned_linears(profile, include),
     )
+    return made.model_copy(update={"notes": [*made.notes, *notes]})
 
 
-def _planned_includes(options: Mapping[str, Any], *, quantized: bool) -> frozenset[Include]:
+def _planned_parts(options: Mapping[str, Any], *, quantized: bool) -> Asked:
     """What a plan counts as quantized besides the experts; commands that only prune have no such option."""
-    if not quantized and options.get("include"):
+    from moepress.compress.gptq.include import Asked
+
+    if quantized:
+        return asked_of(options)
+    if "include" in options and names_parts(options):
         raise UsageError("--include says what else is quantized; leave it out with --no-quantization.")
-    return includes_of(options) if quantized else frozenset()
+    return Asked()
 
 
 def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: bool) -> Plan:
@@ -152,10 +165,11 @@ def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: b
             "--to gguf chooses the type of every matrix; leave out --bits, --group-size, --mixed-bits and "
             "--no-quantization."
         )
-    if mixing and options.get("include"):
+    if mixing and names_parts(options):
         raise UsageError("--to gguf mixes types for the whole model; leave out --include.")
     if options["mixed_bits"] and not (quantized and all_default("bits")):
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits and --no-quantization.")
+    asked = _planned_parts(options, quantized=quantized)
     widths = (None,) if not quantized else SUPPORTED_BITS if all_default("bits") else (options["bits"],)
     wish = Wish(
         keep=options["keep"],
@@ -166,7 +180,8 @@ def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: b
         criterion=Criterion(options["criterion"]) if options["criterion"] else None,
         weights=parse_weights(options["domain_weight"]),
         groups=Groups(options["groups"]),
-        include=_planned_includes(options, quantized=quantized),
+        include=asked.parts,
+        auto=asked.auto,
     )
     request = BudgetRequest(
         limit_bytes=parse_bytes(options["budget"], "--budget"),

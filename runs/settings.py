@@ -32,6 +32,7 @@ _NAMES = {
     "batch_windows": "the number of windows at once (it follows from --max-memory)",
     "hessian.asymmetry": "--match (auto follows --bits)",
     "solver.refits": "--effort (how often scales are refitted)",
+    "part_bits": "the bits of parts (--bits)",
     "schema_version": "the recipe's schema_version",
     "recipe.model": "MODEL",
     "recipe.target": "--target",

@@ -1,15 +1,16 @@
 """export as functions: what was quantized or pruned, in the form that another runtime reads."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moepress import __version__
 from moepress.calibration.profile import fingerprint
+from moepress.compress.budget.sizes import included_linears
 from moepress.compress.estimates.export import layout_bytes
-from moepress.compress.gptq.include import Include, linear_groups
+from moepress.compress.gptq.include import Include
 from moepress.converters.gguf.export import GgufPlan, GgufRequest, plan_gguf, write_gguf
 from moepress.converters.gguf.file import PART, open_gguf
 from moepress.converters.gguf.tensors import types_of
@@ -31,7 +32,7 @@ from moepress.stages.groundwork import announce, opened_artifact, opened_source,
 from moepress.stages.places import GGUF, Output, model_folder, names_gguf
 
 
-def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include]) -> None:
+def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Iterable[Include]) -> None:
     """Refuse what could not be exported to ONNX after it was quantized, as far as the original and the scheme tell.
 
     Raises:
@@ -48,11 +49,8 @@ def check_onnx(checkpoint: Checkpoint, scheme: Scheme, include: Sequence[Include
     weights = Weights(source=checkpoint, dtype=torch.float32)
     for layer in checkpoint.outline.moe_layers:
         block_size(scheme, *weights.expert_shape(layer))
-    layers = checkpoint.shape.layers
-    groups = [group for layer in range(layers) for group in linear_groups(checkpoint, layer, layers, include)]
-    names = {name for group in groups for name in group.names}
-    for name in names | ({checkpoint.family.head} if Include.LM_HEAD in include else set()):
-        block_size(scheme, checkpoint.shapes[name][1])
+    for linear in included_linears(checkpoint, include):
+        block_size(linear.scheme(scheme, {}), linear.columns)
 
 
 def check_gguf(checkpoint: Checkpoint, scheme: Scheme) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 import psutil
 import torch
 
-from moepress.compress.budget.sizes import group_size_for, part_sizes
-from moepress.compress.estimates.figures import Figures, figures_of, included_matrices, pressed_sizes
+from moepress.compress.budget.sizes import group_size_for, included_linears, part_sizes, settled_parts
+from moepress.compress.estimates.figures import Figures, figures_of, pressed_sizes
 from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
-from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.include import IN_LAYERS, Asked, Include, Included
+from moepress.compress.gptq.layer_bits import parts_text
 from moepress.converters.gguf.file import GgufModel, open_gguf
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import UnsupportedError
@@ -47,7 +48,6 @@ from moepress.validation.speed.targets import (
 SHARES = (1.0, 0.75, 0.5, 0.25)
 # vLLM 0.33's router kernel for DeepSeek's newest models; its general one takes any count.
 ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576})
-_ON_CARD = (Include.ATTENTION, Include.SHARED, Include.DENSE)
 QUALITY_NOTE = (
     "Perplexity alone misses damage: by llm-compressor's REAP example, Moonlight-16B (DeepSeek-V3 architecture) keeps "
     "80 % of its GSM8K score with a quarter of the experts pruned and 17 % with half of them, Qwen3-30B-A3B 99 % with "
@@ -122,6 +122,7 @@ def inspect_model(
     )
     figures, shape = figures_of(checkpoint), checkpoint.shape
     scheme = scheme_for(shape)
+    include, _notes = settled_parts(Asked(auto=True), included_linears(checkpoint, IN_LAYERS), scheme.group_size)
     work = workload(Machine(), tokens=tokens or DEFAULT_TOKENS, window=min(shape.context, DEFAULT_WINDOW))
     rates = measure_rates(checkpoint, work.device, work.dtype)
     advice = count_advice(shape)
@@ -131,14 +132,17 @@ def inspect_model(
         "recommended_expert_counts": advice,
         "calibration": calibration_advice(shape, work.tokens),
         "scheme": asdict(scheme),
+        "part_bits": {part.value: bits for part, bits in include.items()},
         "machine": machine_facts(rates),
         "estimates": {
             "experts": count,
             "profile": asdict(estimate_profile(figures, work, rates)),
             "prune": asdict(estimate_prune(_pruned_bytes(figures, count), rates)),
-            "quantize": asdict(estimate_quantize(checkpoint, figures, count, scheme, work, rates)),
+            "quantize": asdict(estimate_quantize(checkpoint, figures, count, scheme, work, rates, include=include)),
         },
-        "targets": target_fits(checkpoint, figures, scheme, context or min(DEFAULT_CONTEXT, shape.context), targets),
+        "targets": target_fits(
+            checkpoint, figures, scheme, context or min(DEFAULT_CONTEXT, shape.context), targets, include
+        ),
     }
 
 
@@ -223,12 +227,12 @@ def _pruned_bytes(figures: Figures, count: int) -> int:
 
 
 def target_fits(
-    checkpoint: Checkpoint, figures: Figures, scheme: Scheme, context: int, targets: Sequence[Target]
+    checkpoint: Checkpoint, figures: Figures, scheme: Scheme, context: int, targets: Sequence[Target], include: Included
 ) -> dict[str, Any]:
     """The model at a few expert counts on every GPU of the table, and what a card can do that does not hold it."""
     shape, cache = figures.shape, cache_bytes(checkpoint.config, context)
     counts = dict.fromkeys(min(legal_counts(shape), key=lambda n: (abs(n - s * shape.experts), n)) for s in SHARES)
-    sizes = {count: pressed_sizes(checkpoint, figures, count, scheme) for count in counts}
+    sizes = {count: pressed_sizes(checkpoint, figures, count, scheme, include) for count in counts}
     each = cache_bytes(checkpoint.config, 1)
     layers = checkpoint.outline.moe_layers
     loads = {count: pressed_load(figures, parts, count, each, layers) for count, parts in sizes.items()}
@@ -252,9 +256,9 @@ def target_fits(
         "projection": FORMULAS,
         "table": [target.model_dump() for target in targets],
         "counts": rows,
-        "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache),
+        "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache, include),
     }
-    said = answer(found, targets, _making_bytes(checkpoint, figures, scheme))
+    said = answer(found, targets, _making_bytes(checkpoint, figures, scheme, include))
     return found | {"answer": [*said, *context_notes(context, shape.context)]}
 
 
@@ -275,34 +279,29 @@ def pressed_load(
 
 
 def _beside_experts(
-    checkpoint: Checkpoint, figures: Figures, scheme: Scheme, targets: Sequence[Target], cache: int
+    checkpoint: Checkpoint, figures: Figures, scheme: Scheme, targets: Sequence[Target], cache: int, include: Included
 ) -> list[dict[str, Any]]:
-    """What lies on the card when the experts do not: everything else, as it is and with --include."""
+    """What lies on the card when the experts do not: everything else, by default and in as few bits as the experts."""
     rows = []
-    for include in ((), _can_include(checkpoint, scheme)):
-        sizes = pressed_sizes(checkpoint, figures, figures.shape.experts, scheme, include)
+    for own in (include, dict.fromkeys(include)):
+        sizes = pressed_sizes(checkpoint, figures, figures.shape.experts, scheme, own)
         size = sum(sizes.values()) - sizes[Part.ROUTED]
         fits = [asdict(fit(target, size + cache)) for target in targets]
-        rows.append({"include": list(include), "weight_bytes": size, "needed_bytes": size + cache, "fits": fits})
+        bits = {part.value: width or scheme.bits for part, width in own.items()}
+        rows.append({"part_bits": bits, "weight_bytes": size, "needed_bytes": size + cache, "fits": fits})
         read = sizes[Part.ROUTED] * figures.shape.top_k // figures.shape.experts
         rows[-1]["experts_bytes_per_token"] = read
     return rows
 
 
-def _can_include(checkpoint: Checkpoint, scheme: Scheme) -> tuple[Include, ...]:
-    """The parts whose input columns the group size divides."""
-    size = scheme.group_size
-    columns = {part: [m.columns for m in included_matrices(checkpoint, (part,))] for part in _ON_CARD}
-    return tuple(p for p in _ON_CARD if columns[p] and (size == PER_CHANNEL or all(n % size == 0 for n in columns[p])))
-
-
-def _making_bytes(checkpoint: Checkpoint, figures: Figures, scheme: Scheme) -> int:
+def _making_bytes(checkpoint: Checkpoint, figures: Figures, scheme: Scheme, include: Included) -> int:
     """What `quantize` holds on a GPU of 12 GiB; no such GPU has to be there."""
     device = torch.device("meta")
     work = Workload(
         tokens=DEFAULT_TOKENS, window=DEFAULT_WINDOW, device=device, dtype=torch.bfloat16, memory_bytes=12 << 30
     )
-    found = estimate_quantize(checkpoint, figures, figures.shape.experts, scheme, work).device_memory_bytes
+    estimate = estimate_quantize(checkpoint, figures, figures.shape.experts, scheme, work, include=include)
+    found = estimate.device_memory_bytes
     assert found is not None
     return found
 
@@ -312,16 +311,21 @@ def answer(found: Mapping[str, Any], targets: Sequence[Target], making_bytes: in
     cards = gaming(targets) or tuple(targets)  # of one card that was asked for, that one
     held = {row["experts"]: _smallest(cards, row["fits"]) for row in found["counts"]}
     most, least = found["counts"][0], found["counts"][-1]
+    at = (
+        f"At 4 bits ({parts})"
+        if (parts := parts_text({Include(k): v for k, v in found["beside_experts"][0]["part_bits"].items()}))
+        else "At 4 bits"
+    )
     if any(held.values()):
         rows, before = list[str](), None
         for count, card in held.items():  # from the largest down: only where a smaller card will do
             if card is not None and card != before:
                 rows.append(f"{count} experts fit into {card.memory_gib:g} GiB ({card.name})")
                 before = card
-        return [f"At 4 bits {'; '.join(rows)}.", QUALITY_NOTE]
+        return [f"{at} {'; '.join(rows)}.", QUALITY_NOTE]
     largest = cards[-1]
     cannot = (
-        f"{'No gaming GPU' if len(targets) > 1 else f'No {largest.name}'} holds this model. At 4 bits it needs "
+        f"{'No gaming GPU' if len(targets) > 1 else f'No {largest.name}'} holds this model. {at} it needs "
         f"{_gib(most['needed_bytes'])} with all {most['experts']} experts and still {_gib(least['needed_bytes'])} with "
         f"{least['experts']}; {'the largest gaming GPU' if len(targets) > 1 else 'it'} has {largest.memory_gib:g} GiB."
     )
@@ -331,8 +335,8 @@ def answer(found: Mapping[str, Any], targets: Sequence[Target], making_bytes: in
     )
     plain, packed = found["beside_experts"]
     places = [_place(row, _smallest(cards, row["fits"])) for row in (plain, packed)]
-    options = " ".join(f"--include {name}" for name in packed["include"])
-    packed_place = f"; quantized too, by {options}, {places[1]}" if options else ""
+    options = ",".join(f"{name}={bits}" for name, bits in packed["part_bits"].items())
+    packed_place = f"; at 4 bits like the experts, by --bits 4,{options}, {places[1]}" if options else ""
     experts = ", ".join(f"{_gib(row['experts_bytes'])} with {row['experts']}" for row in found["counts"])
     running = (
         "One can run it with the experts in system RAM or on NVMe, in a runtime that puts them there. On the card lie "

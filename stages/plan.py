@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from moepress.compress.budget.mixes import best_mix, curve, fallen_back, mix_spa
 from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, too_small, verdict
 from moepress.compress.budget.sizes import (
     Linear,
+    group_size_for,
     group_size_within,
     planned_linears,
     predicting_bytes,
     probe_scheme,
+    settled_parts,
 )
 from moepress.compress.gptq.block_choice import MIX_TYPES
-from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.include import IN_LAYERS, Asked, Included, included
 from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
 from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights, keep_sets
-from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Shape, legal_counts
 from moepress.models.forward.inventory import cache_bytes
@@ -36,7 +38,8 @@ FEW_BITS_NOTE = (
     "what every runtime takes."
 )
 INCLUDE_NOTE = (
-    "The estimated loss is that of the routed experts; what --include adds has their bits, and its loss is not in it."
+    "The estimated loss is that of the routed experts; what else is quantized has the bits that `part_bits` says, or "
+    "theirs, and its loss is not in it."
 )
 MIXED_NOTE = (
     "Bits differ by layer: vLLM and SGLang take that; transformers loads such a folder wrong without saying so, and "
@@ -77,7 +80,7 @@ class Wish:
         group_size: None for the one that the profile's losses were measured with.
         mixed: bits may differ by layer.
         criterion, weights, groups: as in `make_plan`.
-        include: parts that are quantized besides the routed experts.
+        include, auto: what is quantized besides the routed experts, see `Asked`.
     """
 
     keep: float | None = None
@@ -88,7 +91,13 @@ class Wish:
     criterion: Criterion | None = None
     weights: Mapping[str, float]
     groups: Groups = Groups.BALANCED
-    include: frozenset[Include] = frozenset()
+    include: Included = field(default_factory=dict)
+    auto: bool = False
+
+    def parts(self, shape: Shape, linears: Iterable[Linear]) -> tuple[Included, list[str]]:
+        """`settled_parts` of a model with those Linears."""
+        size = self.group_size or group_size_for(shape) or PER_CHANNEL
+        return settled_parts(Asked(auto=self.auto, parts=included(self.include)), linears, size)
 
     def counts(self, shape: Shape) -> tuple[int, ...]:
         """The expert counts to choose from.
@@ -156,7 +165,8 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
         InvalidInputError: the profile lacks what the estimate needs.
     """
     shape, every = profile.shape, domain_weights(profile.domains, wish.weights)
-    linears = planned_linears(profile, wish.include)
+    include, left = wish.parts(shape, planned_linears(profile, IN_LAYERS))
+    linears = planned_linears(profile, include)
     predicting = predicting_bytes(profile.inventory, shape, wish.widths) if mtp is Mtp.KEEP else 0
     budget = budget_of(request, profile.config, shape, predicting=predicting)
     counts = wish.counts(shape)
@@ -175,11 +185,11 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
         groups=wish.groups,
         scheme=_scheme(chosen, group_size),
         layer_bits={n: w for n, w in chosen.widths.items() if w is not None} if chosen.mixed else None,
-        include=wish.include,
+        include=include,
         linears=linears,
     )
     notes = [*plan.notes, *verdict(space, budget.weight_bytes, chosen), *_notes(profile, chosen, group_size, budget)]
-    notes += [INCLUDE_NOTE] if wish.include else []
+    notes += [*left, *([INCLUDE_NOTE] if include else [])]
     return plan.model_copy(update={"budget": budget, "alternatives": rows, "notes": notes})
 
 

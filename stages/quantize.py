@@ -7,6 +7,7 @@ from typing import Any
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import describe_corpus, fingerprint
+from moepress.compress.budget.sizes import included_linears, settled_parts
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.quantize import estimate_quantize
@@ -14,7 +15,7 @@ from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.gptq.block_choice import PLANNED, PRESETS, BlockChoice
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.grid_rows import GridRow
-from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.include import AUTO_BITS, IN_LAYERS, Asked, Include, Included, included, part_bits
 from moepress.compress.gptq.layer_bits import check_scheme, fallback_text, model_dtype, scale_value_dtype, settle_bits
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.pieces import PIECE_BYTES
@@ -25,7 +26,7 @@ from moepress.compress.pruning.rewrite import mtp_keep
 from moepress.converters.gguf.architectures import architecture_of, described, gguf_refusal
 from moepress.converters.gguf.placed import column_runs
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.errors import UnsupportedError
+from moepress.errors import UnsupportedError, UsageError
 from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.tensor_check import check_mtp
 from moepress.models.storage.checkpoint import Checkpoint, Source
@@ -54,12 +55,15 @@ class QuantizeRequest:
 
     Attributes:
         layer_bits: of layers that do not have the scheme's.
+        include: parts besides the routed experts, with their bits where those are not the scheme's.
+        auto: what `--include auto` adds comes on top.
         grid: of GGUF, in the place of the scheme; `PLANNED` with the rows of a plan's mix in `mix`.
     """
 
     scheme: Scheme
     layer_bits: Mapping[int, int] = field(default_factory=dict)
-    include: frozenset[Include] = frozenset()
+    include: Included = field(default_factory=dict)
+    auto: bool = False
     hessian: HessianOptions = field(default_factory=HessianOptions)
     solver: SolverOptions = field(default_factory=SolverOptions)
     grid: str | None = None
@@ -95,7 +99,13 @@ def quantize_stage(
         checked_plan(checkpoint, plan)
     predicting = _predicting(checkpoint, plan, mtp)
     source = _seen(checkpoint, plan, repairs, predicting)
-    request = replace(request, include=on_grid(checkpoint, request.grid, request.include))
+    asked = Asked(auto=request.auto, parts=included(request.include))
+    parts, notes = settled_parts(asked, included_linears(source, IN_LAYERS), request.scheme.group_size)
+    note(*notes)
+    request = replace(request, include=on_grid(checkpoint, request.grid, parts))
+    if request.grid is None:
+        scheme, layer_bits, parts = settle_bits(source, request.scheme, request.layer_bits, parts)
+        request = replace(request, scheme=scheme, layer_bits=layer_bits, include=parts)
     options = _options(source, request)
     check_scheme(source, options.scheme, request.include, options.blocks)
     if options.blocks is not None and (others := fallback_text(source, request.include, options.blocks)):
@@ -169,29 +179,32 @@ def _seen(
     return source if repairs is None else repaired_source(source, repairs)
 
 
-def on_grid(checkpoint: Checkpoint, grid: str | None, include: Iterable[Include]) -> frozenset[Include]:
+def on_grid(checkpoint: Checkpoint, grid: str | None, include: Iterable[Include]) -> Included:
     """What is quantized besides the experts: a mix of GGUF's types stands for the whole model.
 
     Raises:
         UnsupportedError: llama.cpp does not compute such a model.
+        UsageError: a part is to have other bits than there is a type for.
     """
     if grid is None:
-        return frozenset(include)
+        return included(include)
+    odd = [part for part, bits in included(include).items() if bits not in (None, AUTO_BITS)]
+    if odd:
+        raise UsageError(f"With --grid {odd[0]} has the grid's type, or 8 bits (Q8_0); give --bits {odd[0]}=8 or none.")
     refusal = gguf_refusal(described(checkpoint))
     if refusal is not None:
         raise UnsupportedError(refusal)
     if grid not in (*PRESETS, PLANNED):
-        return frozenset(include)
-    return frozenset(Include) - (set() if checkpoint.family.head in checkpoint.shapes else {Include.LM_HEAD})
+        return included(include)
+    return included(set(Include) - (set() if checkpoint.family.head in checkpoint.shapes else {Include.LM_HEAD}))
 
 
 def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:
     stored = model_dtype(source.config)
-    blocks = None if request.grid is None else block_choice(source, request.grid, request.mix)
-    scheme, layer_bits = settle_bits(source, request.scheme, request.layer_bits, request.include)
+    blocks = None if request.grid is None else block_choice(source, request.grid, request.mix, request.include)
     return QuantizeOptions(
-        scheme=scheme,
-        layer_bits=layer_bits,
+        scheme=request.scheme,
+        layer_bits=request.layer_bits,
         scale_dtype=scale_value_dtype(stored),
         stored_dtype=stored,
         hessian=request.hessian,
@@ -200,8 +213,10 @@ def _options(source: Source, request: QuantizeRequest) -> QuantizeOptions:
     )
 
 
-def block_choice(source: Source, name: str, mix: tuple[GridRow, ...] = ()) -> BlockChoice:
-    """What `--grid` names, or a plan's mix, for a model."""
+def block_choice(
+    source: Source, name: str, mix: tuple[GridRow, ...] = (), include: Iterable[Include] = ()
+) -> BlockChoice:
+    """What `--grid` names, or a plan's mix, for a model; parts of 8 bits lie in Q8_0."""
     config = hf_config(source.config).get_text_config()
     heads = int(config.num_attention_heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -213,6 +228,7 @@ def block_choice(source: Source, name: str, mix: tuple[GridRow, ...] = ()) -> Bl
         shared_heads=heads // max(1, shared),
         rows=mix,
         family=source.family,
+        beside=dict.fromkeys(part_bits(include), "Q8_0"),
         runs=column_runs(source, architecture_of(described(source))),
     )
 
@@ -263,6 +279,7 @@ def _settings(
         else {"grid": request.grid, "bits": options.scheme.bits, **_mix_settings(request)},
         "layer_bits": {str(layer): bits for layer, bits in options.layer_bits.items()} or None,
         "include": sorted(request.include),
+        "part_bits": {part.value: bits for part, bits in request.include.items() if bits is not None} or None,
         "hessian": asdict(request.hessian),
         "solver": asdict(request.solver),
         "seed": seed,

@@ -4,8 +4,9 @@ import hashlib
 import io
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.pruning.plan import Plan, Quantization, Sizes
 from moepress.compress.pruning.rewrite import prune
 from moepress.compress.pruning.scoring import Criterion, Groups
+from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.streamed import StreamedModel
@@ -137,7 +139,7 @@ def quantized_folder(
     *,
     keep: Mapping[int, Sequence[int]] | None = None,
     scheme: Scheme = G32,
-    include: Sequence[Include] = (),
+    include: Iterable[Include] = (),
     hessian: HessianOptions | None = None,
     layer_bits: Mapping[int, int] | None = None,
     limits: Limits = LIMITS,
@@ -163,12 +165,24 @@ def quantized_folder(
             run,
             limits,
             options=options,
-            include=frozenset(include),
+            include=include,
             companions=folder,
             summary={},
             mtp_notes=mtp_notes,
             max_pieces=max_pieces,
         )
+
+
+class AsTransformers(Artifact):
+    """A folder as transformers 5.23 has it in fp32: codes times scales of experts in the scales' dtype, else exact."""
+
+    def read(self, name: str) -> Tensor:
+        exact = self.is_quantized(name) and self.family.expert_of(name) is None
+        return Artifact.read(replace(self, exact=True) if exact and not self.exact else self, name)
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> "AsTransformers":
+        return cls(**{field.name: getattr(artifact, field.name) for field in fields(artifact)})
 
 
 def streamed_logits(source: Source, windows: Tensor, scratch_folder: Path) -> Tensor:

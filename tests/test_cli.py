@@ -234,13 +234,14 @@ def test_json_is_all_that_is_on_stdout(folder: Path, tmp_path: Path) -> None:
     assert pruned["experts"] == 8
     assert pruned["bytes_after"] < pruned["bytes_before"]
     exported = parsed(command("export", folder / "quantized", "--to", "gptq", "-o", tmp_path / "gptq", "--json"))
-    assert exported["modules"] == 4 * 8 * 3
+    mla, shared = 4, 3  # of each layer: q_a, q_b, kv_a and o; gate, up and down
+    assert exported["modules"] == 4 * 8 * 3 + 5 * mla + 4 * shared + 3
     profiled = parsed(command("profile", "demo", "-o", tmp_path / "profile", *SMALL, "--no-loo", "--json"))
     assert profiled["calibration"]["tokens"] == 512
     options = ["--bits", "8", "--group-size", "64", *SMALL, "--json"]
     quantized = parsed(command("quantize", tmp_path / "pruned", "-o", tmp_path / "quantized", *options))
     assert quantized["scheme"] == {"bits": 8, "group_size": 64}
-    assert set(quantized["layer_error"]) == {"1", "2", "3", "4"}
+    assert set(quantized["layer_error"]) == {"0", "1", "2", "3", "4"}  # layer 0 has no experts
 
 
 def test_people_get_tables_instead(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moepress.compress.gptq.include import Include, included_as, quantized_linears
+from moepress.compress.gptq.include import (
+    AUTO_BITS,
+    IN_LAYERS,
+    Asked,
+    Include,
+    Included,
+    included,
+    included_as,
+    part_bits,
+    quantized_linears,
+)
 from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Family, Part, Shape, part_of
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
 _TIED = "--include lm_head: this model ties lm_head to its embeddings, which are never quantized."
 _SHAPE_BYTES = 16  # `weight_shape`, two int64 beside every quantized matrix
 USUAL_GROUPS = (128, 64, 32)
+_ROWS = 32  # which the GPTQ layout packs together, and kernels take at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +43,7 @@ class Linear:
         layer: None outside of the decoder layers.
         routed: its layer has routed experts, whose bits it then shares; others have the scheme's.
         rows, columns: [O, I].
+        bits: of its part, where that has its own.
     """
 
     part: Part
@@ -39,6 +51,12 @@ class Linear:
     routed: bool
     rows: int
     columns: int
+    bits: int | None = None
+
+    def scheme(self, scheme: Scheme, layer_bits: Mapping[int, int]) -> Scheme:
+        """Its scheme in a model with that one, and with other bits in some layers."""
+        like_layer = scheme.bits if self.layer is None else layer_bits.get(self.layer, scheme.bits)
+        return Scheme(bits=self.bits or like_layer, group_size=scheme.group_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +78,8 @@ class _Names:
 def linear_rows(source: "Source") -> tuple[dict[str, Any], ...]:
     """All that `--include` could add, for a profile to keep: plans have no model to ask."""
     wanted = frozenset(Include) - (frozenset() if source.family.head in source.shapes else {Include.LM_HEAD})
-    return tuple({**asdict(linear), "part": linear.part.value} for linear in included_linears(source, wanted))
+    found = [asdict(linear) | {"part": linear.part.value} for linear in included_linears(source, wanted)]
+    return tuple({key: value for key, value in row.items() if key != "bits"} for row in found)
 
 
 def planned_linears(profile: "Profile", include: Iterable[Include]) -> tuple[Linear, ...]:
@@ -69,13 +88,40 @@ def planned_linears(profile: "Profile", include: Iterable[Include]) -> tuple[Lin
     Raises:
         UsageError: lm_head is asked for and tied to the embeddings.
     """
-    wanted = frozenset(include)
+    wanted, own = included(include), part_bits(include)
     if not profile.linears:  # made before profiles kept them
         return linears_of_config(profile.config, wanted)
-    every = [Linear(**{**row, "part": Part(row["part"])}) for row in profile.linears]
+    every = [Linear(**{**row, "part": (part := Part(row["part"])), "bits": own.get(part)}) for row in profile.linears]
     if Include.LM_HEAD in wanted and not any(linear.part is Part.LM_HEAD for linear in every):
         raise UsageError(_TIED)
     return tuple(linear for linear in every if included_as(linear.part) in wanted)
+
+
+def settled_parts(asked: Asked, linears: Iterable[Linear], group_size: int) -> tuple[Included, list[str]]:
+    """The parts that are quantized besides the routed experts, and what to say of those that stay as they are.
+
+    Args:
+        asked: see `Asked`.
+        linears: of the model, all that `--include auto` could add.
+        group_size: columns that share a scale.
+    """
+    if not asked.auto:
+        return asked.parts, []
+    odd = dict[Include, set[str]]()
+    for linear in linears:
+        if (kind := included_as(linear.part)) in IN_LAYERS:
+            odd.setdefault(kind, set())
+            if group_size > 0 and linear.columns % group_size:
+                odd[kind].add(f"groups of {group_size} do not divide {linear.columns} columns")
+            elif linear.rows % _ROWS:
+                odd[kind].add(f"a matrix has {linear.rows} rows, and packed layouts want multiples of {_ROWS}")
+    notes = [
+        f"{kind.value.capitalize()} stays as it is: {min(found)}."
+        for kind, found in sorted(odd.items())
+        if found and kind not in asked.parts
+    ]
+    fitting = {kind: AUTO_BITS for kind, found in odd.items() if not found}
+    return included({**fitting, **{kind: bits or fitting.get(kind) for kind, bits in asked.parts.items()}}), notes
 
 
 def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> tuple[Linear, ...]:
@@ -84,7 +130,7 @@ def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> 
     Raises:
         UsageError: lm_head is asked for and tied to the embeddings.
     """
-    wanted = frozenset(include)
+    wanted = included(include)
     if not wanted:
         return ()
     shapes = dict(expected_of(config).shapes)
@@ -101,7 +147,7 @@ def included_linears(source: "Source", include: Iterable[Include]) -> tuple[Line
     Raises:
         UsageError: lm_head is asked for and tied to the embeddings.
     """
-    wanted, layers = frozenset(include), source.outline.shape.layers
+    wanted, own, layers = included(include), part_bits(include), source.outline.shape.layers
     names = sorted(quantized_linears(source, layers, wanted))
     if Include.LM_HEAD in wanted:
         if source.family.head not in source.shapes:
@@ -110,11 +156,12 @@ def included_linears(source: "Source", include: Iterable[Include]) -> tuple[Line
     routed = frozenset(source.outline.moe_layers)
     return tuple(
         Linear(
-            part=part_of(source.family, name, layers),
+            part=(part := part_of(source.family, name, layers)),
             layer=source.family.layer_of(name),
             routed=source.family.layer_of(name) in routed,
             rows=source.shapes[name][0],
             columns=source.shapes[name][1],
+            bits=own.get(part),
         )
         for name in names
     )
@@ -139,12 +186,10 @@ def linears_bytes(
     scheme: Scheme,
     layer_bits: Mapping[int, int] | None = None,
 ) -> int:
-    """What they take quantized, with the bits of their layer where it has its own."""
+    """What they take quantized, with the bits of their part or layer where it has its own."""
     own, scale, total = layer_bits or {}, scale_bytes_of(inventory), 0
     for linear in linears:
-        bits = scheme.bits if linear.layer is None else own.get(linear.layer, scheme.bits)
-        each = Scheme(bits=bits, group_size=scheme.group_size)
-        total += matrix_bytes(linear.rows, linear.columns, each, scale)
+        total += matrix_bytes(linear.rows, linear.columns, linear.scheme(scheme, own), scale)
     return total
 
 

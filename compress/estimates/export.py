@@ -169,10 +169,8 @@ def _experts(figures: Figures, pressed: Pressed) -> Iterator[_Many]:
 
 
 def _included(pressed: Pressed) -> Iterator[_Many]:
-    most = pressed.scheme.bits
     for linear in pressed.linears:
-        bits = most if linear.layer is None else pressed.layer_bits.get(linear.layer, most)
-        yield linear.rows, linear.columns, Scheme(bits=bits, group_size=pressed.scheme.group_size), 1
+        yield linear.rows, linear.columns, linear.scheme(pressed.scheme, pressed.layer_bits), 1
 
 
 def _widths(figures: Figures, pressed: Pressed) -> dict[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moepress.compress.budget.sizes import expert_bytes, part_sizes, scale_bytes_of
-from moepress.compress.gptq.include import Include, linear_groups
+from moepress.compress.gptq.include import Include, linear_groups, part_bits
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, Shape, part_of
 from moepress.models.forward.costs import stored_bytes
@@ -102,7 +102,8 @@ def pressed_sizes(
     include: Iterable[Include] = (),
     layer_bits: Mapping[int, int] | None = None,
 ) -> dict[Part, int]:
-    """Bytes of every part after pruning to `count` experts and quantizing the experts and what `include` adds.
+    """Bytes of every part after pruning to `count` experts and quantizing the experts and what `include` adds, with its
+    own bits where it names some.
 
     `layer_bits` are those of layers that do not have the scheme's.
     """
@@ -114,12 +115,16 @@ def pressed_sizes(
             Part.DENSE: [n for n in range(figures.shape.layers) if n not in routed],
             Part.ATTENTION: range(figures.shape.layers),
         }
+        by_part = part_bits(include)
         for matrices in included_matrices(checkpoint, include):
             stored = figures.parts[matrices.part]
             each = max(2.0, stored.bytes / max(stored.parameters, 1))  # of fp8 the rest becomes bf16
             bits = scheme.bits_per_weight(matrices.columns, 32 if each >= 4 else 16)
             found = [own.get(layer, scheme.bits) for layer in layers.get(matrices.part, ())]
-            bits += sum(found) / len(found) - scheme.bits if found else 0
+            if matrices.part in by_part:
+                bits += by_part[matrices.part] - scheme.bits
+            elif found:
+                bits += sum(found) / len(found) - scheme.bits
             sizes[matrices.part] += matrices.weights * (bits / 8 - each)
     return {part: round(size) for part, size in sizes.items()}
 

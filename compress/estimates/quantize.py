@@ -42,7 +42,7 @@ from moepress.compress.estimates.seconds import (
     solve_seconds,
 )
 from moepress.compress.gptq.experts import experts_that_fit, picked_tokens
-from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.include import Include, included
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.reference import is_apart
 from moepress.converters.safetensors.scheme import Scheme
@@ -82,7 +82,7 @@ def estimate_quantize(
         solver: how it is asked to solve; by default as it does by default.
     """
     shape, limits, streams = figures.shape, limits_of(figures, work), 2 if original_targets else 1
-    include = frozenset(include)
+    include = included(include)
     extra = included_matrices(checkpoint, include)
     sizes = pressed_sizes(checkpoint, figures, count, scheme, include, layer_bits)
     output = sum(sizes.values()) + mtp_bytes(checkpoint, figures, predicting, count, scheme)

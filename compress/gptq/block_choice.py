@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from moepress.compress.gptq.kinds import Kind, kind_of
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import UsageError
+from moepress.models.families.family import part_of
 from moepress.models.storage.block_types import TYPES, BlockType
 
 if TYPE_CHECKING:
     from moepress.compress.gptq.grid_rows import GridRow
-    from moepress.models.families.family import Family
+    from moepress.models.families.family import Family, Part
 
 GRIDS = ("q4_k", "q5_k", "q6_k", "q3_k", "q2_k", "iq4_xs", "iq4_nl", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 """Types that `--grid` takes, in lower case."""
@@ -110,7 +111,8 @@ class BlockChoice:
         name: a type in lower case, or a mix in capitals, or `PLANNED`.
         layers, experts, shared_heads: of the model, as in `Place`.
         rows: of a planned mix.
-        family: the model's, which tells kinds by names; wanted for rows alone.
+        family: the model's, which tells kinds and parts by names; wanted for rows and `beside` alone.
+        beside: the type of parts besides the routed experts that have one of their own; of a plain type alone.
         runs: name of a matrix whose columns get another order -> how many stay together: no block may be larger.
     """
 
@@ -120,6 +122,7 @@ class BlockChoice:
     shared_heads: int
     rows: "tuple[GridRow, ...]" = ()
     family: "Family | None" = None
+    beside: "Mapping[Part, str]" = field(default_factory=dict)
     runs: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -158,7 +161,8 @@ class BlockChoice:
         """
         columns = math.gcd(columns, self.runs.get(name, 0))
         if not self.is_mix:
-            return fitting(self.name.upper(), columns)
+            part = part_of(self.family, name, self.layers) if self.beside and self.family is not None else None
+            return fitting(self.name.upper() if part is None else self.beside.get(part, self.name.upper()), columns)
         if self.rows:
             return fitting(self._planned(name, layer), columns)
         role = role_of(name)

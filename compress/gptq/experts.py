@@ -17,7 +17,7 @@ from moepress.compress.gptq.parts import part_slices, side_by_side
 from moepress.compress.gptq.solver import Solved, solve
 from moepress.converters.safetensors.artifact import dense
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.models.families.family import Shape
+from moepress.models.families.family import Part, Shape
 from moepress.models.forward.card import free_bytes
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Stream
@@ -40,6 +40,7 @@ class QuantizeOptions:
         hessian: how tokens are weighed.
         solver: options of the GPTQ solver.
         layer_bits: layer -> bits, of the layers that do not have the scheme's.
+        part_bits: of the parts besides the routed experts that have bits of their own, whatever their layer's are.
         blocks: GGUF's types, in the place of the scheme; None for the scheme.
     """
 
@@ -49,20 +50,25 @@ class QuantizeOptions:
     hessian: HessianOptions = field(default_factory=HessianOptions)
     solver: SolverOptions = field(default_factory=SolverOptions)
     layer_bits: Mapping[int, int] = field(default_factory=dict)
+    part_bits: Mapping[Part, int] = field(default_factory=dict)
     blocks: BlockChoice | None = None
 
     def kind_of(self, name: str, layer: int | None, columns: int) -> BlockType | None:
         """The block type of a matrix by its name on disk; None where it gets codes by the scheme."""
         return None if self.blocks is None else self.blocks.of(name, layer, columns)
 
-    def scheme_of(self, layer: int | None) -> Scheme:
-        """The scheme of a layer's matrices, or of what lies outside of the layers."""
+    def scheme_of(self, layer: int | None, part: Part = Part.ROUTED) -> Scheme:
+        """The scheme of a part's matrices in a layer, or of those outside of the layers."""
         bits = self.scheme.bits if layer is None else self.layer_bits.get(layer, self.scheme.bits)
-        return replace(self.scheme, bits=bits)
+        return replace(self.scheme, bits=self.part_bits.get(part, bits))
 
     def of_layer(self, layer: int) -> "QuantizeOptions":
         """The same, with that layer's scheme."""
         return replace(self, scheme=self.scheme_of(layer), layer_bits={})
+
+    def of_part(self, part: Part) -> "QuantizeOptions":
+        """The same, with that part's scheme."""
+        return replace(self, scheme=self.scheme_of(None, part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,11 @@
 """Which Linears of a layer are quantized besides the routed experts, and in which order."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moepress.errors import UsageError
 from moepress.models.families.family import Part, part_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,60 @@ class Include(StrEnum):
 _PARTS = {Part.ATTENTION: Include.ATTENTION, Part.SHARED: Include.SHARED, Part.DENSE: Include.DENSE}
 IN_LAYERS = frozenset(_PARTS.values())
 """What `--include` may add of the layers."""
+
+
+AUTO_BITS = 8
+"""Of what `--include auto` adds: rounding to 8 bits costs next to nothing (docs/benchmarks.md), and halves it."""
+Included = Mapping[Include, int | None]
+"""Parts that are quantized besides the routed experts, with their bits; None for those of the scheme (of the layer)."""
+
+
+def included(parts: Iterable[Include]) -> dict[Include, int | None]:
+    """Parts with their bits; a collection that names none has the scheme's."""
+    return dict(sorted(parts.items())) if isinstance(parts, Mapping) else dict.fromkeys(sorted(parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is asked for besides the routed experts, before the model is known.
+
+    Attributes:
+        auto: attention, shared experts and dense MLPs at `AUTO_BITS`, where the model has them and the groups fit.
+        parts: those that are named, with the bits that are named for them.
+    """
+
+    auto: bool = False
+    parts: Included = field(default_factory=dict)
+
+
+AUTO, NONE = "auto", "none"
+"""What `--include` takes besides names of parts."""
+
+
+def asked_for(names: Iterable[str], bits: Mapping[str, int] | Mapping[Include, int]) -> Asked:
+    """What `--include` and the parts of `--bits` say.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    wanted, own = set(names), {Include(part): width for part, width in bits.items()}
+    if NONE in wanted and (len(wanted) > 1 or own):
+        other = next(iter(sorted(wanted - {NONE})), f"--bits {next(iter(sorted(own)), '')}=")
+        raise UsageError(f"--include none leaves everything but the routed experts as it is; {other} goes without it.")
+    named = {Include(name): None for name in wanted - {AUTO, NONE}}
+    return Asked(auto=AUTO in wanted, parts=included(named | own))
+
+
+def included_of(made: Mapping[str, Any]) -> Included:
+    """The parts of a result, as moepress.json has them."""
+    bits = made.get("part_bits", {})
+    return included({Include(part): bits.get(part) for part in made.get("include", ())})
+
+
+def part_bits(parts: Iterable[Include]) -> dict[Part, int]:
+    """Bits of the parts that have their own."""
+    named = {kind: part for part, kind in _PARTS.items()} | {Include.LM_HEAD: Part.LM_HEAD}
+    return {named[kind]: bits for kind, bits in included(parts).items() if bits is not None}
 
 
 def included_as(part: Part) -> Include | None:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from moepress.compress.gptq.block_solver import BlockCoded
 from moepress.compress.gptq.experts import Coded, CodedExpert, Matrix, QuantizeOptions
-from moepress.compress.gptq.include import Include, LinearGroup
+from moepress.compress.gptq.include import Included, LinearGroup
 from moepress.compress.gptq.pieces import Allowance
 from moepress.compress.gptq.reference import (
     Reference,
 )
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config
+from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.walk import (
@@ -42,7 +43,7 @@ class Job:
     reference: Reference | None
     run: Run
     options: QuantizeOptions
-    include: frozenset[Include]
+    include: Included
     chunks: Mapping[int, Sequence[Sequence[int]]]
     piece_names: Mapping[str, str]
     names: Mapping[int | None, Sequence[str]]
@@ -69,11 +70,18 @@ def expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dic
 
 def packed(job: Job, name: str, matrix: Matrix) -> dict[str, Tensor]:
     """A solved matrix as the tensors that are written."""
-    module, scheme = name.removesuffix(".weight"), job.options.scheme_of(job.stream.model.family.layer_of(name))
+    module, scheme = name.removesuffix(".weight"), scheme_of(job, name)
     with phase("pack"):
         if isinstance(matrix, BlockCoded):
             return {f"{name}_{matrix.kind.name.lower()}": pack(matrix.kind, matrix.blocks)}
         return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
+
+
+def scheme_of(job: Job, name: str) -> Scheme:
+    """The scheme of a quantized matrix, by its name on disk."""
+    model = job.stream.model
+    part = part_of(model.family, name, model.shape.layers)  # experts of MTP layers are no part of `--include`
+    return job.options.scheme_of(model.family.layer_of(name), part)
 
 
 def plain(job: Job, name: str) -> Tensor:
@@ -128,9 +136,7 @@ def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Matrix:
     names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
-    codes, scales = compressed_tensors.read_layer(
-        module, tensors, job.options.scheme_of(job.stream.model.family.layer_of(name))
-    )
+    codes, scales = compressed_tensors.read_layer(module, tensors, scheme_of(job, name))
     return Coded(codes=codes, scales=scales)
 
 

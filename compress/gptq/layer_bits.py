@@ -1,19 +1,19 @@
 """How the matrices of one model are quantized: dtype of the scales, bits by layer, and what is refused beforehand."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
 from moepress.compress.gptq.block_choice import BlockChoice, fitting
-from moepress.compress.gptq.include import Include, quantized_linears
+from moepress.compress.gptq.include import Include, Included, included, included_as, quantized_linears
 from moepress.converters.safetensors.artifact import Source
 from moepress.converters.safetensors.compressed_tensors_config import Groups
-from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import Scheme, proposed_group
+from moepress.converters.safetensors.targets import groups_by_part, layers_pattern
 from moepress.errors import UsageError
-from moepress.models.families.family import Family, Part, part_of
+from moepress.models.families.family import Part, part_of
 from moepress.models.storage.experts import is_fused
 
 
@@ -51,7 +51,8 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include], blo
 
 def fallback_text(source: Source, include: Iterable[Include], blocks: BlockChoice) -> str:
     """Which rows take another type than the grid's, such as `Q5_0 where rows have 128`; empty where none does."""
-    found = {count: fitting(blocks.main, count).name for count in _columns(source, include).values()}
+    like_experts = [part for part, bits in included(include).items() if bits is None]
+    found = {count: fitting(blocks.main, count).name for count in _columns(source, like_experts).values()}
     return ", ".join(f"{name} where rows have {count}" for count, name in sorted(found.items()) if name != blocks.main)
 
 
@@ -76,84 +77,127 @@ def _columns(source: Source, include: Iterable[Include]) -> dict[str, int]:
 
 def settle_bits(
     source: Source, scheme: Scheme, layer_bits: Mapping[int, int], include: Iterable[Include]
-) -> tuple[Scheme, dict[int, int]]:
-    """Bits by layer, checked and brought to one form: where all layers agree, a scheme and no more.
+) -> tuple[Scheme, dict[int, int], Included]:
+    """Bits by layer and part, checked and brought to one form: where all agree, a scheme and no more.
 
     Args:
         source: the model.
         scheme: of layers that `layer_bits` does not name, and of lm_head.
         layer_bits: layer -> bits of its routed experts, and of its other quantized Linears.
-        include: parts besides the routed experts.
+        include: parts besides the routed experts; bits of their own win over those of their layers.
 
     Returns:
-        The scheme, and the bits of every layer with quantized matrices where they differ, else nothing.
+        The scheme; the bits of every layer with quantized matrices where they differ, else nothing; the parts, with
+        bits where those are not the scheme's.
 
     Raises:
         UsageError: a layer is not there, or so many bits are not supported.
     """
-    layers = source.outline.shape.layers
+    layers, wanted = source.outline.shape.layers, included(include)
     strange = sorted(layer for layer in layer_bits if not 0 <= layer < layers)
     if strange:
         raise UsageError(f"Bits are given for layer {strange[0]}, and the model has layers 0 to {layers - 1}.")
-    included = {source.family.layer_of(name) for name in quantized_linears(source, layers, include)}
-    quantized = sorted({*source.outline.moe_layers, *(layer for layer in included if layer is not None)})
+    like_layer = [part for part, bits in wanted.items() if bits is None]
+    others = {source.family.layer_of(name) for name in quantized_linears(source, layers, like_layer)}
+    quantized = sorted({*source.outline.moe_layers, *(layer for layer in others if layer is not None)})
     bits = {layer: layer_bits.get(layer, scheme.bits) for layer in quantized}
-    for each in bits.values():
+    for each in (*bits.values(), *(own for own in wanted.values() if own is not None)):
         Scheme(bits=each, group_size=scheme.group_size)
-    found = set(bits.values()) | ({scheme.bits} if Include.LM_HEAD in set(include) else set())
+    found = set(bits.values()) | ({scheme.bits} if Include.LM_HEAD in like_layer else set())
     if len(found) > 1:
-        return scheme, bits
-    return Scheme(bits=min(found, default=scheme.bits), group_size=scheme.group_size), {}
+        return scheme, bits, wanted
+    scheme = Scheme(bits=min(found, default=scheme.bits), group_size=scheme.group_size)
+    return scheme, {}, {part: None if own == scheme.bits else own for part, own in wanted.items()}
 
 
 def config_groups(source: Source, scheme: Scheme, layer_bits: Mapping[int, int], include: Iterable[Include]) -> Groups:
-    """Targets and scheme of every width, for config.json; nothing where all layers have the scheme's.
+    """Targets and scheme of every width, for config.json; nothing where all matrices have the scheme's.
 
-    Targets are patterns of layers that exclude each other, and `lm_head` by name, so that it does not matter in which
-    order a reader tries them.
+    Patterns exclude each other, so that it does not matter in which order a reader tries them; where parts have bits of
+    their own see `targets.groups_by_part`.
     """
+    wanted = included(include)
+    if not any(wanted.values()):
+        return _layer_groups(source, scheme, layer_bits, wanted)
+    family, layers = source.family, source.outline.shape.layers
+    experts: dict[Scheme, list[int]] = {} if layer_bits else {scheme: []}
+    for layer, bits in layer_bits.items():
+        if layer in source.outline.moe_layers or layer >= layers:
+            experts.setdefault(replace(scheme, bits=bits), []).append(layer)
+    others: dict[Scheme, list[str]] = {}
+    for name in sorted(quantized_linears(source, layers, wanted)):
+        kind = included_as(part_of(family, name, layers))
+        assert kind is not None, name
+        bits = wanted[kind] or layer_bits.get(family.layer_of(name) or 0, scheme.bits)
+        others.setdefault(replace(scheme, bits=bits), []).append(name)
+    if Include.LM_HEAD in wanted:
+        head = replace(scheme, bits=wanted[Include.LM_HEAD] or scheme.bits)
+        others.setdefault(head, []).append(family.head)
+    return groups_by_part(family, _ascending(experts), _ascending(others))
+
+
+Value = TypeVar("Value")
+
+
+def _ascending(found: Mapping[Scheme, Value]) -> dict[Scheme, Value]:
+    return dict(sorted(found.items(), key=lambda pair: pair[0].bits))
+
+
+def _layer_groups(
+    source: Source, scheme: Scheme, layer_bits: Mapping[int, int], include: Mapping[Include, int | None]
+) -> Groups:
+    """Groups where bits go by layer alone: patterns of layers, and `lm_head` by name."""
     if not layer_bits:
         return ()
     layers_of: dict[int, list[int]] = {}
     for layer, bits in sorted(layer_bits.items()):
         layers_of.setdefault(bits, []).append(layer)
-    if Include.LM_HEAD in set(include):
+    if Include.LM_HEAD in include:
         layers_of.setdefault(scheme.bits, [])
     groups = []
     for bits, layers in sorted(layers_of.items()):
-        targets = [_pattern(source.family, part) for part in _by_prefix(source.family, layers)]
-        if Include.LM_HEAD in set(include) and bits == scheme.bits:
+        targets = layers_pattern(source.family, layers)
+        if Include.LM_HEAD in include and bits == scheme.bits:
             targets.append("lm_head")
         groups.append((tuple(targets), Scheme(bits=bits, group_size=scheme.group_size)))
     return tuple(groups)
 
 
-def _by_prefix(family: Family, layers: Iterable[int]) -> list[list[int]]:
-    """Layers that have one prefix; multi-token-prediction layers may have one of their own."""
-    apart = [layer for layer in layers if family.mtp_at and layer >= family.layers]
-    return [part for part in ([layer for layer in layers if layer not in apart], apart) if part]
-
-
-def _pattern(family: Family, layers: Sequence[int]) -> str:
-    """All that is in these layers, which have one prefix."""
-    prefixes = [family.at(f"{family.layers_at}{{layer}}", layer).rpartition(".") for layer in layers]
-    numbers = "|".join(number for _, _, number in prefixes)
-    return f"{PREFIX}{re.escape(prefixes[0][0])}\\.({numbers})\\..*"
-
-
-def bits_text(widths: Iterable[int]) -> str:
-    """For people: `4 bit`, or `2, 4 and 8 bit by layer`."""
+def bits_text(widths: Iterable[int], parts: Iterable[Include] = ()) -> str:
+    """For people: `4 bit`, or `2, 4 and 8 bit by layer`; and of parts with others `attention and shared 8 bit`."""
     found = [str(bits) for bits in sorted(set(widths))]
-    return f"{found[0]} bit" if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]} bit by layer"
+    text = f"{found[0]} bit" if len(found) == 1 else f"{listed(found)} bit by layer"
+    return ", ".join(filter(None, [text, parts_text(parts)]))
 
 
-def mixed_note(groups: Groups) -> list[str]:
-    """Who reads mixed bits, for the report; nothing where there is one width."""
-    if len(groups) < 2:
-        return []
-    widths = ", ".join(str(scheme.bits) for _targets, scheme in groups)
-    note = (
-        f"Bits differ by layer ({widths}): moepress and its ONNX export read such a folder, vLLM does for widths that "
-        "it has kernels for; transformers loads it silently wrong, and there is no GPTQ layout of it."
-    )
-    return [note]
+def parts_text(parts: Iterable[Include]) -> str:
+    """The parts that have bits of their own, such as `shared 4 bit, attention and dense 8 bit`."""
+    found: dict[int, list[str]] = {}
+    for part, bits in included(parts).items():
+        if bits is not None:
+            found.setdefault(bits, []).append(str(part))
+    return ", ".join(f"{listed(names)} {bits} bit" for bits, names in sorted(found.items()))
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def mixed_note(layer_bits: Mapping[int, int], include: Iterable[Include]) -> list[str]:
+    """Who reads mixed bits, for the report; nothing where all experts have one width and all other Linears have one."""
+    widths = sorted(set(layer_bits.values()))
+    if len(widths) > 1:
+        note = (
+            f"Bits differ by layer ({', '.join(map(str, widths))}): moepress and its ONNX export read such a folder, "
+            "vLLM does for widths that it has kernels for; transformers loads it silently wrong, and there is no GPTQ "
+            "layout of it."
+        )
+        return [note]
+    if len(set(included(include).values())) > 1:
+        note = (
+            "Linears besides the experts have several widths: transformers reads them with its defaults, and wrong "
+            "with `dequantize=True`, which takes one width for all of them."
+        )
+        return [note]
+    return []

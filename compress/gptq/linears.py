@@ -11,6 +11,7 @@ from moepress.calibration.hessian import Moments, moments
 from moepress.compress.gptq.asymmetry import move_target, relative_error
 from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_measured
 from moepress.compress.gptq.include import LinearGroup
+from moepress.models.families.family import Part
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.stepping import Stepping, held_bytes
 from moepress.models.forward.walk import Stream
@@ -31,7 +32,8 @@ def solve_head(stream: Stream, options: QuantizeOptions, reference: Stream | Non
             ]
             total = _added(total, moments(*found))
     assert total is not None
-    (matrix,), errors = _solve_stack(stream, options, [model.family.head], total.over(stream.tokens))
+    own = options.of_part(Part.LM_HEAD)
+    (matrix,), errors = _solve_stack(stream, own, [model.family.head], total.over(stream.tokens))
     return matrix, errors[0]
 
 
@@ -61,7 +63,8 @@ def solve_linears(
     for group in groups:
         model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
         total = _captured_moments(stream, reference, layer, _place(stream, layer, group.names[0]))
-        matrices, losses = _solve_stack(stream, options, group.names, total.over(stream.tokens))
+        own = options.of_part(group.part)
+        matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens))
         coded |= dict(zip(group.names, matrices, strict=True))
         errors |= dict(zip(group.names, losses, strict=True))
     return coded, errors
@@ -103,7 +106,8 @@ def solve_stepping(
                     break
                 total = _added(total, moments(*(part.flatten(0, -2) for part in found)))
             assert total is not None
-            matrices, losses = _solve_stack(stream, options, group.names, total.over(stream.tokens))
+            own = options.of_part(group.part)
+            matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens))
             coded |= dict(zip(group.names, matrices, strict=True))
             errors |= dict(zip(group.names, losses, strict=True))
             for place, matrix in zip(places, matrices, strict=True):

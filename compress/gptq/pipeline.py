@@ -8,7 +8,7 @@ solving, and so ends with the same bytes.
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from moepress.compress.gptq.experts import (
     pooled_inputs,
     solve_experts,
 )
-from moepress.compress.gptq.include import Include, linear_groups, unquantized_modules
+from moepress.compress.gptq.include import Include, included, linear_groups, part_bits, unquantized_modules
 from moepress.compress.gptq.job import (
     Job,
     expert_tensors,
@@ -89,7 +89,7 @@ def quantize(
     limits: Limits,
     *,
     options: QuantizeOptions,
-    include: frozenset[Include],
+    include: Iterable[Include],
     companions: Path,
     summary: Mapping[str, Any],
     mtp_notes: Sequence[str] = (),
@@ -103,7 +103,7 @@ def quantize(
         run: the output in the making.
         limits: memory and batch size.
         options: scheme, Hessians, solver.
-        include: parts besides the routed experts.
+        include: parts besides the routed experts, with their bits where they have their own (`include.Included`).
         companions: the folder whose tokenizer and other files go along.
         summary: what moepress.json is to say about the plan and the calibration.
         mtp_notes: what is to be said of the multi-token-prediction layers, which then stay; without it they go.
@@ -113,6 +113,8 @@ def quantize(
         `finished`, `pieces_done` and `pieces`; of a finished run also bytes, per-layer errors, experts that fell back,
         notes.
     """
+    include = included(include)
+    options = replace(options, part_bits=part_bits(include))
     check_scheme(model.source, options.scheme, include, options.blocks)
     predicting = add_predicting(model) if mtp_notes else ()
     layers = model.shape.layers + len(predicting)
@@ -361,11 +363,17 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any], mtp_notes: S
     write_json(run.folder / "config.json", config)
     copied = copy_companions(companions, run.folder)
     dropped = sum(len(names) for n, names in job.names.items() if (n or 0) >= job.stream.model.shape.layers)
-    notes = [*(mtp_notes or mtp_note(dropped, {}, job.stream.model.shape.experts)), *mixed_note(groups)]
+    notes = [
+        *(mtp_notes or mtp_note(dropped, {}, job.stream.model.shape.experts)),
+        *mixed_note(options.layer_bits, job.include),
+    ]
     result = {"bytes_after": total, "copied": copied, "notes": notes, **layer_report(run.pieces.values())}
     if options.layer_bits:
         result["layer_bits"] = {str(layer): bits for layer, bits in sorted(options.layer_bits.items())}
-    note = {"moepress": __version__, "stage": "quantize", "include": sorted(job.include), **result}
+    result["include"] = sorted(job.include)
+    if any(job.include.values()):
+        result["part_bits"] = {part.value: bits for part, bits in sorted(job.include.items()) if bits is not None}
+    note = {"moepress": __version__, "stage": "quantize", **result}
     note["scheme"] = {"bits": options.scheme.bits, "group_size": options.scheme.group_size}
     if options.blocks is not None:
         note["scheme"] = {"grid": options.blocks.name, "bits": options.blocks.bits}

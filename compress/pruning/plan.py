@@ -13,7 +13,7 @@ from moepress.compress.budget.search import Alternative, Budget
 from moepress.compress.budget.sizes import Linear, part_sizes
 from moepress.compress.gptq.block_choice import MIX_TYPES
 from moepress.compress.gptq.grid_rows import GridRow
-from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.include import Include, Included, included
 from moepress.compress.gptq.kinds import OUTSIDE
 from moepress.compress.pruning.scoring import (
     Criterion,
@@ -96,6 +96,7 @@ class Plan(BaseModel):
     layer_bits: dict[int, int] = {}
     grids: tuple[GridRow, ...] = ()
     include: tuple[Include, ...] = ()
+    part_bits: dict[Include, int] = {}
     budget: Budget | None = None
     alternatives: list[Alternative] = []
     curve: list[CurvePoint] = []
@@ -111,6 +112,11 @@ class Plan(BaseModel):
     def degroup(self) -> bool:
         """Whether the router's groups are dropped."""
         return self.groups is Groups.DEGROUP
+
+    @property
+    def included(self) -> Included:
+        """The parts that are quantized besides the routed experts, with their bits."""
+        return {part: self.part_bits.get(part) for part in self.include}
 
     @property
     def prunes(self) -> bool:
@@ -158,7 +164,7 @@ def make_plan(
         groups: what becomes of the router's groups.
         scheme: bits and group size; None for pruning alone.
         layer_bits: bits of the routed experts where they differ by layer, for all MoE layers.
-        include: parts that are quantized besides the routed experts.
+        include: parts that are quantized besides the routed experts, with their bits where they have their own.
         linears: their matrices, `sizes.planned_linears`.
 
     Raises:
@@ -188,6 +194,7 @@ def make_plan(
         quantization=Quantization(bits=scheme.bits, group_size=scheme.group_size) if scheme else None,
         layer_bits=dict(layer_bits or {}),
         include=tuple(sorted(include)),
+        part_bits={part: bits for part, bits in included(include).items() if bits is not None},
         loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d]) for d in profile.domains},
         stability=stability(profile, selection) if prunes else 1.0,
         protected={layer: found for layer, found in super_experts(profile).items() if found},
@@ -291,6 +298,13 @@ def _check_grids(file: Path, plan: Plan) -> None:
 
 
 def _check_layer_bits(file: Path, plan: Plan) -> None:
+    strange = [part.value for part in plan.part_bits if part not in plan.include]
+    wrong = sorted(set(plan.part_bits.values()) - set(SUPPORTED_BITS))
+    if strange or wrong:
+        what = (
+            f"names {strange[0]}, which include does not" if strange else f"holds {wrong[0]}; supported are 2, 3, 4, 8"
+        )
+        raise InvalidInputError(f"{file}: part_bits {what}.")
     if not plan.layer_bits:
         return
     if plan.quantization is None or set(plan.layer_bits) != set(plan.keep):

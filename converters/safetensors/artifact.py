@@ -72,13 +72,16 @@ class Artifact:
 
     @property
     def scheme(self) -> Scheme:
-        """Bits and group size; where they are mixed, those of the first group."""
-        return self.schemes[0][1]
+        """Bits and group size; where they are mixed, those of the routed experts of the first layer that has some."""
+        layer = next(iter(self.outline.moe_layers), None)
+        if len(self.schemes) == 1 or layer is None:
+            return self.schemes[0][1]
+        return self.scheme_of(self.family.expert_names(layer, 0)[0])
 
     def scheme_of(self, name: str) -> Scheme:
         """Bits and group size of a quantized weight."""
         if len(self.schemes) == 1:
-            return self.scheme
+            return self.schemes[0][1]
         return compressed_tensors_config.scheme_for(name.removesuffix(".weight"), self.schemes)
 
     def scales(self, name: str) -> Tensor:
@@ -150,8 +153,7 @@ def open_artifact(folder: Path) -> Artifact:
             "make one with `moepress quantize`."
         )
     if method == "gptq":
-        scheme, _plain = gptq_config.parse_config(quantization)
-        schemes: compressed_tensors_config.Groups = ((("Linear",), scheme),)
+        schemes, _plain = gptq_config.parse_groups(quantization)
     else:
         schemes, _ignored = compressed_tensors_config.parse_groups(quantization)
     every, shards = open_shards(folder)
@@ -163,10 +165,10 @@ def open_artifact(folder: Path) -> Artifact:
     unread, suffixes = unread_weights(folder, shards, every), _SUFFIXES[method]
     for name, entry in every.items():
         _check_part(name, entry, method)
-    family = family_of(config, _dense_shapes(every, suffixes, schemes[0][1], method))
+    family = family_of(config, _dense_shapes(every, suffixes, schemes, method))
     settled = settle(family, config, every)
     stored = settled.stored
-    shapes = _dense_shapes(stored, suffixes, schemes[0][1], method)
+    shapes = _dense_shapes(stored, suffixes, schemes, method)
     return Artifact(
         folder=folder,
         config=settled.config,
@@ -213,23 +215,23 @@ def _stated(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
 
 
 def _dense_shapes(
-    stored: Mapping[str, Stored], suffixes: tuple[str, ...], scheme: Scheme, method: str
+    stored: Mapping[str, Stored], suffixes: tuple[str, ...], schemes: compressed_tensors_config.Groups, method: str
 ) -> dict[str, tuple[int, ...]]:
     """The tensors that can be read, and their shapes."""
     endings, first = tuple(f".{suffix}" for suffix in suffixes), f".{suffixes[0]}"
     shapes = {name: entry.shape for name, entry in stored.items() if not name.endswith(endings)}
     for name, entry in stored.items():
         if name.endswith(first):
-            shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, scheme, method)
+            shapes[name.removesuffix(first) + ".weight"] = _dense_shape(name, entry, stored, schemes, method)
     return shapes
 
 
 def _dense_shape(
-    name: str, entry: Stored, stored: Mapping[str, Stored], scheme: Scheme, method: str
+    name: str, entry: Stored, stored: Mapping[str, Stored], schemes: compressed_tensors_config.Groups, method: str
 ) -> tuple[int, ...]:
     module = name.rsplit(".", 1)[0]
     if method == "gptq":
-        return entry.shape[1], entry.shape[0] * 32 // scheme.bits
+        return entry.shape[1], entry.shape[0] * 32 // compressed_tensors_config.scheme_for(module, schemes).bits
     key = f"{module}.weight_shape"
     if key not in stored:
         raise InvalidInputError(f"{entry.file} lacks {key}; download or make the folder again.")

@@ -11,6 +11,9 @@ from torch import Tensor
 from moepress import __version__
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.patterns import PREFIX
+from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.targets import groups_by_part, targets_of
 from moepress.errors import UnsupportedError
 from moepress.models.storage.folder import read_json
 from moepress.models.storage.tensors import DTYPES, read_tensor, tensor_entry
@@ -42,15 +45,27 @@ def check_target(artifact: Artifact, target: Target) -> None:
     """Refuse what a layout cannot hold, before any work.
 
     Raises:
-        UnsupportedError: bits are mixed, or lm_head is quantized.
+        UnsupportedError: bits of experts differ, or lm_head is quantized.
     """
-    if len(artifact.schemes) > 1:
+    if len(_schemes(artifact)[0]) > 1:
         raise UnsupportedError(
-            f"{artifact.folder} has mixed bits, which moepress lays out for ONNX only (--to onnx); loaders of other "
-            "layouts take one scheme for the whole model."
+            f"{artifact.folder} has experts of mixed bits, which moepress lays out for ONNX only (--to onnx); loaders "
+            "of other layouts take one width for all of them."
         )
     if target == "gptq" and artifact.family.head in artifact.shapes and artifact.is_quantized(artifact.family.head):
         raise UnsupportedError("The GPTQ layout of a quantized lm_head is read by no MoE loader; quantize without it.")
+
+
+def _schemes(artifact: Artifact) -> tuple[dict[Scheme, list[int]], dict[Scheme, list[str]]]:
+    """Scheme -> layers whose experts have it, and -> the other quantized matrices that have it."""
+    experts, others = dict[Scheme, set[int]](), dict[Scheme, list[str]]()
+    for name in sorted(n for n in artifact.shapes if artifact.is_quantized(n)):
+        scheme, layer = artifact.scheme_of(name), artifact.family.layer_of(name)
+        if layer is not None and artifact.family.expert_of(name) is not None:
+            experts.setdefault(scheme, set()).add(layer)
+        else:
+            others.setdefault(scheme, []).append(name)
+    return {scheme: sorted(layers) for scheme, layers in experts.items()}, others
 
 
 def export(artifact: Artifact, target: Target, run: Run) -> Exported:
@@ -92,14 +107,15 @@ def _write_shard(artifact: Artifact, target: Target, names: list[str], path: Pat
 
 
 def _gptq(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    return gptq.layer_tensors(module, codes, scales, artifact.scheme)
+    return gptq.layer_tensors(module, codes, scales, artifact.scheme_of(module))
 
 
 def _compressed(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
     """Scales get the model's dtype where it holds them exactly (ours always do), else they stay fp16."""
     dtype = DTYPES[artifact.stored[artifact.family.embeddings].dtype]
     exact = bool((scales.to(dtype).to(scales.dtype) == scales).all())
-    return compressed_tensors.layer_tensors(module, codes, scales, artifact.scheme, dtype if exact else scales.dtype)
+    scheme = artifact.scheme_of(module)
+    return compressed_tensors.layer_tensors(module, codes, scales, scheme, dtype if exact else scales.dtype)
 
 
 _LAYOUTS: dict[Target, Callable[[Artifact, str, Tensor, Tensor], dict[str, Tensor]]] = {
@@ -123,17 +139,26 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
         (n.removesuffix(".weight") for n, s in artifact.shapes.items() if _is_plain_linear(artifact, n, s)),
         key=artifact.family.by_layer,
     )
-    config = dict(artifact.config)
+    config, family, (experts, others) = dict(artifact.config), artifact.family, _schemes(artifact)
+    scheme = next(iter(experts), artifact.scheme)
+    apart = {other: names for other, names in others.items() if other != scheme}
     if target == "gptq":
         config["quantization_config"] = gptq_config.quantize_config(
-            artifact.scheme, [gptq_config.module_pattern(name) for name in plain]
+            scheme,
+            [gptq_config.module_pattern(name) for name in plain],
+            {
+                f"^{target.removeprefix(PREFIX)}": other
+                for other, names in apart.items()
+                for target in targets_of(family, names, joined=True)
+            },
         )
         write_json(run.folder / "quantize_config.json", config["quantization_config"])
     else:
-        tied = [] if artifact.family.head in artifact.shapes else [artifact.family.head]
-        names = artifact.family.excluded([*(f"{name}.weight" for name in plain), *tied])
-        ignored = sorted(names, key=artifact.family.by_layer)
-        config["quantization_config"] = compressed_tensors_config.quantization_config(artifact.scheme, ignored)
+        tied = [] if family.head in artifact.shapes else [family.head]
+        names = family.excluded([*(f"{name}.weight" for name in plain), *tied])
+        ignored = sorted(names, key=family.by_layer)
+        groups = groups_by_part(family, experts, others) if apart else ()
+        config["quantization_config"] = compressed_tensors_config.quantization_config(scheme, ignored, groups)
     write_json(run.folder / "config.json", config)
     copy_companions(artifact.folder, run.folder)
     if target != "gptq":

@@ -64,6 +64,8 @@ class RunEstimate:
             "grid": self.recipe.grid,
             "group_size": None if self.settled.scheme is None else self.settled.scheme.group_size,
             "layer_bits": {str(layer): bits for layer, bits in self.settled.layer_bits.items()},
+            "include": [part.value for part in self.settled.include],
+            "part_bits": {part.value: bits for part, bits in self.settled.include.items() if bits is not None},
             "sizes": dict(self.sizes),
             **self.stages,
         }
@@ -88,7 +90,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     stages = {"profile": _profile_estimate(full, figures, work, rates)}
     if full.repair:
         stages["repair"] = estimate_repair(figures, work, rates)
-    include = on_grid(checkpoint, full.grid, full.include)
+    include = on_grid(checkpoint, full.grid, known.include)
     linears = included_linears(checkpoint, include)
     sizes = estimate_sizes(
         inventory(checkpoint), checkpoint.shape, known.count, known.scheme, known.layer_bits, linears=linears
@@ -175,7 +177,9 @@ def _planned(out: Path) -> Settled | None:
         return Settled(count=plan.experts, scheme=nearest_scheme(PLANNED, plan.grids))
     if plan.quantization is None:
         return None
-    return Settled(count=plan.experts, scheme=plan.quantization.scheme(), layer_bits=plan.layer_bits)
+    return Settled(
+        count=plan.experts, scheme=plan.quantization.scheme(), layer_bits=plan.layer_bits, include=plan.included
+    )
 
 
 def _exports(

@@ -10,10 +10,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moepress.compress.budget.search import most_common
-from moepress.compress.budget.sizes import included_linears, predicting_bytes
-from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
-from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.layer_bits import check_scheme
+from moepress.compress.budget.sizes import included_linears, predicting_bytes, settled_parts
+from moepress.compress.gptq.block_choice import PLANNED, PRESETS, nearest_scheme
+from moepress.compress.gptq.include import IN_LAYERS, NONE, Asked, Include, Included, asked_for
+from moepress.compress.gptq.layer_bits import check_scheme, settle_bits
 from moepress.compress.pruning.plan import count_from_keep
 from moepress.compress.pruning.repair import Repair
 from moepress.compress.pruning.scoring import Criterion, Groups, default_criterion, domain_weights
@@ -88,7 +88,8 @@ class Recipe(BaseModel):
     targets_file: str | None = None
     context: Count | None = None
     mixed_bits: bool = False
-    include: tuple[Include, ...] = ()
+    include: tuple[Literal["auto"] | Include, ...] = ("auto",)
+    part_bits: dict[Include, int] = {}
     match: Literal["auto", "own", "original"] = "auto"
     effort: Literal["fast", "normal", "high"] = "normal"
     positive_scales: bool = False
@@ -149,7 +150,7 @@ def _targets_file(recipe: Recipe) -> Path | None:
 
 def wish_of(recipe: Recipe) -> Wish:
     """What the recipe leaves to its budget; codes that ONNX has no kernel for are no choice where it is asked for."""
-    widths = onnx_bits() if "onnx" in recipe.to else SUPPORTED_BITS
+    widths, asked = onnx_bits() if "onnx" in recipe.to else SUPPORTED_BITS, asked_of(recipe)
     return Wish(
         keep=recipe.keep,
         experts=recipe.experts,
@@ -159,14 +160,25 @@ def wish_of(recipe: Recipe) -> Wish:
         criterion=recipe.criterion,
         weights=recipe.domain_weight,
         groups=recipe.groups,
-        include=frozenset(recipe.include),
+        include=asked.parts,
+        auto=asked.auto,
     )
+
+
+def asked_of(recipe: Recipe) -> Asked:
+    """What is to be quantized besides the routed experts; a list that is empty says nothing."""
+    return asked_for(recipe.include or (NONE,), recipe.part_bits)
 
 
 def _may_mix(recipe: Recipe) -> bool:
     """Whether a budget is to be spent on a mix of GGUF's types: nothing but a GGUF is wanted, and no bits are named."""
-    named = (recipe.bits, recipe.group_size, recipe.grid, recipe.mixed_bits or None, recipe.include or None)
-    return set(recipe.to) == {"gguf"} and all(given is None for given in named)
+    named = (recipe.bits, recipe.group_size, recipe.grid, recipe.mixed_bits or None)
+    return set(recipe.to) == {"gguf"} and all(given is None for given in named) and not _names_parts(recipe)
+
+
+def _names_parts(recipe: Recipe) -> bool:
+    """Whether the recipe says what is quantized besides the routed experts."""
+    return asked_of(recipe) != Asked(auto=True)
 
 
 def mixes(recipe: Recipe) -> bool:
@@ -176,14 +188,22 @@ def mixes(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What is known of the result before there is a plan; `layer_bits` are those of layers with experts, if mixed.
+    """What is known of the result before there is a plan.
 
-    `scheme` is None where the model is only pruned: its experts have four bits already, and no others were asked for.
+    Attributes:
+        count: experts in every layer.
+        scheme: bits and groups; None where the model is only pruned: its experts have four bits already, and no others
+            were asked for.
+        layer_bits: of layers with experts, if mixed.
+        include: what is quantized besides the routed experts.
+        notes: what is to be said of that.
     """
 
     count: int
     scheme: Scheme | None
     layer_bits: Mapping[int, int] = field(default_factory=dict)
+    include: Included = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
@@ -201,15 +221,23 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
             raise UsageError("--context and --mixed-bits go with --budget or --target only.")
         degroup = recipe.groups is Groups.DEGROUP
         count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
+        every, asked = included_linears(checkpoint, IN_LAYERS), asked_of(recipe)
         if recipe.grid is not None:
-            return Settled(count=count, scheme=nearest_scheme(recipe.grid))
+            scheme = nearest_scheme(recipe.grid)
+            include, notes = settled_parts(asked, every, scheme.group_size)
+            include = on_grid(checkpoint, recipe.grid, include)
+            return Settled(count=count, scheme=scheme, include=include, notes=tuple(notes))
         if recipe.bits is None and checkpoint.pressed_as:
             return Settled(count=count, scheme=None)
-        return Settled(count=count, scheme=Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128))
+        scheme = Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128)
+        include, notes = settled_parts(asked, every, scheme.group_size)
+        include = {part: None if bits == scheme.bits else bits for part, bits in include.items()}
+        return Settled(count=count, scheme=scheme, include=include, notes=tuple(notes))
     if mixes(recipe):
         budget = budget_of(request, checkpoint.config, shape)
         most, name = possible_mix(gguf_weights(checkpoint), shape, budget, wish_of(recipe))
-        return Settled(count=most, scheme=nearest_scheme(name.lower()))
+        include = on_grid(checkpoint, recipe.grid, ())
+        return Settled(count=most, scheme=nearest_scheme(name.lower()), include=include)
     if recipe.mixed_bits and recipe.bits is not None:
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits.")
     if recipe.mixed_bits and "gptq" in recipe.to:
@@ -217,12 +245,19 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
     wish, kept = wish_of(recipe), inventory(checkpoint)
     predicting = predicting_bytes(kept, shape, wish.widths) if recipe.mtp is Mtp.KEEP else 0
     budget = budget_of(request, checkpoint.config, shape, predicting=predicting)
-    linears = included_linears(checkpoint, wish.include)
+    include, notes = wish.parts(shape, included_linears(checkpoint, IN_LAYERS))
+    linears = included_linears(checkpoint, include)
     layers = checkpoint.outline.moe_layers
     found = require_possible(kept, shape, len(layers), budget, wish, linears, mixed=recipe.mixed_bits)
     scheme = Scheme(bits=most_common(found.widths) or 4, group_size=wish.group(shape, linears))
     bits = {layers[n]: width for n, width in found.widths.items() if width is not None}
-    return Settled(count=found.count, scheme=scheme, layer_bits=bits if found.mixed else {})
+    return Settled(
+        count=found.count,
+        scheme=scheme,
+        layer_bits=bits if found.mixed else {},
+        include=include,
+        notes=tuple(notes),
+    )
 
 
 def require_grid(recipe: Recipe) -> None:
@@ -235,7 +270,7 @@ def require_grid(recipe: Recipe) -> None:
         raise UsageError("--bits, --group-size and --mixed-bits do not go with --grid, which says all of that.")
     if recipe.positive_scales:
         raise UsageError("--positive-scales is for codes of integers; GGUF's types say themselves what scales are.")
-    if mixes(recipe) and (budget_request(recipe) is None or recipe.include):
+    if mixes(recipe) and (budget_request(recipe) is None or _names_parts(recipe)):
         raise UsageError("The grid `mix` spends a --budget or --target on the whole model; give one, and no --include.")
     if budget_request(recipe) is not None and not mixes(recipe):
         raise UsageError(
@@ -265,17 +300,17 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
         check_repair(checkpoint, known.count, frozenset(recipe.repair))
     if recipe.grid is not None:
         assert known.scheme is not None
-        include = on_grid(checkpoint, recipe.grid, recipe.include)
         named = "q4_k" if mixes(recipe) else recipe.grid
-        check_scheme(checkpoint, known.scheme, include, block_choice(checkpoint, named))
+        check_scheme(checkpoint, known.scheme, known.include, block_choice(checkpoint, named, include=known.include))
     elif known.scheme is None:
         _check_unquantized(recipe, checkpoint)
     else:
-        check_scheme(checkpoint, known.scheme, recipe.include)
-    if "gptq" in recipe.to and Include.LM_HEAD in recipe.include:
+        check_scheme(checkpoint, known.scheme, known.include)
+        settle_bits(checkpoint, known.scheme, known.layer_bits, known.include)
+    if "gptq" in recipe.to and Include.LM_HEAD in known.include:
         raise UsageError("--include lm_head and --to gptq exclude each other: no MoE loader reads a quantized lm_head.")
     if "onnx" in recipe.to and known.scheme is not None:
-        check_onnx(checkpoint, known.scheme, recipe.include)
+        check_onnx(checkpoint, known.scheme, known.include)
     if "gguf" in recipe.to and known.scheme is not None:
         check_gguf(checkpoint, known.scheme)
     corpus = load_corpus(folder, calibration_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
@@ -287,7 +322,7 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
 def _check_unquantized(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Refuse what needs new codes, where the experts keep those that they have."""
     stored = checkpoint.pressed_as
-    if recipe.to or recipe.include:
+    if recipe.to or _names_parts(recipe):
         what = f"--to {','.join(recipe.to)}" if recipe.to else "--include"
         raise UsageError(
             f"The experts of this model are stored as {stored} already, so `run` prunes them and keeps their codes, "
@@ -311,6 +346,7 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
         "window": recipe.window or min(checkpoint.shape.context, DEFAULT_WINDOW),
         "criterion": criterion,
         "bits": recipe.bits or _bits(recipe, checkpoint),
+        **_parts(recipe, checkpoint),
         "device": str(device),
         "dtype": str(choose_dtype(recipe.dtype, device)).removeprefix("torch."),
         "max_memory": memory_bytes,
@@ -323,6 +359,14 @@ def _bits(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
     open_yet = recipe.grid is None and budget_request(recipe) is None
     known = settled(recipe, checkpoint) if open_yet else None
     return known.scheme.bits if known is not None and known.scheme is not None else None
+
+
+def _parts(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The parts by their names, in place of `auto`; a mix is for all of them, and a budget is held to these."""
+    if recipe.grid in (PLANNED, *PRESETS) or not asked_of(recipe).auto:
+        return {}
+    known = settled(recipe, checkpoint).include
+    return {"include": tuple(known), "part_bits": {part: bits for part, bits in known.items() if bits is not None}}
 
 
 _PLACES = ("calibration", "domain", "data", "data_domain")
@@ -418,4 +462,12 @@ def runtime_notes(recipe: Recipe) -> list[str]:
         return []
     checkpoint = opened(model_folder(recipe.model))
     known, degroup = settled(recipe, checkpoint), recipe.groups is Groups.DEGROUP
-    return notes_before(checkpoint.config, known.count, known.scheme, degroup=degroup, gptq="gptq" in recipe.to)
+    found = notes_before(
+        checkpoint.config,
+        known.count,
+        known.scheme,
+        degroup=degroup,
+        gptq="gptq" in recipe.to,
+        include=known.include,
+    )
+    return [*found, *known.notes]

@@ -26,14 +26,13 @@ from moepress.calibration.profile import Profile, fingerprint, load_profile
 from moepress.compress.budget.sizes import planned_linears
 from moepress.compress.gptq.block_choice import PLANNED, nearest_scheme
 from moepress.compress.gptq.grid_rows import mix_text
-from moepress.compress.gptq.layer_bits import fallback_text
+from moepress.compress.gptq.layer_bits import fallback_text, listed
 from moepress.compress.gptq.options import solver_of
 from moepress.compress.pruning.plan import Plan, load_plan, make_plan, plan_text
 from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.gguf.export import GgufRequest
 from moepress.converters.gguf.file import gguf_file
 from moepress.converters.onnx.folder import open_onnx
-from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UsageError
 from moepress.models.forward.walk import default_memory
@@ -57,6 +56,7 @@ from moepress.stages.run.recipe import (
     LATE_FIELDS,
     Recipe,
     as_before,
+    asked_of,
     budget_request,
     calibration_of,
     check_recipe,
@@ -198,6 +198,7 @@ def _profile(setup: _Setup, run: Run) -> Profile:
 
 def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
     recipe = setup.recipe
+    include = {} if recipe.grid is not None else asked_of(recipe).parts
     if run.done("plan") is None:
         request = budget_request(recipe)
         if request is not None and mixes(recipe):
@@ -212,8 +213,8 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
                 weights=recipe.domain_weight,
                 groups=recipe.groups,
                 scheme=setup.scheme if recipe.grid is None else None,
-                include=recipe.include if recipe.grid is None else (),
-                linears=planned_linears(profile, recipe.include) if recipe.grid is None else (),
+                include=include,
+                linears=planned_linears(profile, include),
             )
         text = plan_text(plan)
         run.write("plan", "plan.json", lambda path: _text(path, text))
@@ -256,7 +257,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
             QuantizeRequest(
                 scheme=scheme,
                 layer_bits=plan.layer_bits,
-                include=frozenset(recipe.include),
+                include=asked_of(recipe).parts if recipe.grid is not None else plan.included,
                 hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
                 solver=solver_of(recipe.effort, positive=recipe.positive_scales),
                 grid=recipe.grid,
@@ -425,7 +426,7 @@ def _report(
     )
     run.require_ready()
     write_report(report, setup.out)
-    _describe(setup, report, original, pressed)
+    _describe(setup, report, original, plan)
     run.mark("report", late | {JSON_NAME: sha256_of(file)})
     return report
 
@@ -443,13 +444,15 @@ def _quantization(setup: _Setup, original: Checkpoint, quantized: Mapping[str, A
     if plan.grids:
         return quantization_section(quantized, f"GGUF's types mixed by measured damage: {mix_text(plan.grids)}", plan)
     if grid is None:
-        return quantization_section(quantized, scheme_text(_scheme(setup, plan), plan.layer_bits), plan)
-    include = on_grid(original, grid, setup.recipe.include)
+        return quantization_section(quantized, scheme_text(_scheme(setup, plan), plan.layer_bits, plan.included), plan)
+    include = on_grid(original, grid, asked_of(setup.recipe).parts)
     others = fallback_text(original, include, block_choice(original, grid))
-    return quantization_section(quantized, f"GGUF's {grid}{f' ({others})' if others else ''}", plan)
+    own = sorted(part for part, bits in include.items() if bits is not None)
+    beside = f", {listed(own)} in Q8_0" if own else ""
+    return quantization_section(quantized, f"GGUF's {grid}{f' ({others})' if others else ''}{beside}", plan)
 
 
-def _describe(setup: _Setup, report: Report, original: Checkpoint, pressed: Checkpoint | Artifact) -> None:
+def _describe(setup: _Setup, report: Report, original: Checkpoint, plan: Plan) -> None:
     """A model card in every folder that is to be published, and provenance.json, which has their digests too."""
     layouts: tuple[tuple[str, Format], ...] = (
         ("model", "compressed-tensors" if setup.recipe.grid is None else "gguf-blocks"),
@@ -457,7 +460,7 @@ def _describe(setup: _Setup, report: Report, original: Checkpoint, pressed: Chec
         ("exports/onnx", "onnx"),
         ("exports/gguf", "gguf"),
     )
-    mixed = isinstance(pressed, Artifact) and len(pressed.schemes) > 1
+    mixed = bool(plan.layer_bits)
     for name, layout in layouts:
         if (setup.out / name).is_dir() and setup.scheme is not None:
             size = opened_artifact(setup.out / name).total_bytes if layout == "gptq" else None

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moepress.commands.options import CRITERIA, INCLUDES, parse_weights
-from moepress.compress.gptq.include import Include
+from moepress.commands.options import CRITERIA, INCLUDES, PARTS, parse_weights
+from moepress.compress.gptq.include import AUTO, NONE, Include
 from moepress.compress.pruning.scoring import Criterion
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
@@ -56,4 +56,5 @@ def test_what_is_no_weight_is_refused_with_an_example(pair: str) -> None:
 
 def test_the_choices_on_the_command_line_are_those_of_the_code() -> None:
     assert set(CRITERIA) == {c.value for c in Criterion}
-    assert set(INCLUDES) == {i.value for i in Include}
+    assert set(PARTS) == {i.value for i in Include}
+    assert (AUTO, NONE, *PARTS) == INCLUDES

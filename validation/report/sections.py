@@ -1,9 +1,10 @@
 """What the report says of a plan, a quantization and the calibration text, taken from their results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moepress.calibration.profile import Profile
+from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import bits_text
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.safetensors.scheme import Scheme
@@ -60,10 +61,10 @@ def choice_section(plan: Plan) -> Choice | None:
     )
 
 
-def scheme_text(scheme: Scheme, layer_bits: Mapping[int, int]) -> str:
+def scheme_text(scheme: Scheme, layer_bits: Mapping[int, int], include: Iterable[Include] = ()) -> str:
     """Bits and groups in words."""
     group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
-    return f"{bits_text(layer_bits.values() or [scheme.bits])} {group}, symmetric"
+    return f"{bits_text(layer_bits.values() or [scheme.bits], include)}, {group}, symmetric"
 
 
 def quantization_section(result: Mapping[str, Any], scheme: str, plan: Plan | None) -> Quantization:

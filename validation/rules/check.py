@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.gguf.file import gguf_file, open_gguf
 from moepress.validation.rules import experts, graphs, presence, quantized, stated
@@ -90,6 +91,7 @@ RULES: tuple[Rule, ...] = (
     _rule("negative-scales", quantized.negative_scales, _SIGNS),
     _rule("desc-act", quantized.activation_order, _VLLM),
     _rule("mixed-bits-by-layer", quantized.mixed_by_layer, _ALL),
+    _rule("mixed-bits-by-part", quantized.mixed_by_part, f"{_TRANSFORMERS}; llama.cpp (read)"),
     _rule("mixed-bits-in-layer", quantized.mixed_in_layer, _ALL),
     _rule("router-unquantized", quantized.plain_router, _ALL),
     _rule("router-excluded", quantized.excluded_router, _VLLM),
@@ -230,10 +232,13 @@ def planned_notes(plan: Plan, config: Mapping[str, Any], *, gptq: bool = False) 
     return list(dict.fromkeys(note for kind in kinds for note in _notes(planned_facts(plan, config, kind))))
 
 
-def notes_before(config: Mapping[str, Any], experts: int, scheme: Any, *, degroup: bool, gptq: bool) -> list[str]:
+def notes_before(
+    config: Mapping[str, Any], experts: int, scheme: Any, *, degroup: bool, gptq: bool, include: Iterable[Include] = ()
+) -> list[str]:
     """The same of a run, before its profile: of the compressed-tensors folder, and of the GPTQ export if asked for."""
     kinds = (Kind.COMPRESSED, Kind.GPTQ) if gptq else (Kind.COMPRESSED,)
-    notes = [note for kind in kinds for note in _notes(facts_to_be(config, experts, scheme, kind, degroup=degroup))]
+    made = [facts_to_be(config, experts, scheme, kind, degroup=degroup, include=include) for kind in kinds]
+    notes = [note for facts in made for note in _notes(facts)]
     return list(dict.fromkeys(notes))
 
 

@@ -5,17 +5,19 @@ model folder at all is one sentence.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moepress.compress.gptq.include import Include, included
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.onnx.folder import is_onnx
 from moepress.converters.safetensors import compressed_tensors_config, gptq_config
 from moepress.converters.safetensors.patterns import PREFIX, matches
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
+from moepress.converters.safetensors.targets import EXPERTS
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts, with_text
 from moepress.models.families.table import family_of, is_row
@@ -231,7 +233,14 @@ def planned_facts(plan: Plan, config: Mapping[str, Any], kind: Kind) -> Facts:
     """
     scheme = plan.quantization.scheme() if plan.quantization else None
     return facts_to_be(
-        config, plan.experts, scheme, kind, degroup=plan.degroup, layer_bits=plan.layer_bits, place=plan.model_name
+        config,
+        plan.experts,
+        scheme,
+        kind,
+        degroup=plan.degroup,
+        layer_bits=plan.layer_bits,
+        include=plan.included,
+        place=plan.model_name,
     )
 
 
@@ -243,6 +252,7 @@ def facts_to_be(
     *,
     degroup: bool = False,
     layer_bits: Mapping[int, int] | None = None,
+    include: Iterable[Include] = (),
     place: str = "the result",
 ) -> Facts:
     """The facts of a model with so many experts, in that scheme; `layer_bits` where it differs by layer."""
@@ -263,10 +273,15 @@ def facts_to_be(
         )
         for bits, layers in sorted(by_bits.items())
     )
+    groups = groups if len(groups) > 1 else ()
+    others = sorted({bits or scheme.bits for bits in included(include).values()} - ({scheme.bits} if groups else set()))
+    if others != [scheme.bits] and others:
+        linears = [(("Linear",), Scheme(bits=bits, group_size=scheme.group_size)) for bits in others[-1:]]
+        groups = (*(groups or (((EXPERTS,), scheme),)), *linears)
     if kind is Kind.GPTQ:
         quantization = gptq_config.quantize_config(scheme)
     else:
-        quantization = compressed_tensors_config.quantization_config(scheme, (), groups if len(groups) > 1 else ())
+        quantization = compressed_tensors_config.quantization_config(scheme, (), groups)
     return Facts(
         place=place,
         kind=kind,

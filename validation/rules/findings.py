@@ -26,6 +26,7 @@ class Effect(StrEnum):
     WRONG = "silently wrong"
     SLOWER = "slower"
     OPTION = "wrong with an option"
+    EXPORT = "wants an export"
 
 
 Happens = Mapping[Runtime, tuple[Effect, str]]
@@ -48,7 +49,8 @@ class Finding:
     Attributes:
         rule: the rule's name.
         runtime: where it shows.
-        effect: refuses, silently wrong, slower, or wrong where an option of the runtime is given.
+        effect: refuses, silently wrong, slower, wrong where an option of the runtime is given, or takes the model in
+            another format, to which it can be exported.
         what: what is there.
         happens: what the runtime does.
         mend: what to do.
@@ -65,7 +67,7 @@ class Finding:
 
     @property
     def fails(self) -> bool:
-        """Whether the folder cannot be used there: speed is no failure, nor what an option of the runtime asks for."""
+        """Whether the model cannot be used there: speed is no failure, nor an option of the runtime, nor an export."""
         return self.effect in (Effect.REFUSES, Effect.WRONG)
 
 

@@ -1,10 +1,12 @@
 """Rules about codes: bits, groups, zero points, which modules may have them. Each function yields what it found."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import PER_CHANNEL
+from moepress.converters.safetensors.targets import JOINED
 from moepress.models.families.family import Part, part_of
-from moepress.validation.rules.facts import Facts, Kind
+from moepress.validation.rules.facts import Facts, Kind, Width
 from moepress.validation.rules.findings import Effect, Problem, Runtime, first
 
 KERNEL_BITS = (4, 8)
@@ -14,12 +16,6 @@ _HF = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Ru
 _AGAIN = "quantize again with moepress"
 _AT_RANDOM = "starts its weights at random, with a line in its log"
 _REFUSES, _WRONG, _SLOWER = Effect.REFUSES, Effect.WRONG, Effect.SLOWER
-# Matrices that vLLM and SGLang join to one: they are quantized alike or not at all.
-_FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
 
 
 def layout(facts: Facts) -> Iterator[Problem]:
@@ -202,27 +198,81 @@ def activation_order(facts: Facts) -> Iterator[Problem]:
 
 
 def mixed_by_layer(facts: Facts) -> Iterator[Problem]:
-    """All layers have the same bits."""
-    if len({(w.bits, w.group_size) for w in facts.widths}) < 2:
+    """The experts of all layers have the same bits."""
+    if len(_expert_widths(facts)) < 2:
         return
     if facts.kind is Kind.GPTQ:
         yield Problem(
-            what="quantization_config.dynamic gives some modules bits of their own",
+            what="quantization_config.dynamic gives some experts bits of their own",
             happens={
                 Runtime.SGLANG: (_WRONG, "ignores it for experts"),
                 Runtime.TRANSFORMERS: (_WRONG, "ignores it"),
             },
-            mend="use one scheme for the whole model",
+            mend="use one scheme for all experts",
         )
         return
     yield Problem(
-        what=f"bits are mixed: {len(facts.widths)} config groups",
+        what=f"bits of experts are mixed: {len(facts.widths)} config groups",
         happens={
-            Runtime.TRANSFORMERS: (_WRONG, "loads several config groups wrong, without an error"),
+            Runtime.TRANSFORMERS: (_WRONG, "takes one config group for all experts, without an error"),
             Runtime.LLAMA_CPP: (_REFUSES, "its converter takes one config group"),
         },
         mend="quantize without --mixed-bits, or run it in vLLM, SGLang or ONNX Runtime",
     )
+
+
+def mixed_by_part(facts: Facts) -> Iterator[Problem]:
+    """All Linears have the experts' bits."""
+    experts = _expert_widths(facts)
+    if facts.kind is not Kind.COMPRESSED or len(experts) != 1 or len(facts.widths) < 2:
+        return
+    others = {_of(w) for m in facts.modules() if not facts.family.expert_of(f"{m}.weight") and (w := facts.width_of(m))}
+    others = others or {_of(width) for width in facts.widths} - experts
+    taken = next((w for w in facts.widths if any(_speaks_of_experts(target) for target in w.targets)), None)
+    taken = taken or next(
+        (w for w in facts.widths if any(not t.startswith(PREFIX) for t in w.targets)), facts.widths[0]
+    )
+    if {_of(taken)} != experts:
+        yield Problem(
+            what=f"the experts have another width than {', '.join(taken.targets)[:60]}, which seems to be theirs",
+            happens={
+                Runtime.TRANSFORMERS: (_WRONG, "unpacks experts by the first group whose `re:` target names them")
+            },
+            mend="put the experts' config group first, with a `re:` target that says `experts`",
+        )
+    elif len(others) > 1:
+        yield Problem(
+            what="Linears besides the experts have several widths",
+            happens={
+                Runtime.TRANSFORMERS: (Effect.OPTION, "with `dequantize=True` it takes one width for all of them")
+            },
+            mend="load it without that option, or give attention, shared experts and dense MLPs one width",
+        )
+    yield Problem(
+        what=f"experts and other Linears have different bits: {len(facts.widths)} config groups",
+        happens={Runtime.LLAMA_CPP: (Effect.EXPORT, "its converter takes one config group, its files any")},
+        mend="`moepress export FOLDER --to gguf`",
+    )
+
+
+def _of(width: Width) -> tuple[int | None, int]:
+    return width.bits, width.group_size
+
+
+def _speaks_of_experts(target: str) -> bool:
+    """As transformers 5.23 asks (`integrations/compressed_tensors.py`)."""
+    return target.startswith(PREFIX) and "experts" in target
+
+
+def _expert_widths(facts: Facts) -> set[tuple[int | None, int]]:
+    """Bits and groups of routed experts; of what is yet to be made, those of each layer's first by the config."""
+    if not facts.widths:
+        return set()
+    names: Iterable[str] = facts.modules()
+    if not names:
+        names = [facts.family.expert_names(layer, 0)[0].removesuffix(".weight") for layer in range(facts.shape.layers)]
+    found = {m: facts.width_of(m) for m in names if facts.family.expert_of(f"{m}.weight") is not None}
+    return {_of(width) for width in found.values() if width is not None}
 
 
 def mixed_in_layer(facts: Facts) -> Iterator[Problem]:
@@ -338,7 +388,7 @@ def fused_alike(facts: Facts) -> Iterator[Problem]:
         m: m in quantized for m in (*quantized, *facts.plain_linears()) if not facts.family.expert_of(f"{m}.weight")
     }
     for module in every:
-        for names in _FUSED:
+        for names in JOINED.values():
             if not module.endswith(f".{names[0]}"):
                 continue
             stem = module.removesuffix(names[0])

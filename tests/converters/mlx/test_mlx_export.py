@@ -43,8 +43,16 @@ def test_every_matrix_is_codes_times_scales(key: str, bits: int, tmp_path: Path)
     source = pressed(key, tmp_path, "--bits", str(bits), "--group-size", "32")
     assert command("export", source, "--to", "mlx", "-o", tmp_path / "mlx")[0] == 0
     tensors, artifact = tiny_models.load_tensors(tmp_path / "mlx"), open_artifact(source)
-    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
-    assert config["quantization"]["bits"] == bits
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    own = {name: row["bits"] for name, row in config.items() if isinstance(row, dict)}
+    experts = [
+        name
+        for name in (n.removesuffix(".scales") for n in tensors if "switch_mlp" in n)
+        if name + ".scales" in tensors
+    ]
+    assert {own.get(name, config["bits"]) for name in experts} == {bits}
+    others = [n.removesuffix(".scales") for n in tensors if n.endswith(".scales") and "switch_mlp" not in n]
+    assert {own.get(name, config["bits"]) for name in others} <= {8}  # attention and the like, where groups fit
     seen = 0
     for layer in artifact.outline.moe_layers:
         for place, leaf in enumerate(("gate_proj", "up_proj", "down_proj")):
@@ -74,11 +82,12 @@ def test_check_knows_what_mlx_lm_does_with_a_folder(tmp_path: Path) -> None:
         return [f.effect.value for f in check_folder(folder, [Runtime.MLX]).findings if f.rule == "mlx-layout"]
 
     three = pressed("deepseek_v3", tmp_path / "3", "--bits", "3", "--group-size", "32")
-    four = pressed("deepseek_v3", tmp_path / "4", "--bits", "4", "--group-size", "32")
+    four = pressed("deepseek_v3", tmp_path / "4", "--bits", "4", "--group-size", "32", "--include", "none")
+    mixed = pressed("deepseek_v3", tmp_path / "8", "--bits", "4,shared=8", "--group-size", "32")
     qwen = pressed("qwen3_moe", tmp_path / "q", "--bits", "4", "--group-size", "32")
     assert command("export", qwen, "--to", "mlx", "-o", tmp_path / "mlx")[0] == 0
-    assert [effect(folder) for folder in (three, four, qwen, tmp_path / "mlx")] == [
-        *(["silently wrong"], [], ["refuses"], [])
+    assert [effect(folder) for folder in (three, four, mixed, qwen, tmp_path / "mlx")] == [
+        *(["silently wrong"], [], ["silently wrong"], ["refuses"], [])
     ]
 
 
