@@ -13,8 +13,8 @@ from moepress.runs.phases import phase
 
 ORIGINAL_ASYMMETRY = 1.0
 """What `--match original` takes for `HessianOptions.asymmetry`."""
-ORIGINAL_BITS = 3
-"""With `--match auto`: at 3 bits it takes a quarter of the divergence away, at 4 a sixth (docs/benchmarks.md)."""
+ORIGINAL_BITS = 4
+"""With `--match auto`: at 3 bits it takes a quarter of the divergence away, at 4 a seventh (docs/benchmarks.md)."""
 _ROWS_AT_ONCE = 8192
 _CPU = torch.device("cpu")
 _NARROW = 1024  # columns; narrower Hessians are formed in narrower strips
@@ -52,20 +52,22 @@ class HessianOptions:
             raise ValueError(f"{self}: need least_tokens >= 0.")
 
 
-def matches_original(match: str, bits: int, layer_bits: Mapping[int, int]) -> bool:
-    """Whether targets come from the original: with auto where a layer gets at most `ORIGINAL_BITS`.
+def matches_original(match: str, bits: int, layer_bits: Mapping[int, int], effort: str = "normal") -> bool:
+    """Whether targets come from the original: with auto where a layer gets at most `ORIGINAL_BITS`, time allowing.
 
     Args:
         match: own, original or auto.
         bits: of the scheme.
         layer_bits: layer -> its bits, where they are not the scheme's.
+        effort: with `fast`, auto does without.
     """
-    return match == "original" or (match == "auto" and min([bits, *layer_bits.values()]) <= ORIGINAL_BITS)
+    few = min([bits, *layer_bits.values()]) <= ORIGINAL_BITS
+    return match == "original" or (match == "auto" and few and effort != "fast")
 
 
-def hessian_for(match: str, bits: int, layer_bits: Mapping[int, int]) -> HessianOptions:
+def hessian_for(match: str, bits: int, layer_bits: Mapping[int, int], effort: str = "normal") -> HessianOptions:
     """The options for `--match`, all else as it is by default; arguments as of `matches_original`."""
-    return HessianOptions(asymmetry=ORIGINAL_ASYMMETRY if matches_original(match, bits, layer_bits) else 0.0)
+    return HessianOptions(asymmetry=ORIGINAL_ASYMMETRY if matches_original(match, bits, layer_bits, effort) else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

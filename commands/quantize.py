@@ -229,7 +229,7 @@ def _hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, 
     """How tokens are weighed in Hessians, with the targets that --match names for so many bits."""
     from moepress.calibration.hessian import hessian_for
 
-    return hessian_for(options["match"], bits, layer_bits)
+    return hessian_for(options["match"], bits, layer_bits, options["effort"])
 
 
 def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:

@@ -110,7 +110,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
             rates,
             include=include,
             layer_bits=known.layer_bits,
-            original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits),
+            original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits, full.effort),
             solver=solver_of(full.effort, positive=full.positive_scales),
             predicting=mtp_layers(checkpoint) if full.mtp is Mtp.KEEP else (),
         )

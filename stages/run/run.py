@@ -258,7 +258,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
                 scheme=scheme,
                 layer_bits=plan.layer_bits,
                 include=asked_of(recipe).parts if recipe.grid is not None else plan.included,
-                hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits),
+                hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits, recipe.effort),
                 solver=solver_of(recipe.effort, positive=recipe.positive_scales),
                 grid=recipe.grid,
                 mix=plan.grids,
