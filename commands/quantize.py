@@ -13,6 +13,7 @@ from moepress.commands.options import (
     calibration_options,
     dry_run_option,
     effort_option,
+    float_option,
     grid_option,
     include_option,
     json_option,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     help="Prune by this plan, with its bits unless --grid is given.",
 )
 @scheme_options
+@float_option
 @grid_option
 @include_option
 @match_option
@@ -86,6 +88,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
               moepress quantize MODEL --plan plan.json --bits 4,attention=8,shared=4 -o pressed
               moepress quantize MODEL --plan plan.json -o pressed --max-pieces 20 --resume
               moepress quantize MODEL --grid Q4_K_M -o blocks
+              moepress quantize MODEL --scheme nvfp4 -o floats
     """
     from moepress.calibration.sources import parse_sources
     from moepress.commands.timings import check_timings, timed
@@ -131,6 +134,8 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     from moepress.converters.safetensors.scheme import Scheme
     from moepress.stages.quantize import QuantizeRequest
 
+    if options["scheme"] is not None:
+        return _of_floats(plan, options)
     if options["grid"] is not None or (plan is not None and plan.grids):
         return _on_blocks(plan, options)
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
@@ -148,6 +153,40 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
         auto=asked.auto,
         hessian=_hessian_of(options, scheme.bits, layer_bits),
         solver=solver_of(options["effort"], positive=options["positive_scales"]),
+    )
+
+
+def _of_floats(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
+    """What is asked of `quantize --scheme`.
+
+    Raises:
+        UsageError: what else is given says something of codes too, or the plan has chosen them.
+    """
+    from moepress.compress.gptq.options import solver_of
+    from moepress.converters.safetensors.scheme import Codes, Scheme
+    from moepress.stages.quantize import QuantizeRequest
+
+    if options["grid"] is not None:
+        raise UsageError("--grid does not go with --scheme; one of them says what codes are.")
+    if not all_default("bits", "group_size") or options["part_bits"]:
+        raise UsageError("--bits and --group-size do not go with --scheme, which says both.")
+    if options["positive_scales"]:
+        raise UsageError("--positive-scales is for codes of integers; scales of 4-bit floats are always positive.")
+    if plan is not None and (plan.grids or plan.budget is not None):
+        raise UsageError(
+            "The plan has chosen other codes than --scheme has, to fit its budget; plan again with --keep or --experts."
+        )
+    if plan is not None and plan.quantization is not None:
+        note("--scheme was given: the plan's bits are left aside.")
+    scheme = Scheme.of_floats(Codes(options["scheme"]))
+    asked, notes = _asked_for(plan, options)
+    note(*notes)
+    return QuantizeRequest(
+        scheme=scheme,
+        include=asked.parts,
+        auto=asked.auto,
+        hessian=_hessian_of(options, scheme.bits, {}),
+        solver=solver_of(options["effort"], positive=True),
     )
 
 
@@ -240,7 +279,7 @@ def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:
     console = plain_console()
     scheme = result["scheme"]
     bits = bits_text(result.get("layer_bits", {"": scheme["bits"]}).values(), included_of(result))
-    text = scheme["grid"] if "grid" in scheme else f"{bits} g{scheme['group_size']}"
+    text = scheme.get("grid") or scheme.get("codes") or f"{bits} g{scheme['group_size']}"
     before, after = result["bytes_before"], result["bytes_after"]
     console.print(f"{folder}: {text}, {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.0%})")
     table = plain_table("layer", "relative error")

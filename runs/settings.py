@@ -30,6 +30,7 @@ _NAMES = {
     "moepress": "the version of moepress",
     "torch": "the version of torch",
     "batch_windows": "the number of windows at once (it follows from --max-memory)",
+    "scheme.codes": "--scheme",
     "hessian.asymmetry": "--match (auto follows --bits)",
     "solver.refits": "--effort (how often scales are refitted)",
     "part_bits": "the bits of parts (--bits)",

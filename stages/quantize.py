@@ -25,7 +25,7 @@ from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.compress.pruning.rewrite import mtp_keep
 from moepress.converters.gguf.architectures import architecture_of, described, gguf_refusal
 from moepress.converters.gguf.placed import column_runs
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.errors import UnsupportedError, UsageError
 from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.tensor_check import check_mtp
@@ -93,7 +93,9 @@ def quantize_stage(
     inputs = watched(folder)
     checkpoint = opened(folder)
     announce(checkpoint)
-    if checkpoint.pressed_as:
+    if checkpoint.pressed_as == Codes.MXFP4 and request.scheme.codes is Codes.MXFP4:
+        note("The experts are MXFP4 already: they keep their codes and scales.")
+    elif checkpoint.pressed_as:
         note(f"The experts are stored as {checkpoint.pressed_as} already; quantizing them again costs quality.")
     if plan is not None:
         checked_plan(checkpoint, plan)
@@ -102,6 +104,8 @@ def quantize_stage(
     asked = Asked(auto=request.auto, parts=included(request.include))
     parts, notes = settled_parts(asked, included_linears(source, IN_LAYERS), request.scheme.group_size)
     note(*notes)
+    if request.scheme.floats:  # one format for the whole folder
+        parts = dict.fromkeys(parts)
     request = replace(request, include=on_grid(checkpoint, request.grid, parts))
     if request.grid is None:
         scheme, layer_bits, parts = settle_bits(source, request.scheme, request.layer_bits, parts)
@@ -274,7 +278,7 @@ def _settings(
         "keep": {str(layer): kept for layer, kept in pruned.keep.items()} if pruned else None,
         "groups": pruned.groups.value if pruned else None,
         "repair": None if repairs is None else repairs.digest,
-        "scheme": asdict(options.scheme)
+        "scheme": options.scheme.stated()
         if request.grid is None
         else {"grid": request.grid, "bits": options.scheme.bits, **_mix_settings(request)},
         "layer_bits": {str(layer): bits for layer, bits in options.layer_bits.items()} or None,

@@ -15,7 +15,7 @@ from moepress.compress.gptq.include import (
     part_bits,
     quantized_linears,
 )
-from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Codes, Scheme
 from moepress.errors import UsageError
 from moepress.models.families.family import Family, Part, Shape, part_of
 from moepress.models.families.table import family_of
@@ -210,7 +210,10 @@ def probe_scheme(shape: Shape, bits: int) -> Scheme:
 
 
 def matrix_bytes(rows: int, columns: int, scheme: Scheme, scale_bytes: int = 2) -> int:
-    """Of one quantized matrix [rows, columns]: codes in whole words of 32 bits, scales, its shape."""
+    """Of one quantized matrix [rows, columns]: codes in whole words of 32 bits, scales, its shape; or codes two a byte,
+    scales of one byte, and of NVFP4 what divides them."""
+    if scheme.floats:
+        return rows * (columns // 2 + scheme.groups(columns)) + (4 if scheme.codes is Codes.NVFP4 else 0)
     words = -(-columns * scheme.bits // 32)
     return rows * (4 * words + scale_bytes * scheme.groups(columns)) + _SHAPE_BYTES
 
@@ -275,10 +278,7 @@ def part_sizes(
     rest |= {p: 2.0 * parts[p][1] for p in rest if p in parts and p is not Part.ROUTER and _is_fp8(*parts[p])}
     scale_bytes = scale_bytes_of(inventory)
     # What quantizing one expert takes at each width; a layer without a width of its own has the scheme's.
-    sizes = {
-        bits: expert_bytes(shape, Scheme(bits=bits, group_size=scheme.group_size), scale_bytes)
-        for bits in SUPPORTED_BITS
-    }
+    sizes = {bits: expert_bytes(shape, scheme.of_bits(bits), scale_bytes) for bits in SUPPORTED_BITS}
     own = layer_bits or {}
     routed = sum(sizes[bits] for bits in own.values()) + (layers - len(own)) * sizes[scheme.bits]
     for part in {linear.part for linear in linears}:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moepress.compress.gptq.columns import inner_loops
 from moepress.compress.gptq.descent import Descent, improve_codes, quadratic, refit, row_loss
 from moepress.compress.gptq.factor import Factor, column_order, factor, ridge_of
-from moepress.compress.gptq.levels import DEFAULT_SEARCH, Grid
+from moepress.compress.gptq.levels import Grid
 from moepress.compress.gptq.options import Task
 from moepress.runs.phases import phase
 
@@ -42,7 +42,7 @@ def solve_batch(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, tas
     with phase("scales"):
         turned_EIO = weight_EOI.mT.contiguous()
         if options.scale_search:
-            given = (task.grid, task.group, task.dtype, DEFAULT_SEARCH)
+            given = (task.grid, task.group, task.dtype, task.search)
             scales_EGO = loops.search_scales(turned_EIO, importance_EI, *given)
         else:
             scales_EGO = absmax_EOG.mT.contiguous()

@@ -25,7 +25,6 @@ from moepress.compress.gptq.costs import SKETCHED, solve_flops
 from moepress.compress.gptq.descent import quadratic, row_loss
 from moepress.compress.gptq.factor import DAMP_ATTEMPTS, column_order, mean_alive, ridge_of
 from moepress.compress.gptq.grid import nearest_levels, normalised, search_scales_on
-from moepress.compress.gptq.levels import DEFAULT_SEARCH
 from moepress.compress.gptq.options import Task
 from moepress.compress.gptq.parts import side_by_side
 from moepress.runs.phases import phase
@@ -172,7 +171,7 @@ def solve_rows(
         if task.options.scale_search:
             search = native.search_scales
             weights_I = normalised(found.importance.view(groups, -1))
-            search(turned_IO, weights_I, task.grid, DEFAULT_SEARCH, task.group, task.dtype, scales_GO)
+            search(turned_IO, weights_I, task.grid, task.search, task.group, task.dtype, scales_GO)
             scales_OG.copy_(scales_GO.T)
         else:
             scales_GO.copy_(scales_OG.T)
@@ -419,7 +418,7 @@ def _round(weight_OI: Tensor, hessian_II: Tensor, found: Found, index: int, task
     """Rounding to nearest, where there is no usable Hessian."""
     importance_I = hessian_II.diagonal().clamp(min=0)
     if task.options.scale_search:
-        given = (weight_OI[None], importance_I[None], task.grid, task.group, task.dtype)
+        given = (weight_OI[None], importance_I[None], task.grid, task.group, task.dtype, task.search)
         found.scales[index] = search_scales_on(*given)[0]
     scales_OG = found.scales[index]
     values_OI = nearest_levels(weight_OI, scales_OG, task.grid)

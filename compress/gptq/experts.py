@@ -15,8 +15,9 @@ from moepress.compress.gptq.block_solver import BlockCoded, SolvedBlocks, solve_
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.parts import part_slices, side_by_side
 from moepress.compress.gptq.solver import Solved, solve
+from moepress.converters.safetensors import floats
 from moepress.converters.safetensors.artifact import dense
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.models.families.family import Part, Shape
 from moepress.models.forward.card import free_bytes
 from moepress.models.forward.streamed import StreamedModel
@@ -34,9 +35,9 @@ class QuantizeOptions:
     """How matrices are quantized.
 
     Attributes:
-        scheme: bits and group size.
-        scale_dtype: dtype the scales are rounded to before codes are chosen.
-        stored_dtype: dtype the scales are stored in, the model's.
+        scheme: bits, group size and what codes are.
+        scale_dtype: dtype the scales of integers are rounded to before codes are chosen.
+        stored_dtype: dtype they are stored in, the model's.
         hessian: how tokens are weighed.
         solver: options of the GPTQ solver.
         layer_bits: layer -> bits, of the layers that do not have the scheme's.
@@ -60,7 +61,7 @@ class QuantizeOptions:
     def scheme_of(self, layer: int | None, part: Part = Part.ROUTED) -> Scheme:
         """The scheme of a part's matrices in a layer, or of those outside of the layers."""
         bits = self.scheme.bits if layer is None else self.layer_bits.get(layer, self.scheme.bits)
-        return replace(self.scheme, bits=self.part_bits.get(part, bits))
+        return self.scheme.of_bits(self.part_bits.get(part, bits))
 
     def of_layer(self, layer: int) -> "QuantizeOptions":
         """The same, with that layer's scheme."""
@@ -73,7 +74,7 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coded:
-    """A quantized matrix: codes int8 [O, I], scales [O, G] in the dtype they are stored in, on the CPU."""
+    """A quantized matrix of integers: codes int8 [O, I], scales [O, G] in the dtype they are stored in, on the CPU."""
 
     codes: Tensor
     scales: Tensor
@@ -87,7 +88,31 @@ class Coded:
         return Coded(codes=self.codes[rows], scales=self.scales[rows])
 
 
-Matrix = Coded | BlockCoded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FloatCoded:
+    """A quantized matrix of 4-bit floats, on the CPU.
+
+    Attributes:
+        codes: int8 [O, I], 0 to 15.
+        scales: fp32 [O, G], as they are stored.
+        divisor: what scales are divided by, of the whole matrix and those that were solved with it; or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    divisor: Tensor | None = None
+
+    def dense(self, device: torch.device | None = None) -> Tensor:
+        """What it stands for, [O, I] bf16, computed on that device."""
+        scales = self.scales if self.divisor is None else self.scales / self.divisor
+        return floats.dense(self.codes.to(device), scales.to(device))
+
+    def rows(self, rows: slice) -> "FloatCoded":
+        """Some of its rows."""
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows])
+
+
+Matrix = Coded | FloatCoded | BlockCoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +298,7 @@ def solve_experts(
             error=(first_error[index], second_error[index]),
             rounded=first.rounded(index) or second.rounded(index),
             middle=None if middles is None else middles.get(index),
-            biases=_biases(weights[expert], options.stored_dtype),
+            biases=biases_of(weights[expert], options.stored_dtype),
         )
         for index, expert in enumerate(experts)
     ]
@@ -295,16 +320,24 @@ class Batch:
 
     Attributes:
         found: what the solver gave.
-        stored: dtype of a scheme's scales.
+        stored: dtype of a scheme's scales, where codes are integers.
+        codes: what they are.
     """
 
     found: Solved | SolvedBlocks
     stored: torch.dtype
+    codes: Codes = Codes.INT
 
     def matrix(self, index: int) -> Matrix:
         """One of them, on the CPU."""
         if isinstance(self.found, SolvedBlocks):
             return self.found.matrix(index)
+        if self.codes is not Codes.INT:
+            return FloatCoded(
+                codes=floats.from_levels(self.found.codes[index].cpu()),
+                scales=self.found.scales[index].cpu(),
+                divisor=None if self.found.divisor is None else self.found.divisor[index].cpu(),
+            )
         codes, scales = self.found.codes[index].cpu(), self.found.scales[index].to("cpu", self.stored)
         return Coded(codes=codes, scales=scales)
 
@@ -329,7 +362,8 @@ def solve_measured(
             blocks = solve_blocks(weight_EOI, hessian_EII, kind, options.solver)
             return Batch(found=blocks, stored=options.stored_dtype), relative_errors(blocks.solved)
         solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
-        return Batch(found=solved, stored=options.stored_dtype), relative_errors(solved)
+        batch = Batch(found=solved, stored=options.stored_dtype, codes=options.scheme.codes)
+        return batch, relative_errors(solved)
 
 
 def _targets(
@@ -382,7 +416,8 @@ def _on_host(solved: Solved) -> Solved:
     return Solved(**moved)
 
 
-def _biases(expert: Expert, stored: torch.dtype) -> dict[str, Tensor]:
+def biases_of(expert: Expert, stored: torch.dtype) -> dict[str, Tensor]:
+    """Those that an expert has, by their names in `Expert`, as they are stored."""
     found = {name: getattr(expert, name) for name in BIASES}
     return {name: value.to("cpu", stored) for name, value in found.items() if value is not None}
 

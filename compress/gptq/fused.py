@@ -79,8 +79,10 @@ def search_scales(
         grid, group, dtype, plan: as there.
 
     Returns:
-        scales [E, G, O] fp32.
+        scales [E, G, O] fp32; of dtypes that the kernel does not round to, by torch.
     """
+    if dtype not in _KINDS:
+        return search_scales_on(weight_EIO.mT, importance_EI, grid, group, dtype, plan).mT.contiguous()
     experts, columns, rows = weight_EIO.shape
     groups, info = columns // group, torch.finfo(dtype)
     out_EGO = weight_EIO.new_empty((experts, groups, rows))

@@ -19,25 +19,40 @@ def storable_scales(scales: torch.Tensor, scale_dtype: torch.dtype, *, either_si
 
     Args:
         scales: any shape, fp32, not NaN. Zero (nothing to represent) becomes 1.0, and so do negative ones.
-        scale_dtype: torch.bfloat16, torch.float16 or torch.float32.
+        scale_dtype: torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, or torch.float8_e8m0fnu for
+            powers of two, of which the nearest is taken, and of two the larger.
         either_sign: negative scales stay so.
 
     Returns:
         fp32 tensor of the same shape, each value exactly representable in `scale_dtype`.
     """
-    info = torch.finfo(scale_dtype)
-    smallest = info.tiny * info.eps if scale_dtype == torch.float16 else info.tiny
     size = scales.abs() if either_sign else scales
-    positive = torch.where(size > 0, size, 1.0).clamp(smallest, info.max).to(scale_dtype).float()
+    positive = torch.where(size > 0, size, 1.0).clamp(*_scale_range(scale_dtype))
+    if scale_dtype == torch.float8_e8m0fnu:
+        positive = (positive.view(torch.int32) + _HALF_A_MANTISSA & _EXPONENT).view(torch.float32)
+    else:
+        positive = positive.to(scale_dtype).float()
     return torch.where(scales < 0, -positive, positive) if either_sign else positive
 
 
+_HALF_A_MANTISSA, _EXPONENT = 0x00400000, 0x7F800000  # of fp32
+
+
+def _scale_range(scale_dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest scale. A power of two leaves room for six times it, and is a normal number of fp32."""
+    if scale_dtype == torch.float8_e8m0fnu:
+        return 2.0**-126, 2.0**125
+    info = torch.finfo(scale_dtype)
+    small = scale_dtype in (torch.float16, torch.float8_e4m3fn)  # whose subnormal numbers are wanted too
+    return (info.tiny * info.eps if small else info.tiny), info.max
+
+
 def absmax_scales(weight_EOI: torch.Tensor, scheme: Scheme, *, scale_dtype: torch.dtype) -> torch.Tensor:
-    """The plain choice: the largest magnitude of a group falls on `code_max`, so nothing is clipped.
+    """The plain choice: the largest magnitude of a group falls on the largest level, so nothing is clipped.
 
     Args:
         weight_EOI: [E, O, I] fp32.
-        scheme: bits and group size.
+        scheme: bits, group size and what codes are.
         scale_dtype: dtype the scales are stored in.
 
     Returns:
@@ -45,7 +60,7 @@ def absmax_scales(weight_EOI: torch.Tensor, scheme: Scheme, *, scale_dtype: torc
     """
     experts, rows, columns = weight_EOI.shape
     grouped_EOGg = weight_EOI.reshape(experts, rows, scheme.groups(columns), -1)
-    return storable_scales(grouped_EOGg.abs().amax(dim=-1).float() / scheme.code_max, scale_dtype)
+    return storable_scales(grouped_EOGg.abs().amax(dim=-1).float() / Grid.of(scheme).high, scale_dtype)
 
 
 def search_scales(

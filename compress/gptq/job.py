@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from moepress.compress.gptq.block_solver import BlockCoded
-from moepress.compress.gptq.experts import Coded, CodedExpert, Matrix, QuantizeOptions
+from moepress.compress.gptq.experts import Coded, CodedExpert, FloatCoded, Matrix, QuantizeOptions
 from moepress.compress.gptq.include import Included, LinearGroup
 from moepress.compress.gptq.pieces import Allowance
 from moepress.compress.gptq.reference import (
     Reference,
 )
-from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, floats
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.forward.costs import stored_bytes
@@ -74,6 +74,8 @@ def packed(job: Job, name: str, matrix: Matrix) -> dict[str, Tensor]:
     with phase("pack"):
         if isinstance(matrix, BlockCoded):
             return {f"{name}_{matrix.kind.name.lower()}": pack(matrix.kind, matrix.blocks)}
+        if isinstance(matrix, FloatCoded):
+            return floats.layer_tensors(module, matrix.codes, matrix.scales, matrix.divisor, scheme)
         return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
 
 
@@ -132,11 +134,14 @@ def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Matrix:
         suffix, kind = next((end, kind) for end, kind in BLOCK_SUFFIXES.items() if name + end in stored)
         with phase("read", size=stored[name + suffix].bytes):
             return BlockCoded(kind=kind, blocks=unpack(kind, read_tensor(stored[name + suffix])))
-    module = name.removesuffix(".weight")
-    names = [module + suffix for suffix in compressed_tensors_config.SUFFIXES]
+    module, scheme = name.removesuffix(".weight"), scheme_of(job, name)
+    names = [module + suffix for suffix in compressed_tensors_config.parts_of(scheme.codes)]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
-    codes, scales = compressed_tensors.read_layer(module, tensors, scheme_of(job, name))
+    if scheme.floats:
+        codes, scales = floats.read_layer(module, tensors, scheme)
+        return FloatCoded(codes=codes, scales=scales)
+    codes, scales = compressed_tensors.read_layer(module, tensors, scheme)
     return Coded(codes=codes, scales=scales)
 
 

@@ -10,7 +10,7 @@ from moepress.compress.gptq.block_choice import BlockChoice, fitting
 from moepress.compress.gptq.include import Include, Included, included, included_as, quantized_linears
 from moepress.converters.safetensors.artifact import Source
 from moepress.converters.safetensors.compressed_tensors_config import Groups
-from moepress.converters.safetensors.scheme import Scheme, proposed_group
+from moepress.converters.safetensors.scheme import Scheme
 from moepress.converters.safetensors.targets import groups_by_part, layers_pattern
 from moepress.errors import UsageError
 from moepress.models.families.family import Part, part_of
@@ -45,7 +45,7 @@ def check_scheme(source: Source, scheme: Scheme, include: Iterable[Include], blo
                 continue
             scheme.groups(count)
         except UsageError as error:
-            proposal = proposed_group(scheme.group_size, columns.values())
+            proposal = scheme.proposed(columns.values())
             raise UsageError(f"{name}: {error} {proposal if blocks is None else ''}".strip()) from error
 
 
@@ -102,11 +102,11 @@ def settle_bits(
     quantized = sorted({*source.outline.moe_layers, *(layer for layer in others if layer is not None)})
     bits = {layer: layer_bits.get(layer, scheme.bits) for layer in quantized}
     for each in (*bits.values(), *(own for own in wanted.values() if own is not None)):
-        Scheme(bits=each, group_size=scheme.group_size)
+        scheme.of_bits(each)
     found = set(bits.values()) | ({scheme.bits} if Include.LM_HEAD in like_layer else set())
     if len(found) > 1:
         return scheme, bits, wanted
-    scheme = Scheme(bits=min(found, default=scheme.bits), group_size=scheme.group_size)
+    scheme = scheme.of_bits(min(found, default=scheme.bits))
     return scheme, {}, {part: None if own == scheme.bits else own for part, own in wanted.items()}
 
 
@@ -159,7 +159,7 @@ def _layer_groups(
         targets = layers_pattern(source.family, layers)
         if Include.LM_HEAD in include and bits == scheme.bits:
             targets.append("lm_head")
-        groups.append((tuple(targets), Scheme(bits=bits, group_size=scheme.group_size)))
+        groups.append((tuple(targets), scheme.of_bits(bits)))
     return tuple(groups)
 
 

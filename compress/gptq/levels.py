@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.scheme import Codes, Scheme
+from moepress.models.storage.unpack import E2M1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,10 @@ class Grid:
 
     @classmethod
     def of(cls, scheme: Scheme, *, either_sign: bool = False) -> "Grid":
-        """The symmetric integers of a scheme, which reach one further down than up; scales of either sign turn them."""
+        """The codes of a scheme: integers, which reach one further down than up, so that scales of either sign turn
+        them; or floats, whose sides are alike."""
+        if scheme.floats:
+            return cls(levels=_E2M1_LEVELS)
         levels = tuple(map(float, range(scheme.code_min, scheme.code_max + 1)))
         return cls(levels=levels, either_sign=either_sign)
 
@@ -75,6 +79,9 @@ class Grid:
         if self.integers:
             return codes.float()
         return self.table_on(codes.device)[0][codes.view(torch.uint8).int()]
+
+
+_E2M1_LEVELS = (*(-size for size in E2M1[:0:-1]), *E2M1)
 
 
 @functools.cache
@@ -134,3 +141,12 @@ class SearchPlan:
 
 DEFAULT_SEARCH = SearchPlan.even(10, 0.3, 2)
 """At 2 to 4 bits as good as a grid of 48 shares, in a third of the time."""
+POWERS_SEARCH = SearchPlan(factors=(2.0, 1.0, 0.5), halvings=0)
+"""Of scales that are powers of two: the nearest, and one on each side."""
+FLOATS_SEARCH = SearchPlan(factors=tuple(torch.linspace(1.5, 0.6, 12, dtype=torch.float64).tolist()), halvings=2)
+"""Of E2M1: 6 has no neighbour above and 4 as its nearest, so that the largest magnitude is often better off on 4."""
+
+
+def search_plan(codes: Codes) -> SearchPlan:
+    """What is tried for the scales of codes."""
+    return {Codes.NVFP4: FLOATS_SEARCH, Codes.MXFP4: POWERS_SEARCH}.get(codes, DEFAULT_SEARCH)

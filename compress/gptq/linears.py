@@ -11,6 +11,7 @@ from moepress.calibration.hessian import Moments, moments
 from moepress.compress.gptq.asymmetry import move_target, relative_error
 from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_measured
 from moepress.compress.gptq.include import LinearGroup
+from moepress.compress.gptq.kept import kept_linear
 from moepress.models.families.family import Part
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.stepping import Stepping, held_bytes
@@ -170,10 +171,13 @@ def _solve_stack(
     model = stream.model
     columns, layer = model.source.shapes[names[0]][1], model.family.layer_of(names[0])
     kinds = [options.kind_of(name, layer, columns) for name in names]
-    matrices: dict[str, Matrix] = {}
-    errors: dict[str, float] = {}
+    kept = {name: kept_linear(model.source, name, options.scheme) for name in names}
+    matrices: dict[str, Matrix] = {name: matrix for name, matrix in kept.items() if matrix is not None}
+    errors = dict.fromkeys(matrices, 0.0)
     for kind in dict.fromkeys(kinds):
-        alike = [name for name, own in zip(names, kinds, strict=True) if own == kind]
+        alike = [name for name, own in zip(names, kinds, strict=True) if own == kind and kept[name] is None]
+        if not alike:
+            continue
         solved, error = _solve_alike(stream, options, alike, found, kind)
         matrices |= dict(zip(alike, solved, strict=True))
         errors |= dict.fromkeys(alike, error)

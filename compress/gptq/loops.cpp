@@ -69,7 +69,7 @@ struct Table {
     }
 };
 
-enum Kind { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Kind { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8 = 3, kPower = 4 };
 
 inline float to_bfloat16(float x) {
     uint32_t bits;
@@ -91,6 +91,26 @@ inline float to_float16(float x) { // x in [2^-24, 65504]
     return x;
 }
 
+inline float to_float8(float x) { // E4M3, x in [2^-9, 448]
+    if (x < 0.015625f) {          // subnormal: multiples of 2^-9
+        float scaled = x * 512.0f;
+        return ((scaled + 12582912.0f) - 12582912.0f) / 512.0f;
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7ffffu + ((bits >> 20) & 1u)) & 0xfff00000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline float to_power(float x) { // E8M0: the nearest power of two, of two the larger; x is a normal number
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x400000u) & 0x7f800000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
 // `grid.storable_scales`; with `either` a scale may be negative.
 inline float storable(float s, int kind, bool either) {
     float sign = 1.0f;
@@ -99,6 +119,8 @@ inline float storable(float s, int kind, bool either) {
     if (kind == kBFloat16) s = to_bfloat16(std::min(std::max(s, 1.17549435e-38f), 3.38953139e38f));
     if (kind == kFloat16) s = to_float16(std::min(std::max(s, 5.96046448e-08f), 65504.0f));
     if (kind == kFloat32) s = std::min(std::max(s, 1.17549435e-38f), 3.40282347e38f);
+    if (kind == kFloat8) s = to_float8(std::min(std::max(s, 0.001953125f), 448.0f));
+    if (kind == kPower) s = to_power(std::min(std::max(s, 1.17549435e-38f), 4.25352959e37f));
     return sign * s;
 }
 
@@ -421,7 +443,7 @@ void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code
 
 } // namespace
 
-EXPORT int moepress_version() { return 2; }
+EXPORT int moepress_version() { return 3; }
 
 // Lower Cholesky factor in place, and its inverse [kLeaf, kLeaf] with zeros above; 0, or 1 where it is not positive.
 EXPORT int moepress_factor_leaf(float* matrix, Size ld, int size, float* inverse) {

@@ -18,12 +18,18 @@ from torch import Tensor
 
 from moepress.compress.gptq.levels import Grid, SearchPlan
 
-VERSION = 2
+VERSION = 3
 BLOCK_COLUMNS = 64
 """Columns that `round_block` takes at most."""
 LEAF_COLUMNS = 64
 """Columns that `factor_leaf` takes at most."""
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KINDS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e8m0fnu: 4,
+}
 _BUILDS = {"AVX512": ("avx512", "avx2", "base"), "AVX2": ("avx2", "base")}
 _I, _S, _F, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _GRID = (_F, _F, _P, _I)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.compress.gptq.levels import Grid
+from moepress.compress.gptq.levels import DEFAULT_SEARCH, Grid, SearchPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +90,7 @@ class Task:
         dtype: what scales are rounded to.
         options: of the solver.
         lattice: of which a refit takes its scales; None for all that `dtype` holds.
+        search: which scales are tried.
     """
 
     grid: Grid
@@ -97,6 +98,7 @@ class Task:
     dtype: torch.dtype
     options: SolverOptions
     lattice: Lattice | None = None
+    search: SearchPlan = DEFAULT_SEARCH
 
     @property
     def sweeps(self) -> int:

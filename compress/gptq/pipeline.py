@@ -42,6 +42,7 @@ from moepress.compress.gptq.job import (
     read_expert,
     read_linears,
 )
+from moepress.compress.gptq.kept import kept_expert
 from moepress.compress.gptq.layer_bits import check_scheme, config_groups, mixed_note
 from moepress.compress.gptq.linears import solve_head, solve_linears, solve_stepping, steps_fit
 from moepress.compress.gptq.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
@@ -58,6 +59,7 @@ from moepress.compress.gptq.reference import (
     step_original,
 )
 from moepress.converters.safetensors import compressed_tensors_config
+from moepress.converters.safetensors.scheme import Codes
 from moepress.models.forward.card import on_card
 from moepress.models.forward.predicting import add_predicting, enter
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
@@ -290,9 +292,17 @@ def _solve(
     pooled: tuple[Tensor, Tensor, Originals | None],
     experts: Sequence[int],
 ) -> list[CodedExpert]:
-    """Those experts of a batch."""
-    weights, (hessian, sample, originals) = {expert: loaded[expert] for expert in experts}, pooled
-    return solve_experts(job.stream, layer, weights, positions, hessian, sample, job.options.of_layer(layer), originals)
+    """Those experts of a batch; what is asked for and there already is kept."""
+    options, kept = job.options.of_layer(layer), dict[int, CodedExpert]()
+    for expert in experts if options.scheme.codes is Codes.MXFP4 else ():
+        given = loaded[expert], len(positions[expert][0]), options.stored_dtype
+        if (found := kept_expert(job.stream.model.source, layer, expert, *given)) is not None:
+            kept[expert] = found
+    weights, (hessian, sample, originals) = {e: loaded[e] for e in experts if e not in kept}, pooled
+    if weights:
+        solved = solve_experts(job.stream, layer, weights, positions, hessian, sample, options, originals)
+        kept |= dict(zip(weights, solved, strict=True))
+    return [kept[expert] for expert in experts]
 
 
 def _write_piece(job: Job, piece: str, entries: Sequence[Entry], note: Mapping[str, Any]) -> None:
@@ -374,7 +384,7 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any], mtp_notes: S
     if any(job.include.values()):
         result["part_bits"] = {part.value: bits for part, bits in sorted(job.include.items()) if bits is not None}
     note = {"moepress": __version__, "stage": "quantize", **result}
-    note["scheme"] = {"bits": options.scheme.bits, "group_size": options.scheme.group_size}
+    note["scheme"] = options.scheme.stated()
     if options.blocks is not None:
         note["scheme"] = {"grid": options.blocks.name, "bits": options.blocks.bits}
     write_json(run.folder / "moepress.json", note | dict(summary))

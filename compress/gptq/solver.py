@@ -26,12 +26,14 @@ from moepress.compress.gptq import cpu, native
 from moepress.compress.gptq.batch import Found, solve_batch
 from moepress.compress.gptq.descent import quadratic
 from moepress.compress.gptq.grid import absmax_scales
-from moepress.compress.gptq.levels import Grid
+from moepress.compress.gptq.levels import Grid, search_plan
 from moepress.compress.gptq.minimum import search_with_minimum, spread
 from moepress.compress.gptq.options import SolverOptions, Task
 from moepress.compress.gptq.parts import side_by_side
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.floats import divisors
+from moepress.converters.safetensors.scheme import Codes, Scheme
 
+_SCALE_DTYPES = {Codes.NVFP4: torch.float8_e4m3fn, Codes.MXFP4: torch.float8_e8m0fnu}  # of codes that say it
 _AT_ONCE = 2  # experts that a thread solves together in torch: more are no faster, and do not stay in a cache
 
 
@@ -48,6 +50,7 @@ class Solved:
         damping: [E] fp64, the share of mean(diag H) that was needed; 0 where `rounded`.
         rounded: [E] bool, no usable Hessian (no token, or not positive even when damped): rounded to nearest.
         offsets: [E, O, G] fp32, of grids with a minimum: the weight is level * scale + offset.
+        divisor: [E] fp32, of NVFP4: the weight is level * scale / divisor.
     """
 
     codes: Tensor
@@ -57,6 +60,7 @@ class Solved:
     damping: Tensor
     rounded: Tensor
     offsets: Tensor | None = None
+    divisor: Tensor | None = None
 
 
 def solve(
@@ -74,8 +78,9 @@ def solve(
         weight_EOI: [E, O, I] fp32; not changed.
         hessian_EII: [E, I, I] fp32, symmetric, positive semidefinite; not changed. A column whose diagonal is 0 is
             rounded to nearest; so is an expert whose H is all zero, with unweighted scales.
-        scheme: bits and group size.
-        scale_dtype: dtype the scales will be stored in; they are rounded to it before codes are chosen.
+        scheme: bits, group size and what codes are.
+        scale_dtype: dtype the scales will be stored in, where codes are integers; they are rounded to it before codes
+            are chosen.
         options: see `SolverOptions`.
         grid: what codes stand for, where it is not the symmetric integers of the scheme's bits.
 
@@ -90,14 +95,30 @@ def solve(
     options = options or SolverOptions()
     signed = options.signed and options.scale_search  # the plain scales are of one sign, and a refit keeps it
     grid = grid or Grid.of(scheme, either_sign=signed)
-    task = Task(grid=grid, group=group, dtype=scale_dtype, options=options)
+    dtype = _SCALE_DTYPES.get(scheme.codes, scale_dtype)
+    task = Task(grid=grid, group=group, dtype=dtype, options=options, search=search_plan(scheme.codes))
     if task.grid.minimum:
         return _solve_above(weight_EOI, hessian_EII, task)
+    if scheme.codes is Codes.NVFP4:
+        return _solve_divided(weight_EOI, hessian_EII, scheme, task)
+    return _solve_scaled(weight_EOI, hessian_EII, scheme, task)
+
+
+def _solve_scaled(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, task: Task) -> Solved:
+    """With a scale per group and no more."""
     if task.options.scale_search:  # which writes them
         scales_EOG = weight_EOI.new_empty((*weight_EOI.shape[:2], scheme.groups(weight_EOI.shape[2])))
     else:
-        scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=scale_dtype)
+        scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=task.dtype)
     return solve_fixed(weight_EOI, hessian_EII, scales_EOG, task)
+
+
+def _solve_divided(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, task: Task) -> Solved:
+    """With a divisor of every matrix besides: its multiple is solved, whose scales are fp8 numbers and no more."""
+    divisor_E = divisors(weight_EOI.abs().amax(dim=(1, 2)))
+    solved = _solve_scaled(weight_EOI * divisor_E[:, None, None], hessian_EII, scheme, task)
+    squared_E = divisor_E.double().square()
+    return replace(solved, divisor=divisor_E, loss=solved.loss / squared_E, energy=solved.energy / squared_E)
 
 
 def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:

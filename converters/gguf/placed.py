@@ -6,7 +6,7 @@ halves, latent keys and values, heads of linear attention, experts stacked) is a
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,10 +54,7 @@ class Matrices:
 def exactly(source: Folder, name: str) -> Tensor:
     """A dense tensor; of codes their exact products."""
     if isinstance(source, Artifact) and source.is_quantized(name):
-        codes, scales = source.codes(name)
-        grouped = codes.float().unflatten(1, (scales.shape[1], -1))
-        dense: Tensor = (grouped * scales.float()[:, :, None]).flatten(1)
-        return dense
+        return replace(source, exact=True).read(name)
     return source.read(name)
 
 

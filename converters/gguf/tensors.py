@@ -14,8 +14,10 @@ from torch import Tensor
 
 from moepress.converters.gguf.architectures import Architecture
 from moepress.converters.gguf.placed import Folder, Matrices, exactly, placed_tensors, run_of
-from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.artifact import Artifact, refuse_floats
+from moepress.converters.safetensors.floats import power_bytes
 from moepress.converters.safetensors.packing import to_unsigned
+from moepress.converters.safetensors.scheme import Codes
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part
 from moepress.models.storage.block_types import PLAIN, TYPES, BlockType
@@ -130,6 +132,10 @@ class Writer:
             stored = source.stored.get(name)
             return _OF_DTYPE.get(stored.dtype, "BF16") if stored is not None else "BF16"
         scheme, columns = source.scheme_of(name), source.shapes[name][1]
+        if scheme.codes is Codes.MXFP4:
+            return "MXFP4"
+        if scheme.floats:
+            refuse_floats(source, "the GGUF export")
         group = scheme.columns_per_group(columns)
         if group % 32:
             raise UnsupportedError(
@@ -179,7 +185,8 @@ class Writer:
                 if isinstance(source, Checkpoint):
                     rows = read_tensor(source.packed[name].parts["codes"])
                 else:
-                    rows, error = copied(kind, *source.codes(name))
+                    made = same_floats if kind == "MXFP4" else copied
+                    rows, error = made(kind, *source.codes(name))
                     errors.append(error)
                 if of.columns is not None:
                     rows = _runs_turned(TYPES[kind], rows, of.columns)
@@ -232,6 +239,17 @@ def copied(kind: str, codes_OI: Tensor, scales_OG: Tensor) -> tuple[Tensor, floa
     bits = TYPES[kind].bits
     blocks = Blocks(codes=to_unsigned(codes_OI, bits).to(torch.uint8), d=half.repeat_interleave(of_group // 32, dim=1))
     return pack(TYPES[kind], blocks), error
+
+
+def same_floats(kind: str, codes_OI: Tensor, scales_OG: Tensor) -> tuple[Tensor, float]:
+    """4-bit floats with powers of two in blocks of MXFP4: the same codes and exponents, so that no scale changes.
+
+    Args:
+        kind: MXFP4.
+        codes_OI: int8, 0 to 15.
+        scales_OG: fp32, powers of two.
+    """
+    return pack(TYPES[kind], Blocks(codes=codes_OI.view(torch.uint8), d=power_bytes(scales_OG))), 0.0
 
 
 def _float_type(config: object) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moepress import __version__
-from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.artifact import Artifact, refuse_floats
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part, part_of
@@ -71,6 +71,7 @@ def check_mlx(artifact: Artifact) -> None:
             f"Models of type {family} can not be exported to MLX: moepress has no row for them; it has "
             f"{', '.join(sorted(FAMILIES))}."
         )
+    refuse_floats(artifact, "the MLX export")
     if artifact.layout != "compressed-tensors":
         raise UnsupportedError("MLX's words are those of the compressed-tensors folder; export that one to mlx.")
     for scheme in {scheme for _targets, scheme in artifact.schemes}:

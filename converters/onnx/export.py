@@ -23,7 +23,7 @@ from moepress.converters.onnx.folder import (
 )
 from moepress.converters.onnx.graph import file_bytes, write_weights
 from moepress.converters.onnx.parts import Kernel
-from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.artifact import Artifact, refuse_floats
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Family
 from moepress.models.storage.checkpoint import Checkpoint
@@ -79,6 +79,8 @@ def plan_onnx(source: Checkpoint | Artifact, request: OnnxRequest) -> Decoder:
         UnsupportedError: a width, group size or model part without a kernel.
         InvalidInputError: the folder is not whole, or config.json or generation_config.json holds what can not be.
     """
+    if isinstance(source, Artifact):
+        refuse_floats(source, "the ONNX export")
     decoder = build_decoder(source, dtype=request.dtype, kernel=request.kernel, accuracy_level=request.accuracy_level)
     if decoder.model.ByteSize() > PROTO_BYTES:
         raise UnsupportedError(

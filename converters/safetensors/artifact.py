@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, floats, gptq, gptq_config
+from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family
 from moepress.models.families.table import family_of
@@ -41,7 +41,8 @@ class Artifact:
         stored: every tensor in every shard, but those that are dropped.
         shards: shard file names.
         shapes: the dense tensors that `read` gives.
-        schemes: bits and group size, with the modules they are for; one for all Linears unless bits are mixed.
+        schemes: bits, group size and what codes are, with the modules they are for; one for all Linears unless bits
+            are mixed.
         layout: `compressed-tensors` or `gptq`.
         suffixes: the quantized tensors that stand for one weight.
         notes: what was settled or is left out, for people.
@@ -86,6 +87,8 @@ class Artifact:
 
     def scales(self, name: str) -> Tensor:
         """Scales [O, G] of a quantized weight, without reading its codes."""
+        if self.scheme.floats:
+            return self.codes(name)[1]
         suffix, by_groups = _SCALES[self.layout]
         entry = self.stored[f"{name.removesuffix('.weight')}.{suffix}"]
         scales = read_tensor(entry)
@@ -93,7 +96,7 @@ class Artifact:
         return scales.mT.contiguous() if by_groups else scales
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
-        """Codes int8 [O, I] and scales [O, G] of a quantized weight.
+        """Codes int8 [O, I] and scales [O, G] of a quantized weight, as `dense` takes them.
 
         Raises:
             InvalidInputError: a part of it is missing or does not fit.
@@ -106,16 +109,21 @@ class Artifact:
         tensors = {part: read_tensor(self.stored[part]) for part in parts}
         for part in parts:
             require_finite(self.stored[part], tensors[part])
-        reader: Layout = _READERS[self.layout]
+        reader: Layout = _READERS[_parts_of(self.layout, self.scheme)]
         return reader.read_layer(module, tensors, self.scheme_of(name))
 
     def read(self, name: str) -> Tensor:
-        """One dense tensor: in its scales' dtype (fp32 if `exact`) where it was quantized, else as stored."""
+        """One dense tensor, as stored where it was not quantized.
+
+        Else in its scales' dtype, of 4-bit floats in bf16, and in fp32 if `exact`.
+        """
         if not self.is_quantized(name):
             tensor = read_tensor(self.stored[name])
             require_finite(self.stored[name], tensor)
             return place(tensor)
         codes, scales = map(place, self.codes(name))
+        if self.scheme.floats:
+            return floats.dense(codes, scales, exact=self.exact)
         return dense(codes, scales.float() if self.exact else scales)
 
     def read_row(self, name: str, row: int) -> Tensor:
@@ -123,8 +131,28 @@ class Artifact:
         return place(read_row(self.stored[name], row))
 
 
-_READERS = {"compressed-tensors": compressed_tensors, "gptq": gptq}
+_READERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "nvfp4": floats, "mxfp4": floats}
 _SCALES = {"compressed-tensors": ("weight_scale", False), "gptq": ("scales", True)}  # suffix, stored as [G, O]
+
+
+def _parts_of(layout: str, scheme: Scheme) -> str:
+    """The key of what matrices are made of: the layout, or the floats that compressed-tensors holds in it."""
+    return scheme.codes.value if scheme.floats else layout
+
+
+def refuse_floats(artifact: Artifact, target: str) -> None:
+    """Refuse 4-bit floats where a layout holds integers.
+
+    Raises:
+        UnsupportedError: saying what can be done with the folder.
+    """
+    codes = artifact.scheme.codes
+    if artifact.scheme.floats:
+        gguf = ", or export it with --to gguf" if codes is Codes.MXFP4 else ""
+        raise UnsupportedError(
+            f"{artifact.folder} holds {codes} floats, which {target} does not take: give the folder to vLLM as it is"
+            f"{gguf}, or quantize the original with --bits."
+        )
 
 
 def dense(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
@@ -162,9 +190,10 @@ def open_artifact(folder: Path) -> Artifact:
             f"{folder}: config.json states a quantization ({method}) and no tensor is quantized; remove it from "
             "config.json, or take the folder that it was made for."
         )
-    unread, suffixes = unread_weights(folder, shards, every), _SUFFIXES[method]
+    made_of = _parts_of(method, schemes[0][1])
+    unread, suffixes = unread_weights(folder, shards, every), _SUFFIXES[made_of]
     for name, entry in every.items():
-        _check_part(name, entry, method)
+        _check_part(name, entry, made_of)
     family = family_of(config, _dense_shapes(every, suffixes, schemes, method))
     settled = settle(family, config, every)
     stored = settled.stored
@@ -187,11 +216,21 @@ def open_artifact(folder: Path) -> Artifact:
 _SUFFIXES = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    **{
+        codes.value: tuple(suffix.removeprefix(".") for suffix in suffixes)
+        for codes, suffixes in compressed_tensors_config.FLOAT_SUFFIXES.items()
+    },
 }
 _FLOATS = ("BF16", "F16", "F32")
 _PARTS: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {  # suffix -> number of axes, dtypes
     "compressed-tensors": {"weight_packed": (2, ("I32",)), "weight_scale": (2, _FLOATS), "weight_shape": (1, ("I64",))},
     "gptq": {"qweight": (2, ("I32",)), "qzeros": (2, ("I32",)), "scales": (2, _FLOATS), "g_idx": (1, ("I32", "I64"))},
+    "nvfp4": {
+        "weight_packed": (2, ("U8",)),
+        "weight_scale": (2, ("F8_E4M3",)),
+        "weight_global_scale": (1, ("F32",)),
+    },
+    "mxfp4": {"weight_packed": (2, ("U8",)), "weight_scale": (2, ("U8",))},
 }
 
 
@@ -232,6 +271,8 @@ def _dense_shape(
     module = name.rsplit(".", 1)[0]
     if method == "gptq":
         return entry.shape[1], entry.shape[0] * 32 // compressed_tensors_config.scheme_for(module, schemes).bits
+    if schemes[0][1].floats:
+        return entry.shape[0], 2 * entry.shape[1]
     key = f"{module}.weight_shape"
     if key not in stored:
         raise InvalidInputError(f"{entry.file} lacks {key}; download or make the folder again.")

@@ -4,20 +4,44 @@ Source: compressed-tensors 0.20 `QuantizationConfig`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moepress.converters.safetensors.patterns import matches
-from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme, is_group_size, is_one_of
+from moepress.converters.safetensors.scheme import (
+    FLOAT_GROUPS,
+    PER_CHANNEL,
+    SUPPORTED_BITS,
+    Codes,
+    Scheme,
+    is_group_size,
+    is_one_of,
+)
 from moepress.errors import InvalidInputError, UnsupportedError
 
 QUANT_METHOD = "compressed-tensors"
-FORMAT = "pack-quantized"
+FORMATS = {
+    Codes.INT: "pack-quantized",
+    Codes.NVFP4: "nvfp4-pack-quantized",
+    Codes.MXFP4: "mxfp4-pack-quantized",
+}
 SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
+FLOAT_SUFFIXES = {
+    Codes.NVFP4: (".weight_packed", ".weight_scale", ".weight_global_scale"),
+    Codes.MXFP4: (".weight_packed", ".weight_scale"),
+}
+
+
+def parts_of(codes: Codes) -> tuple[str, ...]:
+    """Suffixes of the tensors that stand for one matrix."""
+    return FLOAT_SUFFIXES.get(codes, SUFFIXES)
+
+
 # Setting, what is read, what is assumed when it is absent.
 _Rules = tuple[tuple[str, tuple[Any, ...], Any], ...]
 _MODEL_RULES: _Rules = (
     ("quant_method", (QUANT_METHOD,), QUANT_METHOD),
-    ("format", (FORMAT,), "fakequant"),
+    ("format", tuple(FORMATS.values()), "fakequant"),
     ("quantization_status", ("compressed",), "initialized"),
     ("kv_cache_scheme", (None,), None),
     ("sparsity_config", (None, {}), None),
@@ -25,19 +49,47 @@ _MODEL_RULES: _Rules = (
 )
 _GROUP_RULES: _Rules = (
     ("targets", (["Linear"],), None),
-    ("format", (None, FORMAT), None),
     ("input_activations", (None,), None),
     ("output_activations", (None,), None),
+)
+_ANY_WEIGHT_RULES: _Rules = (
+    ("symmetric", (True,), True),
+    ("dynamic", (False,), False),
+    ("block_structure", (None,), None),
 )
 _WEIGHT_RULES: _Rules = (
     ("num_bits", SUPPORTED_BITS, 8),
     ("type", ("int",), "int"),
-    ("symmetric", (True,), True),
-    ("dynamic", (False,), False),
     ("strategy", ("group", "channel"), None),
     ("actorder", (None, False, "static", "weight"), None),
-    ("block_structure", (None,), None),
+    *_ANY_WEIGHT_RULES,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Floats:
+    """How a format of 4-bit floats is stated: the strategy, and the dtype of its scales."""
+
+    strategy: str
+    scale_dtype: str
+
+    def rules(self, codes: Codes) -> _Rules:
+        """What is read."""
+        return (
+            ("num_bits", (4,), 8),
+            ("type", ("float",), "int"),
+            ("strategy", (self.strategy,), None),
+            ("group_size", (FLOAT_GROUPS[codes],), None),
+            ("scale_dtype", (None, self.scale_dtype), None),
+            ("actorder", (None, False), None),
+            *_ANY_WEIGHT_RULES,
+        )
+
+
+_FLOATS = {
+    Codes.NVFP4: _Floats(strategy="tensor_group", scale_dtype="torch.float8_e4m3fn"),
+    Codes.MXFP4: _Floats(strategy="group", scale_dtype="torch.uint8"),
+}
 Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
 """Targets (module names, `re:` patterns, or `Linear` for all) and the scheme of the modules that they mean."""
 
@@ -49,7 +101,7 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str], mixed: Groups = (
     the order of the columns; it goes with groups only.
 
     Args:
-        scheme: bits and group size; group size -1 becomes the strategy `channel`.
+        scheme: bits, group size and what codes are; group size -1 becomes the strategy `channel`.
         ignore: names of the Linears (and routers) that are not quantized, as in the checkpoint, or `re:` patterns.
         mixed: several widths, each with the modules that have it, in place of `scheme` for all Linears.
 
@@ -59,7 +111,7 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str], mixed: Groups = (
     groups = mixed or ((("Linear",), scheme),)
     return {
         "quant_method": QUANT_METHOD,
-        "format": FORMAT,
+        "format": FORMATS[scheme.codes],
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -70,7 +122,11 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str], mixed: Groups = (
 
 def _config_group(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False}
-    if scheme.group_size == PER_CHANNEL:
+    if scheme.floats:
+        stated = _FLOATS[scheme.codes]
+        weights |= {"type": "float", "strategy": stated.strategy, "group_size": scheme.group_size}
+        weights |= {"scale_dtype": stated.scale_dtype, "zp_dtype": stated.scale_dtype}
+    elif scheme.group_size == PER_CHANNEL:
         weights |= {"strategy": "channel"}
     else:
         weights |= {"strategy": "group", "group_size": scheme.group_size, "actorder": "static"}
@@ -79,7 +135,7 @@ def _config_group(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": FORMATS[scheme.codes],
     }
 
 
@@ -118,8 +174,9 @@ def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:
         raise InvalidInputError(
             "quantization_config.config_groups is missing; config.json does not describe the codes."
         )
+    codes = stated_codes(config)
     found = tuple(
-        _group(f"quantization_config.config_groups.{n}", g, alone=len(groups) == 1) for n, g in groups.items()
+        _group(f"quantization_config.config_groups.{n}", g, codes, alone=len(groups) == 1) for n, g in groups.items()
     )
     targets = [target for own, _scheme in found for target in own]
     if len(set(targets)) < len(targets):
@@ -132,14 +189,23 @@ def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:
     return found, tuple(ignore)
 
 
-def _group(where: str, group: Any, *, alone: bool) -> tuple[tuple[str, ...], Scheme]:
+def stated_codes(config: Mapping[str, Any]) -> Codes:
+    """What codes are by the format that a `quantization_config` states; integers where it states none of ours."""
+    return next((codes for codes, name in FORMATS.items() if name == config.get("format")), Codes.INT)
+
+
+def _group(where: str, group: Any, codes: Codes, *, alone: bool) -> tuple[tuple[str, ...], Scheme]:
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         raise UnsupportedError(f"{where} does not spell out its weights' settings (a preset?); moepress needs them.")
-    _check_rules(where, group, _GROUP_RULES[1:] if not alone else _GROUP_RULES)
+    of_format: _Rules = (("format", (None, FORMATS[codes]), None),)
+    _check_rules(where, group, of_format + (_GROUP_RULES[1:] if not alone else _GROUP_RULES))
     targets = group.get("targets")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         raise InvalidInputError(f"{where}.targets is {targets!r}; it must be a list of names or patterns.")
     weights = group["weights"]
+    if codes in _FLOATS:
+        _check_rules(f"{where}.weights", weights, _FLOATS[codes].rules(codes))
+        return tuple(targets), Scheme.of_floats(codes)
     _check_rules(f"{where}.weights", weights, _WEIGHT_RULES)
     group_size = weights.get("group_size")
     if weights["strategy"] == "channel":

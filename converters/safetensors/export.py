@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moepress import __version__
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
-from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.artifact import Artifact, refuse_floats
 from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.converters.safetensors.targets import groups_by_part, targets_of
@@ -45,8 +45,9 @@ def check_target(artifact: Artifact, target: Target) -> None:
     """Refuse what a layout cannot hold, before any work.
 
     Raises:
-        UnsupportedError: bits of experts differ, or lm_head is quantized.
+        UnsupportedError: codes are floats, bits of experts differ, or lm_head is quantized.
     """
+    refuse_floats(artifact, f"the {target} layout")
     if len(_schemes(artifact)[0]) > 1:
         raise UnsupportedError(
             f"{artifact.folder} has experts of mixed bits, which moepress lays out for ONNX only (--to onnx); loaders "

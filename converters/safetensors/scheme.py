@@ -2,11 +2,25 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from moepress.errors import UsageError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 PER_CHANNEL = -1
+
+
+class Codes(StrEnum):
+    """What a code stands for, before its scale."""
+
+    INT = "int"
+    NVFP4 = "nvfp4"
+    MXFP4 = "mxfp4"
+
+
+FLOAT_GROUPS = {Codes.NVFP4: 16, Codes.MXFP4: 32}
+"""Codes that are 4-bit floats (E2M1), and the input columns that share a scale of one byte: an fp8 number (E4M3) that
+a number of the whole matrix divides, or a power of two (E8M0)."""
 
 
 def is_group_size(value: object) -> bool:
@@ -33,20 +47,26 @@ _SIZES = (128, 64, 32, 16, 8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """Symmetric integer quantization with one scale per output row and group of input columns.
+    """Symmetric quantization with one scale per output row and group of input columns.
 
-    A code q is an integer in `[code_min, code_max]`; the weight it stands for is `q * scale`. Groups run along the
-    input dimension and are static: column i belongs to group i // group_size, whatever order the solver works in.
+    A code q is an integer in `[code_min, code_max]`, or one of the 4-bit floats; the weight it stands for is
+    `q * scale`. Groups run along the input dimension and are static: column i belongs to group i // group_size,
+    whatever order the solver works in.
 
     Attributes:
         bits: width of a code; one of 2, 3, 4, 8.
         group_size: input columns that share a scale, or -1 for one scale per output row.
+        codes: integers, or 4-bit floats, whose groups are those of their format.
     """
 
     bits: int = 4
     group_size: int = 128
+    codes: Codes = Codes.INT
 
     def __post_init__(self) -> None:
+        if self.floats:
+            assert (self.bits, self.group_size) == (4, FLOAT_GROUPS[self.codes]), f"{self}: not of that format"
+            return
         if self.bits not in SUPPORTED_BITS:
             raise UsageError(
                 f"--bits {self.bits} is not supported; choose one of {', '.join(map(str, SUPPORTED_BITS))}."
@@ -56,6 +76,25 @@ class Scheme:
                 f"--group-size {self.group_size} is not supported; choose 32, 64 or 128 (other multiples of 8 load "
                 "in few runtimes), or -1 for one scale per output row."
             )
+
+    @classmethod
+    def of_floats(cls, codes: Codes) -> "Scheme":
+        """The scheme of a format of 4-bit floats."""
+        return cls(bits=4, group_size=FLOAT_GROUPS[codes], codes=codes)
+
+    def of_bits(self, bits: int) -> "Scheme":
+        """The same with other bits; floats have theirs."""
+        return self if self.floats else Scheme(bits=bits, group_size=self.group_size)
+
+    def stated(self) -> dict[str, int | str]:
+        """As a run's settings and moepress.json have it; integers are not named."""
+        of_codes: dict[str, int | str] = {"codes": self.codes.value} if self.floats else {}
+        return {"bits": self.bits, "group_size": self.group_size, **of_codes}
+
+    @property
+    def floats(self) -> bool:
+        """Whether codes are 4-bit floats."""
+        return self.codes in FLOAT_GROUPS
 
     @property
     def code_min(self) -> int:
@@ -75,6 +114,11 @@ class Scheme:
         """
         if self.group_size == PER_CHANNEL:
             return 1
+        if in_features % self.group_size and self.floats:
+            raise UsageError(
+                f"{self.codes} has groups of {self.group_size} columns, which do not divide the {in_features} input "
+                "columns of a matrix; quantize with --bits and a --group-size that does."
+            )
         if in_features % self.group_size:
             raise UsageError(
                 f"--group-size {self.group_size} does not divide the {in_features} input columns of a matrix."
@@ -92,12 +136,16 @@ class Scheme:
             try:
                 self.groups(count)
             except UsageError as error:
-                raise UsageError(f"{error} {proposed_group(self.group_size, every)}") from error
+                raise UsageError(f"{error} {self.proposed(every)}".strip()) from error
+
+    def proposed(self, columns: Iterable[int]) -> str:
+        """`proposed_group` of these widths; nothing where the format has one size of groups."""
+        return "" if self.floats else proposed_group(self.group_size, columns)
 
     def columns_per_group(self, in_features: int) -> int:
         """Input columns that share a scale, for a matrix of that many columns."""
         return in_features // self.groups(in_features)
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight: the code and its share of a scale."""
-        return self.bits + scale_bits / self.columns_per_group(in_features)
+        """Stored bits per weight: the code and its share of a scale, of which floats have one byte."""
+        return self.bits + (8 if self.floats else scale_bits) / self.columns_per_group(in_features)

@@ -107,14 +107,14 @@ def _apart(family: Family, rows: Sequence[Tensor]) -> Expert:
         return Expert(gate=alone, up=first, down=down)
     if family.fused_transposed:
         first, down = first.mT.contiguous(), down.mT.contiguous()
-    gate, up = _halves(family, first)
+    gate, up = halves(family, first)
     if not biases:
         return Expert(gate=gate, up=up, down=down)
-    gate_bias, up_bias = _halves(family, biases[0])
+    gate_bias, up_bias = halves(family, biases[0])
     return Expert(gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias, down_bias=biases[1])
 
 
-def _halves(family: Family, rows: Tensor) -> tuple[Tensor | None, Tensor]:
+def halves(family: Family, rows: Tensor) -> tuple[Tensor | None, Tensor]:
     """Gate's and up's part of rows that hold both."""
     if not family.gate:
         return None, rows

@@ -66,12 +66,12 @@ def _matrix(packed: Packed, index: int | None, *, allow_nonfinite: bool) -> Tens
     if not allow_nonfinite and not bool(torch.isfinite(scales * _LARGEST[packed.packing]).all()):
         raise nonfinite(packed.parts["scales"], index)
     if packed.packing is Packing.FP8:
-        values = _read(codes, index)
+        values = read_stored(codes, index)
         if not allow_nonfinite and not is_finite(values, scales):
             raise nonfinite(codes, index)
         return dequantize_blocks(place(values), place(scales), packed.block)
     if packed.packing in (Packing.MXFP4, Packing.NVFP4):
-        return scale_groups(fp4_values(place(_read(codes, index).flatten(1))), place(scales))
+        return scale_groups(fp4_values(place(read_stored(codes, index).flatten(1))), place(scales))
     return (_rows_of if packed.packing is Packing.INT4 else _columns_of)(packed, scales)
 
 
@@ -97,7 +97,7 @@ _LARGEST = {  # the largest code: scaled by it, nothing may overflow
 def _scales(packed: Packed, index: int | None) -> Tensor:
     """Scales as fp32: [ceil(O / block[0]), ceil(I / block[1])], of GPTQ and AWQ as they lie, [G, O]."""
     entry = packed.parts["scales"]
-    raw = _read(entry, None if entry.shape in ((), (1,)) else index)  # one scale is all experts'
+    raw = read_stored(entry, None if entry.shape in ((), (1,)) else index)  # one scale is all experts'
     scales = exponents(raw) if entry.dtype in EXPONENTS else raw.float()
     if (top := packed.parts.get("global")) is not None:
         factor = read_tensor(top).float().reshape(())
@@ -138,7 +138,7 @@ def _columns_of(packed: Packed, scales: Tensor) -> Tensor:
     return columns_packed(codes, place(zeros), place(scales), place(groups), packed.bits, awq=awq)
 
 
-def _read(entry: Stored, index: int | None) -> Tensor:
+def read_stored(entry: Stored, index: int | None) -> Tensor:
     """A tensor or a row of it; what torch has no dtype for everywhere comes as its bytes."""
     if entry.dtype == "F4":
         entry = replace(entry, dtype="U8", shape=(*entry.shape[:-1], entry.shape[-1] // 2))

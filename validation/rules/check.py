@@ -88,6 +88,7 @@ RULES: tuple[Rule, ...] = (
     _rule("group-size-in-width", quantized.whole_shards, _VLLM),
     _rule("marlin-shapes", quantized.marlin, _VLLM),
     _rule("symmetric", quantized.symmetric, _ALL),
+    _rule("divided-scales", quantized.divided_scales, _TRANSFORMERS),
     _rule("negative-scales", quantized.negative_scales, _SIGNS),
     _rule("desc-act", quantized.activation_order, _VLLM),
     _rule("mixed-bits-by-layer", quantized.mixed_by_layer, _ALL),

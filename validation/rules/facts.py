@@ -16,7 +16,7 @@ from moepress.compress.pruning.plan import Plan
 from moepress.converters.onnx.folder import is_onnx
 from moepress.converters.safetensors import compressed_tensors_config, gptq_config
 from moepress.converters.safetensors.patterns import PREFIX, matches
-from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
+from moepress.converters.safetensors.scheme import PER_CHANNEL, Codes, Scheme
 from moepress.converters.safetensors.targets import EXPERTS
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Family, Shape, shape_of, strange_prefix, with_experts, with_text
@@ -44,7 +44,10 @@ class Kind(StrEnum):
 
 
 SUFFIXES = {Kind.COMPRESSED: compressed_tensors_config.SUFFIXES, Kind.GPTQ: gptq_config.SUFFIXES}
-EXTRAS = {Kind.COMPRESSED: (".weight_zero_point", ".weight_g_idx"), Kind.GPTQ: ()}
+EXTRAS = {
+    Kind.COMPRESSED: (".weight_zero_point", ".weight_g_idx", ".weight_global_scale", ".input_global_scale"),
+    Kind.GPTQ: (),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,18 @@ class Facts:
         return self.kind in SUFFIXES
 
     @property
+    def codes(self) -> Codes:
+        """What codes are, where there are some."""
+        return compressed_tensors_config.stated_codes(self.quantization)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the tensors that stand for one quantized matrix; none where no layout here is for them."""
+        if self.kind is Kind.COMPRESSED:
+            return compressed_tensors_config.parts_of(self.codes)
+        return SUFFIXES.get(self.kind, ())
+
+    @property
     def tensors(self) -> Mapping[str, Stored]:
         """Every tensor; none before anything was written."""
         return self.stored or {}
@@ -127,7 +142,7 @@ class Facts:
     def modules(self) -> dict[str, frozenset[str]]:
         """Quantized modules with the parts that are there, such as `weight_packed`."""
         found: dict[str, set[str]] = {}
-        suffixes = SUFFIXES.get(self.kind, ())
+        suffixes = self.suffixes
         for name in self.tensors:
             for suffix in (*suffixes, *EXTRAS.get(self.kind, ())):
                 if name.endswith(suffix):
@@ -269,7 +284,7 @@ def facts_to_be(
     groups = tuple(
         (
             (rf"{PREFIX}{re.escape(family.layers_at)}({'|'.join(map(str, layers))})\..*",),
-            Scheme(bits=bits, group_size=scheme.group_size),
+            scheme.of_bits(bits),
         )
         for bits, layers in sorted(by_bits.items())
     )

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 
-from moepress.converters.safetensors.scheme import PER_CHANNEL
+from moepress.converters.safetensors.scheme import PER_CHANNEL, Codes
 from moepress.errors import InvalidInputError
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.validation.rules.experts import count_in_config, equal_counts, expert_names, legal_count, whole_groups
-from moepress.validation.rules.facts import SUFFIXES, Facts, Kind, Width
+from moepress.validation.rules.facts import Facts, Kind, Width
 from moepress.validation.rules.findings import Effect, Happens, Problem, Runtime, first
 
 _FOLDERS = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
 _UNLOADED = "may not notice it, and computes with weights that were never loaded"
 _COPY = "copy the folder again, or export or quantize again"
-_ONE_AXIS = (".g_idx", ".weight_shape")
+_ONE_AXIS = (".g_idx", ".weight_shape", ".weight_global_scale")
+_FLOAT_SCALES = {Codes.NVFP4: "F8_E4M3", Codes.MXFP4: "U8"}
 _BY_INDEX = (Runtime.TRANSFORMERS, Runtime.GPTQMODEL)
 # vLLM and SGLang read every tensor of the shards that the index names, and nothing else.
 _UNREAD: Happens = {
@@ -53,7 +54,7 @@ def index(facts: Facts) -> Iterator[Problem]:
 
 def experts_complete(facts: Facts) -> Iterator[Problem]:
     """Every expert of every layer has its three matrices, with all their parts."""
-    modules, whole = facts.modules(), frozenset(SUFFIXES.get(facts.kind, ()))
+    modules, whole = facts.modules(), frozenset(facts.suffixes)
     layers = facts.shape.layers
     if facts.kind is Kind.OTHER or any(expert_names(facts)):
         return  # nobody knows here which names its codes have
@@ -95,7 +96,7 @@ def all_tensors(facts: Facts) -> Iterator[Problem]:
     modules = facts.modules()
     parts = {module + part for module, own in modules.items() for part in own}
     shapes = {n: e.shape for n, e in facts.tensors.items() if n not in parts and not n.endswith("_scale_inv")}
-    whole = frozenset(SUFFIXES.get(facts.kind, ()))
+    whole = frozenset(facts.suffixes)
     try:
         dense = _dense_shapes(facts)
         shapes |= {f"{module}.weight": dense[module] for module, own in modules.items() if own >= whole}
@@ -131,7 +132,7 @@ def _dense_shapes(facts: Facts) -> dict[str, tuple[int, ...]]:
 
 def complete_codes(facts: Facts) -> Iterator[Problem]:
     """Every quantized matrix has all its parts, in the shapes and dtypes that bits and groups give."""
-    suffixes = SUFFIXES.get(facts.kind, ())
+    suffixes = facts.suffixes
     wrong = []
     for module, there in facts.modules().items():
         width = facts.width_of(module)
@@ -154,7 +155,7 @@ def complete_codes(facts: Facts) -> Iterator[Problem]:
 
 def _wrong_rank(facts: Facts, module: str) -> str | None:
     """The first part of a matrix that has not as many axes as its kind."""
-    for suffix in SUFFIXES[facts.kind]:
+    for suffix in facts.suffixes:
         shape = facts.tensors[module + suffix].shape
         if len(shape) != (1 if suffix in _ONE_AXIS else 2):
             return f"{suffix} has the shape {list(shape)}"
@@ -164,7 +165,7 @@ def _wrong_rank(facts: Facts, module: str) -> str | None:
 def _misfit(facts: Facts, module: str, width: Width) -> str | None:
     """The first part of a matrix that does not fit the others, and what is wrong with it."""
     bits, size = width.bits or 0, width.group_size
-    parts = {suffix: facts.tensors[module + suffix] for suffix in SUFFIXES[facts.kind]}
+    parts = {suffix: facts.tensors[module + suffix] for suffix in facts.suffixes}
     if facts.kind is Kind.GPTQ:
         columns, rows = parts[".g_idx"].shape[0], parts[".qweight"].shape[1]
         groups = 1 if size == PER_CHANNEL else -(-columns // size)
@@ -173,6 +174,13 @@ def _misfit(facts: Facts, module: str, width: Width) -> str | None:
             ".qzeros": ("I32", (groups, rows * bits // 32)),
             ".scales": ("F16", (groups, rows)),
             ".g_idx": ("I32", (columns,)),
+        }
+    elif facts.codes in _FLOAT_SCALES:
+        rows, groups = parts[".weight_packed"].shape[0], parts[".weight_scale"].shape[1]
+        want = {
+            ".weight_packed": ("U8", (rows, groups * size // 2)),
+            ".weight_scale": (_FLOAT_SCALES[facts.codes], (rows, groups)),
+            ".weight_global_scale": ("F32", (1,)),
         }
     else:
         (rows, words), groups = parts[".weight_packed"].shape, parts[".weight_scale"].shape[1]
@@ -183,6 +191,8 @@ def _misfit(facts: Facts, module: str, width: Width) -> str | None:
             ".weight_shape": ("I64", (2,)),
         }
     for suffix, (dtype, shape) in want.items():
+        if suffix not in parts:
+            continue
         if (parts[suffix].dtype, parts[suffix].shape) != (dtype, shape):
             found = f"{parts[suffix].dtype} {list(parts[suffix].shape)}"
             return f"{suffix} is {found}, and {bits} bits in groups of {size} want {dtype} {list(shape)}"

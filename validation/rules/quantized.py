@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator
 
 from moepress.converters.safetensors.patterns import PREFIX
-from moepress.converters.safetensors.scheme import PER_CHANNEL
+from moepress.converters.safetensors.scheme import PER_CHANNEL, Codes
 from moepress.converters.safetensors.targets import JOINED
 from moepress.models.families.family import Part, part_of
 from moepress.validation.rules.facts import Facts, Kind, Width
-from moepress.validation.rules.findings import Effect, Problem, Runtime, first
+from moepress.validation.rules.findings import Effect, Happens, Problem, Runtime, first
 
 KERNEL_BITS = (4, 8)
 GPTQ_GROUPS = (PER_CHANNEL, 32, 64, 128)
@@ -35,6 +35,9 @@ def layout(facts: Facts) -> Iterator[Problem]:
             what=what, happens=happens, mend="`moepress export FOLDER --to gguf`, and give the file to llama.cpp"
         )
         return
+    if facts.codes is not Codes.INT:
+        yield from _float_layout(facts)
+        return
     happens = {Runtime.ONNXRUNTIME: (_REFUSES, "reads ONNX only")}
     yield Problem(what=what, happens=happens, mend="`moepress export FOLDER --to onnx`")
     if facts.kind in (Kind.COMPRESSED, Kind.PLAIN):
@@ -48,6 +51,29 @@ def layout(facts: Facts) -> Iterator[Problem]:
             what=named if facts.form is None else f"the weights are stored as {facts.form}",
             happens=dict.fromkeys(_HF, (_REFUSES, "is not known to read it for experts")),
             mend=_AGAIN,
+        )
+
+
+def _float_layout(facts: Facts) -> Iterator[Problem]:
+    happens: Happens = {
+        Runtime.ONNXRUNTIME: (_REFUSES, "reads ONNX only"),
+        Runtime.GPTQMODEL: (_REFUSES, "reads the GPTQ layout"),
+    }
+    what = f"the folder is {facts.kind.value} with {facts.codes} floats"
+    yield Problem(what=what, happens=happens, mend="quantize the original with --bits, and export that")
+    if facts.codes is Codes.MXFP4:
+        happens = {Runtime.LLAMA_CPP: (_REFUSES, "has a converter that reads MXFP4 of a few models alone")}
+        yield Problem(what=what, happens=happens, mend="`moepress export FOLDER --to gguf`, which changes no code")
+
+
+def divided_scales(facts: Facts) -> Iterator[Problem]:
+    """transformers takes the scales of experts as they are, and NVFP4's have a divisor."""
+    if facts.codes is Codes.NVFP4 and facts.family.loads_single:
+        happens = "leaves the divisor out: experts' weights are thousands of times too large, without an error"
+        yield Problem(
+            what="the scales of experts are to be divided by weight_global_scale",
+            happens={Runtime.TRANSFORMERS: (_WRONG, happens)},
+            mend="run it in vLLM, or quantize with --scheme mxfp4 or --bits where transformers is to run it",
         )
 
 
@@ -71,6 +97,8 @@ def mlx(facts: Facts) -> Iterator[Problem]:
         "does not read it",
         "`moepress export FOLDER --to mlx` of the compressed-tensors folder",
     )
+    if facts.codes is not Codes.INT:
+        mend = "quantize the original with --bits, and export that"
     if facts.kind is Kind.COMPRESSED and facts.family.name in ("deepseek_v3", "kimi_k2"):
         if all(width.bits == 4 for width in facts.widths):
             return
@@ -163,7 +191,7 @@ def marlin(facts: Facts) -> Iterator[Problem]:
     sizes = {w.group_size for w in facts.widths}
     if any(share % max(MARLIN_WIDTH, size) for size in sizes):
         reasons.append(f"expert width {share} is no multiple of {MARLIN_WIDTH} and of the groups")
-    if facts.kind is Kind.COMPRESSED and not sizes <= set(GPTQ_GROUPS):
+    if facts.kind is Kind.COMPRESSED and facts.codes is Codes.INT and not sizes <= set(GPTQ_GROUPS):
         reasons.append(f"groups have {max(sizes - set(GPTQ_GROUPS))} columns")
     if reasons:
         yield Problem(

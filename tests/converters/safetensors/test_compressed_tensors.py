@@ -132,7 +132,7 @@ def test_the_config_of_the_documentation_is_read() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), "nvfp4-pack-quantized", r"quantization_config\.format is 'nvfp4-pack-quantized'"),
+        (("format",), "marlin-24", r"quantization_config\.format is 'marlin-24'"),
         (("quant_method",), "gptq", "quant_method is 'gptq'; moepress reads 'compressed-tensors'"),
         (("quantization_status",), "frozen", "quantization_status is 'frozen'"),
         (("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
