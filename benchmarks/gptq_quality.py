@@ -19,11 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from float_rounding import RoundedFloats
 from peer_weights import check_reading, open_exact, quantized_names
 from quantizers import INCLUDE, NAMES, QUICK, TOOLS, Task, available, run_tool, write_windows
 from setting import RESULTS, bench_model, machine, texts
@@ -32,7 +33,7 @@ from moepress.calibration.corpus import EvaluationCorpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.options import EFFORTS, SolverOptions
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.places import Calibration, Machine, Output, model_folder
@@ -44,9 +45,11 @@ from moepress.validation.quality.results import DOMAIN_MEAN, Quality
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A row of the table of options: what it sets in SolverOptions, HessianOptions and QuantizeRequest."""
+    """A row of the table of options: what it sets in SolverOptions, HessianOptions and QuantizeRequest; or 4-bit floats
+    that compressed-tensors rounds to nearest."""
 
     name: str
+    rounded: Codes | None = None
     solver: dict[str, Any] = field(default_factory=dict)
     hessian: dict[str, Any] = field(default_factory=dict)
     request: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +73,12 @@ VARIANTS = (
     Variant(name="damp 0.1", solver={"damp": 0.1}),
     Variant(name="match original", hessian={"asymmetry": 1.0}),
     Variant(name="positive scales", solver={"signed": False}),
+    Variant(name="int4 g32", request={"scheme": Scheme(bits=4, group_size=32)}),
+    Variant(name="int4 g16", request={"scheme": Scheme(bits=4, group_size=16)}),
+    Variant(name="nvfp4", solver={"signed": False}, request={"scheme": Scheme.of_floats(Codes.NVFP4)}),
+    Variant(name="mxfp4", solver={"signed": False}, request={"scheme": Scheme.of_floats(Codes.MXFP4)}),
+    Variant(name="nvfp4, nearest", rounded=Codes.NVFP4),
+    Variant(name="mxfp4, nearest", rounded=Codes.MXFP4),
 )
 
 
@@ -197,16 +206,22 @@ def option_runs(
 ) -> list[dict[str, Any]]:
     """Every variant of moepress on the windows of a seed."""
     scheme = Scheme(bits=bits, group_size=setting.group_size)
-    subjects, seconds = [], {}
+    subjects, seconds = list[Subject](), {}
     for variant in variants:
+        if variant.rounded is not None:
+            like = next(one for one in subjects if one.label == variant.rounded)
+            base, names = open_checkpoint(setting.model), quantized_names(like.source)  # type: ignore[arg-type]
+            source = RoundedFloats(base=base, codes=variant.rounded, names=frozenset(names))
+            subjects.append(replace(like, label=variant.name, source=source))
+            seconds[variant.name] = 0.0
+            continue
         folder = work / f"option-{len(subjects)}"
         shutil.rmtree(folder, ignore_errors=True)
         request = QuantizeRequest(
-            scheme=scheme,
+            **{"scheme": scheme, **variant.request},
             include=frozenset(Include(part) for part in INCLUDE),
             solver=SolverOptions(**variant.solver),
             hessian=HessianOptions(**variant.hessian),
-            **variant.request,
         )
         start = time.perf_counter()
         quantize_stage(str(setting.model), Output(folder=folder), None, request, setting.calibration(seed), Machine())

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors.mx_utils import decompress_mx_scale
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from peers.read_gptq import codes_of, dequantize, matrices
 from safetensors import safe_open
 
@@ -33,7 +35,10 @@ def check_reading(artifact: Artifact) -> int:
         SystemExit: a weight differs, or one is read by one side only.
     """
     bits, count = artifact.scheme.bits, 0
-    unpacked = _gptq(artifact.folder, bits) if artifact.layout == "gptq" else _compressed(artifact.folder, bits)
+    if artifact.scheme.floats:
+        unpacked = _floats(artifact.folder)
+    else:
+        unpacked = _gptq(artifact.folder, bits) if artifact.layout == "gptq" else _compressed(artifact.folder, bits)
     for module, weight_OI in unpacked:
         if not torch.equal(artifact.read(f"{module}.weight"), weight_OI):
             raise SystemExit(f"{artifact.folder}: {module} is not its codes times its scales")
@@ -106,3 +111,20 @@ def _compressed(folder: Path, bits: int) -> Iterator[tuple[str, torch.Tensor]]:
                 codes_OI = stored_OI[:, :columns].float() - 2 ** (bits - 1)
                 scales_OG = tensors.get_tensor(f"{module}.weight_scale").float()
                 yield module, codes_OI * scales_OG.repeat_interleave(columns // scales_OG.shape[1], dim=1)[:rows]
+
+
+def _floats(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """4-bit floats as compressed-tensors unpacks them, times their scales in fp32."""
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            names = set(tensors.keys())
+            for name in sorted(name for name in names if name.endswith(".weight_packed")):
+                module, packed = name.removesuffix(".weight_packed"), tensors.get_tensor(name)
+                rows, columns = packed.shape[0], 2 * packed.shape[1]
+                codes_OI = unpack_fp4_from_uint8(packed, rows, columns, torch.float32)
+                scales_OG = tensors.get_tensor(f"{module}.weight_scale")
+                scales_OG = decompress_mx_scale(scales_OG) if scales_OG.dtype == torch.uint8 else scales_OG
+                scales_OG = scales_OG.float()
+                if f"{module}.weight_global_scale" in names:
+                    scales_OG = scales_OG / tensors.get_tensor(f"{module}.weight_global_scale")
+                yield module, codes_OI * scales_OG.repeat_interleave(columns // scales_OG.shape[1], dim=1)

@@ -148,10 +148,10 @@ def refuse_floats(artifact: Artifact, target: str) -> None:
     """
     codes = artifact.scheme.codes
     if artifact.scheme.floats:
-        gguf = ", or export it with --to gguf" if codes is Codes.MXFP4 else ""
+        gguf = " export it with --to gguf," if codes is Codes.MXFP4 else ""
         raise UnsupportedError(
-            f"{artifact.folder} holds {codes} floats, which {target} does not take: give the folder to vLLM as it is"
-            f"{gguf}, or quantize the original with --bits."
+            f"{artifact.folder} holds {codes} floats, which {target} does not take: give the folder to vLLM as it is,"
+            f"{gguf} or quantize the original with --bits."
         )
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moepress.compress.gptq import cholesky, cpu, native
 from moepress.compress.gptq.batch import solve_batch
 from moepress.compress.gptq.descent import quadratic
-from moepress.compress.gptq.grid import absmax_scales, search_scales_on
+from moepress.compress.gptq.grid import absmax_scales, search_scales_on, storable_scales
 from moepress.compress.gptq.levels import DEFAULT_SEARCH, Grid
 from moepress.compress.gptq.options import SolverOptions, Task
 from moepress.converters.safetensors.scheme import Scheme
@@ -85,7 +85,9 @@ def test_codes_are_those_of_torch_where_sums_are_exact(name: str, group: int, ro
 
 @needs_native
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e8m0fnu]
+)
 @pytest.mark.parametrize("rows", [1, 31, 64])
 def test_searched_scales_are_those_of_torch(name: str, dtype: torch.dtype, rows: int) -> None:
     weight_EOI, _ = exact_problem(rows, 1, rows, 64)
@@ -102,7 +104,7 @@ def test_searched_scales_are_those_of_torch(name: str, dtype: torch.dtype, rows:
 
     torch.testing.assert_close(error(found_GO.T), error(wanted[0]), rtol=1e-5, atol=1e-9)
     assert (wanted[0] != found_GO.T).float().mean() <= 0.1  # two shares that serve equally well
-    assert torch.equal(found_GO.to(dtype).float(), found_GO)
+    assert torch.equal(storable_scales(found_GO, dtype, either_sign=True), found_GO)
     if GRIDS[name].either_sign:
         assert bool((found_GO < 0).any()) or rows == 1
     else:
