@@ -174,7 +174,7 @@ def open_artifact(folder: Path) -> Artifact:
     """
     config = load_config(folder)
     quantization, method = _stated(config)
-    if method not in _SUFFIXES:
+    if method not in _METHODS:
         refuse_foreign(folder, config, open_shards(folder)[0], also_read=True)  # names what it is, where that shows
         raise UnsupportedError(
             f"{folder} is not in a quantized layout that moepress reads (compressed-tensors or gptq, not {method!r}); "
@@ -213,7 +213,8 @@ def open_artifact(folder: Path) -> Artifact:
     )
 
 
-_SUFFIXES = {
+_METHODS = ("compressed-tensors", "gptq")
+_SUFFIXES = {  # by layout, or by the floats that compressed-tensors holds in it
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     **{
@@ -286,7 +287,7 @@ def open_source(folder: Path, *, allow_nonfinite: bool = False) -> Checkpoint | 
     """Open any folder that moepress can run: plain, fp8, compressed-tensors or GPTQ."""
     config = load_config(folder)
     _quantization, method = _stated(config)
-    if method in _SUFFIXES and not leftover_quantization(config, open_shards(folder)[0]):
+    if method in _METHODS and not leftover_quantization(config, open_shards(folder)[0]):
         return open_artifact(folder)
     return open_checkpoint(folder, allow_nonfinite=allow_nonfinite)
 
