@@ -317,8 +317,8 @@ float_option: Decorator = click.option(
     "--scheme",
     type=click.Choice(["nvfp4", "mxfp4"]),
     help="4-bit floats in place of --bits: nvfp4, whose groups of 16 share an fp8 scale (4.5 bits a weight), or mxfp4, "
-    "whose groups of 32 share a power of two (4.25 bits). Weights alone; activations stay as they are. For vLLM; "
-    "experts that are MXFP4 already keep their bytes with mxfp4.",
+    "whose groups of 32 share a power of two (4.25 bits). Weights alone, of all parts that --include names or auto "
+    "finds; activations stay as they are. For vLLM; experts that are MXFP4 already keep their bytes with mxfp4.",
 )
 
 include_option: Decorator = click.option(

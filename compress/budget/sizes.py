@@ -56,7 +56,7 @@ class Linear:
     def scheme(self, scheme: Scheme, layer_bits: Mapping[int, int]) -> Scheme:
         """Its scheme in a model with that one, and with other bits in some layers."""
         like_layer = scheme.bits if self.layer is None else layer_bits.get(self.layer, scheme.bits)
-        return Scheme(bits=self.bits or like_layer, group_size=scheme.group_size)
+        return scheme.of_bits(self.bits or like_layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
