@@ -45,13 +45,14 @@ from moepress.validation.quality.results import DOMAIN_MEAN, Quality
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A row of the table of options: what it sets in SolverOptions, HessianOptions and QuantizeRequest; or 4-bit floats
-    that compressed-tensors rounds to nearest."""
+    """A row of the table of options: what it sets in SolverOptions, HessianOptions, Scheme and QuantizeRequest; or
+    4-bit floats that compressed-tensors rounds to nearest."""
 
     name: str
     rounded: Codes | None = None
     solver: dict[str, Any] = field(default_factory=dict)
     hessian: dict[str, Any] = field(default_factory=dict)
+    scheme: dict[str, Any] = field(default_factory=dict)
     request: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,6 +80,8 @@ VARIANTS = (
     Variant(name="mxfp4", solver={"signed": False}, request={"scheme": Scheme.of_floats(Codes.MXFP4)}),
     Variant(name="nvfp4, nearest", rounded=Codes.NVFP4),
     Variant(name="mxfp4, nearest", rounded=Codes.MXFP4),
+    Variant(name="asymmetric", scheme={"symmetric": False}),
+    Variant(name="asymmetric, match original", scheme={"symmetric": False}, hessian={"asymmetry": 1.0}),
 )
 
 
@@ -218,7 +221,7 @@ def option_runs(
         folder = work / f"option-{len(subjects)}"
         shutil.rmtree(folder, ignore_errors=True)
         request = QuantizeRequest(
-            **{"scheme": scheme, **variant.request},
+            **{"scheme": replace(scheme, **variant.scheme), **variant.request},
             include=frozenset(Include(part) for part in INCLUDE),
             solver=SolverOptions(**variant.solver),
             hessian=HessianOptions(**variant.hessian),

@@ -99,7 +99,7 @@ def _gptq(folder: Path, bits: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _compressed(folder: Path, bits: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The layout's own words: q + 2^(bits-1) along in, least significant bits first."""
+    """The layout's own words: q + 2^(bits-1) along in, zero + 2^(bits-1) along out, least significant bits first."""
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, "pt") as tensors:
             for name in sorted(tensors.keys()):
@@ -109,6 +109,10 @@ def _compressed(folder: Path, bits: int) -> Iterator[tuple[str, torch.Tensor]]:
                 rows, columns = tensors.get_tensor(f"{module}.weight_shape").tolist()
                 stored_OI = torch.from_numpy(codes_of(tensors.get_tensor(name).T.contiguous(), bits).T.copy())
                 codes_OI = stored_OI[:, :columns].float() - 2 ** (bits - 1)
+                if f"{module}.weight_zero_point" in tensors.keys():  # noqa: SIM118 - no mapping
+                    stored_OG = codes_of(tensors.get_tensor(f"{module}.weight_zero_point"), bits)[:rows]
+                    zeros_OG = torch.from_numpy(stored_OG.copy()).float() - 2 ** (bits - 1)
+                    codes_OI -= zeros_OG.repeat_interleave(columns // zeros_OG.shape[1], dim=1)
                 scales_OG = tensors.get_tensor(f"{module}.weight_scale").float()
                 yield module, codes_OI * scales_OG.repeat_interleave(columns // scales_OG.shape[1], dim=1)[:rows]
 

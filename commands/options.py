@@ -359,6 +359,14 @@ positive_option: Decorator = click.option(
     "negative scale turns that to where a group's largest weight is: less is lost, and all known loaders read it.",
 )
 
+asymmetric_option: Decorator = click.option(
+    "--asymmetric",
+    is_flag=True,
+    help="A zero point beside every scale, so that codes lie where a group's weights are: a little less is lost at 4 "
+    "bits, hardly less at 3 and 2. It costs as many bits a group as a code has, and fewer runtimes read it: `check` "
+    "says which.",
+)
+
 mtp_option: Decorator = click.option(
     "--mtp",
     type=click.Choice(["keep", "drop"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 
 from moepress.commands.console import emit, note, quiet_libraries, show_estimates, upload
 from moepress.commands.options import (
+    asymmetric_option,
     calibration_options,
     dry_run_option,
     effort_option,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 @match_option
 @effort_option
 @positive_option
+@asymmetric_option
 @mtp_option
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
@@ -78,7 +81,8 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
 
     The routed experts are quantized, attention, shared experts and dense MLPs at 8 bits unless --include says
     otherwise; router, norms, embeddings, lm_head and what a runtime trips over stay as they are. The result is a
-    compressed-tensors folder that transformers and vLLM load.
+    compressed-tensors folder that transformers and vLLM load; with --asymmetric its experts load in vLLM at 4 bits and
+    not in transformers.
 
     A large model may be quantized in several sittings: --max-pieces ends each after so many pieces (of about 256 MiB of
     the result), and the folder appears with the last one.
@@ -144,6 +148,10 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
         scheme, layer_bits = plan.quantization.scheme(), plan.layer_bits
     elif plan is not None and plan.layer_bits:
         note("--bits or --group-size was given: the plan's bits by layer are left aside.")
+    if options["asymmetric"]:
+        if plan is not None and plan.budget is not None:
+            raise UsageError("The plan fits its budget with codes without zero points; leave --asymmetric out here.")
+        scheme = replace(scheme, symmetric=False)
     asked, notes = _asked_for(plan, options)
     note(*notes)
     return QuantizeRequest(
@@ -203,8 +211,9 @@ def _on_blocks(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
     if not all_default("bits", "group_size"):
         what = "--grid, which says both" if options["grid"] else "this plan, which has chosen types of GGUF"
         raise UsageError(f"--bits and --group-size do not go with {what}.")
-    if options["positive_scales"]:
-        raise UsageError("--positive-scales is for codes of integers; GGUF's types say themselves what scales are.")
+    if options["positive_scales"] or options["asymmetric"]:
+        named = "--positive-scales" if options["positive_scales"] else "--asymmetric"
+        raise UsageError(f"{named} is for codes of integers; GGUF's types say themselves what scales are.")
     if plan is not None and plan.budget is not None and options["grid"]:
         raise UsageError(
             "The plan fits its budget with other bits than --grid has; plan again with --keep or --experts."
@@ -279,7 +288,8 @@ def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:
     console = plain_console()
     scheme = result["scheme"]
     bits = bits_text(result.get("layer_bits", {"": scheme["bits"]}).values(), included_of(result))
-    text = scheme.get("grid") or scheme.get("codes") or f"{bits} g{scheme['group_size']}"
+    zeros = "" if scheme.get("symmetric", True) else " with zero points"
+    text = scheme.get("grid") or scheme.get("codes") or f"{bits} g{scheme['group_size']}{zeros}"
     before, after = result["bytes_before"], result["bytes_after"]
     console.print(f"{folder}: {text}, {human_bytes(before)} -> {human_bytes(after)} ({after / before - 1:+.0%})")
     table = plain_table("layer", "relative error")

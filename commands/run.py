@@ -11,6 +11,7 @@ import click
 from moepress.commands.completers import complete_list
 from moepress.commands.console import emit, note, quiet_libraries, show_estimates, show_report, upload
 from moepress.commands.options import (
+    asymmetric_option,
     budget_options,
     calibration_options,
     dry_run_option,
@@ -40,7 +41,7 @@ from moepress.runs.byte_sizes import parse_bytes
 
 _RECIPE_OPTIONS = (
     *("keep", "experts", "criterion", "groups", "bits", "group_size", "grid", "include", "match", "effort", "mtp"),
-    "positive_scales",
+    *("positive_scales", "asymmetric"),
     *("target", "context", "mixed_bits"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
@@ -63,6 +64,7 @@ _RECIPE_OPTIONS = (
 @match_option
 @effort_option
 @positive_option
+@asymmetric_option
 @mtp_option
 @calibration_options
 @evaluation_options

@@ -13,7 +13,7 @@ from moepress.compress.estimates.export import layout_bytes
 from moepress.compress.gptq.include import Include
 from moepress.converters.gguf.export import GgufPlan, GgufRequest, plan_gguf, write_gguf
 from moepress.converters.gguf.file import PART, open_gguf
-from moepress.converters.gguf.tensors import types_of
+from moepress.converters.gguf.tensors import type_of, types_of
 from moepress.converters.mlx.export import MlxExported, check_mlx, export_mlx, mlx_bytes
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
 from moepress.converters.safetensors.artifact import Artifact
@@ -66,6 +66,7 @@ def check_gguf(checkpoint: Checkpoint, scheme: Scheme) -> None:
             f"Groups of {scheme.group_size} columns can not be exported to GGUF, whose Q4_0 and Q8_0 have 32; use "
             "--group-size 32, 64 or 128."
         )
+    type_of(scheme)
 
 
 def onnx_bits() -> tuple[int, ...]:

@@ -110,6 +110,8 @@ def quantize_stage(
     if request.grid is None:
         scheme, layer_bits, parts = settle_bits(source, request.scheme, request.layer_bits, parts)
         request = replace(request, scheme=scheme, layer_bits=layer_bits, include=parts)
+    if not request.scheme.symmetric:  # beside zero points all scales are positive, which files of the result say
+        request = replace(request, solver=replace(request.solver, signed=False))
     options = _options(source, request)
     check_scheme(source, options.scheme, request.include, options.blocks)
     if options.blocks is not None and (others := fallback_text(source, request.include, options.blocks)):

@@ -210,12 +210,13 @@ def probe_scheme(shape: Shape, bits: int) -> Scheme:
 
 
 def matrix_bytes(rows: int, columns: int, scheme: Scheme, scale_bytes: int = 2) -> int:
-    """Of one quantized matrix [rows, columns]: codes in whole words of 32 bits, scales, its shape; or codes two a byte,
-    scales of one byte, and of NVFP4 what divides them."""
+    """Of one quantized matrix [rows, columns]: codes in whole words of 32 bits, scales, zero points, its shape; or
+    floats two a byte, scales of one byte, and of NVFP4 what divides them."""
     if scheme.floats:
         return rows * (columns // 2 + scheme.groups(columns)) + (4 if scheme.codes is Codes.NVFP4 else 0)
-    words = -(-columns * scheme.bits // 32)
-    return rows * (4 * words + scale_bytes * scheme.groups(columns)) + _SHAPE_BYTES
+    words, groups = -(-columns * scheme.bits // 32), scheme.groups(columns)
+    zeros = 0 if scheme.symmetric else 4 * -(-rows * scheme.bits // 32) * groups
+    return rows * (4 * words + scale_bytes * groups) + zeros + _SHAPE_BYTES
 
 
 def expert_bytes(shape: Shape, scheme: Scheme, scale_bytes: int = 2) -> int:

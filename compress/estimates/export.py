@@ -99,11 +99,12 @@ def estimate_gptq(figures: Figures, pressed: Pressed, rates: Rates | None = None
 
 
 def estimate_gguf(figures: Figures, pressed: Pressed, rates: Rates | None = None) -> Estimate:
-    """Written as a stream: codes of 8 bits as Q8_0, all others as Q4_0, a scale for every 32 columns."""
+    """Written as a stream: codes of 8 bits as Q8_0, all others as Q4_0 or with zero points Q4_1, a scale for every 32
+    columns."""
     scale = scale_bytes_of(figures.inventory)
     size = pressed.size
     for rows, columns, scheme, number in _matrices(figures, pressed):
-        kind = TYPES["Q8_0" if scheme.bits == 8 else "Q4_0"]
+        kind = TYPES["Q8_0" if scheme.bits == 8 else "Q4_0" if scheme.symmetric else "Q4_1"]
         size += number * (rows * kind.row_bytes(columns) - matrix_bytes(rows, columns, scheme, scale))
     memory = {"libraries": libraries_bytes(), "matrix": _matrix_memory(figures)}
     packed = sum(rows * columns * number for rows, columns, _, number in _matrices(figures, pressed))
@@ -163,7 +164,7 @@ def _matrices(figures: Figures, pressed: Pressed) -> Iterator[_Many]:
 def _experts(figures: Figures, pressed: Pressed) -> Iterator[_Many]:
     hidden, width = figures.shape.hidden, figures.shape.expert_width
     for bits, layers in _widths(figures, pressed).items():
-        scheme = Scheme(bits=bits, group_size=pressed.scheme.group_size)
+        scheme = pressed.scheme.of_bits(bits)
         yield width, hidden, scheme, 2 * layers * pressed.count
         yield hidden, width, scheme, layers * pressed.count
 
@@ -187,7 +188,9 @@ def _gptq_matrix(rows: int, columns: int, scheme: Scheme) -> int:
 
 
 def _onnx_matrix(rows: int, columns: int, scheme: Scheme, block: int) -> int:
-    return rows * (columns * scheme.bits // 8 + _FLOAT * (columns // block))
+    blocks = columns // block
+    zeros = 0 if scheme.symmetric else -(-blocks * scheme.bits // 8)
+    return rows * (columns * scheme.bits // 8 + _FLOAT * blocks + zeros)
 
 
 def _matrix_memory(figures: Figures) -> int:

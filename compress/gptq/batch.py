@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moepress.compress.gptq.columns import inner_loops
-from moepress.compress.gptq.descent import Descent, improve_codes, quadratic, refit, row_loss
+from moepress.compress.gptq.descent import Descent, above_zero, improve_codes, quadratic, refit, row_loss
 from moepress.compress.gptq.factor import Factor, column_order, factor, ridge_of
 from moepress.compress.gptq.levels import Grid
 from moepress.compress.gptq.options import Task
@@ -46,9 +46,12 @@ def solve_batch(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, tas
             scales_EGO = loops.search_scales(turned_EIO, importance_EI, *given)
         else:
             scales_EGO = absmax_EOG.mT.contiguous()
+    raised_EIO = turned_EIO if task.zeros is None else task.raised(weight_EOI, absmax_EOG).mT.contiguous()
+    zeros_EGO = None if task.zeros is None else task.zeros.mT.contiguous()
     with phase("columns", flops=product):
-        values_EIO, errors_EIO = _compensated(turned_EIO, scales_EGO, found, back_EI, task)
-    nearest = _nearest(turned_EIO, scales_EGO, task.grid), scales_EGO.clone()
+        values_EIO, errors_EIO = _compensated(raised_EIO, scales_EGO, found, back_EI, task)
+    nearest = _nearest(raised_EIO, scales_EGO, task.grid), scales_EGO.clone()
+    del raised_EIO
     sweeps = loops.sweeps if options.sweeps is None else options.sweeps
     if sweeps:
         with phase("slope", flops=product):
@@ -63,6 +66,7 @@ def solve_batch(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, tas
             dtype=task.dtype,
             sweeps=sweeps,
             lattice=task.lattice,
+            zeros=zeros_EGO,
         )
         with phase("descent"):
             improve_codes(problem, slope_EIO, scales_EGO, values_EIO)
@@ -72,7 +76,8 @@ def solve_batch(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, tas
             with phase("descent"):
                 improve_codes(problem, slope_EIO, scales_EGO, values_EIO)
     with phase("losses", flops=3 * product):
-        return _better_rows(turned_EIO, hessian_EII, (values_EIO, scales_EGO), nearest, found, task.grid)
+        mine = values_EIO, scales_EGO
+        return _better_rows(turned_EIO, hessian_EII, mine, nearest, found, task.grid, zeros_EGO)
 
 
 def _rows_of(some_EIO: Tensor, index_EI: Tensor) -> Tensor:
@@ -129,9 +134,12 @@ def _better_rows(
     nearest: tuple[Tensor, Tensor],
     found: Factor,
     grid: Grid,
+    zeros_EGO: Tensor | None = None,
 ) -> Found:
     """Per row the better of two (levels [E, I, O], scales [E, G, O]); `nearest` where the damping is 0, or on a tie."""
-    loss_EO, nearest_loss_EO = (row_loss(turned_EIO, hessian_EII, *one) for one in (mine, nearest))
+    loss_EO, nearest_loss_EO = (
+        row_loss(turned_EIO, hessian_EII, above_zero(levels, zeros_EGO), scales) for levels, scales in (mine, nearest)
+    )
     keep_EO = (loss_EO < nearest_loss_EO) & (found.damping > 0)[:, None]
     values_EIO, scales_EGO = (torch.where(keep_EO[:, None], a, b) for a, b in zip(mine, nearest, strict=True))
     return Found(

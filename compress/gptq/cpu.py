@@ -12,7 +12,7 @@ rows, [O, I], in their own order.
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from moepress.compress.gptq.cholesky import factor_in_place
 from moepress.compress.gptq.costs import SKETCHED, solve_flops
 from moepress.compress.gptq.descent import quadratic, row_loss
 from moepress.compress.gptq.factor import DAMP_ATTEMPTS, column_order, mean_alive, ridge_of
-from moepress.compress.gptq.grid import nearest_levels, normalised, search_scales_on
+from moepress.compress.gptq.grid import above_zero, nearest_levels, normalised, search_scales_on
 from moepress.compress.gptq.options import Task
 from moepress.compress.gptq.parts import side_by_side
 from moepress.runs.phases import phase
@@ -157,7 +157,7 @@ def solve_rows(
         work: this thread's.
         weight_OI: contiguous rows.
         found: the Hessian.
-        scales_OG: absmax scales, where `scale_search` is off; becomes the scales.
+        scales_OG: given scales, where `scale_search` is off; becomes the scales.
         codes_OI: int8; becomes the codes.
         task: see `Task`.
     """
@@ -166,7 +166,7 @@ def solve_rows(
     loss_O = torch.zeros(rows, dtype=torch.float64)
     with phase("scales"):
         turned_IO = work.tensor("turned", columns, rows)
-        turned_IO.copy_(weight_OI.T)
+        turned_IO.copy_(task.raised(weight_OI, scales_OG).T)
         scales_GO = work.tensor("scales", groups, rows)
         if task.options.scale_search:
             search = native.search_scales
@@ -268,7 +268,8 @@ def _refit(
             slope_Og, own_gg = slope_OI[:, span], hessian_II[span, span]
             if start:
                 slope_Og.addmm_(change_OI[:, :start], hessian_II[:start, span], alpha=-1)
-            values_Og.copy_(task.grid.values(codes_OI[:, span]))
+            zero_O1 = None if task.zeros is None else task.zeros[:, start // width, None]
+            values_Og.copy_(above_zero(task.grid.values(codes_OI[:, span]), zero_O1))
             torch.mm(values_Og, own_gg, out=response_Og)
             native.refit_group(
                 own_gg,
@@ -284,6 +285,7 @@ def _refit(
                 slope_Og,
                 change_OI[:, span],
                 None if lattice is None else (lattice.step[:, start // width, None], lattice.least, lattice.most),
+                zero_O1,
                 loss_O,
             )
         for start in range(0, columns - width, width):
@@ -306,21 +308,25 @@ def _settled(
     rows, columns = weight_OI.shape
     left_O, whole_O = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
     with phase("losses", flops=float(rows) * columns * columns):
-        native.squares(weight_OI, codes_OI, scales_OG, task.grid, found.ridge, left_O, whole_O)
+        native.squares(weight_OI, codes_OI, scales_OG, task.zeros, task.grid, found.ridge, left_O, whole_O)
         loss_O = (damped_O - left_O).clamp_(min=0)
         doubted = (loss_O > _nearest_at_least(work, turned_IO, scales_GO, found, task)).nonzero()[:, 0]
         if len(doubted):
             some_RI, nearest_RG = weight_OI[doubted], scales_GO.T[doubted]
-            nearest_RI = nearest_levels(some_RI, nearest_RG, task.grid)
+            zeros_RG = task.of(doubted).zeros
+            nearest_RI = nearest_levels(some_RI, nearest_RG, task.grid, zeros_RG)
             codes = codes_OI[doubted], task.grid.codes(nearest_RI)
             scales = scales_OG[doubted], nearest_RG
             mine, theirs = (
-                _loss(some_RI, task.grid.values(q), s, found.hessian) for q, s in zip(codes, scales, strict=True)
+                _loss(some_RI, above_zero(task.grid.values(q), zeros_RG), s, found.hessian)
+                for q, s in zip(codes, scales, strict=True)
             )
             better_R = theirs <= mine
             codes_OI[doubted] = torch.where(better_R[:, None], codes[1], codes[0])
             scales_OG[doubted] = torch.where(better_R[:, None], scales[1], scales[0])
             loss_O[doubted] = torch.minimum(mine, theirs)
+        if task.zeros is not None:
+            turned_IO.copy_(weight_OI.T)
         return Rows(loss=loss_O, energy=_energy(work, turned_IO, found, whole_O))
 
 
@@ -387,12 +393,11 @@ def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task:
 
     def rows_of(index: int, factor: Factored, block: slice) -> Rows:
         given = weight_EOI[index, block], factor, found.scales[index, block], found.codes[index, block]
-        own = task if task.lattice is None else replace(task, lattice=task.lattice.of(index, block))
-        return solve_rows(spaces.own, *given, own)
+        return solve_rows(spaces.own, *given, task.of(index, block))
 
     def settle(index: int, factor: Factored | None, parts: Sequence[Rows]) -> None:
         if factor is None:
-            _round(weight_EOI[index], hessian_EII[index], found, index, task)
+            _round(weight_EOI[index], hessian_EII[index], found, index, task.of(index))
             return
         found.loss[index] = sum(float(part.loss.sum()) for part in parts)
         found.energy[index] = sum(float(part.energy.sum()) for part in parts)
@@ -421,7 +426,7 @@ def _round(weight_OI: Tensor, hessian_II: Tensor, found: Found, index: int, task
         given = (weight_OI[None], importance_I[None], task.grid, task.group, task.dtype, task.search)
         found.scales[index] = search_scales_on(*given)[0]
     scales_OG = found.scales[index]
-    values_OI = nearest_levels(weight_OI, scales_OG, task.grid)
+    values_OI = nearest_levels(weight_OI, scales_OG, task.grid, task.zeros)
     found.codes[index] = task.grid.codes(values_OI)
-    found.loss[index] = _loss(weight_OI, values_OI, scales_OG, hessian_II).sum().clamp(min=0)
+    found.loss[index] = _loss(weight_OI, above_zero(values_OI, task.zeros), scales_OG, hessian_II).sum().clamp(min=0)
     found.energy[index] = quadratic(weight_OI.T[None], hessian_II[None]).sum().clamp(min=0)

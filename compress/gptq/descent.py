@@ -32,6 +32,7 @@ class Descent:
         dtype: what scales are rounded to.
         sweeps: over all codes, at most; ended when none changes.
         lattice: of which scales are taken, [E, O, G]; or None.
+        zeros: [E, G, O] zero points; or None. The slope and what moves a code know nothing of them.
     """
 
     hessian: Tensor
@@ -41,6 +42,7 @@ class Descent:
     dtype: torch.dtype
     sweeps: int
     lattice: Lattice | None = None
+    zeros: Tensor | None = None
 
     def own(self, span: slice) -> Tensor:
         """The damped H of some columns among themselves, a copy."""
@@ -91,10 +93,12 @@ def refit(problem: Descent, slope_EIO: Tensor, scales_EGO: Tensor, values_EIO: T
         slope_EgO, before_EO = slope_EIO[:, span], scales_EGO[:, start // width].clone()
         if start:
             slope_EgO.baddbmm_(hessian_EII[:, span, :start], change_EIO[:, :start], alpha=-1)
-        torch.mul(values_EIO[:, span], before_EO[:, None], out=change_EIO[:, span])
-        refit_group(problem, span, slope_EgO, values_EIO[:, span], scales_EGO[:, start // width])
+        zero_E1O = None if problem.zeros is None else problem.zeros[:, start // width, None]
+        steps_EgO = above_zero(values_EIO[:, span], zero_E1O)
+        torch.mul(steps_EgO, before_EO[:, None], out=change_EIO[:, span])
+        refit_group(problem, span, slope_EgO, steps_EgO, scales_EGO[:, start // width])
         improve_codes(problem, slope_EIO, scales_EGO, values_EIO, span)
-        after_EgO = values_EIO[:, span] * scales_EGO[:, start // width, None]
+        after_EgO = above_zero(values_EIO[:, span], zero_E1O) * scales_EGO[:, start // width, None]
         change_EIO[:, span] = after_EgO - change_EIO[:, span]
     for start in range(0, columns - width, width):
         stop = start + width
@@ -102,7 +106,10 @@ def refit(problem: Descent, slope_EIO: Tensor, scales_EGO: Tensor, values_EIO: T
 
 
 def refit_group(problem: Descent, span: slice, slope_EgO: Tensor, values_EgO: Tensor, scale_EO: Tensor) -> None:
-    """Move each row's scale of one group to the least-squares value; scale and slope are changed in place."""
+    """Move each row's scale of one group to the least-squares value; scale and slope are changed in place.
+
+    `values` are levels less their zero points.
+    """
     response_EgO = problem.own(span) @ values_EgO
     gain_EO = (values_EgO * slope_EgO).sum(dim=1)
     curvature_EO = (values_EgO * response_EgO).sum(dim=1)
@@ -118,6 +125,15 @@ def refit_group(problem: Descent, span: slice, slope_EgO: Tensor, values_EgO: Te
     step_EO = torch.where(better_EO, step_EO, 0.0)
     scale_EO.add_(step_EO)
     slope_EgO.addcmul_(response_EgO, step_EO.unsqueeze(1), value=-1)
+
+
+def above_zero(values_EIO: Tensor, zeros_EGO: Tensor | None) -> Tensor:
+    """`grid.above_zero` of matrices that lie as [E, I, O]."""
+    if zeros_EGO is None:
+        return values_EIO
+    grouped_EGgO = values_EIO.unflatten(1, (zeros_EGO.shape[1], -1))
+    above_EIO: Tensor = (grouped_EGgO - zeros_EGO.unsqueeze(2)).flatten(1, 2)
+    return above_EIO
 
 
 def residual(weight_EIO: Tensor, values_EIO: Tensor, scales_EGO: Tensor) -> Tensor:

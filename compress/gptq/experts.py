@@ -74,18 +74,22 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coded:
-    """A quantized matrix of integers: codes int8 [O, I], scales [O, G] in the dtype they are stored in, on the CPU."""
+    """A quantized matrix of integers, on the CPU: codes int8 [O, I], scales [O, G] in the dtype they are stored in;
+    zero points int16 [O, G] where it has some."""
 
     codes: Tensor
     scales: Tensor
+    zeros: Tensor | None = None
 
     def dense(self, device: torch.device | None = None) -> Tensor:
         """What it stands for, [O, I], in the scales' dtype, computed on that device."""
-        return dense(self.codes.to(device), self.scales.to(device))
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return dense(self.codes.to(device), self.scales.to(device), zeros)
 
     def rows(self, rows: slice) -> "Coded":
         """Some of its rows."""
-        return Coded(codes=self.codes[rows], scales=self.scales[rows])
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return Coded(codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,7 +343,8 @@ class Batch:
                 divisor=None if self.found.divisor is None else self.found.divisor[index].cpu(),
             )
         codes, scales = self.found.codes[index].cpu(), self.found.scales[index].to("cpu", self.stored)
-        return Coded(codes=codes, scales=scales)
+        zeros = None if self.found.zeros is None else self.found.zeros[index].cpu()
+        return Coded(codes=codes, scales=scales, zeros=zeros)
 
     def rounded(self, index: int) -> bool:
         """Whether it was rounded to nearest for want of a Hessian."""

@@ -10,7 +10,7 @@ import torch
 from moepress.compress.gptq.levels import DEFAULT_SEARCH, Grid, SearchPlan
 from moepress.converters.safetensors.scheme import Scheme
 
-_CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 20
 """Weights searched at a time: small enough for caches, large enough that threads need not be woken too often."""
 
 
@@ -109,7 +109,7 @@ def search_scales_on(
     flat_RGg = weight_EOI.reshape(experts * rows, columns // group, -1)
     scales_RG = flat_RGg.new_empty((experts * rows, columns // group))
     # Small chunks stay in a CPU's cache; a GPU wants few launches.
-    chunk = max(1, (_CHUNK_ELEMENTS if weight_EOI.device.type == "cpu" else _CHUNK_ELEMENTS << 8) // columns)
+    chunk = max(1, (CHUNK_ELEMENTS if weight_EOI.device.type == "cpu" else CHUNK_ELEMENTS << 8) // columns)
     for start in range(0, experts * rows, chunk):
         stop = min(start + chunk, experts * rows)
         owner_R = torch.arange(start, stop, device=weight_EOI.device) // rows
@@ -174,10 +174,22 @@ def round_to_nearest(weight_EOI: torch.Tensor, scales_EOG: torch.Tensor, scheme:
     return grid.codes(nearest_levels(weight_EOI, scales_EOG, grid))
 
 
-def nearest_levels(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Levels of the nearest representable weights, fp32 [..., O, I]; `scales` are [..., O, G]."""
-    grouped = weight.reshape(*scales.shape, -1)
-    return grid.nearest(grouped / scales.unsqueeze(-1)).view(weight.shape)
+def nearest_levels(
+    weight: torch.Tensor, scales: torch.Tensor, grid: Grid, zeros: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Levels of the nearest representable weights, fp32 [..., O, I]; `scales` and `zeros` are [..., O, G]."""
+    wanted = weight.reshape(*scales.shape, -1) / scales.unsqueeze(-1)
+    if zeros is not None:
+        wanted = wanted + zeros.unsqueeze(-1)
+    return grid.nearest(wanted).view(weight.shape)
+
+
+def above_zero(levels: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    """Levels [..., O, I] less their zero points [..., O, G]: how many scales a weight is."""
+    if zeros is None:
+        return levels
+    above: torch.Tensor = (levels.unflatten(-1, (zeros.shape[-1], -1)) - zeros.unsqueeze(-1)).flatten(-2)
+    return above
 
 
 def dequantize(codes_EOI: torch.Tensor, scales_EOG: torch.Tensor, scheme: Scheme) -> torch.Tensor:

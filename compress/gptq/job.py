@@ -76,7 +76,8 @@ def packed(job: Job, name: str, matrix: Matrix) -> dict[str, Tensor]:
             return {f"{name}_{matrix.kind.name.lower()}": pack(matrix.kind, matrix.blocks)}
         if isinstance(matrix, FloatCoded):
             return floats.layer_tensors(module, matrix.codes, matrix.scales, matrix.divisor, scheme)
-        return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, job.options.stored_dtype)
+        stored = job.options.stored_dtype
+        return compressed_tensors.layer_tensors(module, matrix.codes, matrix.scales, scheme, stored, matrix.zeros)
 
 
 def scheme_of(job: Job, name: str) -> Scheme:
@@ -135,14 +136,15 @@ def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Matrix:
         with phase("read", size=stored[name + suffix].bytes):
             return BlockCoded(kind=kind, blocks=unpack(kind, read_tensor(stored[name + suffix])))
     module, scheme = name.removesuffix(".weight"), scheme_of(job, name)
-    names = [module + suffix for suffix in compressed_tensors_config.parts_of(scheme.codes)]
+    names = [module + suffix for suffix in compressed_tensors_config.suffixes_of(scheme)]
     with phase("read", size=sum(stored[n].bytes for n in names if n in stored)):
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
     if scheme.floats:
         codes, scales = floats.read_layer(module, tensors, scheme)
         return FloatCoded(codes=codes, scales=scales)
     codes, scales = compressed_tensors.read_layer(module, tensors, scheme)
-    return Coded(codes=codes, scales=scales)
+    zeros = compressed_tensors.read_zeros(module, tensors, scheme, len(codes))
+    return Coded(codes=codes, scales=scales, zeros=zeros)
 
 
 def read_linears(job: Job, piece: Piece, groups: Sequence[LinearGroup]) -> dict[str, Matrix]:

@@ -1,7 +1,6 @@
 """How the matrices of one model are quantized: dtype of the scales, bits by layer, and what is refused beforehand."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -123,15 +122,15 @@ def config_groups(source: Source, scheme: Scheme, layer_bits: Mapping[int, int],
     experts: dict[Scheme, list[int]] = {} if layer_bits else {scheme: []}
     for layer, bits in layer_bits.items():
         if layer in source.outline.moe_layers or layer >= layers:
-            experts.setdefault(replace(scheme, bits=bits), []).append(layer)
+            experts.setdefault(scheme.of_bits(bits), []).append(layer)
     others: dict[Scheme, list[str]] = {}
     for name in sorted(quantized_linears(source, layers, wanted)):
         kind = included_as(part_of(family, name, layers))
         assert kind is not None, name
         bits = wanted[kind] or layer_bits.get(family.layer_of(name) or 0, scheme.bits)
-        others.setdefault(replace(scheme, bits=bits), []).append(name)
+        others.setdefault(scheme.of_bits(bits), []).append(name)
     if Include.LM_HEAD in wanted:
-        head = replace(scheme, bits=wanted[Include.LM_HEAD] or scheme.bits)
+        head = scheme.of_bits(wanted[Include.LM_HEAD] or scheme.bits)
         others.setdefault(head, []).append(family.head)
     return groups_by_part(family, _ascending(experts), _ascending(others))
 
@@ -182,6 +181,17 @@ def parts_text(parts: Iterable[Include]) -> str:
 def listed(names: Sequence[str]) -> str:
     """`a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def zeros_note(scheme: Scheme, blocks: BlockChoice | None) -> list[str]:
+    """Who reads zero points, for the report; nothing where there are none."""
+    if scheme.symmetric or blocks is not None:
+        return []
+    note = (
+        "Codes have zero points: transformers does not load such experts, vLLM and SGLang do at 4 bits; exports hold "
+        "them (GPTQ for GPTQModel, ONNX, MLX, and GGUF as Q4_1)."
+    )
+    return [note]
 
 
 def mixed_note(layer_bits: Mapping[int, int], include: Iterable[Include]) -> list[str]:

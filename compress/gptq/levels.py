@@ -23,20 +23,22 @@ class Grid:
             numbers from 0 elsewhere.
         either_sign: scales may be negative.
         minimum: groups have an offset too.
+        zero: groups have a zero point too, one of the levels but the lowest: w = (level - zero) * scale.
     """
 
     levels: tuple[float, ...]
     either_sign: bool = False
     minimum: bool = False
+    zero: bool = False
 
     @classmethod
     def of(cls, scheme: Scheme, *, either_sign: bool = False) -> "Grid":
         """The codes of a scheme: integers, which reach one further down than up, so that scales of either sign turn
-        them; or floats, whose sides are alike."""
+        them and zero points move them; or floats, whose sides are alike."""
         if scheme.floats:
             return cls(levels=_E2M1_LEVELS)
         levels = tuple(map(float, range(scheme.code_min, scheme.code_max + 1)))
-        return cls(levels=levels, either_sign=either_sign)
+        return cls(levels=levels, either_sign=either_sign and scheme.symmetric, zero=not scheme.symmetric)
 
     @property
     def low(self) -> float:

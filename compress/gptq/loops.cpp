@@ -327,16 +327,17 @@ template <class Codes>
 void refit(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
            const float* ridge, int group, Size rows, int sweeps, int kind, int either, const float* response, Size ldp,
            int8_t* code, Size ldc, float* scales, Size lds, float* slope, Size ldl, float* change, Size ldd,
-           const float* lattice, Size ldt, float least, float most, double* loss) {
+           const float* lattice, Size ldt, const float* zeros, Size ldz, float least, float most, double* loss) {
     const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
+        const float zero = zeros ? zeros[row * ldz] : 0;
         int8_t* c = code + row * ldc;
         float *s = slope + row * ldl, *moved = change + row * ldd, &scale = scales[row * lds];
         const float* p = response + row * ldp;
         double gain = 0, curvature = 0;
         float gains[kLanes] = {}, curvatures[kLanes] = {}; // lanes, since sums are not to be reordered by a compiler
         auto weigh = [&](int j, int lane) {
-            const float q = codes.value(c[j]);
+            const float q = codes.value(c[j]) - zero;
             moved[j] = q;
             gains[lane] += q * s[j];
             curvatures[lane] += q * (p[j] + ridge[j] * q);
@@ -374,7 +375,7 @@ void refit(const Grid& grid, const float* hessian, Size ldh, const float* invers
         };
         for (int round = 0; round < sweeps; round++)
             if (!sweep(codes, c, s, inverse, diagonal, scale, 0, group, loss + row, changed)) break;
-        for (int j = 0; j < group; j++) moved[j] = codes.value(c[j]) * scale - moved[j] * before;
+        for (int j = 0; j < group; j++) moved[j] = (codes.value(c[j]) - zero) * scale - moved[j] * before;
     }
 }
 
@@ -417,7 +418,8 @@ void turn(const Number* in, Size ldi, const int* index, int columns, Size rows, 
 // Of every row: sum of ridge * (w - q)^2, and of ridge * w^2.
 template <class Codes>
 void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code, Size ldc, const float* scales,
-             Size lds, int columns, int group, Size rows, const float* ridge, double* left, double* whole) {
+             Size lds, const float* zeros, Size ldz, int columns, int group, Size rows, const float* ridge,
+             double* left, double* whole) {
     const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
         double sum = 0, all = 0;
@@ -425,9 +427,10 @@ void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code
             const float* w = weight + row * ldw + first;
             const int8_t* c = code + row * ldc + first;
             const float s = scales[row * lds + first / group];
+            const float zero = zeros ? zeros[row * ldz + first / group] : 0;
             float some[kLanes] = {}, every[kLanes] = {};
             auto add = [&](int j, int lane) {
-                const float rest = w[j] - codes.value(c[j]) * s;
+                const float rest = w[j] - (codes.value(c[j]) - zero) * s;
                 some[lane] += ridge[first + j] * rest * rest;
                 every[lane] += ridge[first + j] * w[j] * w[j];
             };
@@ -443,7 +446,7 @@ void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code
 
 } // namespace
 
-EXPORT int moepress_version() { return 3; }
+EXPORT int moepress_version() { return 4; }
 
 // Lower Cholesky factor in place, and its inverse [kLeaf, kLeaf] with zeros above; 0, or 1 where it is not positive.
 EXPORT int moepress_factor_leaf(float* matrix, Size ld, int size, float* inverse) {
@@ -501,9 +504,9 @@ EXPORT void moepress_refit_group(GRID, const float* hessian, Size ldh, const flo
                                  const float* ridge, int group, Size rows, int sweeps, int kind, int either,
                                  const float* response, Size ldp, int8_t* codes, Size ldc, float* scales, Size lds,
                                  float* slope, Size ldl, float* change, Size ldd, const float* lattice, Size ldt,
-                                 float least, float most, double* loss) {
+                                 const float* zeros, Size ldz, float least, float most, double* loss) {
     WITH(refit, hessian, ldh, inverse, diagonal, ridge, group, rows, sweeps, kind, either, response, ldp, codes, ldc,
-         scales, lds, slope, ldl, change, ldd, lattice, ldt, least, most, loss);
+         scales, lds, slope, ldl, change, ldd, lattice, ldt, zeros, ldz, least, most, loss);
 }
 
 EXPORT void moepress_nearest(GRID, const float* weight, Size ldw, const int* column, const int* group,
@@ -512,9 +515,9 @@ EXPORT void moepress_nearest(GRID, const float* weight, Size ldw, const int* col
 }
 
 EXPORT void moepress_squares(GRID, const float* weight, Size ldw, const int8_t* codes, Size ldc, const float* scales,
-                             Size lds, int columns, int group, Size rows, const float* ridge, double* left,
-                             double* whole) {
-    WITH(squares, weight, ldw, codes, ldc, scales, lds, columns, group, rows, ridge, left, whole);
+                             Size lds, const float* zeros, Size ldz, int columns, int group, Size rows,
+                             const float* ridge, double* left, double* whole) {
+    WITH(squares, weight, ldw, codes, ldc, scales, lds, zeros, ldz, columns, group, rows, ridge, left, whole);
 }
 
 EXPORT void moepress_add_squares(const float* in, Size ldi, const float* weight, int columns, Size rows,

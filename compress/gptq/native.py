@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepress.compress.gptq.levels import Grid, SearchPlan
 
-VERSION = 3
+VERSION = 4
 BLOCK_COLUMNS = 64
 """Columns that `round_block` takes at most."""
 LEAF_COLUMNS = 64
@@ -40,9 +40,9 @@ _SIGNATURES = {
         *_GRID, *(_P, _S) * 2, _P, _P, _S, _P, _P, _P, _S, _I, _S, *(_P, _S) * 3, _P,
     ),
     "descend": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 3, _P),
-    "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 6, _F, _F, _P),
+    "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 7, _F, _F, _P),
     "nearest": (*_GRID, _P, _S, _P, _P, _P, _S, _I, _S, _P, _S),
-    "squares": (*_GRID, *(_P, _S) * 3, _I, _I, _S, *(_P,) * 3),
+    "squares": (*_GRID, *(_P, _S) * 4, _I, _I, _S, *(_P,) * 3),
     "add_squares": (_P, _S, _P, _I, _S, _P),
     "turn_floats": (_P, _S, _P, _I, _S, _P, _S),
     "turn_codes": (_P, _S, _P, _I, _S, _P, _S),
@@ -95,6 +95,11 @@ def _rows(tensor: Tensor | None) -> tuple[int | None, int]:
         return None, 0
     assert tensor.stride(-1) == 1 or tensor.shape[-1] <= 1, "rows must be contiguous"
     return tensor.data_ptr(), tensor.stride(0) if tensor.ndim > 1 else 0
+
+
+def _column(tensor_O1: Tensor | None) -> tuple[int | None, int]:
+    """Where a column of a matrix lies, and the distance of its numbers."""
+    return (None, 0) if tensor_O1 is None else (tensor_O1.data_ptr(), tensor_O1.stride(0))
 
 
 def _grid(grid: Grid) -> tuple[float, float, int | None, int]:
@@ -207,6 +212,7 @@ def refit_group(
     slope_Og: Tensor,
     change_Og: Tensor,
     lattice: tuple[Tensor, float, float] | None,
+    zero_O1: Tensor | None,
     loss_O: Tensor,
 ) -> None:
     """Least-squares scales of one group and then its codes: `descent.refit_group`.
@@ -214,21 +220,21 @@ def refit_group(
     Args:
         hessian_gg, inverse_g, diagonal_g, ridge_g, grid, sweeps, loss_O: as of `descend`, of the group's columns.
         dtype: what scales are stored in.
-        response_Og: (the codes' values) times the group's H, not damped.
+        response_Og: (the codes' values less zero points) times the group's H, not damped.
         codes_Og: int8, changed.
         scale_O1: changed.
         slope_Og: kept true inside of the group.
         change_Og: gets how much the dequantized weights moved.
         lattice: steps [O, 1] of which scales are multiples, by integers from one number to another; or None.
+        zero_O1: zero points of the group; or None.
     """
     rows, group = slope_Og.shape
     step_O1, least, most = lattice or (None, 0.0, 0.0)
-    steps = (None, 0) if step_O1 is None else (step_O1.data_ptr(), step_O1.stride(0))
     _call(
         "refit_group", *_grid(grid), *_rows(hessian_gg), inverse_g.data_ptr(), diagonal_g.data_ptr(),
         ridge_g.data_ptr(), group, rows, sweeps, _KINDS[dtype], grid.either_sign, *_rows(response_Og), *_rows(codes_Og),
-        scale_O1.data_ptr(), scale_O1.stride(0), *_rows(slope_Og), *_rows(change_Og), *steps, least, most,
-        loss_O.data_ptr(),
+        scale_O1.data_ptr(), scale_O1.stride(0), *_rows(slope_Og), *_rows(change_Og), *_column(step_O1),
+        *_column(zero_O1), least, most, loss_O.data_ptr(),
     )  # fmt: skip
 
 
@@ -247,6 +253,7 @@ def squares(
     weight_OI: Tensor,
     codes_OI: Tensor,
     scales_OG: Tensor,
+    zeros_OG: Tensor | None,
     grid: Grid,
     ridge_I: Tensor,
     left_O: Tensor,
@@ -255,7 +262,7 @@ def squares(
     """Of every row, fp64: the sum of ridge * (w - q)^2, and of ridge * w^2."""
     rows, columns = weight_OI.shape
     _call(
-        "squares", *_grid(grid), *_rows(weight_OI), *_rows(codes_OI), *_rows(scales_OG),
+        "squares", *_grid(grid), *_rows(weight_OI), *_rows(codes_OI), *_rows(scales_OG), *_rows(zeros_OG),
         columns, columns // scales_OG.shape[1], rows, ridge_I.data_ptr(),
         left_O.data_ptr(), whole_O.data_ptr(),
     )  # fmt: skip

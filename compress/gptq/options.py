@@ -91,6 +91,7 @@ class Task:
         options: of the solver.
         lattice: of which a refit takes its scales; None for all that `dtype` holds.
         search: which scales are tried.
+        zeros: [..., O, G] fp32, the zero points of a grid that has them.
     """
 
     grid: Grid
@@ -99,6 +100,22 @@ class Task:
     options: SolverOptions
     lattice: Lattice | None = None
     search: SearchPlan = DEFAULT_SEARCH
+    zeros: Tensor | None = None
+
+    def of(self, *place: Any) -> "Task":
+        """That of some experts, rows or groups."""
+        if self.lattice is None and self.zeros is None:
+            return self
+        lattice = None if self.lattice is None else self.lattice.of(*place)
+        return replace(self, lattice=lattice, zeros=None if self.zeros is None else self.zeros[place])
+
+    def raised(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """Weights [..., O, I] plus what zero points take off, zero * scale [..., O, G]: what bare codes are to meet."""
+        if self.zeros is None:
+            return weight
+        grouped = weight.unflatten(-1, (scales.shape[-1], -1))
+        met: Tensor = (grouped + (self.zeros * scales).unsqueeze(-1)).flatten(-2)
+        return met
 
     @property
     def sweeps(self) -> int:

@@ -43,7 +43,7 @@ from moepress.compress.gptq.job import (
     read_linears,
 )
 from moepress.compress.gptq.kept import kept_expert
-from moepress.compress.gptq.layer_bits import check_scheme, config_groups, mixed_note
+from moepress.compress.gptq.layer_bits import check_scheme, config_groups, mixed_note, zeros_note
 from moepress.compress.gptq.linears import solve_head, solve_linears, solve_stepping, steps_fit
 from moepress.compress.gptq.pieces import Allowance, SpentError, layer_report, piece_names, plan_chunks
 from moepress.compress.gptq.reference import (
@@ -376,6 +376,7 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any], mtp_notes: S
     notes = [
         *(mtp_notes or mtp_note(dropped, {}, job.stream.model.shape.experts)),
         *mixed_note(options.layer_bits, job.include),
+        *zeros_note(options.scheme, options.blocks),
     ]
     result = {"bytes_after": total, "copied": copied, "notes": notes, **layer_report(run.pieces.values())}
     if options.layer_bits:

@@ -4,7 +4,8 @@ Shape letters: E experts (one batch), O output rows, I input columns, G groups, 
 trace((W - Q) H (W - Q)^T) per expert, with H = sum_t a_t x_t x_t^T over its tokens:
 
 1. `factor`: H + ridge = U D U^T, in the order of solving backwards. Columns in order of decreasing diag H.
-2. `search_scales_on`: one scale per row and static group, so the order of the columns never matters to what is stored.
+2. `search_scales_on`: one scale per row and static group, so the order of the columns never matters to what is stored;
+   with zero points `search_with_zero`.
 3. GPTQ (arXiv 2210.17323) in the form of LDLQ (QuIP, arXiv 2307.13304): a column is rounded after it has taken from the
    residuals of those before it, by U. The same codes as spreading errors by the inverse's factor, and no inverse.
 4. The slope of the loss from the loop's own errors, and sweeps of exact coordinate descent over the codes of each row.
@@ -30,8 +31,10 @@ from moepress.compress.gptq.levels import Grid, search_plan
 from moepress.compress.gptq.minimum import search_with_minimum, spread
 from moepress.compress.gptq.options import SolverOptions, Task
 from moepress.compress.gptq.parts import side_by_side
+from moepress.compress.gptq.zero_points import search_with_zero
 from moepress.converters.safetensors.floats import divisors
 from moepress.converters.safetensors.scheme import Codes, Scheme
+from moepress.runs.phases import phase
 
 _SCALE_DTYPES = {Codes.NVFP4: torch.float8_e4m3fn, Codes.MXFP4: torch.float8_e8m0fnu}  # of codes that say it
 _AT_ONCE = 2  # experts that a thread solves together in torch: more are no faster, and do not stay in a cache
@@ -51,6 +54,7 @@ class Solved:
         rounded: [E] bool, no usable Hessian (no token, or not positive even when damped): rounded to nearest.
         offsets: [E, O, G] fp32, of grids with a minimum: the weight is level * scale + offset.
         divisor: [E] fp32, of NVFP4: the weight is level * scale / divisor.
+        zeros: [E, O, G] int16, of grids with zero points: the weight is (level - zero) * scale.
     """
 
     codes: Tensor
@@ -61,6 +65,7 @@ class Solved:
     rounded: Tensor
     offsets: Tensor | None = None
     divisor: Tensor | None = None
+    zeros: Tensor | None = None
 
 
 def solve(
@@ -78,14 +83,14 @@ def solve(
         weight_EOI: [E, O, I] fp32; not changed.
         hessian_EII: [E, I, I] fp32, symmetric, positive semidefinite; not changed. A column whose diagonal is 0 is
             rounded to nearest; so is an expert whose H is all zero, with unweighted scales.
-        scheme: bits, group size and what codes are.
+        scheme: bits, group size, what codes are and whether there are zero points.
         scale_dtype: dtype the scales will be stored in, where codes are integers; they are rounded to it before codes
             are chosen.
         options: see `SolverOptions`.
-        grid: what codes stand for, where it is not the symmetric integers of the scheme's bits.
+        grid: what codes stand for, where it is not the integers of the scheme's bits.
 
     Returns:
-        Codes, scales and figures.
+        Codes, scales, zero points where the scheme has them, and figures.
 
     Raises:
         ValueError: shapes do not fit, or W or H holds NaN or infinity.
@@ -99,6 +104,8 @@ def solve(
     task = Task(grid=grid, group=group, dtype=dtype, options=options, search=search_plan(scheme.codes))
     if task.grid.minimum:
         return _solve_above(weight_EOI, hessian_EII, task)
+    if task.grid.zero:
+        return _solve_around(weight_EOI, hessian_EII, task)
     if scheme.codes is Codes.NVFP4:
         return _solve_divided(weight_EOI, hessian_EII, scheme, task)
     return _solve_scaled(weight_EOI, hessian_EII, scheme, task)
@@ -131,6 +138,16 @@ def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
     return replace(solved, offsets=offsets_EOG, energy=energy_E)
 
 
+def _solve_around(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
+    """With a zero point per group, searched with its scale; `scale_search` has no say, there is no plain choice."""
+    importance_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
+    with phase("scales"):
+        scales_EOG, zeros_EOG = search_with_zero(weight_EOI, importance_EI, task.grid, task.group, task.dtype)
+    plain = replace(task.options, scale_search=False)
+    solved = solve_fixed(weight_EOI, hessian_EII, scales_EOG, replace(task, options=plain, zeros=zeros_EOG))
+    return replace(solved, zeros=zeros_EOG.to(torch.int16))
+
+
 def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, task: Task) -> Solved:
     """`solve` of a task, with scales that are given where the task searches none.
 
@@ -148,8 +165,7 @@ def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, tas
         given = [slice(start, start + _AT_ONCE) for start in range(0, len(weight_EOI), _AT_ONCE)]
 
         def some(part: slice) -> Found:
-            own = task if task.lattice is None else replace(task, lattice=task.lattice.of(part))
-            return solve_batch(weight_EOI[part], hessian_EII[part], scales_EOG[part], own)
+            return solve_batch(weight_EOI[part], hessian_EII[part], scales_EOG[part], task.of(part))
 
         with side_by_side(min(len(given), torch.get_num_threads())) as each:
             found = each(some, given)

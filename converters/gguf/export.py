@@ -263,19 +263,20 @@ def _notes(source: Folder, tensors: Sequence[GgufTensor]) -> Iterator[str]:
     dropped = sum((source.family.layer_of(name) or 0) >= layers for name in source.shapes)
     if dropped:
         yield f"The multi-token-prediction layer was left out ({dropped} tensors)."
-    wide = sum(tensor.type == "Q4_0" for tensor in tensors)
+    wide = next((tensor.type for tensor in tensors if tensor.type in ("Q4_0", "Q4_1")), None)
     schemes = getattr(source, "schemes", ())
     narrow = sorted({scheme.bits for _targets, scheme in schemes if scheme is not None and scheme.bits < 4})
     if wide and narrow:
+        size = TYPES[wide].bits_per_weight
         yield (
-            f"Codes of {' and '.join(map(str, narrow))} bits lie in Q4_0 of 4.5 bits, which is exact and saves "
+            f"Codes of {' and '.join(map(str, narrow))} bits lie in {wide} of {size} bits, which is exact and saves "
             "nothing; `moepress quantize --grid q3_k` (or q2_k) solves on GGUF's own grids of those sizes."
         )
     coarse = {
         scheme.group_size for _targets, scheme in schemes if scheme is not None and scheme.group_size not in (32, None)
     }
     if wide and coarse:
-        yield "Scales are repeated for every 32 columns, as Q4_0 and Q8_0 have them; --group-size 32 uses that room."
+        yield f"Scales are repeated for every 32 columns, as {wide} and Q8_0 have them; --group-size 32 uses that room."
 
 
 def write_gguf(source: Folder, plan: GgufPlan, run: Run) -> dict[str, Any]:
@@ -300,7 +301,8 @@ def write_gguf(source: Folder, plan: GgufPlan, run: Run) -> dict[str, Any]:
     copy_companions(source.folder, run.folder)
     notes = list(plan.notes)
     if worst:
-        notes.append(f"Some scales are not exact in fp16; the largest changes by {worst:.2g} of its value.")
+        what = "scales or minima" if any(tensor.type == "Q4_1" for tensor in plan.tensors) else "scales"
+        notes.append(f"Some {what} are not exact in fp16; the largest changes by {worst:.2g} of its value.")
     summary = {
         "moepress": __version__,
         "stage": "export",

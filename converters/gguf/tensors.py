@@ -1,8 +1,8 @@
 """The tensors of a GGUF file: which matrices they are made of, their types, and their bytes when their turn comes.
 
-Codes are copied: int4 codes (and 3 and 2 bits, in a container of 4) become Q4_0, int8 codes Q8_0, and what lies in
-GGUF's own blocks stays as it is. What is not quantized keeps its dtype; norms, routers, biases and one-dimensional
-tensors become F32, as llama.cpp wants them.
+Codes are copied: int4 codes (and 3 and 2 bits, in a container of 4) become Q4_0 or with zero points Q4_1, int8 codes
+Q8_0, and what lies in GGUF's own blocks stays as it is. What is not quantized keeps its dtype; norms, routers, biases
+and one-dimensional tensors become F32, as llama.cpp wants them.
 """
 
 import math
@@ -17,7 +17,7 @@ from moepress.converters.gguf.placed import Folder, Matrices, exactly, placed_te
 from moepress.converters.safetensors.artifact import Artifact, refuse_floats
 from moepress.converters.safetensors.floats import power_bytes
 from moepress.converters.safetensors.packing import to_unsigned
-from moepress.converters.safetensors.scheme import Codes
+from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part
 from moepress.models.storage.block_types import PLAIN, TYPES, BlockType
@@ -142,7 +142,7 @@ class Writer:
                 f"{name} has groups of {group} columns, and GGUF's Q4_0 and Q8_0 have 32; quantize with "
                 "--group-size 32, 64 or 128."
             )
-        return "Q8_0" if scheme.bits == 8 else "Q4_0"
+        return type_of(scheme)
 
     def _dense(self, of: Matrices, kind: str) -> Callable[[], Iterator[Chunk]]:
         def data() -> Iterator[Chunk]:
@@ -185,8 +185,11 @@ class Writer:
                 if isinstance(source, Checkpoint):
                     rows = read_tensor(source.packed[name].parts["codes"])
                 else:
-                    made = same_floats if kind == "MXFP4" else copied
-                    rows, error = made(kind, *source.codes(name))
+                    codes, scales = source.codes(name)
+                    if kind == "MXFP4":
+                        rows, error = same_floats(kind, codes, scales)
+                    else:
+                        rows, error = copied(kind, codes, scales, source.zeros(name))
                     errors.append(error)
                 if of.columns is not None:
                     rows = _runs_turned(TYPES[kind], rows, of.columns)
@@ -218,27 +221,57 @@ def _blocks_of(source: Folder, name: str) -> BlockType | None:
     return None if packed is None else packed.kind
 
 
-def copied(kind: str, codes_OI: Tensor, scales_OG: Tensor) -> tuple[Tensor, float]:
-    """Symmetric codes in blocks of Q4_0 or Q8_0, and the largest relative change of a scale.
+def type_of(scheme: Scheme) -> str:
+    """GGUF's type that holds codes of a scheme.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    if scheme.symmetric:
+        return "Q8_0" if scheme.bits == 8 else "Q4_0"
+    if scheme.bits == 8:
+        raise UnsupportedError(
+            "Codes of 8 bits with zero points can not be exported to GGUF, whose Q8_0 has none; quantize without "
+            "--asymmetric, or with --bits 4."
+        )
+    return "Q4_1"
+
+
+def copied(kind: str, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None) -> tuple[Tensor, float]:
+    """Codes in blocks of Q4_0 or Q8_0, with zero points of Q4_1, and the largest relative change of a scale or minimum.
 
     Args:
-        kind: Q4_0 or Q8_0.
+        kind: Q4_0, Q4_1 or Q8_0.
         codes_OI: int8, of 2 to 4 bits or of 8.
         scales_OG: each stands for a multiple of 32 columns.
+        zeros_OG: int16, of Q4_1: its minimum is -zero * scale, with codes from 0 on.
 
     Raises:
         UnsupportedError: a scale is too large for fp16, or becomes zero in it.
     """
     of_group = codes_OI.shape[1] // scales_OG.shape[1]
-    half = scales_OG.to(torch.float16)
-    lost = ~torch.isfinite(half) | ((half == 0) & (scales_OG != 0))
+    half, error = _halved(scales_OG)
+    bits, minima = TYPES[kind].bits, None
+    if zeros_OG is not None:  # codes of fewer bits are moved to begin where those of 4 do, and zero points with them
+        minima, other = _halved((zeros_OG.float() + (1 << (bits - 1))) * -scales_OG.float())
+        minima, error = minima.repeat_interleave(of_group // 32, dim=1), max(error, other)
+    d = half.repeat_interleave(of_group // 32, dim=1)
+    blocks = Blocks(codes=to_unsigned(codes_OI, bits).to(torch.uint8), d=d, dmin=minima)
+    return pack(TYPES[kind], blocks), error
+
+
+def _halved(numbers: Tensor) -> tuple[Tensor, float]:
+    """Numbers in fp16, and the largest relative change.
+
+    Raises:
+        UnsupportedError: one is too large, or becomes zero.
+    """
+    half = numbers.to(torch.float16)
+    lost = ~torch.isfinite(half) | ((half == 0) & (numbers != 0))
     if bool(lost.any()):
         raise UnsupportedError("A scale of the codes lies outside of what fp16 holds, which GGUF stores it in.")
-    wide = scales_OG.float()
-    error = float(((half.float() - wide).abs() / wide.abs().clamp_min(torch.finfo(torch.float32).tiny)).max())
-    bits = TYPES[kind].bits
-    blocks = Blocks(codes=to_unsigned(codes_OI, bits).to(torch.uint8), d=half.repeat_interleave(of_group // 32, dim=1))
-    return pack(TYPES[kind], blocks), error
+    wide = numbers.float()
+    return half, float(((half.float() - wide).abs() / wide.abs().clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
 def same_floats(kind: str, codes_OI: Tensor, scales_OG: Tensor) -> tuple[Tensor, float]:

@@ -2,7 +2,8 @@
 
 MLX's affine layout stores a matrix as uint32 words, a row being one little-endian bit stream of codes from 0 on, which
 is what `weight_packed` holds already; with W = code * scale + bias our symmetric codes have the bias
--2**(bits-1) * scale, exact in the scales' dtype. The experts of a layer are one tensor a projection, `switch_mlp`.
+-2**(bits-1) * scale, exact in the scales' dtype, and those with zero points -(zero + 2**(bits-1)) * scale, rounded to
+it. The experts of a layer are one tensor a projection, `switch_mlp`.
 
 Source: mlx-lm 0.32 (`utils.load_model`, `models/switch_layers.py`), tried on the CPU.
 """
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from moepress import __version__
 from moepress.converters.safetensors.artifact import Artifact, refuse_floats
@@ -39,6 +42,7 @@ FAMILIES: Mapping[str, str] = {
 }
 """`model_type` -> where mlx-lm's model has the experts of a layer."""
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
+_KEPT_BITS = {"BF16": 8, "F16": 11, "F32": 24}  # a product is rounded by at most two to minus that of itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,11 @@ def check_mlx(artifact: Artifact) -> None:
                 f"Groups of {scheme.group_size} columns can not be exported to MLX, which has {GROUPS}; use "
                 "--group-size 32, 64 or 128."
             )
+    if _rounding(artifact) >= 0.5:
+        raise UnsupportedError(
+            "Codes of 8 bits with zero points can not be exported to MLX, whose biases have the dtype of scales: zero "
+            "points times scales would be off by as much as the distance of two codes; quantize without --asymmetric."
+        )
 
 
 def export_mlx(artifact: Artifact, run: Run) -> MlxExported:
@@ -166,7 +175,7 @@ def _entries(artifact: Artifact, one: _Matrices) -> tuple[Entry, ...]:
     """Words, scales and biases of a module."""
     first = one.names[0].removesuffix(".weight")
     words, scales = artifact.stored[f"{first}.weight_packed"], artifact.stored[f"{first}.weight_scale"]
-    (bits, group), (rows, columns) = _width(artifact, one), artifact.shapes[one.names[0]]
+    (_bits, group), (rows, columns) = _width(artifact, one), artifact.shapes[one.names[0]]
     lead = (len(one.names),) if one.stacked else ()
     return (
         _entry(f"{one.module}.weight", "U32", (*lead, *words.shape), 4, lambda: _words(artifact, one)),
@@ -176,9 +185,9 @@ def _entries(artifact: Artifact, one: _Matrices) -> tuple[Entry, ...]:
                 scales.dtype,
                 (*lead, rows, columns // group),
                 4 if scales.dtype == "F32" else 2,
-                functools.partial(_scales, artifact, one, group, factor),
+                functools.partial(made, artifact, one, group),
             )
-            for leaf, factor in (("scales", 1), ("biases", -(1 << (bits - 1))))
+            for leaf, made in (("scales", _scales), ("biases", _biases))
         ),
     )
 
@@ -195,11 +204,23 @@ def _words(artifact: Artifact, one: _Matrices) -> Iterator[Chunk]:
         yield read_bytes(artifact.stored[f"{name.removesuffix('.weight')}.weight_packed"])
 
 
-def _scales(artifact: Artifact, one: _Matrices, group: int, factor: int) -> Iterator[Chunk]:
+def _scales(artifact: Artifact, one: _Matrices, group: int) -> Iterator[Chunk]:
     for name in one.names:
-        scales = artifact.scales(name)
-        times = artifact.shapes[name][1] // group // scales.shape[1]
-        yield tensor_bytes((scales * factor).repeat_interleave(times, dim=1))
+        yield _spread(artifact, name, group, artifact.scales(name))
+
+
+def _biases(artifact: Artifact, one: _Matrices, group: int) -> Iterator[Chunk]:
+    """What code 0 stands for."""
+    for name in one.names:
+        scales, zeros, lowest = artifact.scales(name), artifact.zeros(name), artifact.scheme_of(name).code_min
+        steps = scales.new_full(scales.shape, lowest) if zeros is None else (lowest - zeros).to(scales.dtype)
+        yield _spread(artifact, name, group, scales * steps)
+
+
+def _spread(artifact: Artifact, name: str, group: int, numbers_OG: Tensor) -> Chunk:
+    """Bytes of numbers of our groups, for each of MLX's."""
+    times = artifact.shapes[name][1] // group // numbers_OG.shape[1]
+    return tensor_bytes(numbers_OG.repeat_interleave(times, dim=1))
 
 
 def _group(scheme: Scheme, columns: int) -> int:
@@ -246,4 +267,17 @@ def _config(artifact: Artifact, modules: Mapping[str, tuple[int, int]]) -> dict[
 def _notes(artifact: Artifact) -> list[str]:
     layers = artifact.outline.shape.layers
     dropped = sum((artifact.family.layer_of(name) or 0) >= layers for name in artifact.shapes)
-    return [f"The multi-token-prediction layer was left out ({dropped} tensors)."] if dropped else []
+    notes = [f"The multi-token-prediction layer was left out ({dropped} tensors)."] if dropped else []
+    if share := _rounding(artifact):
+        notes.append(
+            f"Biases, zero points times scales, are rounded: by at most {share:.2g} of the distance of two codes."
+        )
+    return notes
+
+
+def _rounding(artifact: Artifact) -> float:
+    """How far a bias may be from zero point times scale, as a share of the scale; 0 where each has room for it."""
+    widths = [scheme.bits for _targets, scheme in artifact.schemes if not scheme.symmetric]
+    stored = {entry.dtype for name, entry in artifact.stored.items() if name.endswith(".weight_scale")}
+    kept = min((_KEPT_BITS[dtype] for dtype in stored), default=24)
+    return 0.0 if kept >= 24 or not widths else float(2 ** (max(widths) - kept))

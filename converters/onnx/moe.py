@@ -229,6 +229,11 @@ def _codes(build: Build, file: str, layer: int, experts: int) -> tuple[list[str]
     names = [weights.source.family.expert_names(layer, e) for e in range(experts)]
     schemes = {weights.scheme_of(name) for own in names for name in own}
     bits = {scheme.bits for scheme in schemes}
+    if len({scheme.symmetric for scheme in schemes}) > 1:
+        raise UnsupportedError(
+            f"Layer {layer} has experts with and without zero points, and a QMoE has one kind; export with "
+            "--experts loop."
+        )
     if len(bits) > 1:
         raise UnsupportedError(
             f"Layer {layer} has experts of {' and '.join(map(str, sorted(bits)))} bits, and a QMoE has one width; "
@@ -238,7 +243,9 @@ def _codes(build: Build, file: str, layer: int, experts: int) -> tuple[list[str]
     block = min(block_size(scheme, hidden, width) for scheme in schemes)
     fc1 = weights.expert_matrices([(gate, up) for gate, up, _ in names], f"{prefix}.fc1", block)
     fc2 = weights.expert_matrices([(down,) for *_, down in names], f"{prefix}.fc2", block)
-    entries = [build.graph.weight(file, entry) for entry in (*fc1, *fc2)]
+    (codes1, scales1, *zeros1), (codes2, scales2, *zeros2) = (
+        [build.graph.weight(file, entry) for entry in entries] for entries in (fc1, fc2)
+    )
     attributes = {
         "expert_weight_bits": bits.pop(),
         "block_size": block,
@@ -246,7 +253,8 @@ def _codes(build: Build, file: str, layer: int, experts: int) -> tuple[list[str]
         "accuracy_level": build.accuracy_level,
     }
     biases = _biases(build, file, layer, experts)
-    return [entries[0], entries[1], biases[0], entries[2], entries[3], biases[1]], attributes
+    zeros = ["", "", "", *zeros1, *zeros2] if zeros1 else []  # there is no fc3
+    return [codes1, scales1, biases[0], codes2, scales2, biases[1], *zeros], attributes
 
 
 def _biases(build: Build, file: str, layer: int, experts: int) -> tuple[str, str]:

@@ -10,6 +10,9 @@ D hidden size, E experts; every row is one little-endian bit stream, stored valu
 | QMoE fc2 | uint8 [E, D, F * b / 8] | [E, D, F / block] |
 | MoE fc1, fc2 | [E, 2F, D], [E, D, F] | |
 
+Zero points, where codes have some, are unsigned like codes and packed as a row of them: the shape of scales, with
+ceil(blocks * b / 8) bytes in the place of the blocks.
+
 Source: ONNX Runtime's operator schemas (docs/ContribOperators.md), checked against its CPU provider in the tests.
 """
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from moepress.converters.safetensors.artifact import Artifact
+from moepress.converters.safetensors.compressed_tensors import unsigned_zeros
 from moepress.converters.safetensors.packing import pack_bits, to_unsigned
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
@@ -103,29 +107,33 @@ class Weights:
 
         return self._entry(new_name, wanted, shape, data)
 
-    def matrix(self, name: str, new_name: str) -> tuple[Entry, Entry]:
-        """Codes and scales of one quantized matrix for MatMulNBits."""
+    def matrix(self, name: str, new_name: str) -> tuple[Entry, ...]:
+        """Codes, scales and perhaps zero points of one quantized matrix for MatMulNBits."""
         rows, columns = self.source.shapes[name]
-        block = block_size(self.scheme_of(name), columns)
+        scheme, groups = self.scheme_of(name), ((name,),)
+        block = block_size(scheme, columns)
+        shape = rows, columns // block
         return (
-            self._codes(f"{new_name}_codes", (rows, columns // block), block, self.scheme_of(name), ((name,),)),
-            self._scales(f"{new_name}_scales", (rows, columns // block), block, ((name,),)),
+            self._codes(f"{new_name}_codes", shape, block, scheme, groups),
+            self._scales(f"{new_name}_scales", shape, block, groups),
+            *self._zeros(f"{new_name}_zeros", shape, block, scheme, groups),
         )
 
-    def expert_matrices(self, names: list[tuple[str, ...]], new_name: str, block: int) -> tuple[Entry, Entry]:
-        """Codes and scales of one projection of all experts for QMoE.
+    def expert_matrices(self, names: list[tuple[str, ...]], new_name: str, block: int) -> tuple[Entry, ...]:
+        """Codes, scales and perhaps zero points of one projection of all experts for QMoE.
 
         Args:
             names: per expert (gate, up), whose rows are interleaved, or (down,).
-            new_name: of the two weights, with `_codes` and `_scales` behind.
+            new_name: of the weights, with `_codes`, `_scales` and `_zeros` behind.
             block: from `block_size`.
         """
         rows, columns = self.source.shapes[names[0][0]]
         shape = (len(names), len(names[0]) * rows)
-        scheme = self.scheme_of(names[0][0])
+        scheme, blocks = self.scheme_of(names[0][0]), (*shape, columns // block)
         return (
             self._codes(f"{new_name}_codes", shape, columns, scheme, tuple(names)),
-            self._scales(f"{new_name}_scales", (*shape, columns // block), block, tuple(names)),
+            self._scales(f"{new_name}_scales", blocks, block, tuple(names)),
+            *self._zeros(f"{new_name}_zeros", blocks, block, scheme, tuple(names)),
         )
 
     def dense_experts(self, layer: int, experts: int, part: Projection, new_name: str) -> Entry:
@@ -226,13 +234,30 @@ class Weights:
         assert isinstance(source, Artifact)
 
         def matrices(number: int) -> Iterator[Any]:
-            parts = []
-            for part in groups[number]:
-                scales, columns = source.scales(part), source.shapes[part][1]
-                parts.append(scales.repeat_interleave(columns // scales.shape[1] // block, dim=1))
+            parts = [_by_block(source, part, source.scales(part), block) for part in groups[number]]
             yield tensor_bytes(cast(interleaved(parts), self.dtype, groups[number][0], scales=True))
 
         return self._entry(name, self.dtype, shape, lambda: _each(matrices, len(groups)))
+
+    def _zeros(
+        self, name: str, shape: tuple[int, ...], block: int, scheme: Scheme, groups: tuple[tuple[str, ...], ...]
+    ) -> tuple[Entry, ...]:
+        """Zero points of matrices whose scales have that shape; nothing of a symmetric scheme."""
+        source = self.source
+        assert isinstance(source, Artifact)
+        if scheme.symmetric:
+            return ()
+
+        def matrices(number: int) -> Iterator[Any]:
+            parts = []
+            for part in groups[number]:
+                zeros = source.zeros(part)
+                assert zeros is not None, "all matrices of a node have one scheme"
+                parts.append(_by_block(source, part, unsigned_zeros(zeros, scheme), block))
+            yield tensor_bytes(packed_bytes(interleaved(parts), scheme.bits))
+
+        full = (*shape[:-1], math.ceil(shape[-1] * scheme.bits / 8))
+        return (self._entry(name, torch.uint8, full, lambda: _each(matrices, len(groups))),)
 
     @staticmethod
     def _entry(name: str, dtype: torch.dtype, shape: tuple[int, ...], data: Callable[[], Iterator[Any]]) -> Entry:
@@ -250,11 +275,20 @@ def interleaved(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts), dim=1).flatten(0, 1)
 
 
+def _by_block(source: Artifact, name: str, numbers_OG: Tensor, block: int) -> Tensor:
+    """Numbers of a matrix's groups, for each of its blocks."""
+    return numbers_OG.repeat_interleave(source.shapes[name][1] // numbers_OG.shape[1] // block, dim=1)
+
+
 def packed_rows(codes_OI: Tensor, bits: int) -> Tensor:
     """Signed codes to bytes [O, I * bits / 8], least significant bits first, zero at 2**(bits-1)."""
+    return packed_bytes(to_unsigned(codes_OI, bits), bits)
+
+
+def packed_bytes(codes_OI: Tensor, bits: int) -> Tensor:
+    """Unsigned codes to bytes [O, ceil(I * bits / 8)], least significant bits first, zero bits behind the last."""
     columns = codes_OI.shape[1]
-    words = pack_bits(to_unsigned(codes_OI, bits), bits)
-    return words.view(torch.uint8)[:, : columns * bits // 8].contiguous()
+    return pack_bits(codes_OI, bits).view(torch.uint8)[:, : math.ceil(columns * bits / 8)].contiguous()
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str, *, scales: bool = False) -> Tensor:

@@ -23,10 +23,13 @@ from moepress.models.storage.tensors import read_row, read_tensor, require_finit
 
 
 class Layout(Protocol):
-    """The two functions that a quantized layout module offers for reading."""
+    """The functions that a quantized layout module offers for reading."""
 
     def read_layer(self, module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Codes int8 [O, I] and scales [O, G]."""
+
+    def read_zeros(self, module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme, rows: int) -> Tensor | None:
+        """Zero points int16 [O, G]; None where the scheme has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ class Artifact:
         schemes: bits, group size and what codes are, with the modules they are for; one for all Linears unless bits
             are mixed.
         layout: `compressed-tensors` or `gptq`.
-        suffixes: the quantized tensors that stand for one weight.
+        suffixes: the quantized tensors that stand for one weight, one of zero points last where some matrix has it.
         notes: what was settled or is left out, for people.
         exact: `read` multiplies in fp32 instead of the scales' dtype, as runtimes do that keep the codes.
     """
@@ -95,14 +98,35 @@ class Artifact:
         require_finite(entry, scales)
         return scales.mT.contiguous() if by_groups else scales
 
+    def zeros(self, name: str) -> Tensor | None:
+        """Zero points int16 [O, G] of a quantized weight, without reading its codes; None where codes are symmetric."""
+        scheme, module = self.scheme_of(name), name.removesuffix(".weight")
+        if scheme.symmetric:
+            return None
+        part = f"{module}.{_ZEROS[self.layout]}"
+        if part not in self.stored:
+            raise InvalidInputError(f"{self.folder} lacks {part}; download or make the folder again.")
+        reader: Layout = _READERS[self.layout]
+        zeros = reader.read_zeros(module, {part: read_tensor(self.stored[part])}, scheme, self.shapes[name][0])
+        groups = scheme.groups(self.shapes[name][1])
+        if zeros is not None and tuple(zeros.shape) != (self.shapes[name][0], groups):
+            raise InvalidInputError(
+                f"{part} holds {tuple(zeros.shape)} zero points, want {(self.shapes[name][0], groups)}; the files are "
+                "not of one model."
+            )
+        return zeros
+
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
-        """Codes int8 [O, I] and scales [O, G] of a quantized weight, as `dense` takes them.
+        """Codes int8 [O, I] and scales [O, G] of a quantized weight, as `dense` takes them; `zeros` has what codes are
+        taken less.
 
         Raises:
             InvalidInputError: a part of it is missing or does not fit.
         """
         module = name.removesuffix(".weight")
         parts = {f"{module}.{s}" for s in self.suffixes}
+        if self.layout == "compressed-tensors" and self.scheme_of(name).symmetric:
+            parts.discard(f"{module}.{_ZEROS[self.layout]}")  # others may have some
         missing = sorted(parts - self.stored.keys())
         if missing:
             raise InvalidInputError(f"{self.folder} lacks {missing[0]}; download or make the folder again.")
@@ -124,7 +148,8 @@ class Artifact:
         codes, scales = map(place, self.codes(name))
         if self.scheme.floats:
             return floats.dense(codes, scales, exact=self.exact)
-        return dense(codes, scales.float() if self.exact else scales)
+        zeros = self.zeros(name)
+        return dense(codes, scales.float() if self.exact else scales, None if zeros is None else place(zeros))
 
     def read_row(self, name: str, row: int) -> Tensor:
         """`read(name)[row]`; only unquantized tensors have rows that can be read alone."""
@@ -132,6 +157,7 @@ class Artifact:
 
 
 _READERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "nvfp4": floats, "mxfp4": floats}
+_ZEROS = {"compressed-tensors": "weight_zero_point", "gptq": "qzeros"}
 _SCALES = {"compressed-tensors": ("weight_scale", False), "gptq": ("scales", True)}  # suffix, stored as [G, O]
 
 
@@ -155,12 +181,15 @@ def refuse_floats(artifact: Artifact, target: str) -> None:
         )
 
 
-def dense(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
-    """The weights that codes stand for: q * scale, [O, I], multiplied in the scales' dtype.
+def dense(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None) -> Tensor:
+    """The weights that codes stand for: q * scale or (q - zero) * scale, [O, I], multiplied in the scales' dtype.
 
-    transformers and the Marlin kernels multiply in that dtype, so a bf16 product is rounded to bf16 here too.
+    transformers and the Marlin kernels multiply in that dtype, so a bf16 product is rounded to bf16 here too; the
+    difference of two codes is exact in all of them.
     """
     grouped = codes_OI.to(scales_OG.dtype).unflatten(1, (scales_OG.shape[1], -1))
+    if zeros_OG is not None:
+        grouped = grouped - zeros_OG.to(scales_OG.dtype)[:, :, None]
     weight: Tensor = (grouped * scales_OG[:, :, None]).flatten(1)
     return weight
 
@@ -192,6 +221,8 @@ def open_artifact(folder: Path) -> Artifact:
         )
     made_of = _parts_of(method, schemes[0][1])
     unread, suffixes = unread_weights(folder, shards, every), _SUFFIXES[made_of]
+    if method == "compressed-tensors" and not all(scheme.symmetric for _targets, scheme in schemes):
+        suffixes = (*suffixes, _ZEROS[method])
     for name, entry in every.items():
         _check_part(name, entry, made_of)
     family = family_of(config, _dense_shapes(every, suffixes, schemes, method))
@@ -224,7 +255,12 @@ _SUFFIXES = {  # by layout, or by the floats that compressed-tensors holds in it
 }
 _FLOATS = ("BF16", "F16", "F32")
 _PARTS: dict[str, dict[str, tuple[int, tuple[str, ...]]]] = {  # suffix -> number of axes, dtypes
-    "compressed-tensors": {"weight_packed": (2, ("I32",)), "weight_scale": (2, _FLOATS), "weight_shape": (1, ("I64",))},
+    "compressed-tensors": {
+        "weight_packed": (2, ("I32",)),
+        "weight_scale": (2, _FLOATS),
+        "weight_shape": (1, ("I64",)),
+        "weight_zero_point": (2, ("I32",)),
+    },
     "gptq": {"qweight": (2, ("I32",)), "qzeros": (2, ("I32",)), "scales": (2, _FLOATS), "g_idx": (1, ("I32", "I64"))},
     "nvfp4": {
         "weight_packed": (2, ("U8",)),

@@ -30,6 +30,8 @@ FLOAT_SUFFIXES = {
     Codes.NVFP4: (".weight_packed", ".weight_scale", ".weight_global_scale"),
     Codes.MXFP4: (".weight_packed", ".weight_scale"),
 }
+ZERO_SUFFIX = ".weight_zero_point"
+"""What a matrix of asymmetric codes has besides."""
 
 
 def parts_of(codes: Codes) -> tuple[str, ...]:
@@ -53,13 +55,13 @@ _GROUP_RULES: _Rules = (
     ("output_activations", (None,), None),
 )
 _ANY_WEIGHT_RULES: _Rules = (
-    ("symmetric", (True,), True),
     ("dynamic", (False,), False),
     ("block_structure", (None,), None),
 )
 _WEIGHT_RULES: _Rules = (
     ("num_bits", SUPPORTED_BITS, 8),
     ("type", ("int",), "int"),
+    ("symmetric", (True, False), True),
     ("strategy", ("group", "channel"), None),
     ("actorder", (None, False, "static", "weight"), None),
     *_ANY_WEIGHT_RULES,
@@ -78,6 +80,7 @@ class _Floats:
         return (
             ("num_bits", (4,), 8),
             ("type", ("float",), "int"),
+            ("symmetric", (True,), True),
             ("strategy", (self.strategy,), None),
             ("group_size", (FLOAT_GROUPS[codes],), None),
             ("scale_dtype", (None, self.scale_dtype), None),
@@ -121,7 +124,12 @@ def quantization_config(scheme: Scheme, ignore: Sequence[str], mixed: Groups = (
 
 
 def _config_group(targets: Sequence[str], scheme: Scheme) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False}
+    weights: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "dynamic": False,
+    }
     if scheme.floats:
         stated = _FLOATS[scheme.codes]
         weights |= {"type": "float", "strategy": stated.strategy, "group_size": scheme.group_size}
@@ -150,7 +158,7 @@ def parse_config(config: Mapping[str, Any]) -> tuple[Scheme, tuple[str, ...]]:
 
     Raises:
         InvalidInputError: a part is missing or not an object.
-        UnsupportedError: asymmetric codes, several groups, another format, quantized activations, or any other
+        UnsupportedError: several groups, another format, quantized activations, or any other
             setting under which the bytes mean something else.
     """
     groups, ignore = parse_groups(config)
@@ -214,7 +222,13 @@ def _group(where: str, group: Any, codes: Codes, *, alone: bool) -> tuple[tuple[
         raise InvalidInputError(
             f"{where}.weights.group_size is {group_size!r}; the strategy `group` needs a multiple of 8."
         )
-    return tuple(targets), Scheme(bits=weights.get("num_bits", 8), group_size=group_size)
+    symmetric = weights.get("symmetric", True)
+    return tuple(targets), Scheme(bits=weights.get("num_bits", 8), group_size=group_size, symmetric=symmetric)
+
+
+def suffixes_of(scheme: Scheme) -> tuple[str, ...]:
+    """The tensors of one matrix in that scheme, behind its module's name."""
+    return parts_of(scheme.codes) if scheme.symmetric else (*SUFFIXES, ZERO_SUFFIX)
 
 
 def scheme_for(module_name: str, groups: Groups) -> Scheme:

@@ -98,7 +98,7 @@ def _write_shard(artifact: Artifact, target: Target, names: list[str], path: Pat
     for name in names:
         if artifact.is_quantized(name):
             codes, scales = artifact.codes(name)
-            tensors = _LAYOUTS[target](artifact, name.removesuffix(".weight"), codes, scales)
+            tensors = _LAYOUTS[target](artifact, name.removesuffix(".weight"), codes, scales, artifact.zeros(name))
             error = max(error, gptq.half_scale_error(scales) if target == "gptq" else 0.0)
             entries += [tensor_entry(part, tensor) for part, tensor in tensors.items()]
         else:
@@ -107,19 +107,21 @@ def _write_shard(artifact: Artifact, target: Target, names: list[str], path: Pat
     return {"scale_error": error}
 
 
-def _gptq(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
-    return gptq.layer_tensors(module, codes, scales, artifact.scheme_of(module))
+def _gptq(artifact: Artifact, module: str, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
+    return gptq.layer_tensors(module, codes, scales, artifact.scheme_of(module), zeros)
 
 
-def _compressed(artifact: Artifact, module: str, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+def _compressed(
+    artifact: Artifact, module: str, codes: Tensor, scales: Tensor, zeros: Tensor | None
+) -> dict[str, Tensor]:
     """Scales get the model's dtype where it holds them exactly (ours always do), else they stay fp16."""
     dtype = DTYPES[artifact.stored[artifact.family.embeddings].dtype]
     exact = bool((scales.to(dtype).to(scales.dtype) == scales).all())
-    scheme = artifact.scheme_of(module)
-    return compressed_tensors.layer_tensors(module, codes, scales, scheme, dtype if exact else scales.dtype)
+    scheme, stored = artifact.scheme_of(module), dtype if exact else scales.dtype
+    return compressed_tensors.layer_tensors(module, codes, scales, scheme, stored, zeros)
 
 
-_LAYOUTS: dict[Target, Callable[[Artifact, str, Tensor, Tensor], dict[str, Tensor]]] = {
+_LAYOUTS: dict[Target, Callable[[Artifact, str, Tensor, Tensor, Tensor | None], dict[str, Tensor]]] = {
     "gptq": _gptq,
     "compressed-tensors": _compressed,
 }

@@ -3,7 +3,7 @@
 | tensor | dtype | shape | content |
 |---|---|---|---|
 | `.qweight` | int32 | (in * bits / 32, out) | q + zero along in, least significant bits first |
-| `.qzeros` | int32 | (groups, out * bits / 32) | zero - 1 along out, zero = 2**(bits-1) |
+| `.qzeros` | int32 | (groups, out * bits / 32) | zero - 1 along out; zero = 2**(bits-1) where codes are symmetric |
 | `.scales` | float16 | (groups, out) | |
 | `.g_idx` | int32 | (in,) | column // group size |
 
@@ -22,6 +22,7 @@ from moepress.converters.safetensors.compressed_tensors import check_layer
 from moepress.converters.safetensors.gptq_config import SUFFIXES
 from moepress.converters.safetensors.packing import (
     pack_gptq_rows,
+    pack_gptq_zero_points,
     pack_gptq_zeros,
     to_signed,
     to_unsigned,
@@ -32,28 +33,33 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 
 
-def layer_tensors(module_name: str, codes: Tensor, scales: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def layer_tensors(
+    module_name: str, codes: Tensor, scales: Tensor, scheme: Scheme, zeros: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors that stand for one quantized Linear.
 
     Args:
         module_name: the Linear's name in the checkpoint, without `.weight`.
         codes: int8 [O, I], O and I multiples of 32.
         scales: floating [O, G]; see `half_scales` for what happens to them.
-        scheme: bits and group size.
+        scheme: bits, group size and whether there are zero points.
+        zeros: int16 [O, G], of an asymmetric scheme: signed as codes are.
 
     Returns:
         `.qweight`, `.qzeros`, `.scales` and `.g_idx` under the module's name.
 
     Raises:
         ValueError: shapes disagree with the scheme, or a code is out of range.
-        UnsupportedError: O or I is not a multiple of 32, or a scale is lost in float16.
+        UnsupportedError: O or I is not a multiple of 32, a scale is lost in float16, or a zero point the lowest code.
     """
-    check_layer(module_name, codes, scales, scheme)
+    check_layer(module_name, codes, scales, scheme, zeros)
     out_features, in_features = codes.shape
-    zero = -scheme.code_min
     try:
         qweight = pack_gptq_rows(to_unsigned(codes, scheme.bits), scheme.bits)
-        qzeros = pack_gptq_zeros(zero, scheme.groups(in_features), out_features, scheme.bits)
+        if zeros is None:
+            qzeros = pack_gptq_zeros(-scheme.code_min, scheme.groups(in_features), out_features, scheme.bits)
+        else:
+            qzeros = pack_gptq_zero_points((zeros.to(torch.int16) - scheme.code_min).mT, scheme.bits)
         half = half_scales(scales)
     except UnsupportedError as error:
         raise UnsupportedError(f"{module_name}: {error}") from error
@@ -78,7 +84,7 @@ def read_layer(module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme) 
 
     Raises:
         InvalidInputError: a tensor is missing, or the shapes disagree.
-        UnsupportedError: a zero is not the symmetric one, or the columns are not grouped in order.
+        UnsupportedError: a zero is not the one of a symmetric scheme, or the columns are not grouped in order.
     """
     missing = [module_name + suffix for suffix in SUFFIXES if module_name + suffix not in tensors]
     if missing:
@@ -93,14 +99,36 @@ def read_layer(module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme) 
             f"{module_name}: qweight is {out_features} x {in_features}, but scales are {tuple(scales.shape)}, zeros "
             f"{tuple(zeros.shape)}, want {want}, and g_idx {tuple(g_idx.shape)}; the files are not of one model."
         )
-    if not bool((zeros == -scheme.code_min).all()):
+    if scheme.symmetric and not bool((zeros == -scheme.code_min).all()):
         raise UnsupportedError(
-            f"{module_name}.qzeros are not all {-scheme.code_min} (stored less 1): asymmetric, or the v2 layout, "
-            "which moepress does not read."
+            f"{module_name}.qzeros are not all {-scheme.code_min} (stored less 1), and the config says that codes are "
+            "symmetric: the v2 layout, which moepress does not read, or a wrong config."
         )
     if not torch.equal(g_idx.to(torch.int32).cpu(), trivial_g_idx(scheme, in_features)):
         raise UnsupportedError(f"{module_name}.g_idx puts columns in groups out of order (desc_act); not read here.")
     return to_signed(stored, scheme.bits), scales.mT.contiguous()
+
+
+def read_zeros(module_name: str, tensors: Mapping[str, Tensor], scheme: Scheme, rows: int) -> Tensor | None:
+    """Zero points of one quantized Linear, int16 [O, G], signed as codes are; None of a symmetric scheme.
+
+    Args:
+        module_name: the Linear's name in the checkpoint, without `.weight`.
+        tensors: at least its `.qzeros` under its full name.
+        scheme: bits and group size, from `parse_config`.
+        rows: O.
+
+    Raises:
+        InvalidInputError: the tensor is not int32, or holds another number of rows.
+    """
+    if scheme.symmetric:
+        return None
+    unsigned_GO = unpack_gptq_zeros(tensors[f"{module_name}.qzeros"], scheme.bits)
+    if unsigned_GO.shape[1] != rows:
+        raise InvalidInputError(
+            f"{module_name}.qzeros are for {unsigned_GO.shape[1]} rows of {rows}; the files are not of one model."
+        )
+    return unsigned_GO.mT.contiguous() + scheme.code_min
 
 
 def trivial_g_idx(scheme: Scheme, in_features: int) -> Tensor:

@@ -20,14 +20,14 @@ _RULES: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
     ("quant_method", ("gptq",), "gptq"),
     ("checkpoint_format", ("gptq",), "gptq"),
     ("bits", SUPPORTED_BITS, None),
-    ("sym", (True,), True),
+    ("sym", (True, False), True),
     ("desc_act", (False,), True),
     ("pack_dtype", ("int32",), "int32"),
     ("lm_head", (False,), False),
 )
 
 
-_OVERRIDES = {"bits": SUPPORTED_BITS, "sym": (True,), "desc_act": (False,)}
+_OVERRIDES = {"bits": SUPPORTED_BITS, "sym": (True, False), "desc_act": (False,)}
 """What `dynamic` may set for some modules, besides their group size, and what is read of it."""
 
 
@@ -49,7 +49,7 @@ def quantize_config(
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "desc_act": False,
-        "sym": True,
+        "sym": scheme.symmetric,
         "lm_head": False,
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -58,6 +58,7 @@ def quantize_config(
     }
     own = {
         OTHERWISE_PREFIX + pattern: {"bits": each.bits, "group_size": each.group_size}
+        | ({} if each.symmetric == scheme.symmetric else {"sym": each.symmetric})
         for pattern, each in (otherwise or {}).items()
     }
     if not_quantized or own:
@@ -99,7 +100,7 @@ def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:
 
     Raises:
         InvalidInputError: the group size is missing, or `dynamic` is no object.
-        UnsupportedError: any setting under which the bytes mean something else (asymmetric, desc_act, the v2 format).
+        UnsupportedError: any setting under which the bytes mean something else (desc_act, the v2 format).
     """
     for key, accepted, default in _RULES:
         value = config.get(key, default)
@@ -112,7 +113,8 @@ def parse_groups(config: Mapping[str, Any]) -> tuple[Groups, tuple[str, ...]]:
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise InvalidInputError(f"quantize_config.dynamic is {dynamic!r}; it must give settings by pattern.")
-    base, own = Scheme(bits=config["bits"], group_size=group_size), list[tuple[tuple[str, ...], Scheme]]()
+    base = Scheme(bits=config["bits"], group_size=group_size, symmetric=config.get("sym", True))
+    own = list[tuple[tuple[str, ...], Scheme]]()
     for pattern, settings in dynamic.items():
         if not pattern.startswith(NOT_QUANTIZED_PREFIX):
             own.append(((PREFIX + pattern.removeprefix(OTHERWISE_PREFIX),), _otherwise(pattern, settings, base)))
@@ -132,4 +134,5 @@ def _otherwise(pattern: str, settings: Any, base: Scheme) -> Scheme:
         raise UnsupportedError(
             f"quantize_config.dynamic gives {pattern!r} settings that are not read here: {settings!r}."
         )
-    return Scheme(bits=settings.get("bits", base.bits), group_size=size)
+    bits, symmetric = settings.get("bits", base.bits), settings.get("sym", base.symmetric)
+    return Scheme(bits=bits, group_size=size, symmetric=symmetric)

@@ -9,6 +9,7 @@ and 8 divide 32). They differ in the axis that is packed, in the offset that mak
 | compressed-tensors `pack-quantized` | (out, ceil(in * bits / 32)) | in | q + 2**(bits - 1) |
 | GPTQ `qweight` | (in * bits / 32, out) | in | q + zero, here zero = 2**(bits - 1) |
 | GPTQ v1 `qzeros` | (groups, out * bits / 32) | out | zero - 1 |
+| compressed-tensors `weight_zero_point` | (ceil(out * bits / 32), groups) | out | zero + 2**(bits - 1) |
 
 Letters: O out, I in, G groups, W words.
 
@@ -50,7 +51,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     _check_bits(bits)
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % CODES_PER_BLOCK)).contiguous()  # pad copies: aligned
-    eights = padded.view(torch.int64)
+    # Flat, since an axis of one row may have any stride, which no wider number divides.
+    eights = padded.flatten().view(torch.int64).view(*padded.shape[:-1], padded.shape[-1] // CODES_PER_STEP)
     for field in (8, 16, 32):
         used = field * bits // 8
         eights = (eights | eights >> (field - used)) & _field_mask(2 * field, 2 * used)
@@ -229,7 +231,30 @@ def pack_gptq_zeros(zero: int, groups: int, out_features: int, bits: int) -> Ten
     _check_gptq_axis("output", out_features)
     if not 1 <= zero < 1 << bits:
         raise ValueError(f"zero {zero} does not fit {bits} bits less one")
-    return pack_bits(torch.full((groups, out_features), zero - 1, dtype=torch.uint8), bits)
+    return pack_gptq_zero_points(torch.full((groups, out_features), zero, dtype=torch.int16), bits)
+
+
+def pack_gptq_zero_points(zeros_GO: Tensor, bits: int) -> Tensor:
+    """The `.qzeros` of an asymmetric matrix in GPTQ v1, which stores each zero less 1.
+
+    Args:
+        zeros_GO: int16 [G, O], unsigned as `qweight` is: the code that stands for weight 0.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 [G, O * bits / 32], packed along O, least significant bits first.
+
+    Raises:
+        UnsupportedError: another width, O is not a multiple of 32, or a zero is not in 1 .. 2**bits.
+    """
+    _check_bits(bits)
+    _check_gptq_axis("output", zeros_GO.shape[1])
+    if zeros_GO.numel() and (int(zeros_GO.min()) < 1 or int(zeros_GO.max()) > 1 << bits):
+        raise UnsupportedError(
+            f"zero points run from {int(zeros_GO.min())} to {int(zeros_GO.max())}, and the GPTQ layout, which stores "
+            f"one less, holds 1 to {1 << bits}."
+        )
+    return pack_bits((zeros_GO - 1).to(torch.uint8), bits)
 
 
 def unpack_gptq_zeros(qzeros: Tensor, bits: int) -> Tensor:

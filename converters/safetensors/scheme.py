@@ -1,8 +1,9 @@
 """How a weight matrix is quantized: the few numbers that solver, packers and runtimes must agree on."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from moepress.errors import UsageError
 
@@ -47,21 +48,23 @@ _SIZES = (128, 64, 32, 16, 8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """Symmetric quantization with one scale per output row and group of input columns.
+    """Quantization with one scale per output row and group of input columns, and perhaps one zero point.
 
     A code q is an integer in `[code_min, code_max]`, or one of the 4-bit floats; the weight it stands for is
-    `q * scale`. Groups run along the input dimension and are static: column i belongs to group i // group_size,
-    whatever order the solver works in.
+    `q * scale`, or with zero points `(q - zero) * scale` with another such integer. Groups run along the input
+    dimension and are static: column i belongs to group i // group_size, whatever order the solver works in.
 
     Attributes:
         bits: width of a code; one of 2, 3, 4, 8.
         group_size: input columns that share a scale, or -1 for one scale per output row.
         codes: integers, or 4-bit floats, whose groups are those of their format.
+        symmetric: there are no zero points.
     """
 
     bits: int = 4
     group_size: int = 128
     codes: Codes = Codes.INT
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.floats:
@@ -83,13 +86,20 @@ class Scheme:
         return cls(bits=4, group_size=FLOAT_GROUPS[codes], codes=codes)
 
     def of_bits(self, bits: int) -> "Scheme":
-        """The same with other bits; floats have theirs."""
-        return self if self.floats else Scheme(bits=bits, group_size=self.group_size)
+        """The same with so many bits; floats have theirs. Of 8 bits beside narrower ones there are no zero points: they
+        gain nothing by them, and few runtimes take them."""
+        if self.floats:
+            return self
+        return replace(self, bits=bits, symmetric=self.symmetric or (bits == 8 and self.bits != 8))
 
-    def stated(self) -> dict[str, int | str]:
-        """As a run's settings and moepress.json have it; integers are not named."""
-        of_codes: dict[str, int | str] = {"codes": self.codes.value} if self.floats else {}
-        return {"bits": self.bits, "group_size": self.group_size, **of_codes}
+    def stated(self) -> dict[str, Any]:
+        """As files of moepress hold it: what codes are is said of floats, `symmetric` where it is false."""
+        found: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        return (
+            found
+            | ({"codes": self.codes.value} if self.floats else {})
+            | ({} if self.symmetric else {"symmetric": False})
+        )
 
     @property
     def floats(self) -> bool:
@@ -147,5 +157,6 @@ class Scheme:
         return in_features // self.groups(in_features)
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight: the code and its share of a scale, of which floats have one byte."""
-        return self.bits + (8 if self.floats else scale_bits) / self.columns_per_group(in_features)
+        """Stored bits per weight: the code and its share of a scale (one byte of floats) and of a zero point."""
+        zero_bits = 0 if self.symmetric else self.bits
+        return self.bits + ((8 if self.floats else scale_bits) + zero_bits) / self.columns_per_group(in_features)

@@ -1,7 +1,7 @@
 """`run --dry-run`: time, memory and disk of every stage that a recipe names, and of all together, after all checks."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     full = resolve(recipe, checkpoint, criterion, recipe.max_memory or default_memory())
     machine = Machine(device=full.device, dtype=full.dtype, memory_bytes=full.max_memory)
     work = workload(machine, tokens=full.tokens or DEFAULT_TOKENS, window=full.window or DEFAULT_WINDOW)
-    planned = _planned(out) if resume else None
+    planned = _planned(out, asymmetric=full.asymmetric) if resume else None
     known, figures = planned or settled(full, checkpoint), figures_of(checkpoint)
     rates = measure_rates(checkpoint, work.device, work.dtype)
     stages = {"profile": _profile_estimate(full, figures, work, rates)}
@@ -167,7 +167,7 @@ def together(stages: Mapping[str, Estimate], notes: list[str]) -> Estimate:
     )
 
 
-def _planned(out: Path) -> Settled | None:
+def _planned(out: Path, *, asymmetric: bool) -> Settled | None:
     """By the plan of an earlier start, where it came so far."""
     file = out / "plan.json"
     if not file.exists():
@@ -177,9 +177,8 @@ def _planned(out: Path) -> Settled | None:
         return Settled(count=plan.experts, scheme=nearest_scheme(PLANNED, plan.grids))
     if plan.quantization is None:
         return None
-    return Settled(
-        count=plan.experts, scheme=plan.quantization.scheme(), layer_bits=plan.layer_bits, include=plan.included
-    )
+    scheme = replace(plan.quantization.scheme(), symmetric=not asymmetric)
+    return Settled(count=plan.experts, scheme=scheme, layer_bits=plan.layer_bits, include=plan.included)
 
 
 def _exports(

@@ -93,6 +93,7 @@ class Recipe(BaseModel):
     match: Literal["auto", "own", "original"] = "auto"
     effort: Literal["fast", "normal", "high"] = "normal"
     positive_scales: bool = False
+    asymmetric: bool = False
     repair: tuple[Repair, ...] = ()
     mtp: Mtp = Mtp.KEEP
     to: tuple[Literal["gptq", "onnx", "gguf"], ...] = ()
@@ -216,6 +217,11 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
     shape, request = checkpoint.shape, budget_request(recipe)
     if recipe.grid is not None:
         require_grid(recipe)
+    if recipe.asymmetric and request is not None:
+        raise UsageError(
+            "--asymmetric does not go with --budget and --target, which count codes without zero points; say how much "
+            "stays with --keep."
+        )
     if request is None:
         if recipe.context is not None or recipe.mixed_bits:
             raise UsageError("--context and --mixed-bits go with --budget or --target only.")
@@ -229,7 +235,7 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
             return Settled(count=count, scheme=scheme, include=include, notes=tuple(notes))
         if recipe.bits is None and checkpoint.pressed_as:
             return Settled(count=count, scheme=None)
-        scheme = Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128)
+        scheme = Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128, symmetric=not recipe.asymmetric)
         include, notes = settled_parts(asked, every, scheme.group_size)
         include = {part: None if bits == scheme.bits else bits for part, bits in include.items()}
         return Settled(count=count, scheme=scheme, include=include, notes=tuple(notes))
@@ -268,8 +274,9 @@ def require_grid(recipe: Recipe) -> None:
     """
     if recipe.bits is not None or recipe.group_size is not None or recipe.mixed_bits:
         raise UsageError("--bits, --group-size and --mixed-bits do not go with --grid, which says all of that.")
-    if recipe.positive_scales:
-        raise UsageError("--positive-scales is for codes of integers; GGUF's types say themselves what scales are.")
+    if recipe.positive_scales or recipe.asymmetric:
+        named = "--positive-scales" if recipe.positive_scales else "--asymmetric"
+        raise UsageError(f"{named} is for codes of integers; GGUF's types say themselves what scales are.")
     if mixes(recipe) and (budget_request(recipe) is None or _names_parts(recipe)):
         raise UsageError("The grid `mix` spends a --budget or --target on the whole model; give one, and no --include.")
     if budget_request(recipe) is not None and not mixes(recipe):
@@ -322,8 +329,9 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
 def _check_unquantized(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Refuse what needs new codes, where the experts keep those that they have."""
     stored = checkpoint.pressed_as
-    if recipe.to or _names_parts(recipe):
-        what = f"--to {','.join(recipe.to)}" if recipe.to else "--include"
+    if recipe.to or _names_parts(recipe) or recipe.asymmetric:
+        other = "--include" if _names_parts(recipe) else "--asymmetric"
+        what = f"--to {','.join(recipe.to)}" if recipe.to else other
         raise UsageError(
             f"The experts of this model are stored as {stored} already, so `run` prunes them and keeps their codes, "
             f"and {what} needs others; ask for --bits 4 to quantize again, which costs quality."

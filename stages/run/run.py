@@ -280,7 +280,7 @@ def _scheme(setup: _Setup, plan: Plan) -> Scheme:
         return nearest_scheme(PLANNED, plan.grids)
     scheme = plan.quantization.scheme() if plan.quantization else setup.scheme
     assert scheme is not None, "a model that is only pruned goes another way"
-    return scheme
+    return replace(scheme, symmetric=not setup.recipe.asymmetric)
 
 
 def _prune(setup: _Setup, run: Run, plan: Plan, profile: Profile, checkpoint: Checkpoint) -> Mapping[str, Any]:

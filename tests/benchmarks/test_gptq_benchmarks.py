@@ -56,8 +56,11 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_each_variant_differs_from_the_default_in_what_it_names(quality: ModuleType) -> None:
-    default = (SolverOptions(), HessianOptions(), {}, None)
-    made = [(SolverOptions(**v.solver), HessianOptions(**v.hessian), v.request, v.rounded) for v in quality.VARIANTS]
+    default = (SolverOptions(), HessianOptions(), Scheme(), {}, None)
+    made = [
+        (SolverOptions(**v.solver), HessianOptions(**v.hessian), Scheme(**v.scheme), v.request, v.rounded)
+        for v in quality.VARIANTS
+    ]
     assert all(options != default for options in made)
     assert len({repr(options) for options in made}) == len(made)
 

@@ -64,7 +64,8 @@ def choice_section(plan: Plan) -> Choice | None:
 def scheme_text(scheme: Scheme, layer_bits: Mapping[int, int], include: Iterable[Include] = ()) -> str:
     """Bits and groups in words."""
     group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
-    return f"{bits_text(layer_bits.values() or [scheme.bits], include)}, {group}, symmetric"
+    zeros = "symmetric" if scheme.symmetric else "with zero points"
+    return f"{bits_text(layer_bits.values() or [scheme.bits], include)}, {group}, {zeros}"
 
 
 def quantization_section(result: Mapping[str, Any], scheme: str, plan: Plan | None) -> Quantization:

@@ -45,7 +45,12 @@ class Kind(StrEnum):
 
 SUFFIXES = {Kind.COMPRESSED: compressed_tensors_config.SUFFIXES, Kind.GPTQ: gptq_config.SUFFIXES}
 EXTRAS = {
-    Kind.COMPRESSED: (".weight_zero_point", ".weight_g_idx", ".weight_global_scale", ".input_global_scale"),
+    Kind.COMPRESSED: (
+        compressed_tensors_config.ZERO_SUFFIX,
+        ".weight_g_idx",
+        ".weight_global_scale",
+        ".input_global_scale",
+    ),
     Kind.GPTQ: (),
 }
 
@@ -154,6 +159,14 @@ class Facts:
         for name, entry in self.tensors.items():
             if name.endswith(".weight") and len(entry.shape) == 2 and name != self.family.embeddings:
                 yield name.removesuffix(".weight")
+
+    def parts_of(self, module: str) -> tuple[str, ...]:
+        """What a quantized module must have, zero points among it where the config says that there are some."""
+        suffixes = self.suffixes
+        if self.kind is not Kind.COMPRESSED or all(width.symmetric for width in self.widths):
+            return suffixes
+        width = self.width_of(module)
+        return suffixes if width is None or width.symmetric else (*suffixes, compressed_tensors_config.ZERO_SUFFIX)
 
     def width_of(self, module: str) -> Width | None:
         """What the config says of a module's codes."""
@@ -291,7 +304,7 @@ def facts_to_be(
     groups = groups if len(groups) > 1 else ()
     others = sorted({bits or scheme.bits for bits in included(include).values()} - ({scheme.bits} if groups else set()))
     if others != [scheme.bits] and others:
-        linears = [(("Linear",), Scheme(bits=bits, group_size=scheme.group_size)) for bits in others[-1:]]
+        linears = [(("Linear",), scheme.of_bits(bits)) for bits in others[-1:]]
         groups = (*(groups or (((EXPERTS,), scheme),)), *linears)
     if kind is Kind.GPTQ:
         quantization = gptq_config.quantize_config(scheme)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
+from moepress.converters.safetensors.compressed_tensors_config import ZERO_SUFFIX
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Codes
 from moepress.errors import InvalidInputError
 from moepress.models.forward.tensor_check import check_tensors
 from moepress.validation.rules.experts import count_in_config, equal_counts, expert_names, legal_count, whole_groups
-from moepress.validation.rules.facts import Facts, Kind, Width
+from moepress.validation.rules.facts import SUFFIXES, Facts, Kind, Width
 from moepress.validation.rules.findings import Effect, Happens, Problem, Runtime, first
 
 _FOLDERS = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)
@@ -54,7 +55,7 @@ def index(facts: Facts) -> Iterator[Problem]:
 
 def experts_complete(facts: Facts) -> Iterator[Problem]:
     """Every expert of every layer has its three matrices, with all their parts."""
-    modules, whole = facts.modules(), frozenset(facts.suffixes)
+    modules, coded = facts.modules(), facts.kind in SUFFIXES
     layers = facts.shape.layers
     if facts.kind is Kind.OTHER or any(expert_names(facts)):
         return  # nobody knows here which names its codes have
@@ -64,7 +65,8 @@ def experts_complete(facts: Facts) -> Iterator[Problem]:
         lacking: dict[int, list[str]] = {0: [], 1: [], 2: []}
         for expert in range(rows):
             for place, name in enumerate(facts.family.expert_names(layer, expert)):
-                there = modules.get(name.removesuffix(".weight"), frozenset()) >= whole if whole else False
+                module = name.removesuffix(".weight")
+                there = coded and modules.get(module, frozenset()) >= frozenset(facts.parts_of(module))
                 if name not in facts.tensors and not there:
                     lacking[place].append(name.removesuffix(".weight"))
         missing = [name for names in lacking.values() for name in names]
@@ -96,10 +98,10 @@ def all_tensors(facts: Facts) -> Iterator[Problem]:
     modules = facts.modules()
     parts = {module + part for module, own in modules.items() for part in own}
     shapes = {n: e.shape for n, e in facts.tensors.items() if n not in parts and not n.endswith("_scale_inv")}
-    whole = frozenset(facts.suffixes)
     try:
         dense = _dense_shapes(facts)
-        shapes |= {f"{module}.weight": dense[module] for module, own in modules.items() if own >= whole}
+        whole = (module for module, own in modules.items() if own >= set(facts.parts_of(module)))
+        shapes |= {f"{module}.weight": dense[module] for module in whole}
         check_tensors(facts.family, facts.config, facts.shape, shapes, folder=facts.place)
     except InvalidInputError as error:
         text = str(error)
@@ -132,10 +134,9 @@ def _dense_shapes(facts: Facts) -> dict[str, tuple[int, ...]]:
 
 def complete_codes(facts: Facts) -> Iterator[Problem]:
     """Every quantized matrix has all its parts, in the shapes and dtypes that bits and groups give."""
-    suffixes = facts.suffixes
     wrong = []
     for module, there in facts.modules().items():
-        width = facts.width_of(module)
+        width, suffixes = facts.width_of(module), facts.parts_of(module)
         if not there >= set(suffixes):
             if not facts.family.expert_of(f"{module}.weight"):  # of experts `experts-complete` speaks
                 wrong.append(f"{module} lacks {', '.join(s for s in suffixes if s not in there)}")
@@ -155,7 +156,7 @@ def complete_codes(facts: Facts) -> Iterator[Problem]:
 
 def _wrong_rank(facts: Facts, module: str) -> str | None:
     """The first part of a matrix that has not as many axes as its kind."""
-    for suffix in facts.suffixes:
+    for suffix in facts.parts_of(module):
         shape = facts.tensors[module + suffix].shape
         if len(shape) != (1 if suffix in _ONE_AXIS else 2):
             return f"{suffix} has the shape {list(shape)}"
@@ -165,7 +166,7 @@ def _wrong_rank(facts: Facts, module: str) -> str | None:
 def _misfit(facts: Facts, module: str, width: Width) -> str | None:
     """The first part of a matrix that does not fit the others, and what is wrong with it."""
     bits, size = width.bits or 0, width.group_size
-    parts = {suffix: facts.tensors[module + suffix] for suffix in facts.suffixes}
+    parts = {suffix: facts.tensors[module + suffix] for suffix in facts.parts_of(module)}
     if facts.kind is Kind.GPTQ:
         columns, rows = parts[".g_idx"].shape[0], parts[".qweight"].shape[1]
         groups = 1 if size == PER_CHANNEL else -(-columns // size)
@@ -190,6 +191,8 @@ def _misfit(facts: Facts, module: str, width: Width) -> str | None:
             ".weight_scale": (parts[".weight_scale"].dtype, (rows, 1 if size == PER_CHANNEL else groups)),
             ".weight_shape": ("I64", (2,)),
         }
+        if ZERO_SUFFIX in parts:
+            want[ZERO_SUFFIX] = ("I32", (-(-rows * bits // 32), groups))
     for suffix, (dtype, shape) in want.items():
         if suffix not in parts:
             continue

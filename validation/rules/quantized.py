@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from moepress.converters.safetensors.compressed_tensors_config import ZERO_SUFFIX
 from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Codes
 from moepress.converters.safetensors.targets import JOINED
@@ -100,7 +101,7 @@ def mlx(facts: Facts) -> Iterator[Problem]:
     if facts.codes is not Codes.INT:
         mend = "quantize the original with --bits, and export that"
     if facts.kind is Kind.COMPRESSED and facts.family.name in ("deepseek_v3", "kimi_k2"):
-        if all(width.bits == 4 for width in facts.widths):
+        if all(width.bits == 4 and width.symmetric for width in facts.widths):
             return
         effect, happens = _WRONG, "takes all codes for ones of 4 bits, without an error"
     if facts.kind is Kind.BLOCKS:
@@ -202,14 +203,16 @@ def marlin(facts: Facts) -> Iterator[Problem]:
 
 
 def symmetric(facts: Facts) -> Iterator[Problem]:
-    """Codes are symmetric."""
-    stored = [n for n in facts.tensors if n.endswith(".weight_zero_point")]
+    """Codes are symmetric; vLLM and SGLang have kernels for compressed-tensors experts with zero points of 4 bits."""
+    stored = [n for n in facts.tensors if n.endswith(ZERO_SUFFIX)]
     if not stored and all(width.symmetric for width in facts.widths):
         return
     happens = {Runtime.TRANSFORMERS: (_REFUSES, "fails to load asymmetric experts")}
+    if any(width.bits == 8 and not width.symmetric for width in facts.widths):
+        happens |= {Runtime.VLLM: (_REFUSES, "has kernels for experts with zero points at 4 bits only")}
     if facts.kind is Kind.GPTQ:
         happens = dict.fromkeys((Runtime.VLLM, Runtime.SGLANG), (_REFUSES, "takes symmetric GPTQ experts only"))
-    yield Problem(what="codes are asymmetric", happens=happens, mend=f"{_AGAIN}, which is symmetric")
+    yield Problem(what="codes are asymmetric", happens=happens, mend=f"{_AGAIN}, without --asymmetric")
 
 
 def activation_order(facts: Facts) -> Iterator[Problem]:

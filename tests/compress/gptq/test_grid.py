@@ -130,7 +130,7 @@ def test_the_search_does_not_depend_on_how_rows_are_chunked(monkeypatch: pytest.
     weight_EOI, scheme = weights_of(4), Scheme(bits=4, group_size=8)
     importance_EI = weights_of(5, rows=1).square().squeeze(1)
     whole = search_scales(weight_EOI, importance_EI, scheme, scale_dtype=torch.bfloat16)
-    monkeypatch.setattr("moepress.compress.gptq.grid._CHUNK_ELEMENTS", 3 * 32)
+    monkeypatch.setattr("moepress.compress.gptq.grid.CHUNK_ELEMENTS", 3 * 32)
     assert torch.equal(whole, search_scales(weight_EOI, importance_EI, scheme, scale_dtype=torch.bfloat16))
 
 

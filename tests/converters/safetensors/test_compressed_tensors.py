@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from moepress.converters.safetensors.compressed_tensors import layer_tensors, read_layer
+from moepress.converters.safetensors.artifact import dense
+from moepress.converters.safetensors.compressed_tensors import layer_tensors, read_layer, read_zeros
 from moepress.converters.safetensors.compressed_tensors_config import (
     parse_config,
     parse_groups,
@@ -26,6 +28,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 
 SCHEMES = [Scheme(bits=bits, group_size=group_size) for bits in (2, 3, 4, 8) for group_size in (32, -1)]
+ASYMMETRIC = [replace(scheme, symmetric=False) for scheme in SCHEMES]
 NAME = "model.layers.0.mlp.experts.3.up_proj"
 
 
@@ -79,6 +82,67 @@ def test_the_library_compresses_the_weights_to_our_very_bytes(scheme: Scheme) ->
     assert all(torch.equal(tensor, ours[f"{NAME}.{name}"]) for name, tensor in compressed.items())
 
 
+def zeros_of(scheme: Scheme, rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Random zero points [O, G] over the whole range of codes."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = rows, scheme.groups(columns)
+    return torch.randint(scheme.code_min, scheme.code_max + 1, shape, generator=generator).to(torch.int16)
+
+
+@pytest.mark.parametrize("rows", [6, 45, 64])
+@pytest.mark.parametrize("scheme", ASYMMETRIC, ids=str)
+def test_the_library_takes_zero_points_as_we_do(scheme: Scheme, rows: int) -> None:
+    codes, scales = matrix(scheme, rows)
+    zeros = zeros_of(scheme, rows, 64)
+    tensors = layer_tensors(NAME, codes, scales, scheme, torch.bfloat16, zeros)
+    local = {name.removeprefix(f"{NAME}."): tensor for name, tensor in tensors.items()}
+    theirs = QuantizationConfig.model_validate(quantization_config(scheme, [])).config_groups["group_0"]
+    found = PackedQuantizationCompressor.decompress(local, theirs)
+    assert torch.equal(found["weight_zero_point"].to(torch.int16), zeros)
+    wide = zeros.repeat_interleave(scheme.columns_per_group(64), dim=1)
+    steps = (codes.to(torch.int16) - wide).to(torch.bfloat16)
+    by_hand = steps * scales.repeat_interleave(scheme.columns_per_group(64), dim=1)
+    assert torch.equal(found["weight"], by_hand)
+    assert torch.equal(dense(codes, scales, zeros), by_hand)
+    assert torch.equal(read_layer(NAME, tensors, scheme)[0], codes)
+    again = read_zeros(NAME, tensors, scheme, rows)
+    assert again is not None
+    assert torch.equal(again, zeros)
+    compressed = PackedQuantizationCompressor.compress(
+        {"weight": by_hand.float(), "weight_scale": scales.float(), "weight_zero_point": zeros.to(torch.int8)}, theirs
+    )
+    assert torch.equal(compressed["weight_zero_point"], local["weight_zero_point"])
+
+
+def test_one_small_row_of_zero_points_is_written_out_by_hand() -> None:
+    scheme = Scheme(bits=4, group_size=8, symmetric=False)
+    codes, scales = torch.zeros(9, 16, dtype=torch.int8), torch.ones(9, 2)
+    zeros = torch.tensor([[n - 8, 7] for n in range(8)] + [[1, -8]], dtype=torch.int16)
+    found = layer_tensors("a.b", codes, scales, scheme, torch.bfloat16, zeros)["a.b.weight_zero_point"]
+    words = [[word & 0xFFFFFFFF for word in row] for row in found.tolist()]
+    assert words == [[0x76543210, 0xFFFFFFFF], [0x9, 0x0]]  # along the rows of the matrix, a column a group
+
+
+def test_zero_points_and_schemes_that_do_not_go_together_are_refused() -> None:
+    symmetric, other = Scheme(group_size=32), Scheme(group_size=32, symmetric=False)
+    codes, scales = matrix(symmetric)
+    zeros = zeros_of(other, 6, 64)
+    for scheme, given_zeros in ((symmetric, zeros), (other, None), (other, zeros.mT)):
+        with pytest.raises(ValueError, match="zero points do not fit"):
+            layer_tensors(NAME, codes, scales, scheme, torch.bfloat16, given_zeros)
+    with pytest.raises(UnsupportedError, match="up_proj: a zero point lies beyond"):
+        layer_tensors(NAME, codes, scales, other, torch.bfloat16, torch.full_like(zeros, 8))
+    tensors = layer_tensors(NAME, codes, scales, other, torch.bfloat16, zeros)
+    with pytest.raises(UnsupportedError, match=r"weight_zero_point is there"):
+        read_layer(NAME, tensors, symmetric)
+    with pytest.raises(InvalidInputError, match="cannot hold 40 codes"):
+        read_zeros(NAME, tensors, other, 40)
+    del tensors[f"{NAME}.weight_zero_point"]
+    with pytest.raises(InvalidInputError, match=r"weight_zero_point missing"):
+        read_layer(NAME, tensors, other)
+    assert read_zeros(NAME, tensors, symmetric, 6) is None
+
+
 def test_scales_that_the_stored_dtype_would_round_are_refused() -> None:
     codes, _ = matrix(Scheme(group_size=-1))
     with pytest.raises(ValueError, match="round them before"):
@@ -98,12 +162,6 @@ def test_a_missing_tensor_is_named() -> None:
         read_layer(NAME, tensors, Scheme(group_size=32))
 
 
-def test_a_zero_point_is_refused() -> None:
-    tensors = layer_tensors(NAME, *matrix(Scheme(group_size=32)), Scheme(group_size=32), torch.bfloat16)
-    with pytest.raises(UnsupportedError, match="asymmetric"):
-        read_layer(NAME, tensors | {f"{NAME}.weight_zero_point": torch.zeros(1)}, Scheme(group_size=32))
-
-
 def test_tensors_of_another_group_size_or_width_are_refused() -> None:
     tensors = layer_tensors(NAME, *matrix(Scheme(group_size=32)), Scheme(group_size=32), torch.bfloat16)
     with pytest.raises(InvalidInputError, match=r"want \(6, 4\)"):
@@ -112,7 +170,7 @@ def test_tensors_of_another_group_size_or_width_are_refused() -> None:
         read_layer(NAME, tensors, Scheme(bits=8, group_size=32))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ASYMMETRIC], ids=str)
 def test_the_config_survives_json_the_library_and_our_parser(scheme: Scheme) -> None:
     ignore = ["lm_head", "model.layers.1.mlp.gate", "re:.*kv_b_proj"]
     config = json.loads(json.dumps(quantization_config(scheme, ignore)))
@@ -139,7 +197,6 @@ def test_the_config_of_the_documentation_is_read() -> None:
         (("sparsity_config",), {"format": "sparse-24-bitmask"}, "sparsity_config"),
         (("config_groups", "group_0", "targets"), ["re:.*experts.*"], "targets"),
         (("config_groups", "group_0", "input_activations"), {"num_bits": 8}, "input_activations"),
-        (("config_groups", "group_0", "weights", "symmetric"), False, "symmetric is False; moepress reads True"),
         (("config_groups", "group_0", "weights", "type"), "float", "type is 'float'"),
         (("config_groups", "group_0", "weights", "num_bits"), 6, "num_bits is 6"),
         (("config_groups", "group_0", "weights", "num_bits"), 4.0, "num_bits is 4.0"),

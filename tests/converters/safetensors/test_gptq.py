@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moepress.converters.safetensors.gptq import half_scale_error, half_scales, layer_tensors, read_layer
+from moepress.converters.safetensors.gptq import half_scale_error, half_scales, layer_tensors, read_layer, read_zeros
 from moepress.converters.safetensors.gptq_config import module_pattern, parse_config, quantize_config
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
@@ -127,7 +128,39 @@ def tensors_with(**changed: Tensor) -> dict[str, Tensor]:
     return layer_tensors(NAME, *matrix(scheme), scheme) | {f"{NAME}.{key}": value for key, value in changed.items()}
 
 
-def test_asymmetric_or_v2_zeros_are_refused() -> None:
+@pytest.mark.parametrize("scheme", [replace(scheme, symmetric=False) for scheme in SCHEMES], ids=str)
+def test_a_slow_reader_finds_code_less_zero_times_scale(scheme: Scheme) -> None:
+    codes, scales = matrix(scheme, 64)
+    groups, generator = scheme.groups(64), torch.Generator().manual_seed(2)
+    zeros = torch.randint(scheme.code_min + 1, scheme.code_max + 2, (64, groups), generator=generator).to(torch.int16)
+    tensors = layer_tensors(NAME, codes, scales, scheme, zeros)
+    wide = scales.double().repeat_interleave(64 // groups, dim=1)
+    expected = (codes.double() - zeros.double().repeat_interleave(64 // groups, dim=1)) * wide
+    assert torch.equal(slow_weight(tensors, scheme.bits), expected)
+    again = read_zeros(NAME, tensors, scheme, 64)
+    assert again is not None
+    assert torch.equal(again, zeros)
+    assert torch.equal(read_layer(NAME, tensors, scheme)[0], codes)
+    with pytest.raises(InvalidInputError, match="for 64 rows of 32"):
+        read_zeros(NAME, tensors, scheme, 32)
+
+
+def test_a_zero_point_that_the_layout_stores_one_below_nothing_is_refused_by_name() -> None:
+    scheme = Scheme(group_size=32, symmetric=False)
+    codes, scales = matrix(scheme)
+    for zero in (-8, 9):
+        with pytest.raises(UnsupportedError, match=r"up_proj: zero points run from .* holds 1 to 16"):
+            layer_tensors(NAME, codes, scales, scheme, torch.full((32, 2), zero, dtype=torch.int16))
+
+
+def test_an_asymmetric_scheme_is_said_and_read() -> None:
+    scheme = Scheme(bits=4, group_size=128, symmetric=False)
+    config = quantize_config(scheme)
+    assert config["sym"] is False
+    assert parse_config(config) == (scheme, ())
+
+
+def test_other_zeros_where_the_config_says_symmetric_are_refused() -> None:
     v2 = torch.full((2, 4), 0x88888888 - (1 << 32), dtype=torch.int32)
     with pytest.raises(UnsupportedError, match="v2 layout"):
         read_layer(NAME, tensors_with(qzeros=v2), Scheme(group_size=32))
@@ -188,7 +221,6 @@ def test_a_module_pattern_matches_that_module_alone() -> None:
         ({"checkpoint_format": "gptq_v2"}, "checkpoint_format is 'gptq_v2'"),
         ({"bits": 5}, "bits is 5"),
         ({"bits": 4.0}, r"bits is 4\.0"),
-        ({"sym": False}, "sym is False"),
         ({"sym": 1}, "sym is 1"),
         ({"desc_act": True}, "desc_act is True"),
         ({"pack_dtype": "int64"}, "pack_dtype is 'int64'"),
