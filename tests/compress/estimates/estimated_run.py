@@ -5,10 +5,12 @@ python estimated_run.py MODEL WORK
 
 import functools
 import json
+import os
 import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,31 +55,53 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def watched(folder: Path, work: Any) -> dict[str, float]:
-    """Seconds, peak of resident memory so far, peak of the folder's size."""
-    peak, stop = [0], threading.Event()
+class DiskPeak:
+    """The most that a folder held. It only shrinks where a file is deleted, replaced or cut, which Python announces to
+    audit hooks (PEP 578) before it is done: right before each of these the folder is measured, and at the end, so that
+    no peak lies between, however busy the machine.
+    """
 
-    def watch() -> None:
-        while not stop.wait(0.01):
-            peak.append(folder_bytes(folder))
+    _SHRINKS = frozenset(("os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree"))
 
-    thread = threading.Thread(target=watch)
-    thread.start()
+    def __init__(self) -> None:
+        self.bytes, self._measuring = 0, threading.RLock()
+        self._folder: Path | None = None
+        sys.addaudithook(self._announced)
+
+    def begin(self, folder: Path) -> None:
+        self.bytes, self._folder = 0, folder
+
+    def end(self) -> int:
+        self.measure()
+        self._folder = None
+        return self.bytes
+
+    def measure(self) -> None:
+        with self._measuring:
+            if self._folder is not None:
+                self.bytes = max(self.bytes, folder_bytes(self._folder))
+
+    def _announced(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in self._SHRINKS or (event == "open" and arguments[2] & os.O_TRUNC):
+            self.measure()
+
+
+def watched(disk: DiskPeak, folder: Path, work: Callable[[], object]) -> dict[str, float]:
+    """Seconds, peak of resident memory so far, peak of the folder's size, and its size at the end."""
+    disk.begin(folder)
     start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    stop.set()
-    thread.join()
-    return {"seconds": seconds, "memory": peak_resident_bytes(), "disk": max(peak), "output": folder_bytes(folder)}
+    return {"seconds": seconds, "memory": peak_resident_bytes(), "disk": disk.end(), "output": folder_bytes(folder)}
 
 
 def main() -> None:
-    model, work = sys.argv[1], Path(sys.argv[2])
+    model, work, disk = sys.argv[1], Path(sys.argv[2]), DiskPeak()
     work.mkdir()
     place = Output(folder=work / "profile")
     profile = asdict(profile_estimate(model, CALIBRATION, MACHINE))
     found = {
-        "profile": [profile, watched(work, lambda: profile_stage(model, place, CALIBRATION, MACHINE))],
+        "profile": [profile, watched(disk, work, lambda: profile_stage(model, place, CALIBRATION, MACHINE))],
     }
 
     def quantize(folder: Path, name: str, *, dry_run: bool) -> dict[str, Any]:
@@ -88,7 +112,7 @@ def main() -> None:
         folder = work / name
         folder.mkdir()
         estimate = quantize(folder, name, dry_run=True)
-        found[name] = [estimate, watched(folder, functools.partial(quantize, folder, name, dry_run=False))]
+        found[name] = [estimate, watched(disk, folder, functools.partial(quantize, folder, name, dry_run=False))]
     print(json.dumps(found))
 
 
