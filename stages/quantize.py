@@ -22,7 +22,7 @@ from moepress.compress.gptq.pieces import PIECE_BYTES
 from moepress.compress.gptq.pipeline import quantize
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repaired import Repairs, repaired_source
-from moepress.compress.pruning.rewrite import mtp_keep
+from moepress.compress.pruning.rewrite import mtp_keep, plan_summary
 from moepress.converters.gguf.architectures import architecture_of, described, gguf_refusal
 from moepress.converters.gguf.placed import column_runs
 from moepress.converters.safetensors.scheme import Codes, Scheme
@@ -134,6 +134,7 @@ def quantize_stage(
         "calibration": describe_corpus(corpus, calibration.seed),
         "experts_before": shape.experts,
         "experts": plan.experts if plan else shape.experts,
+        "plan": None if plan is None else plan_summary(plan),
         "repair": None if repairs is None else repairs.model_dump(mode="json", exclude={"calibration"}),
         "hessian": settings["hessian"],
         "solver": settings["solver"],

@@ -37,6 +37,7 @@ from moepress.stages.shown import checks_section, environment, samples_section, 
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Elsewhere, Subject, measure, vocabulary_of
 from moepress.validation.quality.results import Throughput
+from moepress.validation.quality.routing import Kept, kept_in
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.files import JSON_NAME, foreign_files
 from moepress.validation.report.places import without_places
@@ -146,6 +147,7 @@ def subject_of(label: str, source: Checkpoint | Artifact) -> Subject:
         stored_bytes=source.total_bytes,
         parameters=parameters,
         parts=_stored_parts(source),
+        kept=kept_in(source.folder),
     )
 
 
@@ -186,6 +188,7 @@ def pruned_subject(label: str, checkpoint: Checkpoint, plan: Plan, repairs: Repa
         stored_bytes=estimate_sizes(inventory(checkpoint), checkpoint.shape, plan.experts, None).after_bytes,
         parameters=sum(math.prod(shape) for shape in source.shapes.values()),
         parts={part.value: round(size) for part, size in parts.items() if size},
+        kept=Kept(experts=plan.keep, total=plan.experts_before),
     )
 
 

@@ -91,7 +91,7 @@ def prune(
     if repairs is not None:
         result["repair"] = repairs.model_dump(mode="json")
     write_json(
-        run.folder / "moepress.json", {"moepress": __version__, "stage": "prune", **result, "plan": _summary(plan)}
+        run.folder / "moepress.json", {"moepress": __version__, "stage": "prune", **result, "plan": plan_summary(plan)}
     )
     if repairs is not None:
         run.require_ready()
@@ -136,7 +136,8 @@ def _renamed(family: Family, entry: Any, keep: Mapping[int, Sequence[int]]) -> A
     return family.renumber(layer, kept.index(number), rest).removesuffix(".weight") if number in kept else None
 
 
-def _summary(plan: Plan) -> dict[str, Any]:
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """What `moepress.json` says of the plan that an output was pruned by."""
     return plan.model_dump(
         mode="json", include={"model", "model_name", "criterion", "domain_weights", "groups", "keep"}
     )

@@ -172,8 +172,9 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
     result = Exported(bytes_after=total, modules=len(quantized), scale_error=scale_error, notes=notes)
     note = {"moepress": __version__, "stage": "export", "target": target, "modules": len(quantized), "notes": notes}
     before = artifact.folder / "moepress.json"
-    solver = read_json(before).get("solver") if before.is_file() else None
-    note |= {} if solver is None else {"solver": solver}  # whether scales have either sign is asked of every layout
+    said = read_json(before) if before.is_file() else {}
+    # Asked of every layout: whether scales have either sign, and which experts these are.
+    note |= {key: said[key] for key in ("solver", "experts_before", "plan") if said.get(key) is not None}
     write_json(run.folder / "moepress.json", note)
     run.finish()
     return result

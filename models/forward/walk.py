@@ -1,7 +1,7 @@
 """Walk a streamed model layer by layer over many windows, within a memory limit."""
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -358,14 +358,25 @@ def add_output(
 
 
 def forward(
-    model: StreamedModel, windows_NT: Tensor, scratch: Scratch, limits: Limits, *, title: str = "forward"
+    model: StreamedModel,
+    windows_NT: Tensor,
+    scratch: Scratch,
+    limits: Limits,
+    *,
+    title: str = "forward",
+    chose: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Hidden states before the final norm, [N, T, D], of a whole streamed forward pass."""
+    """Hidden states before the final norm, [N, T, D], of a whole streamed forward pass.
+
+    `chose` is called with each MoE layer and what its tokens chose, int64 [N * T, K], which does not outlive the call.
+    """
     stream = open_stream(model, windows_NT, scratch, limits, observe=False)
     with track(title, model.shape.layers, unit="layers") as advance, torch.inference_mode():
         for layer in range(model.shape.layers):
             model.load_layer(layer)
             if first_step(stream, layer):
+                if chose is not None:
+                    chose(layer, stream.chosen)
                 add_experts(stream, layer)
                 last_step(stream, layer)
             model.unload_layer(layer)

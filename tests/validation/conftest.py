@@ -22,6 +22,7 @@ from moepress.stages.export import onnx_stage
 from moepress.stages.places import Output
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import Quality
+from moepress.validation.quality.routing import Kept
 
 DEMO = Path(str(moepress.models.demo.__file__)).parent
 LIMITS = Limits(memory_bytes=1 << 30, batch_windows=8)
@@ -54,13 +55,14 @@ def corpus() -> EvaluationCorpus:
 
 @pytest.fixture(scope="session")
 def subjects(demo: Checkpoint) -> Sequence[Subject]:
-    pruned = prune_source(demo, dict.fromkeys(range(1, 5), KEPT))
+    keep = dict.fromkeys(range(1, 5), KEPT)
+    pruned = prune_source(demo, keep)
     size, parameters = demo.total_bytes, demo.total_bytes // 2
     half = {"stored_bytes": size // 2, "parameters": parameters // 2}
     return (
         Subject(label="demo", source=demo, folder=DEMO, stored_bytes=size, parameters=parameters),
         Subject(label="copy", source=demo, folder=DEMO, stored_bytes=size, parameters=parameters),
-        Subject(label="pruned", source=pruned, folder=None, **half),
+        Subject(label="pruned", source=pruned, folder=None, kept=Kept(experts=keep, total=16), **half),
     )
 
 

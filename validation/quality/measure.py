@@ -23,7 +23,8 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Source
-from moepress.validation.quality.results import Quality, QualityRow
+from moepress.validation.quality.results import Quality, QualityRow, RoutingRow
+from moepress.validation.quality.routing import Changes, Choices, Kept, Routers, same_experts
 from moepress.validation.quality.scores import Pass, Reader, TokenScores, quality_rows, score_tokens
 
 CONVENTION = (
@@ -47,6 +48,7 @@ class Subject:
         stored_bytes: size of its weights on disk.
         parameters: how many weights it has when dense.
         parts: stored bytes by part of the model; empty where they are not known.
+        kept: which experts of its original it has; None: all, or nobody knows.
     """
 
     label: str
@@ -55,6 +57,7 @@ class Subject:
     stored_bytes: int
     parameters: int
     parts: Mapping[str, int] = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 def measure(
@@ -90,21 +93,43 @@ def measure(
     scratch_folder.mkdir(parents=True, exist_ok=True)
     half = Limits(memory_bytes=limits.memory_bytes // 2, batch_windows=limits.batch_windows)
     place = _Place(device=device, dtype=dtype, limits=half, onnx_device=onnx_device)
-    rows: list[QualityRow] = []
+    rows, routing, choices = list[QualityRow](), list[RoutingRow](), _choices(subjects)
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=scratch_folder, prefix="validate-") as name:
         folder = Path(name)
-        with _passed(subjects[0], corpus, place, folder) as before:
+        with _passed(subjects[0], corpus, place, folder, choices) as before:
             reference = _scores(subjects[0].label, before, None, corpus.windows)
             rows += quality_rows(subjects[0].label, corpus, reference, None)
             runtimes = {subjects[0].label: before.runtime}
             for subject in subjects[1:]:
-                with _passed(subject, corpus, place, folder) as after:
+                changes = _changes(subjects[0], subject, choices, len(corpus.windows))
+                with _passed(subject, corpus, place, folder, changes) as after:
                     scores = _scores(subject.label, after, before, corpus.windows)
                 rows += quality_rows(subject.label, corpus, scores, reference)
+                routing += [] if changes is None else changes.rows(subject.label, corpus)
                 runtimes[subject.label] = after.runtime
     quality = _quality(corpus, rows, vocabulary, device, dtype)
     notes = [note for subject in subjects for note in _onnx_notes(subject)]
-    return dataclasses.replace(quality, runtimes=runtimes, notes=(*quality.notes, *notes))
+    return dataclasses.replace(quality, runtimes=runtimes, routing=tuple(routing), notes=(*quality.notes, *notes))
+
+
+def _routers(subject: Subject) -> Routers | None:
+    """Its routers, where they are seen: another runtime shows none."""
+    return None if isinstance(subject.source, Elsewhere) else Routers(source=subject.source, kept=subject.kept)
+
+
+def _choices(subjects: Sequence[Subject]) -> Choices | None:
+    """A place for what the first subject's routers choose, where another's are seen too."""
+    first, *others = map(_routers, subjects)
+    return Choices(first.source.outline.moe_layers) if first is not None and any(others) else None
+
+
+def _changes(first: Subject, other: Subject, choices: Choices | None, windows: int) -> Changes | None:
+    """Compares another subject's routers; None where they are not seen, or nothing tells which experts are the same."""
+    before, after = _routers(first), _routers(other)
+    if choices is None or before is None or after is None:
+        return None
+    numbers = same_experts(before, after)
+    return None if numbers is None else Changes(choices=choices, numbers=numbers, windows=windows)
 
 
 def _quality(
@@ -159,8 +184,10 @@ class _Place:
 
 
 @contextmanager
-def _passed(subject: Subject, corpus: EvaluationCorpus, place: _Place, folder: Path) -> Iterator[Pass]:
-    """A subject after its forward pass, or in its session; its buffers are freed at the end."""
+def _passed(
+    subject: Subject, corpus: EvaluationCorpus, place: _Place, folder: Path, routers: Choices | Changes | None
+) -> Iterator[Pass]:
+    """A subject after its forward pass, seen by `routers`, or in its session; its buffers are freed at the end."""
     if isinstance(subject.source, OnnxFolder):
         yield _onnx_pass(subject.source, corpus.windows, place.onnx_device)
         return
@@ -175,7 +202,14 @@ def _passed(subject: Subject, corpus: EvaluationCorpus, place: _Place, folder: P
     scratch = Scratch(own, place.limits.memory_bytes)
     try:
         model = StreamedModel(subject.source, device=place.device, dtype=place.dtype)
-        hidden = forward(model, corpus.windows, scratch, place.limits, title=f"{subject.label}: forward")
+        hidden = forward(
+            model,
+            corpus.windows,
+            scratch,
+            place.limits,
+            title=f"{subject.label}: forward",
+            chose=None if routers is None else lambda layer, chosen: routers.see(layer, chosen, scratch),
+        )
         head, dtype = model.head(), str(place.dtype).removeprefix("torch.")
         runtime = f"torch {torch.__version__} layer by layer, {dtype} on {place.device}"
         if isinstance(subject.source, Artifact):

@@ -65,6 +65,27 @@ class QualityRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingRow:
+    """How often the routers of one subject choose other experts than the reference's, in one layer or in all.
+
+    Attributes:
+        subject: its label.
+        layer: number of the layer; None: all layers with experts together.
+        tokens: how many chose in each layer, all tokens of all windows.
+        changed: share (0 to 1) of tokens for which the subject does not choose every expert that the reference chose
+            and that the subject has; over all layers their mean. Error over windows.
+        common: share (0 to 1) of the reference's choices of experts that the subject has which it makes too; None
+            where there are none.
+    """
+
+    subject: str
+    layer: int | None
+    tokens: int
+    changed: Estimate
+    common: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     """All quality rows, and everything one has to know to compare them with other people's.
 
@@ -84,6 +105,8 @@ class Quality:
         rows: subject by subject; in each the domains, then `ALL_WINDOWS`, then `DOMAIN_MEAN` if there are several.
         notes: of the corpus and the subjects.
         runtimes: what computed each subject, by its label.
+        routing: of the subjects whose routers could be compared with the reference's, layer by layer, then over all
+            layers; another runtime shows no routers, and of some pruned models nobody knows which experts they have.
     """
 
     convention: str
@@ -101,6 +124,7 @@ class Quality:
     rows: tuple[QualityRow, ...]
     notes: tuple[str, ...] = ()
     runtimes: dict[str, str] = field(default_factory=dict)
+    routing: tuple[RoutingRow, ...] = ()
 
     def row(self, subject: str, domain: str = ALL_WINDOWS) -> QualityRow:
         """The row of a subject and a domain (or `ALL_WINDOWS`, `DOMAIN_MEAN`); KeyError if there is none."""

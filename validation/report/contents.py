@@ -8,6 +8,7 @@ from moepress.validation.report.cells import Table, prose_text, share_text, size
 from moepress.validation.report.heatmap import FULL_SHARE
 from moepress.validation.report.plots import bits_name
 from moepress.validation.report.remarks import lettered
+from moepress.validation.report.routing import routing_table
 from moepress.validation.report.schema import Choice, Report, RuntimeCheck, Usage
 from moepress.validation.report.tables import GPUS, tables
 
@@ -22,6 +23,9 @@ def contents(report: Report) -> tuple[Table, ...]:
     if report.samples is not None:
         _insert(found, _samples(report.samples), after=("Divergence from the first model", "Perplexity"))
     _insert(found, _checks(report.checks), after=("Measured here", GPUS, "Quantization", "Pruning", "Throughput"))
+    _insert(
+        found, routing_table(report), after=("Quantization", "Pruning", "Throughput", "Divergence from the first model")
+    )
     decided = _decided(report.choice) if report.choice is not None else []
     decided += [_usage(report.usage)] if report.usage is not None else []
     for table in decided:

@@ -15,6 +15,7 @@ from moepress.validation.report.contents import CHOICE, PARTS, USAGE
 from moepress.validation.report.drawing import Picture, picture
 from moepress.validation.report.heatmap import usage_maps
 from moepress.validation.report.plots import choice_chart, curve_chart, layer_error_chart
+from moepress.validation.report.routing import ROUTING, routing_chart
 from moepress.validation.report.schema import Report
 
 
@@ -41,6 +42,9 @@ def pictures(report: Report) -> dict[str, tuple[Picture, ...]]:
     if report.quantization is not None and report.quantization.layers:
         caption = "Mean relative error by layer (lower is better)"
         found["Quantization"] = (picture(caption, _of(layer_error_chart, report.quantization)),)
+    if report.quality.routing:
+        caption = "Tokens that choose otherwise than in the first model, by layer"
+        found[ROUTING] = (picture(caption, _of(routing_chart, report)),)
     return found
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from moepress.runs.text import printable
 from moepress.validation.report.headline import headlines, warnings
 from moepress.validation.report.remarks import mark_of
+from moepress.validation.report.routing import routing_lines
 from moepress.validation.report.schema import Report
 from moepress.validation.report.tables import console_tables
 
@@ -32,5 +33,7 @@ def print_tables(report: Report, console: "Console") -> None:
         for mark, text in table.remarks:
             console.print(f"({mark}) {literal(printable(text))}", highlight=False)
     console.print()
+    for line in routing_lines(report):
+        console.print(f"Routing: {literal(printable(line))}", highlight=False)
     for note in warnings(report):
         console.print(f"Note: {literal(note)}", highlight=False)

@@ -24,6 +24,7 @@ from moepress.stages.run import run
 from moepress.stages.run.recipe import check_recipe, make_recipe
 from moepress.stages.run.recipe_file import load_recipe
 from moepress.stages.run.run import run_recipe
+from moepress.validation.quality.routing import Kept, kept_in
 from moepress.validation.report.schema import Report
 from moepress.validation.rules.check import planned_notes
 from moepress.validation.speed.timing import Bench
@@ -65,6 +66,14 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
     assert report.subjects[2].stored_bytes < report.subjects[1].stored_bytes < report.subjects[0].stored_bytes
     assert report.pruning is not None
     assert (report.pruning.kept, report.pruning.total) == (12, 16)
+    routing = report.quality.routing
+    assert [(row.subject, row.layer) for row in routing] == [
+        (label, layer) for label in ("pruned", "pruned + 4 bit") for layer in (1, 2, 3, 4, None)
+    ]
+    assert all(0 < row.changed.value < 1 for row in routing if row.layer != 1)
+    plan = load_plan(finished / "plan.json")
+    for folder in (finished / "model", finished / "exports" / "gptq"):
+        assert kept_in(folder) == Kept(experts=plan.keep, total=16)
 
 
 def test_the_recipe_left_behind_is_complete_and_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_an_export_has_the_quality_of_its_artifact(
     assert found.runtimes["onnx"].startswith("ONNX Runtime 1.")
     assert found.runtimes["onnx"].endswith("float32 activations, provider CPU")
     assert found.runtimes["artifact"].endswith("float32 on cpu, codes multiplied out in float32")
+    assert found.routing == (), "a graph shows no routers"
 
 
 def test_onnx_on_both_sides_shows_what_int8_activations_cost(

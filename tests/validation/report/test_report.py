@@ -35,6 +35,7 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 @pytest.fixture(scope="module")
 def report(quality: Quality) -> Report:
     rows = tuple(row for row in quality.rows if row.subject != "copy")
+    routing = tuple(row for row in quality.routing if row.subject != "copy")
     speeds = (
         ThroughputRow(
             subject="demo",
@@ -68,7 +69,7 @@ def report(quality: Quality) -> Report:
             ),
             SubjectInfo(label="pruned", stored_bytes=3_100_000, parameters=3_045_760, experts_per_layer=8, bits=4.5),
         ),
-        quality=dataclasses.replace(quality, rows=rows),
+        quality=dataclasses.replace(quality, rows=rows, routing=routing),
         throughput=Throughput(device="a processor", threads=2, repetitions=2, rows=speeds),
         thresholds=judge(Thresholds(max_ppl_increase=1e-6, max_kl=9.0), rows),
         pruning=Pruning(
@@ -100,7 +101,8 @@ def bare(report: Report) -> Report:
         for row in quality.rows
         if row.subject == "demo"
     )
-    return Report(subjects=report.subjects[:1], quality=dataclasses.replace(quality, rows=rows, embedded=False))
+    bare = dataclasses.replace(quality, rows=rows, routing=(), embedded=False)
+    return Report(subjects=report.subjects[:1], quality=bare)
 
 
 class Balance(HTMLParser):
@@ -187,7 +189,7 @@ def test_the_page_can_be_read_by_ear_and_in_the_dark(report: Report) -> None:
     assert "prefers-color-scheme: dark" in page
     found = parsed(page)
     named = [dict(attributes) for tag, attributes in found.elements if tag in {"svg", "img"}]
-    assert len(named) == 2 * 5, "size, perplexity, divergence, speed, error by layer; narrow and broad"
+    assert len(named) == 2 * 6, "size, perplexity, divergence, speed, error by layer, routing; narrow and broad"
     assert all(one.get("role") == "img" and len(one.get("aria-label") or "") > 20 for one in named)
     assert all(dict(attributes).get("scope") in {"col", "row"} for tag, attributes in found.elements if tag == "th")
     assert found.tags.count("caption") == found.tags.count("table")
