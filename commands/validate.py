@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 @talk_options
 @json_option
 def validate(before: str, after: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, size, and
-    tokens per second on this machine.
+    """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, changes of
+    routing, size, and tokens per second on this machine.
 
     BEFORE and AFTER are folders: original, pruned, compressed-tensors, GPTQ, ONNX, which ONNX Runtime runs, or MLX; or
     GGUF files, which llama.cpp runs. Ends with 3 when a threshold is missed by more than two sigma.
