@@ -73,7 +73,8 @@ def measure(
     """Measure all subjects on all windows; the first subject is the reference that the others are paired with.
 
     At any time the hidden states and the heads, or the sessions, of at most two subjects are held, and no more than
-    `LOGITS_BYTES` of logits. An ONNX folder as reference is computed anew for each other subject.
+    `LOGITS_BYTES` of logits; of the reference also what its routers chose. An ONNX folder as reference is computed anew
+    for each other subject.
 
     Args:
         subjects: at least one, with different labels and vocabularies of the same size.

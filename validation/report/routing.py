@@ -16,7 +16,8 @@ def routing_table(report: Report) -> Table:
     layers = list(dict.fromkeys(row.layer for rows in found.values() for row in rows))
     cells = {(label, row.layer): row for label, rows in found.items() for row in rows}
     beside = "" if len(found) == 1 else ", {}"
-    header = [f"{name}{beside.format(label)}" for label in found for name in ("Tokens that choose otherwise", "Alike")]
+    names = ("Tokens that choose otherwise", "Choices alike")
+    header = [f"{name}{beside.format(label)}" for label in found for name in names]
     rows = [
         (
             "mean" if layer is None else str(layer),
@@ -27,10 +28,10 @@ def routing_table(report: Report) -> Table:
     tokens = report.quality.routing[0].tokens if found else 0
     note = (
         f"All {tokens:,} tokens of the test text. A token chooses otherwise where the model does not choose every "
-        "expert that the first model chose for it and that it still has, in any order. Alike: the share of those "
-        "choices that both make. A router with the weights that it had chooses otherwise because its inputs have "
-        "moved, by what the layers before it lost. Between experts that suit a token about as well the choice changes "
-        "easily and costs little."
+        "expert that the first model chose for it and that it still has, in any order. Choices alike: the share of "
+        "those choices that both make. A router with the weights that it had chooses otherwise because its inputs "
+        "have moved, by what the layers before it lost. Between experts that suit a token about as well the choice "
+        "changes easily and costs little."
     )
     return Table(title=ROUTING, header=("Layer", *header), rows=tuple(rows), note=note, numeric=len(header))
 
@@ -68,7 +69,8 @@ def routing_chart(report: Report, *, broad: bool = False) -> str:
         (axes,) = figure.axes
         for label, rows in found.items():
             layers, shares = [row.layer for row in rows], [row.changed.value for row in rows]
-            axes.plot(layers, shares, color=mark(numbers[label]), linewidth=1, marker="o", markersize=4, label=label)
+            drawn = axes.plot(layers, shares, color=mark(numbers[label]), linewidth=1, marker="o", markersize=4)
+            drawn[0].set(label=label, clip_on=False)  # a dot at nothing lies on the axis
         axes.set_ylim(0, most * 1.15 or 1)
         axes.xaxis.set_major_locator(MaxNLocator(min(12, max(map(len, found.values()))), integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))

@@ -45,7 +45,7 @@ def printed(report: Report) -> str:
 
 def test_every_layer_has_its_shares_and_all_have_their_mean(quality: Quality) -> None:
     table = table_of(report_of(quality, *ONE))
-    assert table.header == ("Layer", "Tokens that choose otherwise", "Alike")
+    assert table.header == ("Layer", "Tokens that choose otherwise", "Choices alike")
     assert table.rows == (
         ("3", "0 ± 0.1 %", "100.0 %"),
         ("7", "20.0 ± 0.1 %", "–"),
@@ -58,8 +58,8 @@ def test_several_models_stand_beside_each_other_and_a_layer_that_one_lacks_is_a_
     report = report_of(quality, *ONE, row("copy", 3, 0.5, 0.5), row("copy", None, 0.5, 0.5))
     table = table_of(report)
     assert table.header[1:] == (
-        *("Tokens that choose otherwise, pruned", "Alike, pruned"),
-        *("Tokens that choose otherwise, copy", "Alike, copy"),
+        *("Tokens that choose otherwise, pruned", "Choices alike, pruned"),
+        *("Tokens that choose otherwise, copy", "Choices alike, copy"),
     )
     assert table.rows[1] == ("7", "20.0 ± 0.1 %", "–", "–", "–")
     assert routing_lines(report) == (
