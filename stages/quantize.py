@@ -134,7 +134,6 @@ def quantize_stage(
         "calibration": describe_corpus(corpus, calibration.seed),
         "experts_before": shape.experts,
         "experts": plan.experts if plan else shape.experts,
-        "plan": None if plan is None else plan_summary(plan),
         "repair": None if repairs is None else repairs.model_dump(mode="json", exclude={"calibration"}),
         "hessian": settings["hessian"],
         "solver": settings["solver"],
@@ -148,7 +147,7 @@ def quantize_stage(
             options=options,
             include=request.include,
             companions=folder,
-            summary=summary,
+            summary=summary | {"plan": None if plan is None else plan_summary(plan)},
             mtp_notes=_mtp_notes(checkpoint, plan, predicting),
             max_pieces=max_pieces,
         )
