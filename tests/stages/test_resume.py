@@ -87,7 +87,7 @@ def test_a_resumed_run_that_is_interrupted_exits_130_and_can_be_resumed(
     [
         (["--seed", "7"], "--seed was 0, now 7"),
         (["--bits", "8", "--group-size", "32"], "--bits was 4, now 8"),
-        (["--match", "original"], "--match (auto follows --bits) was own, now original"),
+        (["--match", "own"], "--match (auto follows --bits) was original, now own"),
         (["--include", "dense"], "--include was shared, now dense shared"),
         (["--tokens", "256"], "the calibration text is another one (--calibration, --domain, --tokens, --window"),
         (["--dtype", "bfloat16"], "--dtype was float32, now bfloat16"),
