@@ -28,6 +28,7 @@ from sided import Loss, sided
 
 from moepress.calibration.hessian import HessianOptions
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.options import EFFORTS
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.places import Machine, Output
@@ -50,6 +51,7 @@ class Trial:
             with one metric for each layer's output, taken from `few`; `last`, with that of the last layer for all.
         only: parts of names of the matrices that have a factor; all without.
         turned: the model is rotated before.
+        effort: `--effort`.
     """
 
     match: str = "original"
@@ -57,6 +59,7 @@ class Trial:
     of: str = "network"
     only: tuple[str, ...] = ("",)
     turned: bool = False
+    effort: str = "normal"
 
 
 END = Loss(end=1.0, floor=0.3)
@@ -64,6 +67,8 @@ TRIALS = {
     FIRST: Trial(),
     "match own": Trial(match="own"),
     "end": Trial(loss=END),
+    "effort high": Trial(effort="high"),
+    "end, effort high": Trial(loss=END, effort="high"),
     "end, match own": Trial(loss=END, match="own"),
     "end, floor 0.1": Trial(loss=replace(END, floor=0.1)),
     "end, floor 1": Trial(loss=replace(END, floor=1.0)),
@@ -73,6 +78,7 @@ TRIALS = {
     "end by a quarter of the windows, match own": Trial(loss=END, match="own", of="few"),
     "layer's end by metrics, match own": Trial(loss=END, match="own", of="metrics"),
     "layer's end by the last metric, match own": Trial(loss=END, match="own", of="last"),
+    "layer's end by the last metric": Trial(loss=END, of="last"),
     "token weights": Trial(loss=Loss(power=0.5)),
     "token weights, match own": Trial(loss=Loss(power=0.5), match="own"),
     "end and token weights": Trial(loss=replace(END, power=0.5)),
@@ -134,6 +140,7 @@ def runs_of(setting: Setting, known: Known, trials: Sequence[str], bits: int, se
         request = QuantizeRequest(
             scheme=Scheme(bits=bits, group_size=setting.group_size),
             include=KINDS,
+            solver=EFFORTS[trial.effort],
             hessian=HessianOptions(asymmetry=float(trial.match == "original")),
         )
         model = str(turned if trial.turned else setting.model)
