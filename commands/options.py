@@ -15,7 +15,8 @@ from moepress.runs.byte_sizes import parse_bytes, parse_share
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
 PARTS = ("attention", "shared", "dense", "lm_head")
-INCLUDES = ("auto", "none", *PARTS)
+NOTHING = "none"
+INCLUDES = ("auto", NOTHING, *PARTS)
 
 
 def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:

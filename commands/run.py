@@ -11,6 +11,7 @@ import click
 from moepress.commands.completers import complete_list
 from moepress.commands.console import emit, note, quiet_libraries, show_estimates, show_report, upload
 from moepress.commands.options import (
+    NOTHING,
     asymmetric_option,
     budget_options,
     calibration_options,
@@ -35,7 +36,7 @@ from moepress.commands.options import (
     targets_file_option,
     timings_option,
 )
-from moepress.commands.requests import all_default, push_of, repair_of, thresholds_of
+from moepress.commands.requests import all_default, asked_of, push_of, repair_of, thresholds_of
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
@@ -153,6 +154,7 @@ def _recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
         values["experts"] = None
     if "experts" in values and "keep" not in values:
         values["keep"] = None
+    values |= _part_values(options)
     if not all_default("domain_weight"):
         values["domain_weight"] = parse_weights(options["domain_weight"])
     if not all_default("repair"):
@@ -167,6 +169,15 @@ def _recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
         if not all_default(name):
             values[name] = parse_bytes(options[name], option)
     return values | thresholds_of(options)
+
+
+def _part_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What --include and --bits say of parts; a recipe's word for nothing is a list that is empty."""
+    found: dict[str, Any] = {}
+    if not all_default("include"):
+        asked_of(options)
+        found["include"] = tuple(name for name in options["include"] if name != NOTHING)
+    return found | ({"part_bits": options["part_bits"]} if options["part_bits"] else {})
 
 
 def _formats(text: str) -> list[str]:

@@ -370,3 +370,29 @@ def test_a_recipe_works_from_any_folder_and_holds_no_places(
     assert {n: d for n, d in whole.items() if n.startswith("model/")} == {
         n: d for n, d in again.items() if n.startswith("model/")
     }
+
+
+def test_the_command_line_says_what_is_quantized_besides_the_experts(tmp_path: Path) -> None:
+    """`run --dry-run --json` has the recipe in full."""
+
+    def settled_parts(*words: str) -> tuple[list[str], dict[str, int], int]:
+        code, shown, said = command(
+            "run", "demo", "-o", tmp_path / "out", "--group-size", "64", "--dry-run", "--json", *words
+        )
+        assert code == 0, said
+        found = json.loads(shown)
+        assert (found["include"], found["part_bits"]) == (found["recipe"]["include"], found["recipe"]["part_bits"])
+        return found["include"], found["part_bits"], found["sizes"]["after_bytes"]
+
+    every, eight = ["attention", "dense", "shared"], {"attention": 8, "dense": 8, "shared": 8}
+    auto, none, four = settled_parts(), settled_parts("--include", "none"), settled_parts("--bits", "4,attention=4")
+    assert auto[:2] == (every, eight)
+    assert none[:2] == ([], {})
+    assert four[:2] == (every, {"dense": 8, "shared": 8})
+    assert settled_parts("--include", "shared")[:2] == (["shared"], {})
+    assert settled_parts("--include", "shared", "--bits", "4,shared=8")[:2] == (["shared"], {"shared": 8})
+    assert settled_parts("--bits", "8")[:2] == (every, {})
+    assert four[2] < auto[2] < none[2]
+    for words in (("--include", "none", "--bits", "4,attention=8"), ("--include", "none", "--include", "shared")):
+        code, _, said = command("run", "demo", "-o", tmp_path / "out", "--dry-run", *words)
+        assert (code, "--include none" in said, said.count("\n")) == (2, True, 1)
