@@ -327,7 +327,7 @@ include_option: Decorator = click.option(
     multiple=True,
     type=click.Choice(INCLUDES),
     default=("auto",),
-    show_default="auto",
+    show_default=True,
     help="What is quantized besides the routed experts. auto: attention, shared experts and dense MLPs, at 8 bits; "
     "none: nothing; a part by its name, at --bits. Repeatable.",
 )

@@ -180,6 +180,8 @@ def _of_floats(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
         raise UsageError("--bits and --group-size do not go with --scheme, which says both.")
     if options["positive_scales"]:
         raise UsageError("--positive-scales is for codes of integers; scales of 4-bit floats are always positive.")
+    if options["asymmetric"]:
+        raise UsageError("--asymmetric is for codes of integers; 4-bit floats have no zero points.")
     if plan is not None and (plan.grids or plan.budget is not None):
         raise UsageError(
             "The plan has chosen other codes than --scheme has, to fit its budget; plan again with --keep or --experts."

@@ -147,6 +147,7 @@ def test_mxfp4_becomes_the_same_weights_in_a_gguf_file(pressed: Pressed, tmp_pat
         (("--bits", "attention=8"), "--bits and --group-size do not go with --scheme"),
         (("--group-size", "32"), "--bits and --group-size do not go with --scheme"),
         (("--positive-scales",), "always positive"),
+        (("--asymmetric",), "no zero points"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
