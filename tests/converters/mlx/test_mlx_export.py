@@ -91,14 +91,14 @@ def test_check_knows_what_mlx_lm_does_with_a_folder(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("words", ["3", "4", "8", "4 --include shared", "4 --asymmetric", "3 --asymmetric"])
 @pytest.mark.parametrize("key", KEYS)
-def test_mlx_lm_computes_the_same_logits(key: str, bits: int, tmp_path: Path) -> None:
+def test_mlx_lm_computes_the_same_logits(key: str, words: str, tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.utils")
     from transformers import AutoModelForCausalLM
 
-    source = pressed(key, tmp_path, "--bits", str(bits), "--group-size", "32", "--include", "shared")
+    source = pressed(key, tmp_path, "--group-size", "32", "--bits", *words.split())
     assert command("export", source, "--to", "mlx", "-o", tmp_path / "mlx")[0] == 0
     model, _ = utils.load_model(tmp_path / "mlx", strict=True)
     model.set_dtype(mx.float32)
@@ -130,14 +130,16 @@ def test_validate_and_generate_take_the_folder(tmp_path: Path) -> None:
 
 
 def _exact(model: torch.nn.Module, folder: Path) -> None:
-    """Put the exact products of codes and scales into transformers' model."""
+    """Put the exact products of codes, less zero points, and scales into transformers' model."""
     artifact = open_artifact(folder)
     state = model.state_dict()
     for name in artifact.shapes:
         if not artifact.is_quantized(name):
             continue
         codes, scales = artifact.codes(name)
-        dense = (codes.float().unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
+        zeros = artifact.zeros(name)
+        above = codes.float().unflatten(1, (scales.shape[1], -1)) - (0 if zeros is None else zeros.float()[..., None])
+        dense = (above * scales.float()[..., None]).flatten(1)
         place = artifact.family.expert_of(name)
         if place is None:
             state[artifact.family.module_name(name)].copy_(dense)
