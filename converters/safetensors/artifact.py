@@ -76,11 +76,16 @@ class Artifact:
 
     @property
     def scheme(self) -> Scheme:
-        """Bits and group size; where they are mixed, those of the routed experts of the first layer that has some."""
-        layer = next(iter(self.outline.moe_layers), None)
-        if len(self.schemes) == 1 or layer is None:
-            return self.schemes[0][1]
-        return self.scheme_of(self.family.expert_names(layer, 0)[0])
+        """Bits and group size; where they are mixed, those of the first routed experts that are quantized."""
+        firsts = (self.family.expert_names(layer, 0)[0] for layer in self.outline.moe_layers)
+        coded = (name for name in firsts if name in self.shapes and self.is_quantized(name))
+        name = None if len(self.schemes) == 1 else next(coded, None)
+        return self.schemes[0][1] if name is None else self.scheme_of(name)
+
+    @property
+    def floats(self) -> Codes | None:
+        """The 4-bit floats that all codes are, or None."""
+        return self.schemes[0][1].codes if self.schemes[0][1].floats else None
 
     def scheme_of(self, name: str) -> Scheme:
         """Bits and group size of a quantized weight."""
@@ -90,7 +95,7 @@ class Artifact:
 
     def scales(self, name: str) -> Tensor:
         """Scales [O, G] of a quantized weight, without reading its codes."""
-        if self.scheme.floats:
+        if self.floats:
             return self.codes(name)[1]
         suffix, by_groups = _SCALES[self.layout]
         entry = self.stored[f"{name.removesuffix('.weight')}.{suffix}"]
@@ -146,7 +151,7 @@ class Artifact:
             require_finite(self.stored[name], tensor)
             return place(tensor)
         codes, scales = map(place, self.codes(name))
-        if self.scheme.floats:
+        if self.floats:
             return floats.dense(codes, scales, exact=self.exact)
         zeros = self.zeros(name)
         return dense(codes, scales.float() if self.exact else scales, None if zeros is None else place(zeros))
@@ -172,8 +177,8 @@ def refuse_floats(artifact: Artifact, target: str) -> None:
     Raises:
         UnsupportedError: saying what can be done with the folder.
     """
-    codes = artifact.scheme.codes
-    if artifact.scheme.floats:
+    codes = artifact.floats
+    if codes is not None:
         gguf = " export it with --to gguf," if codes is Codes.MXFP4 else ""
         raise UnsupportedError(
             f"{artifact.folder} holds {codes} floats, which {target} does not take: give the folder to vLLM as it is,"

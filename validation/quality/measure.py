@@ -214,7 +214,7 @@ def _passed(
         head, dtype = model.head(), str(place.dtype).removeprefix("torch.")
         runtime = f"torch {torch.__version__} layer by layer, {dtype} on {place.device}"
         if isinstance(subject.source, Artifact):
-            kept = "bfloat16" if subject.source.scheme.floats else "the dtype of their scales"
+            kept = "bfloat16" if subject.source.floats else "the dtype of their scales"
             runtime += f", codes multiplied out in {'float32' if subject.source.exact else kept}"
         yield hidden_pass(hidden, lambda rows: head(rows.to(place.device)), runtime)
     finally:

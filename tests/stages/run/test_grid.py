@@ -42,7 +42,7 @@ def test_the_file_holds_the_blocks_and_is_measured(finished: Path) -> None:
     assert kinds == {"Q4_0"}
     report = json.loads((finished / "report.json").read_text())
     assert [subject["label"] for subject in report["subjects"]][-2:] == ["pruned + q4_0", "q4_0, GGUF"]
-    assert report["quantization"]["scheme"] == "GGUF's q4_0"
+    assert report["quantization"]["scheme"] == "GGUF's q4_0, attention, dense and shared in Q8_0"
     before, after = (report["quality"]["rows"][n] for n in (0, -1))
     assert before["perplexity"]["value"] > 0
     assert after["perplexity"]["value"] > 0
