@@ -57,11 +57,12 @@ class Variant:
 
 
 DEFAULT = Variant(name="default")  # at all bits with --match own, which --match auto takes for 4 bits and more
+HIGH = {"refits": EFFORTS["high"].refits, "annealed": EFFORTS["high"].annealed}
 VARIANTS = (
     Variant(name="act_order off", solver={"act_order": False}),
     Variant(name="scale_search off", solver={"scale_search": False}),
     Variant(name="effort fast", solver={"refits": 0}),
-    Variant(name="effort high", solver={"refits": EFFORTS["high"].refits}),
+    Variant(name="effort high", solver=HIGH),
     Variant(name="sweeps 0", solver={"sweeps": 0}),
     Variant(name="sweeps 1", solver={"sweeps": 1}),
     Variant(name="sweeps 2", solver={"sweeps": 2}),
@@ -73,6 +74,8 @@ VARIANTS = (
     Variant(name="damp 0.01", solver={"damp": 0.01}),
     Variant(name="damp 0.1", solver={"damp": 0.1}),
     Variant(name="match original", hessian={"asymmetry": 1.0}),
+    Variant(name="match original, effort high", hessian={"asymmetry": 1.0}, solver=HIGH),
+    Variant(name="match original, refits 4", hessian={"asymmetry": 1.0}, solver={"refits": 4}),
     Variant(name="positive scales", solver={"signed": False}),
     Variant(name="int4 g32", request={"scheme": Scheme(bits=4, group_size=32)}),
     Variant(name="int4 g16", request={"scheme": Scheme(bits=4, group_size=16)}),

@@ -33,6 +33,7 @@ _NAMES = {
     "scheme.codes": "--scheme",
     "hessian.asymmetry": "--match (auto follows --bits)",
     "solver.refits": "--effort (how often scales are refitted)",
+    "solver.annealed": "--effort (annealed sweeps)",
     "part_bits": "the bits of parts (--bits)",
     "schema_version": "the recipe's schema_version",
     "recipe.model": "MODEL",

@@ -7,13 +7,13 @@ from moepress.compress.estimates.footprint import (
 )
 from moepress.compress.estimates.rates import Rates
 from moepress.compress.gptq.costs import solve_flops
-from moepress.compress.gptq.options import SolverOptions
+from moepress.compress.gptq.options import TORCH_ANNEALED, SolverOptions
 from moepress.models.families.family import Part
 
 # Fitted to compress/gptq on 2 cores at 1024 to 4096 columns; the spread between widths was a third.
 _FACTOR_COST = 3.0  # Cholesky, against I^3 / 3 at the rate of a large matmul
 _GROUP = 128
-_NATIVE_PASSES = 5  # over all weights, each as long as a search of scales: GPTQ's rounding, sweeps, refits
+_NATIVE_PASSES = 5  # over all weights, each as long as a search of scales: rounding, sweeps, refits (annealed: more)
 _TORCH_PASSES = 3
 _COLUMN_SECONDS = 50e-6  # some eight small operations for each column of a loop in torch
 START_SECONDS = 2.0  # transformers' model on the meta device, text to tokens
@@ -53,10 +53,12 @@ def solve_seconds(
 ) -> dict[str, float]:
     """Products at the rate of large ones, and the loops over columns: natively they go over each weight a few times."""
     flops = solve_flops(matrices.rows, matrices.columns, _GROUP, solver)
+    annealed = (solver or SolverOptions()).annealed
     products = sum(count for name, count in flops.items() if name != "factor")
-    passes, loops = _NATIVE_PASSES, 0.0
+    passes, loops = _NATIVE_PASSES + annealed, 0.0
     if rates.device != "cpu" or not rates.native:
-        passes, loops = _TORCH_PASSES, matrices.columns * _TORCH_PASSES * _COLUMN_SECONDS / at_once
+        passes = _TORCH_PASSES + min(annealed, TORCH_ANNEALED)
+        loops = matrices.columns * passes * _COLUMN_SECONDS / at_once
     return {
         "factor": matrices.count * _FACTOR_COST * flops["factor"] / rates.solver_flops,
         "solve": matrices.count * products / rates.solver_flops,

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moepress.compress.gptq.annealing import anneal
 from moepress.compress.gptq.columns import inner_loops
 from moepress.compress.gptq.descent import Descent, above_zero, improve_codes, quadratic, refit, row_loss
 from moepress.compress.gptq.factor import Factor, column_order, factor, ridge_of
 from moepress.compress.gptq.levels import Grid
-from moepress.compress.gptq.options import Task
+from moepress.compress.gptq.options import TORCH_ANNEALED, Task
 from moepress.runs.phases import phase
 
 _BLOCK = 128  # columns whose feedback from all behind them is one product
@@ -70,6 +71,10 @@ def solve_batch(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, tas
         )
         with phase("descent"):
             improve_codes(problem, slope_EIO, scales_EGO, values_EIO)
+        if options.annealed:
+            with phase("annealing"):
+                anneal(problem, min(options.annealed, TORCH_ANNEALED), turned_EIO, slope_EIO, scales_EGO, values_EIO)
+                improve_codes(problem, slope_EIO, scales_EGO, values_EIO)
         for _ in range(options.refits):
             with phase("refit", flops=2 * product):
                 refit(problem, slope_EIO, scales_EGO, values_EIO)

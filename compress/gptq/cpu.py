@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moepress.compress.gptq import native
+from moepress.compress.gptq.annealing import allowances
 from moepress.compress.gptq.batch import Found
 from moepress.compress.gptq.cholesky import factor_in_place
 from moepress.compress.gptq.costs import SKETCHED, solve_flops
@@ -182,6 +183,8 @@ def solve_rows(
     if task.sweeps:
         slope_OI = _slope(work, errors_IO, found)
         _descend(found, slope_OI, codes_OI, scales_OG, task, loss_O)
+        if task.options.annealed:
+            _anneal(found, slope_OI, codes_OI, scales_OG, task, loss_O)
         for _ in range(task.options.refits):
             _refit(work, found, slope_OI, codes_OI, scales_OG, task, loss_O)
             _descend(found, slope_OI, codes_OI, scales_OG, task, loss_O)
@@ -242,6 +245,15 @@ def _descend(
     given = (found.hessian, found.inverse, found.diagonal, found.ridge, task.grid, task.sweeps)
     with phase("descent"):
         native.descend(*given, codes_OI, scales_OG, slope_OI, loss_O)
+
+
+def _anneal(found: Factored, slope_OI: Tensor, codes_OI: Tensor, scales_OG: Tensor, task: Task, loss_O: Tensor) -> None:
+    """`annealing.anneal`, and the descent again."""
+    allowed_SI = allowances(task.options.annealed, slope_OI.shape[1])
+    with phase("annealing"):
+        given = (found.hessian, found.diagonal, found.ridge, task.grid, allowed_SI)
+        native.anneal(*given, codes_OI, scales_OG, slope_OI, loss_O)
+        _descend(found, slope_OI, codes_OI, scales_OG, task, loss_O)
 
 
 def _refit(

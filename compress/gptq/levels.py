@@ -70,6 +70,14 @@ class Grid:
         table, middles = self.table_on(wanted.device)
         return table[torch.bucketize(wanted.contiguous(), middles)]
 
+    def beside(self, values: Tensor, up: Tensor) -> Tensor:
+        """The next level above each level where `up`, else that below; at an end the level itself."""
+        step = torch.where(up, 1, -1)
+        if self.integers:
+            return (values + step).clamp_(self.low, self.high)
+        table, middles = self.table_on(values.device)
+        return table[(torch.bucketize(values.contiguous(), middles) + step).clamp_(0, len(self.levels) - 1)]
+
     def codes(self, values: Tensor) -> Tensor:
         """Codes of levels, int8 (a table's numbers above 127 wrap)."""
         if self.integers:

@@ -45,6 +45,7 @@ struct Integers {
     float low, high;
     explicit Integers(const Grid& grid) : low(grid.low), high(grid.high) {}
     float value(int8_t code) const { return code; }
+    float beside(int8_t code, bool up) const { return std::min(std::max(code + (up ? 1.0f : -1.0f), low), high); }
     float nearest(float x) const { return nearest_integer(x, low, high); }
     int8_t code(float value) const { return static_cast<int8_t>(value); }
 };
@@ -57,6 +58,10 @@ struct Table {
         for (int k = 0; k + 1 < count; k++) middle[k] = 0.5f * (levels[k] + levels[k + 1]);
     }
     float value(int8_t code) const { return levels[static_cast<uint8_t>(code)]; }
+    float beside(int8_t code, bool up) const {
+        const int number = static_cast<uint8_t>(code);
+        return levels[std::min(std::max(number + (up ? 1 : -1), 0), count - 1)];
+    }
     float nearest(float x) const {
         float found = levels[0];
         for (int k = 0; k + 1 < count; k++) found = x > middle[k] ? levels[k + 1] : found;
@@ -322,6 +327,49 @@ void descend(const Grid& grid, const float* hessian, Size ldh, const float* inve
     }
 }
 
+// Sweeps in which a code may also move to the next level where that raises the loss a little: see `annealing`.
+template <class Codes>
+void anneal(const Grid& grid, const float* hessian, Size ldh, const float* diagonal, const float* ridge, int columns,
+            int group, Size rows, int sweeps, const float* allowed, Size lda, int8_t* code, Size ldc,
+            const float* scales, Size lds, float* slope, Size ldl, double* loss) {
+    const Codes codes(grid);
+    for (Size row = 0; row < rows; row++) {
+        int8_t* c = code + row * ldc;
+        float* s = slope + row * ldl;
+        const float share = static_cast<float>(std::max(loss[row], 0.0)) / columns;
+        for (int round = 0; round < sweeps; round++) {
+            const float* raise = allowed + round * lda;
+            for (int first = 0; first < columns; first += group) {
+                const float scale = scales[row * lds + first / group];
+                auto step = [&](int j) {
+                    return (codes.beside(c[j], s[j] * scale > 0) - codes.value(c[j])) * scale;
+                };
+                auto moves = [&](int j, float by) {
+                    return by != 0 && by * (by * diagonal[j] - 2 * s[j]) < share * raise[j];
+                };
+                auto settle = [&](int j) {
+                    const float by = step(j);
+                    if (!moves(j, by)) return;
+                    loss[row] += static_cast<double>(by) * (by * diagonal[j] - 2 * s[j]);
+                    c[j] = codes.code(codes.beside(c[j], s[j] * scale > 0));
+                    const float* h = hessian + j * ldh;
+                    for (int i = 0; i < columns; i++) s[i] -= by * h[i];
+                    s[j] -= by * ridge[j];
+                };
+                const int last = first + group;
+                int j = first;
+                for (; j + kLanes <= last; j += kLanes) {
+                    int any = 0;
+                    for (int k = 0; k < kLanes; k++) any |= moves(j + k, step(j + k));
+                    if (any)
+                        for (int k = 0; k < kLanes; k++) settle(j + k);
+                }
+                for (; j < last; j++) settle(j);
+            }
+        }
+    }
+}
+
 // Scales of one group to their least-squares values, then its codes: see `descent.refit_group`.
 template <class Codes>
 void refit(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
@@ -446,7 +494,7 @@ void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code
 
 } // namespace
 
-EXPORT int moepress_version() { return 4; }
+EXPORT int moepress_version() { return 5; }
 
 // Lower Cholesky factor in place, and its inverse [kLeaf, kLeaf] with zeros above; 0, or 1 where it is not positive.
 EXPORT int moepress_factor_leaf(float* matrix, Size ld, int size, float* inverse) {
@@ -498,6 +546,13 @@ EXPORT void moepress_descend(GRID, const float* hessian, Size ldh, const float* 
                              const float* scales, Size lds, float* slope, Size ldl, double* loss) {
     WITH(descend, hessian, ldh, inverse, diagonal, ridge, columns, group, rows, sweeps, codes, ldc, scales, lds, slope,
          ldl, loss);
+}
+
+EXPORT void moepress_anneal(GRID, const float* hessian, Size ldh, const float* diagonal, const float* ridge, int columns,
+                            int group, Size rows, int sweeps, const float* allowed, Size lda, int8_t* codes, Size ldc,
+                            const float* scales, Size lds, float* slope, Size ldl, double* loss) {
+    WITH(anneal, hessian, ldh, diagonal, ridge, columns, group, rows, sweeps, allowed, lda, codes, ldc, scales, lds,
+         slope, ldl, loss);
 }
 
 EXPORT void moepress_refit_group(GRID, const float* hessian, Size ldh, const float* inverse, const float* diagonal,

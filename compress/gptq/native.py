@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepress.compress.gptq.levels import Grid, SearchPlan
 
-VERSION = 4
+VERSION = 5
 BLOCK_COLUMNS = 64
 """Columns that `round_block` takes at most."""
 LEAF_COLUMNS = 64
@@ -40,6 +40,7 @@ _SIGNATURES = {
         *_GRID, *(_P, _S) * 2, _P, _P, _S, _P, _P, _P, _S, _I, _S, *(_P, _S) * 3, _P,
     ),
     "descend": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 3, _P),
+    "anneal": (*_GRID, _P, _S, _P, _P, _I, _I, _S, _I, *(_P, _S) * 4, _P),
     "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 7, _F, _F, _P),
     "nearest": (*_GRID, _P, _S, _P, _P, _P, _S, _I, _S, _P, _S),
     "squares": (*_GRID, *(_P, _S) * 4, _I, _I, _S, *(_P,) * 3),
@@ -195,6 +196,31 @@ def descend(
         ridge_I.data_ptr(), columns,
         columns // scales_OG.shape[1], rows, sweeps, *_rows(codes_OI), *_rows(scales_OG), *_rows(slope_OI),
         loss_O.data_ptr(),
+    )  # fmt: skip
+
+
+def anneal(
+    hessian_II: Tensor,
+    diagonal_I: Tensor,
+    ridge_I: Tensor,
+    grid: Grid,
+    allowed_SI: Tensor,
+    codes_OI: Tensor,
+    scales_OG: Tensor,
+    slope_OI: Tensor,
+    loss_O: Tensor,
+) -> None:
+    """Sweeps in which codes may raise the loss by so much: `annealing.anneal`.
+
+    Args:
+        hessian_II, diagonal_I, ridge_I, grid, codes_OI, scales_OG, slope_OI, loss_O: as of `descend`.
+        allowed_SI: for each sweep and column, as a share of a row's loss a column, which `loss_O` tells.
+    """
+    rows, columns = slope_OI.shape
+    _call(
+        "anneal", *_grid(grid), *_rows(hessian_II), diagonal_I.data_ptr(), ridge_I.data_ptr(), columns,
+        columns // scales_OG.shape[1], rows, len(allowed_SI), *_rows(allowed_SI), *_rows(codes_OI), *_rows(scales_OG),
+        *_rows(slope_OI), loss_O.data_ptr(),
     )  # fmt: skip
 
 

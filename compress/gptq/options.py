@@ -23,6 +23,9 @@ class SolverOptions:
             to nothing, one in torch alone as much as all of GPTQ, and a GPU makes a product of each
             (`columns.Loops.sweeps`).
         refits: rounds of the descent in which every scale goes to its least-squares value and the codes follow.
+        annealed: sweeps in which codes may also move where that raises the loss a little (`annealing`), between the
+            descent and the refits. With native loops each costs as much as a search of scales; in torch, where it costs
+            as much as all of GPTQ, there are `TORCH_ANNEALED` at most. 0 for none, and none where there are no sweeps.
         signed: scales of integer codes may be negative, which puts the code that the symmetric integers have more on
             one side where the largest weight of a group is.
     """
@@ -32,22 +35,25 @@ class SolverOptions:
     scale_search: bool = True
     sweeps: int | None = None
     refits: int = 1
+    annealed: int = 0
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp < 1 or (self.sweeps or 0) < 0 or self.refits < 0:
-            raise ValueError(f"{self}: need 0 < damp < 1, sweeps >= 0 and refits >= 0.")
+        if not 0 < self.damp < 1 or (self.sweeps or 0) < 0 or self.refits < 0 or self.annealed < 0:
+            raise ValueError(f"{self}: need 0 < damp < 1, and sweeps, refits and annealed >= 0.")
 
 
 MANY_SWEEPS = 20
 """In which nearly every row comes to rest."""
+TORCH_ANNEALED = 10
+"""Annealed sweeps at most without native loops."""
 PLAIN = SolverOptions(damp=0.01, act_order=False, scale_search=False, sweeps=0, refits=0, signed=False)
 """GPTQ as in the paper, with absmax scales fixed beforehand."""
 
 EFFORTS = {
     "fast": SolverOptions(refits=0),
     "normal": SolverOptions(),
-    "high": SolverOptions(refits=4),
+    "high": SolverOptions(refits=2, annealed=80),
 }
 """Levels of `--effort`, from least time to least loss."""
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from moepress.compress.gptq import factor as factors
+from moepress.compress.gptq.annealing import anneal
 from moepress.compress.gptq.batch import _better_rows, _compensated
 from moepress.compress.gptq.descent import Descent, improve_codes, refit
 from moepress.compress.gptq.factor import Factor
@@ -59,5 +60,6 @@ def test_nothing_between_the_factor_and_the_result_asks_a_device_that_is_not_the
     )
     improve_codes(problem, slope, scales, values)
     refit(problem, slope, scales, values)
+    anneal(problem, 2, turned, slope, scales, values)
     done = _better_rows(turned, hessian, (values, scales), (values, scales), found, grid)
     assert (done.codes.shape, done.codes.dtype) == ((experts, rows, columns), torch.int8)

@@ -73,9 +73,12 @@ def absmax(weight_EOI: torch.Tensor, task: Task) -> torch.Tensor:
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("group", [16, 48, -1])
 @pytest.mark.parametrize("rows", [1, 40])
-@pytest.mark.parametrize("sweeps", [0, 3])
-def test_codes_are_those_of_torch_where_sums_are_exact(name: str, group: int, rows: int, sweeps: int) -> None:
-    task = task_of(GRIDS[name], 96, group, act_order=False, scale_search=False, sweeps=sweeps, refits=0, damp=0.5)
+@pytest.mark.parametrize(("sweeps", "annealed"), [(0, 0), (3, 0), (3, 7)])
+def test_codes_are_those_of_torch_where_sums_are_exact(
+    name: str, group: int, rows: int, sweeps: int, annealed: int
+) -> None:
+    steps = {"sweeps": sweeps, "annealed": annealed, "refits": 0}
+    task = task_of(GRIDS[name], 96, group, act_order=False, scale_search=False, damp=0.5, **steps)
     weight_EOI, hessian_EII = exact_problem(group + rows, 2, rows, 96)
     scales_EOG = absmax(weight_EOI, task)
     mine, theirs = (solver(weight_EOI, hessian_EII, scales_EOG, task) for solver in (cpu.solve_all, solve_batch))
@@ -119,11 +122,12 @@ def test_searched_scales_are_those_of_torch(name: str, dtype: torch.dtype, rows:
     group=st.sampled_from([16, 32, -1]),
     rows=st.sampled_from([1, 33, 200]),
     refits=st.integers(0, 2),
+    annealed=st.sampled_from([0, 10]),
 )
 def test_the_loss_is_that_of_the_codes_and_near_that_of_torch(
-    seed: int, name: str, group: int, rows: int, refits: int
+    seed: int, name: str, group: int, rows: int, refits: int, annealed: int
 ) -> None:
-    task = task_of(GRIDS[name], 96, group, sweeps=4, refits=refits)
+    task = task_of(GRIDS[name], 96, group, sweeps=4, refits=refits, annealed=annealed)
     weight_EOI, hessian_EII = random_problem(seed, 2, rows, 96)
     scales_EOG = absmax(weight_EOI, task)
     mine, theirs = (solver(weight_EOI, hessian_EII, scales_EOG, task) for solver in (cpu.solve_all, solve_batch))
@@ -149,7 +153,7 @@ def test_the_factor_is_that_of_lapack(columns: int) -> None:
 
 @needs_native
 def test_rows_that_share_the_threads_are_solved_as_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = task_of(INT4, 64, 16)
+    task = task_of(INT4, 64, 16, annealed=5)
     weight_EOI, hessian_EII = random_problem(3, 3, 1000, 64)
     monkeypatch.setattr(cpu, "row_blocks", lambda rows, _: [slice(a, min(a + 128, rows)) for a in range(0, rows, 128)])
     before = torch.get_num_threads()
@@ -171,6 +175,9 @@ def test_grids_say_what_codes_stand_for() -> None:
         assert torch.equal(grid.values(grid.codes(levels)), levels)
         assert torch.equal(grid.nearest(levels + 0.1), levels)
         assert torch.equal(grid.nearest(torch.tensor([-99.0, 99.0])), levels[[0, -1]])
+        up = torch.tensor([True]).expand_as(levels)
+        assert torch.equal(grid.beside(levels, up), levels[[*range(1, len(levels)), -1]])
+        assert torch.equal(grid.beside(levels, ~up), levels[[0, *range(len(levels) - 1)]])
     assert (INT4.integers, FP4.integers) == (True, False)
     assert FP4.codes(torch.tensor([-6.0, 6.0])).tolist() == [0, 14]
     assert INT4.codes(torch.tensor([-8.0, 7.0])).tolist() == [-8, 7]

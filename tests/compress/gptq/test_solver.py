@@ -185,6 +185,25 @@ def test_every_stage_of_the_default_lowers_the_loss_on_correlated_inputs(bits: i
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_annealed_sweeps_find_what_a_descent_does_not(bits: int) -> None:
+    scheme = Scheme(bits=bits, group_size=16)
+    weight_EOI, hessian_EII = problem(15, experts=2, rows=64)
+    descended, annealed = (
+        solve(
+            weight_EOI,
+            hessian_EII,
+            scheme,
+            scale_dtype=torch.bfloat16,
+            options=SolverOptions(refits=0, annealed=sweeps, damp=1e-3),
+        )
+        for sweeps in (0, 40)
+    )
+    assert bool((annealed.loss < 0.98 * descended.loss).all())
+    assert torch.equal(annealed.scales, descended.scales)
+    assert_valid(annealed, scheme, torch.bfloat16)
+
+
 def test_a_batch_of_experts_is_solved_as_each_would_be_alone() -> None:
     weight_EOI, hessian_EII = problem(4)
     together = solve(weight_EOI, hessian_EII, SCHEME, scale_dtype=torch.bfloat16)
@@ -301,6 +320,8 @@ def test_shapes_dtypes_and_options_that_do_not_fit_are_refused() -> None:
         solve(weight_EOI.bfloat16(), hessian_EII, SCHEME, scale_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="damp"):
         SolverOptions(damp=0.0)
+    with pytest.raises(ValueError, match="annealed"):
+        SolverOptions(annealed=-1)
 
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # GGUF's IQ4_NL
