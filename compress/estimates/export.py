@@ -83,8 +83,12 @@ def onnx_bytes_after(original_bytes: int, figures: Figures, pressed: Pressed, *,
     size = original_bytes - dense
     for rows, columns, scheme, number in _experts(figures, pressed):
         size += number * _onnx_matrix(rows, columns, scheme, block_size(scheme, shape.hidden, shape.expert_width))
-    for rows, columns, scheme, number in _included(pressed):
-        size += number * _onnx_matrix(rows, columns, scheme, block_size(scheme, columns))
+    for linear in pressed.linears:
+        rows, columns, scheme = linear.rows, linear.columns, linear.scheme(pressed.scheme, pressed.layer_bits)
+        if scheme.bits == 8 and linear.part is not Part.LM_HEAD:  # written plain: `converters.onnx.parts`
+            size += _FLOAT * rows * columns
+        else:
+            size += _onnx_matrix(rows, columns, scheme, block_size(scheme, columns))
     return size
 
 

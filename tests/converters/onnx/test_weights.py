@@ -1,6 +1,7 @@
 """Codes and weights as ONNX operators want them: read back here bit by bit, and held against the folder."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tiny_models
 import torch
 from onnx_runs import Models, attributes_of, coded_folder, graph_of, initializers_of, random_codes, to_onnx
 
+from moepress.converters.onnx.folder import open_onnx
 from moepress.converters.onnx.weights import Weights, block_size, cast, interleaved, packed_rows, require_whole
 from moepress.converters.safetensors.artifact import Artifact, open_artifact, open_source
 from moepress.converters.safetensors.scheme import Scheme
@@ -83,7 +85,7 @@ def check_experts(artifact: Artifact, weights: dict[str, Any], node: Any, facts:
 @pytest.mark.parametrize(("group_size", "block"), [(16, 16), (32, 32), (48, 16), (64, 64), (96, 32), (-1, 64)])
 def test_codes_and_scales_pass_unchanged(models: Models, bits: int, group_size: int, block: int) -> None:
     folder = models.coded("mixtral", Scheme(bits=bits, group_size=group_size), **WIDE)
-    out = models.onnx(folder)
+    out = models.onnx(folder, accuracy_level=4)  # at level 0 Linears of 8 bits are written plain
     assert check_codes(folder, out) == {"QMoE": 1, "MatMulNBits": 4}
     blocks = {f["block_size"] for n in graph_of(out).graph.node if (f := attributes_of(n)) and "block_size" in f}
     assert blocks == {block}
@@ -120,12 +122,24 @@ def test_layers_may_have_schemes_of_their_own(models: Models, tmp_path: Path) ->
         return Scheme(bits=8, group_size=32) if ".layers.0." in module else Scheme(bits=4, group_size=16)
 
     folder = coded_folder(models.tiny("mixtral"), tmp_path / "coded", scheme, [Part.ROUTED, Part.ATTENTION])
-    out = to_onnx(folder, tmp_path / "onnx")
+    out = to_onnx(folder, tmp_path / "onnx", accuracy_level=4)
     assert check_codes(folder, out) == {"QMoE": 3, "MatMulNBits": 12}
     nodes = {n.name: attributes_of(n) for n in graph_of(out).graph.node}
     assert [nodes[f"/model/layers.{n}/mlp/QMoE"]["expert_weight_bits"] for n in range(3)] == [8, 4, 4]
     assert [nodes[f"/model/layers.{n}/mlp/QMoE"]["block_size"] for n in range(3)] == [32, 16, 16]
     assert nodes["/model/layers.0/attn/q_proj/MatMulNBits"]["bits"] == 8
+
+
+def test_linears_of_eight_bits_are_written_plain_where_activations_stay_in_fp32(models: Models) -> None:
+    """The same numbers: ONNX Runtime multiplies codes of 8 bits out for every call there."""
+    folder = models.coded("mixtral", Scheme(bits=8, group_size=32), **WIDE)
+    plain, coded = models.onnx(folder), models.onnx(folder, accuracy_level=4)
+    assert check_codes(folder, plain) == {"QMoE": 1, "MatMulNBits": 0}
+    assert any("lie in fp32, with the same numbers" in note for note in open_onnx(plain).summary["notes"])
+    assert not any("lie in fp32" in note for note in open_onnx(coded).summary["notes"])
+    exact = replace(open_artifact(folder), exact=True)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert np.array_equal(initializers_of(plain)[name], exact.read(name).numpy())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
