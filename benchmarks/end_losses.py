@@ -23,7 +23,7 @@ from gptq_quality import Setting, figures, full, original, quick, scores, subjec
 from layer_ends import gather_layers
 from quantizers import INCLUDE, Task, calibration_corpus
 from rotation import rotate
-from setting import RESULTS, SHARED, machine
+from setting import RESULTS, TRAINED, machine, trained_model
 from sided import Loss, sided
 
 from moepress.calibration.hessian import HessianOptions
@@ -166,7 +166,7 @@ def write(file: Path, model: str, runs: Sequence[dict[str, Any]], about: dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["bench", "wide", "demo"], help="of ../shared (default: bench)")
+    parser.add_argument("--model", choices=TRAINED, help="of ../shared (default: bench)")
     parser.add_argument("--trials", nargs="+", choices=[*TRIALS, UNQUANTIZED], default=[FIRST, "end"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     setting = (quick if options.quick else full)(options.threads)
     if options.model is not None and not options.quick:
-        setting = replace(setting, model=SHARED / "models" / options.model)
+        setting = replace(setting, model=trained_model(options.model))
     about = {"group_size": setting.group_size, "calibration_tokens": setting.windows * setting.window}
     about |= {"window": setting.window, "evaluation_windows": setting.evaluation_windows}
     with tempfile.TemporaryDirectory(prefix="end-losses-") as name:

@@ -1,14 +1,16 @@
 """GPTQ beside the peers: what quantization costs on a trained model, and what each of moepress's options is worth.
 
-    python benchmarks/gptq_quality.py [--only peers|options] [--bits 4 3] [--seeds 0 1 2] [--work FOLDER]
+    python benchmarks/gptq_quality.py [--model bench|wide|demo] [--only peers|options] [--bits 4 3] [--seeds 0 1 2]
+        [--work FOLDER]
 
-The bench model (without ../shared the demo), every Linear but router, kv_b_proj and lm_head, group size 64, 64 windows
-of 512 tokens of the train texts. A seed chooses the windows; all tools get the same ones. Measured on 12 windows of 512
-tokens per domain of the test texts, by one code for all tools: codes times scales in fp32, the forward in fp32. The
-overall figure is the mean over domains of log-perplexity. With --work the peers' outputs stay there and are taken again
-in the next run; moepress is always run. AutoRound's learned rounding (--tools moepress autoround, or autoround-light)
-takes half an hour a seed and is no default; what it gave stays in the file when others are measured again. --quick is
-the demo with little text, to try the script.
+The bench model (without ../shared the demo) or --model, every Linear but router, kv_b_proj and lm_head, group size 64,
+64 windows of 512 tokens of the train texts. A seed chooses the windows; all tools get the same ones. Measured on 12
+windows of 512 tokens per domain of the test texts, by one code for all tools: codes times scales in fp32, the forward
+in fp32. The overall figure is the mean over domains of log-perplexity. With --work the peers' outputs stay there and
+are taken again in the next run; moepress is always run. AutoRound's learned rounding (--tools moepress autoround, or
+autoround-light) takes half an hour a seed and is no default; what it gave stays in the file when others are measured
+again. The file has the bench model's figures at its top, another --model's under its name. --quick is the demo (or
+--model) with little text, to try the script.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch
 from float_rounding import RoundedFloats
 from peer_weights import check_reading, open_exact, quantized_names
 from quantizers import INCLUDE, NAMES, QUICK, TOOLS, Task, available, run_tool, write_windows
-from setting import RESULTS, bench_model, machine, texts
+from setting import RESULTS, TRAINED, bench_model, machine, texts, trained_model
 
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.calibration.hessian import HessianOptions
@@ -166,7 +168,7 @@ def peer_runs(setting: Setting, tools: list[str], bits: int, seed: int, work: Pa
     digest = write_windows(task, windows).digest
     subjects, ran = [], {}
     for tool in tools:
-        folder = work / f"{tool}-{bits}-{seed}-{digest[:12]}"
+        folder = work / f"{tool}-{setting.model.name}-{bits}-{seed}-{digest[:12]}"
         ran[tool] = quantized_by(tool, task, folder, windows)
         subjects.append(subject(tool, folder))
         print(f"{bits} bits, seed {seed}: {NAMES[tool]} quantized", file=sys.stderr, flush=True)
@@ -295,20 +297,28 @@ def table(rows: Sequence[dict[str, Any]], key: str, first: str) -> str:
     return "\n".join(lines)
 
 
-def write(file: Path | None, section: str, runs: list[dict[str, Any]], first: str, key: str, about: Any) -> None:
-    """Put runs into a section of the file; those of other bits and seeds stay, and so does the other section."""
+def write(
+    file: Path | None, under: str | None, section: str, runs: list[dict[str, Any]], first: str, key: str, about: Any
+) -> None:
+    """Put runs into a section of the file; those of other bits, seeds and tools stay, and so do all other sections.
+
+    The default model's sections are the document's own, those of another one lie `under` its name.
+    """
     if file is None:
         return
     document = json.loads(file.read_text()) if file.exists() else {}
+    sections = document if under is None else document.setdefault(under, {})
     new = {(run[key], run["bits"], run["seed"]) for run in runs}
-    before = document.get(section, {}).get("runs", [])
+    before = sections.get(section, {}).get("runs", [])
     runs = [run for run in before if (run[key], run["bits"], run["seed"]) not in new] + runs
-    document[section] = {"machine": machine(), **about, "rows": summary(runs, key, first), "runs": runs}
+    on = {**machine(), "model": about["model"]}
+    sections[section] = {"machine": on, **about, "rows": summary(runs, key, first), "runs": runs}
     file.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=TRAINED, help="of ../shared (default: bench; with --quick demo)")
     parser.add_argument("--only", choices=["peers", "options"])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=QUICK, help=f"default: {' '.join(QUICK)}")
     parser.add_argument("--options", nargs="+", help="names of rows of the table of options (default: all)")
@@ -321,6 +331,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = (quick if options.quick else full)(options.threads)
+    if options.model is not None:
+        setting = replace(setting, model=trained_model(options.model))
+    under = None if options.model == "bench" else options.model
     file = options.json or (None if options.quick else RESULTS / "gptq_quality.json")
     about = {"group_size": setting.group_size, "calibration_tokens": setting.windows * setting.window}
     about |= {"window": setting.window, "evaluation_windows": setting.evaluation_windows, "model": setting.model.name}
@@ -333,13 +346,13 @@ def main() -> None:
         runs: list[dict[str, Any]] = []
         for bits, seed in cases if options.only != "options" else []:
             runs += peer_runs(setting, tools, bits, seed, work.resolve())
-            write(file, "peers", runs, "moepress", "tool", about)  # after each: the next may take minutes
+            write(file, under, "peers", runs, "moepress", "tool", about)  # after each: the next may take minutes
         if runs:
             print(table(summary(runs, "tool", "moepress"), "tool", "moepress"), flush=True)
         runs = []
         for bits, seed in cases if options.only != "peers" else []:
             runs += option_runs(setting, [DEFAULT, *chosen], bits, seed, Path(name))
-            write(file, "options", runs, "default", "option", about)
+            write(file, under, "options", runs, "default", "option", about)
         if runs:
             print(table(summary(runs, "option", "default"), "option", "default"))
 

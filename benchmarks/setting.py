@@ -15,12 +15,25 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "benchmarks" / "results"
 DOMAINS = ("german", "math", "python", "wiki")
+TRAINED = ("bench", "wide", "demo")  # models of ../shared; the demo is everywhere
 
 
 def bench_model() -> Path:
     """The bench model (28 M parameters), or the demo (4.6 M)."""
     bench = SHARED / "models" / "bench"
     return bench if bench.is_dir() else model_folder("demo")
+
+
+def trained_model(name: str) -> Path:
+    """A model of TRAINED.
+
+    Raises:
+        SystemExit: ../shared is not there.
+    """
+    folder = model_folder("demo") if name == "demo" else SHARED / "models" / name
+    if not folder.is_dir():
+        raise SystemExit(f"the model {name} is not here: it belongs to {folder}")
+    return folder
 
 
 def texts(split: str) -> tuple[str, ...]:

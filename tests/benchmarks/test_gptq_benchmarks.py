@@ -79,6 +79,37 @@ def test_a_difference_from_the_default_is_taken_within_each_seed(quality: Module
     assert "| 4 | other | +175.000 ± 70.711 |" in quality.table([second], "option", "default")
 
 
+def test_another_models_figures_lie_beside_those_of_the_default_one(quality: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    same = {"perplexity": 20.0, "log_change_error": 0.1, "kl_error": 0.1, "bytes": 10}
+
+    def put(under: str | None, section: str, key: str, kl: float, seed: int = 0) -> dict[str, Any]:
+        run = {key: "moepress", "bits": 4, "seed": seed, "log_change": 0.1, "kl": kl, **same}
+        quality.write(file, under, section, [run], "moepress", key, {"model": under or "bench"})
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    put(None, "peers", "tool", 0.25)
+    before = put(None, "options", "option", 0.5)
+    put("wide", "peers", "tool", 0.125)
+    after = put("wide", "peers", "tool", 0.375, seed=1)
+    assert {name: after[name] for name in before} == before  # all of it, rows and runs
+    assert set(after) == {"peers", "options", "wide"}
+    own = after["wide"]["peers"]
+    assert (own["model"], own["machine"]["model"]) == ("wide", "wide")
+    assert [run["kl"] for run in own["runs"]] == [0.125, 0.375]
+    assert own["rows"][0]["kl"]["mean"] == pytest.approx(0.25)
+
+
+def test_a_trained_model_that_is_not_here_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    setting = importlib.import_module("setting")
+    monkeypatch.setattr(setting, "SHARED", tmp_path)
+    assert (setting.trained_model("demo") / "config.json").exists()
+    with pytest.raises(SystemExit, match="the model wide is not here: it belongs to"):
+        setting.trained_model("wide")
+
+
 def test_weights_that_are_not_codes_times_scales_are_noticed(quality: ModuleType, tmp_path: Path) -> None:
     request = QuantizeRequest(
         scheme=Scheme(bits=3, group_size=32), include=frozenset({Include.SHARED}), solver=SolverOptions(sweeps=0)
@@ -206,8 +237,10 @@ def test_moepress_and_its_options_are_measured_on_the_demo(tmp_path: Path) -> No
     few = ["--quick", "--threads", "1", "--bits", "4", "--seeds", "0", "--json", str(file)]
     said = run("gptq_quality.py", *few, "--tools", "moepress", "--options", "sweeps 0")
     assert "| 4 | sweeps 0 |" in said
+    run("gptq_quality.py", *few, "--model", "demo", "--only", "peers", "--tools", "moepress")
     found = json.loads(file.read_text())
     (alone,) = found["peers"]["runs"]
+    assert found["demo"]["peers"]["runs"][0]["kl"] == pytest.approx(alone["kl"])  # --quick is of the demo anyway
     default, other = found["options"]["runs"]
     assert default["option"] == "default"
     for figure in ("log_change", "kl", "bytes"):  # the command and the function do the same
