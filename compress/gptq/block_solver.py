@@ -16,6 +16,7 @@ from moepress.compress.gptq.minimum import spread
 from moepress.compress.gptq.options import Lattice, SolverOptions, Task
 from moepress.compress.gptq.parts import side_by_side
 from moepress.compress.gptq.solver import Solved, solve_fixed
+from moepress.compress.gptq.two_sided import Sides
 from moepress.models.storage.block_types import BlockType
 from moepress.models.storage.blocks import Blocks, values
 from moepress.runs.phases import phase
@@ -76,7 +77,9 @@ class SolvedBlocks:
         return BlockCoded(kind=self.kind, blocks=self.scales[index].blocks(codes))
 
 
-def solve_blocks(weight_EOI: Tensor, hessian_EII: Tensor, kind: BlockType, options: SolverOptions) -> SolvedBlocks:
+def solve_blocks(
+    weight_EOI: Tensor, hessian_EII: Tensor, kind: BlockType, options: SolverOptions, sides: Sides = None
+) -> SolvedBlocks:
     """Quantize a batch of matrices on a grid of GGUF.
 
     Args:
@@ -84,6 +87,7 @@ def solve_blocks(weight_EOI: Tensor, hessian_EII: Tensor, kind: BlockType, optio
         hessian_EII: as of `solver.solve`.
         kind: the block type.
         options: of the solver; a refit moves scales among those that the type has.
+        sides: as of `solver.solve`.
     """
     with phase("scales"):
         scales = _searched(kind, weight_EOI, hessian_EII)
@@ -102,7 +106,7 @@ def solve_blocks(weight_EOI: Tensor, hessian_EII: Tensor, kind: BlockType, optio
                 if one.offset is not None
             ]
         )
-    solved = solve_fixed(above_EOI, hessian_EII, torch.stack([one.scale for one in scales]).to(device), task)
+    solved = solve_fixed(above_EOI, hessian_EII, torch.stack([one.scale for one in scales]).to(device), task, sides)
     if above_EOI is not weight_EOI:
         energy_E = quadratic(weight_EOI.mT, hessian_EII).sum(dim=1).clamp(min=0)
         solved = replace(solved, energy=energy_E)

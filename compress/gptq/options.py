@@ -28,6 +28,7 @@ class SolverOptions:
             as much as all of GPTQ, there are `TORCH_ANNEALED` at most. 0 for none, and none where there are no sweeps.
         signed: scales of integer codes may be negative, which puts the code that the symmetric integers have more on
             one side where the largest weight of a group is.
+        row_sweeps: at most so many sweeps over rows, where there are sides (`two_sided`).
     """
 
     damp: float = 0.03
@@ -37,10 +38,12 @@ class SolverOptions:
     refits: int = 1
     annealed: int = 0
     signed: bool = True
+    row_sweeps: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp < 1 or (self.sweeps or 0) < 0 or self.refits < 0 or self.annealed < 0:
-            raise ValueError(f"{self}: need 0 < damp < 1, and sweeps, refits and annealed >= 0.")
+        counts = (self.sweeps or 0, self.refits, self.annealed, self.row_sweeps)
+        if not 0 < self.damp < 1 or min(counts) < 0:
+            raise ValueError(f"{self}: need 0 < damp < 1, and sweeps, refits, annealed and row_sweeps >= 0.")
 
 
 MANY_SWEEPS = 20
@@ -54,8 +57,9 @@ EFFORTS = {
     "fast": SolverOptions(refits=0),
     "normal": SolverOptions(),
     "high": SolverOptions(refits=2, annealed=80),
+    "max": SolverOptions(),
 }
-"""Levels of `--effort`, from least time to least loss."""
+"""Levels of `--effort`, from least time to least loss; `max` is what is solved beside sides."""
 
 
 def solver_of(effort: str, *, positive: bool = False) -> SolverOptions:

@@ -31,6 +31,7 @@ from moepress.compress.gptq.levels import Grid, search_plan
 from moepress.compress.gptq.minimum import search_with_minimum, spread
 from moepress.compress.gptq.options import SolverOptions, Task
 from moepress.compress.gptq.parts import side_by_side
+from moepress.compress.gptq.two_sided import Sides
 from moepress.compress.gptq.zero_points import search_with_zero
 from moepress.converters.safetensors.floats import divisors
 from moepress.converters.safetensors.scheme import Codes, Scheme
@@ -76,6 +77,7 @@ def solve(
     scale_dtype: torch.dtype,
     options: SolverOptions | None = None,
     grid: Grid | None = None,
+    sides: Sides = None,
 ) -> Solved:
     """Quantize a batch of weight matrices, each with its own Hessian.
 
@@ -88,6 +90,8 @@ def solve(
             are chosen.
         options: see `SolverOptions`.
         grid: what codes stand for, where it is not the integers of the scheme's bits.
+        sides: B of each matrix, fp32 on its device, or None for 1: then tr(B (W - Q) H (W - Q)^T) with the damped H is
+            what is minimised, and never above what it is without.
 
     Returns:
         Codes, scales, zero points where the scheme has them, and figures.
@@ -103,52 +107,53 @@ def solve(
     dtype = _SCALE_DTYPES.get(scheme.codes, scale_dtype)
     task = Task(grid=grid, group=group, dtype=dtype, options=options, search=search_plan(scheme.codes))
     if task.grid.minimum:
-        return _solve_above(weight_EOI, hessian_EII, task)
+        return _solve_above(weight_EOI, hessian_EII, task, sides)
     if task.grid.zero:
-        return _solve_around(weight_EOI, hessian_EII, task)
+        return _solve_around(weight_EOI, hessian_EII, task, sides)
     if scheme.codes is Codes.NVFP4:
-        return _solve_divided(weight_EOI, hessian_EII, scheme, task)
-    return _solve_scaled(weight_EOI, hessian_EII, scheme, task)
+        return _solve_divided(weight_EOI, hessian_EII, scheme, task, sides)
+    return _solve_scaled(weight_EOI, hessian_EII, scheme, task, sides)
 
 
-def _solve_scaled(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, task: Task) -> Solved:
+def _solve_scaled(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, task: Task, sides: Sides) -> Solved:
     """With a scale per group and no more."""
     if task.options.scale_search:  # which writes them
         scales_EOG = weight_EOI.new_empty((*weight_EOI.shape[:2], scheme.groups(weight_EOI.shape[2])))
     else:
         scales_EOG = absmax_scales(weight_EOI, scheme, scale_dtype=task.dtype)
-    return solve_fixed(weight_EOI, hessian_EII, scales_EOG, task)
+    return solve_fixed(weight_EOI, hessian_EII, scales_EOG, task, sides)
 
 
-def _solve_divided(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, task: Task) -> Solved:
+def _solve_divided(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, task: Task, sides: Sides) -> Solved:
     """With a divisor of every matrix besides: its multiple is solved, whose scales are fp8 numbers and no more."""
     divisor_E = divisors(weight_EOI.abs().amax(dim=(1, 2)))
-    solved = _solve_scaled(weight_EOI * divisor_E[:, None, None], hessian_EII, scheme, task)
+    solved = _solve_scaled(weight_EOI * divisor_E[:, None, None], hessian_EII, scheme, task, sides)
     squared_E = divisor_E.double().square()
     return replace(solved, divisor=divisor_E, loss=solved.loss / squared_E, energy=solved.energy / squared_E)
 
 
-def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
+def _solve_above(weight_EOI: Tensor, hessian_EII: Tensor, task: Task, sides: Sides) -> Solved:
     """With a minimum per group: what is above it is solved."""
     importance_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
     scales_EOG, offsets_EOG = search_with_minimum(weight_EOI, importance_EI, task.grid, task.group, task.dtype)
     above = replace(task, options=replace(task.options, scale_search=False))
-    solved = solve_fixed(weight_EOI - spread(offsets_EOG, task.group), hessian_EII, scales_EOG, above)
+    solved = solve_fixed(weight_EOI - spread(offsets_EOG, task.group), hessian_EII, scales_EOG, above, sides)
     energy_E = quadratic(weight_EOI.mT, hessian_EII).sum(dim=1).clamp(min=0)
     return replace(solved, offsets=offsets_EOG, energy=energy_E)
 
 
-def _solve_around(weight_EOI: Tensor, hessian_EII: Tensor, task: Task) -> Solved:
+def _solve_around(weight_EOI: Tensor, hessian_EII: Tensor, task: Task, sides: Sides) -> Solved:
     """With a zero point per group, searched with its scale; `scale_search` has no say, there is no plain choice."""
     importance_EI = hessian_EII.diagonal(dim1=1, dim2=2).clamp(min=0)
     with phase("scales"):
         scales_EOG, zeros_EOG = search_with_zero(weight_EOI, importance_EI, task.grid, task.group, task.dtype)
     plain = replace(task.options, scale_search=False)
-    solved = solve_fixed(weight_EOI, hessian_EII, scales_EOG, replace(task, options=plain, zeros=zeros_EOG))
+    around = replace(task, options=plain, zeros=zeros_EOG)
+    solved = solve_fixed(weight_EOI, hessian_EII, scales_EOG, around, sides)
     return replace(solved, zeros=zeros_EOG.to(torch.int16))
 
 
-def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, task: Task) -> Solved:
+def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, task: Task, sides: Sides = None) -> Solved:
     """`solve` of a task, with scales that are given where the task searches none.
 
     Args:
@@ -156,6 +161,7 @@ def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, tas
         hessian_EII: as of `solve`.
         scales_EOG: fp32, not 0; of either sign where the grid has both.
         task: see `Task`; its grid has no minimum.
+        sides: as of `solve`.
     """
     if weight_EOI.device.type != "cpu":
         found = [solve_batch(weight_EOI, hessian_EII, scales_EOG, task)]
