@@ -2,17 +2,14 @@
 
 What `batch` does for all experts of a batch at once in torch, in the form that a CPU wants. A thread takes a matrix,
 factors its Hessian and solves its rows in blocks that stay in the cache; where there are fewer matrices than threads,
-threads share the blocks of one. Buffers are a thread's own and are used again for the next matrix: fresh ones of this
-size cost a page fault every 4 KiB, a fifth of the solver's time.
+threads share the blocks of one. Buffers are a thread's own and are used again for the next matrix. Where a matrix has a
+side, its rows are solved again with that (`two_sided`).
 
 Inside of GPTQ matrices lie as [I, O] in the order of solving backwards, which is that of the factor; the descent wants
 rows, [O, I], in their own order.
 """
 
-import math
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,33 +25,13 @@ from moepress.compress.gptq.factor import DAMP_ATTEMPTS, column_order, mean_aliv
 from moepress.compress.gptq.grid import above_zero, nearest_levels, normalised, search_scales_on
 from moepress.compress.gptq.options import Task
 from moepress.compress.gptq.parts import side_by_side
+from moepress.compress.gptq.two_sided import Problem, Sides, Steps, improve, spans
+from moepress.compress.gptq.workspace import Workspace, Workspaces
 from moepress.runs.phases import phase
 
 _SLOPE_COLUMNS = 256  # of the triangle that one product takes
 _BLOCK_BYTES = 1 << 20  # of one fp32 buffer of a block of rows: several of them are in use together
 _LEAST_ROWS = 128
-
-
-@dataclass(slots=True)
-class Workspace:
-    """Buffers by name, as large as the largest ever asked for."""
-
-    _flat: dict[str, Tensor] = field(default_factory=dict)
-
-    def tensor(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A contiguous buffer of that shape with whatever is in it."""
-        wanted = math.prod(shape)
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < wanted:
-            flat = self._flat[name] = torch.empty(wanted, dtype=dtype)
-        return flat[:wanted].view(shape)
-
-
-class Workspaces(threading.local):
-    """A workspace for each thread that asks."""
-
-    def __init__(self) -> None:
-        self.own = Workspace()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +139,38 @@ def solve_rows(
         codes_OI: int8; becomes the codes.
         task: see `Task`.
     """
+    reached = _reach(work, weight_OI, found, scales_OG, codes_OI, task)
+    return _settled(work, weight_OI, reached, found, codes_OI, scales_OG, task)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reached:
+    """What some rows came to.
+
+    Attributes:
+        turned: [I, O], what bare codes were to meet.
+        scales: [G, O], as they were before refits.
+        slope: (W - Q)(H + ridge) [O, I]; None without sweeps, where it was not asked for.
+        loss: fp64 [O], the damped one.
+    """
+
+    turned: Tensor
+    scales: Tensor
+    slope: Tensor | None
+    loss: Tensor
+
+
+def _reach(
+    work: Workspace,
+    weight_OI: Tensor,
+    found: Factored,
+    scales_OG: Tensor,
+    codes_OI: Tensor,
+    task: Task,
+    *,
+    sloped: bool = False,
+) -> _Reached:
+    """`solve_rows` without a look at rounding to nearest."""
     rows, columns = weight_OI.shape
     groups = columns // task.group
     loss_O = torch.zeros(rows, dtype=torch.float64)
@@ -179,16 +188,15 @@ def solve_rows(
     codes_IO, errors_IO = _compensated(work, turned_IO, scales_GO, found, task, loss_O)
     with phase("columns"):
         native.turn(codes_IO, found.back, codes_OI)
-    slope_OI = None
-    if task.sweeps:
-        slope_OI = _slope(work, errors_IO, found)
+    slope_OI = _slope(work, errors_IO, found) if task.sweeps or sloped else None
+    if slope_OI is not None and task.sweeps:
         _descend(found, slope_OI, codes_OI, scales_OG, task, loss_O)
         if task.options.annealed:
             _anneal(found, slope_OI, codes_OI, scales_OG, task, loss_O)
         for _ in range(task.options.refits):
             _refit(work, found, slope_OI, codes_OI, scales_OG, task, loss_O)
             _descend(found, slope_OI, codes_OI, scales_OG, task, loss_O)
-    return _settled(work, weight_OI, turned_IO, scales_GO, found, codes_OI, scales_OG, task, loss_O)
+    return _Reached(turned=turned_IO, scales=scales_GO, slope=slope_OI, loss=loss_O)
 
 
 def _compensated(
@@ -308,15 +316,14 @@ def _refit(
 def _settled(
     work: Workspace,
     weight_OI: Tensor,
-    turned_IO: Tensor,
-    scales_GO: Tensor,
+    reached: _Reached,
     found: Factored,
     codes_OI: Tensor,
     scales_OG: Tensor,
     task: Task,
-    damped_O: Tensor,
 ) -> Rows:
     """Sums over what was found; rows that rounding to nearest serves better take its codes and scales."""
+    turned_IO, scales_GO, damped_O = reached.turned, reached.scales, reached.loss
     rows, columns = weight_OI.shape
     left_O, whole_O = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
     with phase("losses", flops=float(rows) * columns * columns):
@@ -391,7 +398,27 @@ def _energy(work: Workspace, turned_IO: Tensor, found: Factored, penalty_O: Tens
     return total_O.clamp_(min=0)
 
 
-def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task: Task) -> Found:
+def _steps(work: Workspace, found: Factored, task: Task) -> Steps:
+    """What `two_sided` does with one matrix."""
+
+    def solve(target_1RI: Tensor, scales_1RG: Tensor, codes_1RI: Tensor, part: Task) -> Tensor:
+        given = target_1RI[0], found, scales_1RG[0], codes_1RI[0], part.of(0)
+        slope_RI = _reach(work, *given, sloped=True).slope
+        assert slope_RI is not None
+        return slope_RI[None]
+
+    def descend(share_1RR: Tensor, scales_1RG: Tensor, codes_1RI: Tensor, slope_1RI: Tensor) -> tuple[Tensor, Tensor]:
+        moved_RI = work.tensor("rows' moves", *slope_1RI.shape[1:])
+        changed_R = torch.empty(len(moved_RI), dtype=torch.bool)
+        given = (found.hessian, found.inverse, found.diagonal, found.ridge, task.grid, task.sweeps)
+        native.descend_together(*given, share_1RR[0], codes_1RI[0], scales_1RG[0], slope_1RI[0], moved_RI, changed_R)
+        rows = changed_R.nonzero()[:, 0]
+        return rows, moved_RI[None, rows]
+
+    return Steps(solve=solve, descend=descend, tensor=work.tensor)
+
+
+def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task: Task, sides: Sides = None) -> Found:
     """`batch.solve_batch` on the CPU by native loops."""
     experts, rows, columns = weight_EOI.shape
     found = Found(
@@ -407,27 +434,46 @@ def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task:
         given = weight_EOI[index, block], factor, found.scales[index, block], found.codes[index, block]
         return solve_rows(spaces.own, *given, task.of(index, block))
 
-    def settle(index: int, factor: Factored | None, parts: Sequence[Rows]) -> None:
+    def improved(index: int, factor: Factored, given: tuple[slice, Tensor]) -> float:
+        """The loss of some rows, once they are solved with their block of the side."""
+        block, side_RR = given
+        weight_RI, codes_RI, scales_RG = (m[index, block] for m in (weight_EOI, found.codes, found.scales))
+        part = task.of(index, block)
+        problem = Problem(
+            weight=weight_RI[None],
+            hessian=factor.hessian[None],
+            ridge=factor.ridge[None],
+            side=side_RR[None],
+            task=part.of(None),
+        )
+        improve(problem, codes_RI[None], scales_RG[None], _steps(spaces.own, factor, part))
+        with phase("losses"):
+            values_RI = above_zero(task.grid.values(codes_RI), part.zeros)
+            return float(_loss(weight_RI, values_RI, scales_RG, factor.hessian).sum().clamp(min=0))
+
+    def solve(threads: int, index: int) -> None:
+        factor = factored(spaces.own, hessian_EII[index], task)
         if factor is None:
             _round(weight_EOI[index], hessian_EII[index], found, index, task.of(index))
             return
+        with side_by_side(min(threads, len(blocks))) as each:
+            parts = each(partial(rows_of, index, factor), blocks)
         found.loss[index] = sum(float(part.loss.sum()) for part in parts)
         found.energy[index] = sum(float(part.energy.sum()) for part in parts)
         found.damping[index] = factor.damping
-
-    def alone(index: int) -> None:
-        factor = factored(spaces.own, hessian_EII[index], task)
-        settle(index, factor, [rows_of(index, factor, block) for block in blocks] if factor else ())
+        side = None if sides is None else sides[index]
+        if side is not None:
+            given = list(zip(spans(side, rows), side, strict=True))
+            with side_by_side(min(threads, len(given))) as each:
+                found.loss[index] = sum(each(partial(improved, index, factor), given))
 
     threads = torch.get_num_threads()
     whole = experts // threads * threads if threads > 1 else experts
     if whole:
         with side_by_side(threads) as each:
-            each(alone, range(whole))
+            each(partial(solve, 1), range(whole))
     for index in range(whole, experts):  # fewer than threads: these share the rows of each
-        factor = factored(spaces.own, hessian_EII[index], task)
-        with side_by_side(min(threads, len(blocks))) as each:
-            settle(index, factor, each(partial(rows_of, index, factor), blocks) if factor else ())
+        solve(threads, index)
     return found
 
 

@@ -304,25 +304,58 @@ bool sweep(const Codes& codes, int8_t* code, const float* slope, const float* in
     return any;
 }
 
+// The same of all columns of a row until none of its codes changes; `slope` stays true. Whether one did.
+template <class Codes>
+bool descend_row(const Codes& codes, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
+                 const float* ridge, int columns, int group, int sweeps, int8_t* code, const float* scales,
+                 float* slope, double* lost) {
+    auto changed = [&](int j, float step) {
+        const float* h = hessian + j * ldh;
+        for (int i = 0; i < columns; i++) slope[i] -= step * h[i];
+        slope[j] -= step * ridge[j];
+    };
+    bool ever = false;
+    for (int round = 0; round < sweeps; round++) {
+        bool any = false;
+        for (int first = 0; first < columns; first += group)
+            any |= sweep(codes, code, slope, inverse, diagonal, scales[first / group], first, first + group, lost,
+                         changed);
+        if (!any) break;
+        ever = true;
+    }
+    return ever;
+}
+
 template <class Codes>
 void descend(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
              const float* ridge, int columns, int group, Size rows, int sweeps, int8_t* code, Size ldc,
              const float* scales, Size lds, float* slope, Size ldl, double* loss) {
     const Codes codes(grid);
+    for (Size row = 0; row < rows; row++)
+        descend_row(codes, hessian, ldh, inverse, diagonal, ridge, columns, group, sweeps, code + row * ldc,
+                    scales + row * lds, slope + row * ldl, loss + row);
+}
+
+// Rows one after the other, each given all others: see `two_sided`. A row's slope has a share in what each row before
+// it has moved; `moved` gets that, and is not written where no code of the row changed, which `changed` tells.
+template <class Codes>
+void descend_together(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
+                      const float* ridge, int columns, int group, Size rows, int sweeps, const float* share, Size ldb,
+                      int8_t* code, Size ldc, const float* scales, Size lds, float* slope, Size ldl, float* moved,
+                      Size ldm, uint8_t* changed) {
+    const Codes codes(grid);
     for (Size row = 0; row < rows; row++) {
-        int8_t* c = code + row * ldc;
-        float* s = slope + row * ldl;
-        auto changed = [&](int j, float step) {
-            const float* h = hessian + j * ldh;
-            for (int i = 0; i < columns; i++) s[i] -= step * h[i];
-            s[j] -= step * ridge[j];
-        };
-        for (int round = 0; round < sweeps; round++) {
-            bool any = false;
-            for (int first = 0; first < columns; first += group)
-                any |= sweep(codes, c, s, inverse, diagonal, scales[row * lds + first / group], first, first + group,
-                             loss + row, changed);
-            if (!any) break;
+        float *s = slope + row * ldl, *m = moved + row * ldm;
+        std::copy(s, s + columns, m);
+        double lost = 0;
+        changed[row] = descend_row(codes, hessian, ldh, inverse, diagonal, ridge, columns, group, sweeps,
+                                   code + row * ldc, scales + row * lds, s, &lost);
+        if (!changed[row]) continue;
+        for (int i = 0; i < columns; i++) m[i] = s[i] - m[i];
+        for (Size other = row + 1; other < rows; other++) {
+            float* o = slope + other * ldl;
+            const float part = share[other * ldb + row];
+            for (int i = 0; i < columns; i++) o[i] += part * m[i];
         }
     }
 }
@@ -494,7 +527,7 @@ void squares(const Grid& grid, const float* weight, Size ldw, const int8_t* code
 
 } // namespace
 
-EXPORT int moepress_version() { return 5; }
+EXPORT int moepress_version() { return 6; }
 
 // Lower Cholesky factor in place, and its inverse [kLeaf, kLeaf] with zeros above; 0, or 1 where it is not positive.
 EXPORT int moepress_factor_leaf(float* matrix, Size ld, int size, float* inverse) {
@@ -546,6 +579,14 @@ EXPORT void moepress_descend(GRID, const float* hessian, Size ldh, const float* 
                              const float* scales, Size lds, float* slope, Size ldl, double* loss) {
     WITH(descend, hessian, ldh, inverse, diagonal, ridge, columns, group, rows, sweeps, codes, ldc, scales, lds, slope,
          ldl, loss);
+}
+
+EXPORT void moepress_descend_together(GRID, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
+                                      const float* ridge, int columns, int group, Size rows, int sweeps,
+                                      const float* share, Size ldb, int8_t* codes, Size ldc, const float* scales,
+                                      Size lds, float* slope, Size ldl, float* moved, Size ldm, uint8_t* changed) {
+    WITH(descend_together, hessian, ldh, inverse, diagonal, ridge, columns, group, rows, sweeps, share, ldb, codes, ldc,
+         scales, lds, slope, ldl, moved, ldm, changed);
 }
 
 EXPORT void moepress_anneal(GRID, const float* hessian, Size ldh, const float* diagonal, const float* ridge, int columns,

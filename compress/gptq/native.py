@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moepress.compress.gptq.levels import Grid, SearchPlan
 
-VERSION = 5
+VERSION = 6
 BLOCK_COLUMNS = 64
 """Columns that `round_block` takes at most."""
 LEAF_COLUMNS = 64
@@ -40,6 +40,7 @@ _SIGNATURES = {
         *_GRID, *(_P, _S) * 2, _P, _P, _S, _P, _P, _P, _S, _I, _S, *(_P, _S) * 3, _P,
     ),
     "descend": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 3, _P),
+    "descend_together": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 5, _P),
     "anneal": (*_GRID, _P, _S, _P, _P, _I, _I, _S, _I, *(_P, _S) * 4, _P),
     "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 7, _F, _F, _P),
     "nearest": (*_GRID, _P, _S, _P, _P, _P, _S, _I, _S, _P, _S),
@@ -196,6 +197,37 @@ def descend(
         ridge_I.data_ptr(), columns,
         columns // scales_OG.shape[1], rows, sweeps, *_rows(codes_OI), *_rows(scales_OG), *_rows(slope_OI),
         loss_O.data_ptr(),
+    )  # fmt: skip
+
+
+def descend_together(
+    hessian_II: Tensor,
+    inverse_I: Tensor,
+    diagonal_I: Tensor,
+    ridge_I: Tensor,
+    grid: Grid,
+    sweeps: int,
+    share_RR: Tensor,
+    codes_RI: Tensor,
+    scales_RG: Tensor,
+    slope_RI: Tensor,
+    moved_RI: Tensor,
+    changed_R: Tensor,
+) -> None:
+    """`descend` of rows one after the other, each of which takes from what those before it have moved.
+
+    Args:
+        hessian_II, inverse_I, diagonal_I, ridge_I, grid, sweeps, codes_RI, scales_RG: as of `descend`.
+        share_RR: what a row (first) takes of what another moves.
+        slope_RI: of each row given all others; is that no more afterwards.
+        moved_RI: gets by how much each row moved (W - Q)(H + ridge), where it did.
+        changed_R: bool, gets whether.
+    """
+    rows, columns = slope_RI.shape
+    _call(
+        "descend_together", *_grid(grid), *_rows(hessian_II), inverse_I.data_ptr(), diagonal_I.data_ptr(),
+        ridge_I.data_ptr(), columns, columns // scales_RG.shape[1], rows, sweeps, *_rows(share_RR), *_rows(codes_RI),
+        *_rows(scales_RG), *_rows(slope_RI), *_rows(moved_RI), changed_R.data_ptr(),
     )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, tas
     if weight_EOI.device.type != "cpu":
         found = [solve_batch(weight_EOI, hessian_EII, scales_EOG, task)]
     elif native.library() is not None:
-        found = [cpu.solve_all(weight_EOI, hessian_EII, scales_EOG, task)]
+        found = [cpu.solve_all(weight_EOI, hessian_EII, scales_EOG, task, sides)]
     else:
         given = [slice(start, start + _AT_ONCE) for start in range(0, len(weight_EOI), _AT_ONCE)]
 

@@ -1,14 +1,221 @@
 """Rounding with a factor on both sides: codes Q that make tr(B (W - Q) H (W - Q)^T) small.
 
-H [I, I] is the Hessian of the inputs, as everywhere; the side B [O, O] says what errors of two output rows cost
-together. With B = 1 rows are independent, and this is what the solver minimises.
+H [I, I] is the damped Hessian of the inputs; the side B [O, O] says what errors of two output rows cost together. With
+B = 1 rows are independent, and this is what the solver minimises without sides (the two-sided rounding of YAQA, arXiv
+2505.22988, with whole rows in the place of single numbers). Rows with the largest B_oo come first; then
+
+1. Feedback. With B = U D U^T for small blocks of rows, U upper with 1 in the blocks of its diagonal, the loss is
+   sum_b tr(D_b E_b H E_b^T) with E_b = T_b - Q_b and T_b = W_b + sum_{a < b} U_ab^T (W_a - Q_a): a block is to meet what
+   it is plus what those before it have left. Its rows are solved as if D_b were 1, and then as in 2 with B = D_b.
+2. Sweeps. Given all others, a row's loss is B_oo times that of one row alone with the slope
+   S_o = sum_p B_op / B_oo (w_p - q_p) H, on which its codes go down by the solver's own exact descent. By what that
+   moves (w_o - q_o) H the slopes of all p move times B_po / B_pp. So S is kept true, and no other product is needed.
+
+2 goes on from what 1 gave or from the codes without sides, whichever has the smaller loss, and never raises it.
+
+Shape letters: E matrices, R rows of a block of the side, I input columns, G groups, B rows that are solved together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from moepress.compress.gptq.grid import above_zero
+from moepress.compress.gptq.options import Task
+from moepress.runs.phases import phase
 
 Side = tuple[Tensor, ...]
 """B of a matrix: fp32 [R, R] blocks down its diagonal, each positive definite, whose sizes add up to O."""
 Sides = Sequence[Side | None] | None
 """Of each matrix of a batch, None where B is 1; or None where it is 1 for all."""
+
+_FED_ROWS, _FED_SWEEPS = 32, 2  # of a block of step 1, and in it
+_ROWS = 64  # of step 2 whose moves the other slopes take in one product; changes no result but for the order of sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """How rows are solved where the matrices are; tensors have E matrices in front.
+
+    Attributes:
+        solve: of targets [E, B, I], scales [E, B, G] and codes [E, B, I], which it finds (scales are kept where the
+            task searches none), and the task of these rows; gives the slopes (target - Q) H, [E, B, I].
+        descend: rows one after the other: of shares [E, B, B], scales, codes, which it changes, and slopes, which are
+            spoilt. Gives the numbers of the rows that changed, and what these moved of their (W - Q) H.
+        tensor: an empty fp32 tensor by name and shape; one of a name lives until the next of it.
+    """
+
+    solve: Callable[[Tensor, Tensor, Tensor, Task], Tensor]
+    descend: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    tensor: Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Rows of E matrices that a block of each one's side is about.
+
+    Attributes:
+        weight: [E, R, I], what codes are to meet.
+        hessian, ridge: [E, I, I] and [E, I]; damped, the sum of both.
+        side: [E, R, R].
+        task: of these rows.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    ridge: Tensor
+    side: Tensor
+    task: Task
+
+    def ordered(self, order: tuple[Tensor, Tensor]) -> "Problem":
+        """With rows in that order."""
+        matrix, row = order
+        return Problem(
+            weight=self.weight[order],
+            hessian=self.hessian,
+            ridge=self.ridge,
+            side=self.side[matrix[:, :, None], row[:, :, None], row[:, None, :]],
+            task=self.task.of(*order),
+        )
+
+    def quantized(self, block: slice, codes_EBI: Tensor, scales_EBG: Tensor) -> Tensor:
+        """What codes of some rows stand for."""
+        zeros = self.task.of(slice(None), block).zeros
+        steps = above_zero(self.task.grid.values(codes_EBI), zeros).unflatten(-1, (scales_EBG.shape[-1], -1))
+        values_EBI: Tensor = (steps * scales_EBG.unsqueeze(-1)).flatten(-2)
+        return values_EBI
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """Codes int8 [E, R, I], scales [E, R, G], S [E, R, I] and loss fp64 [E]."""
+
+    codes: Tensor
+    scales: Tensor
+    slope: Tensor
+    loss: Tensor
+
+
+def spans(side: Side, rows: int) -> list[slice]:
+    """The rows of each block.
+
+    Raises:
+        ValueError: they are not all rows.
+    """
+    sizes = [len(block) for block in side]
+    if sum(sizes) != rows or any(block.shape != (size, size) for block, size in zip(side, sizes, strict=True)):
+        raise ValueError(f"a side of blocks {[tuple(b.shape) for b in side]} does not fit a matrix of {rows} rows.")
+    stops = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+    return [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
+
+
+def improve(problem: Problem, codes_ERI: Tensor, scales_ERG: Tensor, steps: Steps) -> None:
+    """From codes and scales that were found without sides to those with, in place.
+
+    Raises:
+        ValueError: a side is not positive definite.
+    """
+    row_ER = problem.side.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    order = torch.arange(len(row_ER), device=row_ER.device)[:, None], row_ER
+    problem = problem.ordered(order)
+    start = codes_ERI[order], scales_ERG[order]
+    share_ERR = problem.side / problem.side.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    with phase("rows' feedback"):
+        fed = _fed(problem, start[1], steps)
+        found = _better(fed, _given(problem, share_ERR, *start, steps))
+    with phase("rows' sweeps"):
+        _sweep(problem.task.options.row_sweeps, share_ERR, found, steps)
+    codes_ERI[order], scales_ERG[order] = found.codes, found.scales
+
+
+def _fed(problem: Problem, scales_ERG: Tensor, steps: Steps) -> _Found:
+    """Step 1."""
+    lower_ERR, failed_E = torch.linalg.cholesky_ex(problem.side.flip(1, 2).double())
+    if bool(failed_E.any()):
+        raise ValueError("a side is not positive definite.")
+    upper_ERR = lower_ERR.flip(1, 2)
+    pivot_ER = upper_ERR.diagonal(dim1=1, dim2=2)
+    unit_ERR, square_ER = (upper_ERR / pivot_ER[:, None]).float(), pivot_ER.square().float()
+    shape, device = problem.weight.shape, problem.weight.device
+    left_ERI, errors_ERI, slope_ERI = (steps.tensor(f"rows' {name}", *shape) for name in ("left", "errors", "slope"))
+    codes_ERI, scales_ERG = torch.empty(shape, dtype=torch.int8, device=device), scales_ERG.clone()
+    loss_E = torch.zeros(shape[0], dtype=torch.float64, device=device)
+    for block in _blocks(shape[1], _FED_ROWS):
+        weight_EBI, codes_EBI, scales_EBG = (m[:, block] for m in (problem.weight, codes_ERI, scales_ERG))
+        own_EBB, target_EBI = unit_ERR[:, block, block], weight_EBI.clone()
+        if block.start:
+            before = slice(block.start)
+            feed_EBR = torch.linalg.solve_triangular(own_EBB.mT, unit_ERR[:, before, block].mT, upper=False)
+            target_EBI.baddbmm_(feed_EBR, left_ERI[:, before])
+        error_EBI = steps.solve(target_EBI, scales_EBG, codes_EBI, problem.task.of(slice(None), block))
+        weighed_EBB = own_EBB * square_ER[:, None, block]
+        _settle(weighed_EBB @ own_EBB.mT, codes_EBI, scales_EBG, error_EBI, steps)
+        values_EBI = problem.quantized(block, codes_EBI, scales_EBG)
+        torch.sub(weight_EBI, values_EBI, out=left_ERI[:, block])
+        torch.bmm(own_EBB.mT, error_EBI, out=errors_ERI[:, block])
+        loss_E += target_EBI.sub_(values_EBI).mul_(weighed_EBB @ errors_ERI[:, block]).sum((1, 2), dtype=torch.float64)
+    diagonal_ER1 = problem.side.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    for block in _blocks(shape[1], _ROWS):  # B (W - Q) H from E H: half of a product
+        behind = slice(block.start, shape[1])
+        part_EBR = unit_ERR[:, block, behind] * square_ER[:, None, behind] / diagonal_ER1[:, block]
+        torch.bmm(part_EBR, errors_ERI[:, behind], out=slope_ERI[:, block])
+    return _Found(codes=codes_ERI, scales=scales_ERG, slope=slope_ERI, loss=loss_E)
+
+
+def _settle(among_EBB: Tensor, codes_EBI: Tensor, scales_EBG: Tensor, error_EBI: Tensor, steps: Steps) -> None:
+    """Sweeps over the rows of a block of step 1; its (T - Q) H stays true."""
+    share_EBB = among_EBB / among_EBB.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    slope_EBI = share_EBB @ error_EBI
+    for _ in range(_FED_SWEEPS):
+        changed, moved = steps.descend(share_EBB, scales_EBG, codes_EBI, slope_EBI.clone())
+        if not len(changed):
+            return
+        error_EBI[:, changed] += moved
+        slope_EBI.baddbmm_(share_EBB[:, :, changed], moved)
+
+
+def _given(problem: Problem, share_ERR: Tensor, codes_ERI: Tensor, scales_ERG: Tensor, steps: Steps) -> _Found:
+    """What was found without sides."""
+    shape, everything = problem.weight.shape, slice(None)
+    left_ERI, moved_ERI = (steps.tensor(f"rows' {name}", *shape) for name in ("left", "errors"))
+    torch.sub(problem.weight, problem.quantized(everything, codes_ERI, scales_ERG), out=left_ERI)
+    torch.bmm(left_ERI, problem.hessian, out=moved_ERI)
+    moved_ERI.addcmul_(left_ERI, problem.ridge[:, None])
+    slope_ERI = torch.bmm(share_ERR, moved_ERI, out=steps.tensor("rows' other slope", *shape))
+    lost_ER = left_ERI.mul_(slope_ERI).sum(dim=2, dtype=torch.float64)
+    loss_E = (lost_ER * problem.side.diagonal(dim1=1, dim2=2)).sum(dim=1)
+    return _Found(codes=codes_ERI, scales=scales_ERG, slope=slope_ERI, loss=loss_E)
+
+
+def _better(one: _Found, other: _Found) -> _Found:
+    """Of every matrix the one with the smaller loss."""
+    better_E = one.loss < other.loss
+    if len(better_E) == 1:
+        return one if bool(better_E) else other
+    better_E11 = better_E[:, None, None]
+    return _Found(
+        codes=torch.where(better_E11, one.codes, other.codes),
+        scales=torch.where(better_E11, one.scales, other.scales),
+        slope=torch.where(better_E11, one.slope, other.slope),
+        loss=torch.where(better_E, one.loss, other.loss),
+    )
+
+
+def _sweep(sweeps: int, share_ERR: Tensor, found: _Found, steps: Steps) -> None:
+    """Step 2, until no code changes."""
+    for _ in range(sweeps):
+        ended = True
+        for block in _blocks(share_ERR.shape[1], _ROWS):
+            codes_EBI, scales_EBG, slope_EBI = (m[:, block] for m in (found.codes, found.scales, found.slope))
+            changed, moved = steps.descend(share_ERR[:, block, block], scales_EBG, codes_EBI, slope_EBI.clone())
+            if len(changed):
+                found.slope.baddbmm_(share_ERR[:, :, block.start + changed], moved)
+                ended = False
+        if ended:
+            return
+
+
+def _blocks(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
