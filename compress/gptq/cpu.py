@@ -46,7 +46,7 @@ class Factored:
         square: [I].
         back, group: int32 [I]; the column at each place, and its group.
         ridge, diagonal, inverse: [I] in the columns' own order; diag H + ridge and 1 over it.
-        importance: [I], diag H, as the search of scales weighs columns.
+        importance: [I], diag H as a share of the largest of its group, as the search of scales weighs columns.
         sketch: [K, I], of `_sketch`.
         damping: the share of mean(diag H) that was needed.
     """
@@ -106,7 +106,7 @@ def _factored(work: Workspace, hessian_II: Tensor, task: Task) -> Factored | Non
         ridge=ridge_I,
         diagonal=diagonal_I,
         inverse=diagonal_I.reciprocal(),
-        importance=importance_I,
+        importance=normalised(importance_I.view(-1, task.group)).flatten(),
         sketch=_sketch(hessian_II, back_I),
         damping=damping,
     )
@@ -180,8 +180,7 @@ def _reach(
         scales_GO = work.tensor("scales", groups, rows)
         if task.options.scale_search:
             search = native.search_scales
-            weights_I = normalised(found.importance.view(groups, -1))
-            search(turned_IO, weights_I, task.grid, task.search, task.group, task.dtype, scales_GO)
+            search(turned_IO, found.importance, task.grid, task.search, task.group, task.dtype, scales_GO)
             scales_OG.copy_(scales_GO.T)
         else:
             scales_GO.copy_(scales_OG.T)
@@ -407,15 +406,21 @@ def _steps(work: Workspace, found: Factored, task: Task) -> Steps:
         assert slope_RI is not None
         return slope_RI[None]
 
-    def descend(share_1RR: Tensor, scales_1RG: Tensor, codes_1RI: Tensor, slope_1RI: Tensor) -> tuple[Tensor, Tensor]:
+    def descend(
+        rounds: int, share_1RR: Tensor, scales_1RG: Tensor, codes_1RI: Tensor, slope_1RI: Tensor
+    ) -> tuple[Tensor, Tensor]:
         moved_RI = work.tensor("rows' moves", *slope_1RI.shape[1:])
         changed_R = torch.empty(len(moved_RI), dtype=torch.bool)
-        given = (found.hessian, found.inverse, found.diagonal, found.ridge, task.grid, task.sweeps)
+        given = (found.hessian, found.inverse, found.diagonal, found.ridge, task.grid, task.sweeps, rounds)
         native.descend_together(*given, share_1RR[0], codes_1RI[0], scales_1RG[0], slope_1RI[0], moved_RI, changed_R)
-        rows = changed_R.nonzero()[:, 0]
-        return rows, moved_RI[None, rows]
+        return changed_R.nonzero()[:, 0], moved_RI[None]
 
-    return Steps(solve=solve, descend=descend, tensor=work.tensor)
+    def factor(matrix_1RR: Tensor) -> tuple[Tensor, bool]:
+        size = matrix_1RR.shape[1]
+        positive = factor_in_place(matrix_1RR[0], work.tensor("inverses", size // 64 + 1, 64, 64))
+        return matrix_1RR.tril_(), positive
+
+    return Steps(solve=solve, descend=descend, factor=factor, tensor=work.tensor)
 
 
 def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task: Task, sides: Sides = None) -> Found:

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(_MSC_VER)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -336,27 +337,36 @@ void descend(const Grid& grid, const float* hessian, Size ldh, const float* inve
                     scales + row * lds, slope + row * ldl, loss + row);
 }
 
-// Rows one after the other, each given all others: see `two_sided`. A row's slope has a share in what each row before
-// it has moved; `moved` gets that, and is not written where no code of the row changed, which `changed` tells.
+// Rows one after the other, each given all others, in `rounds` or until none changes: see `two_sided`. What a row moves
+// moves the slopes of the others by their shares; `moved` gets the sum of it, and `changed` whether there was any.
 template <class Codes>
 void descend_together(const Grid& grid, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
-                      const float* ridge, int columns, int group, Size rows, int sweeps, const float* share, Size ldb,
-                      int8_t* code, Size ldc, const float* scales, Size lds, float* slope, Size ldl, float* moved,
-                      Size ldm, uint8_t* changed) {
+                      const float* ridge, int columns, int group, Size rows, int sweeps, int rounds, const float* share,
+                      Size ldb, int8_t* code, Size ldc, const float* scales, Size lds, float* slope, Size ldl,
+                      float* moved, Size ldm, uint8_t* changed) {
     const Codes codes(grid);
-    for (Size row = 0; row < rows; row++) {
-        float *s = slope + row * ldl, *m = moved + row * ldm;
-        std::copy(s, s + columns, m);
-        double lost = 0;
-        changed[row] = descend_row(codes, hessian, ldh, inverse, diagonal, ridge, columns, group, sweeps,
-                                   code + row * ldc, scales + row * lds, s, &lost);
-        if (!changed[row]) continue;
-        for (int i = 0; i < columns; i++) m[i] = s[i] - m[i];
-        for (Size other = row + 1; other < rows; other++) {
-            float* o = slope + other * ldl;
-            const float part = share[other * ldb + row];
-            for (int i = 0; i < columns; i++) o[i] += part * m[i];
+    std::vector<float> before(columns);
+    float* by = before.data();
+    for (Size row = 0; row < rows; row++) changed[row] = 0, std::fill_n(moved + row * ldm, columns, 0.0f);
+    for (int round = 0; round < rounds; round++) {
+        bool any = false;
+        for (Size row = 0; row < rows; row++) {
+            float *s = slope + row * ldl, *m = moved + row * ldm;
+            std::copy_n(s, columns, by);
+            double lost = 0;
+            if (!descend_row(codes, hessian, ldh, inverse, diagonal, ridge, columns, group, sweeps, code + row * ldc,
+                             scales + row * lds, s, &lost))
+                continue;
+            any = true, changed[row] = 1;
+            for (int i = 0; i < columns; i++) by[i] = s[i] - by[i], m[i] += by[i];
+            for (Size other = 0; other < rows; other++) {
+                if (other == row) continue;
+                float* o = slope + other * ldl;
+                const float part = share[other * ldb + row];
+                for (int i = 0; i < columns; i++) o[i] += part * by[i];
+            }
         }
+        if (!any) break;
     }
 }
 
@@ -582,11 +592,11 @@ EXPORT void moepress_descend(GRID, const float* hessian, Size ldh, const float* 
 }
 
 EXPORT void moepress_descend_together(GRID, const float* hessian, Size ldh, const float* inverse, const float* diagonal,
-                                      const float* ridge, int columns, int group, Size rows, int sweeps,
+                                      const float* ridge, int columns, int group, Size rows, int sweeps, int rounds,
                                       const float* share, Size ldb, int8_t* codes, Size ldc, const float* scales,
                                       Size lds, float* slope, Size ldl, float* moved, Size ldm, uint8_t* changed) {
-    WITH(descend_together, hessian, ldh, inverse, diagonal, ridge, columns, group, rows, sweeps, share, ldb, codes, ldc,
-         scales, lds, slope, ldl, moved, ldm, changed);
+    WITH(descend_together, hessian, ldh, inverse, diagonal, ridge, columns, group, rows, sweeps, rounds, share, ldb,
+         codes, ldc, scales, lds, slope, ldl, moved, ldm, changed);
 }
 
 EXPORT void moepress_anneal(GRID, const float* hessian, Size ldh, const float* diagonal, const float* ridge, int columns,

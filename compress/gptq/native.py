@@ -40,7 +40,7 @@ _SIGNATURES = {
         *_GRID, *(_P, _S) * 2, _P, _P, _S, _P, _P, _P, _S, _I, _S, *(_P, _S) * 3, _P,
     ),
     "descend": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 3, _P),
-    "descend_together": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, *(_P, _S) * 5, _P),
+    "descend_together": (*_GRID, _P, _S, _P, _P, _P, _I, _I, _S, _I, _I, *(_P, _S) * 5, _P),
     "anneal": (*_GRID, _P, _S, _P, _P, _I, _I, _S, _I, *(_P, _S) * 4, _P),
     "refit_group": (*_GRID, _P, _S, _P, _P, _P, _I, _S, _I, _I, _I, *(_P, _S) * 7, _F, _F, _P),
     "nearest": (*_GRID, _P, _S, _P, _P, _P, _S, _I, _S, _P, _S),
@@ -207,6 +207,7 @@ def descend_together(
     ridge_I: Tensor,
     grid: Grid,
     sweeps: int,
+    rounds: int,
     share_RR: Tensor,
     codes_RI: Tensor,
     scales_RG: Tensor,
@@ -214,20 +215,21 @@ def descend_together(
     moved_RI: Tensor,
     changed_R: Tensor,
 ) -> None:
-    """`descend` of rows one after the other, each of which takes from what those before it have moved.
+    """`descend` of rows one after the other, each given all others: `two_sided`.
 
     Args:
         hessian_II, inverse_I, diagonal_I, ridge_I, grid, sweeps, codes_RI, scales_RG: as of `descend`.
+        rounds: over all rows, at most; ended when no code changes.
         share_RR: what a row (first) takes of what another moves.
-        slope_RI: of each row given all others; is that no more afterwards.
-        moved_RI: gets by how much each row moved (W - Q)(H + ridge), where it did.
-        changed_R: bool, gets whether.
+        slope_RI: of each row given all others, kept true.
+        moved_RI: gets by how much each row moved its own (W - Q)(H + ridge).
+        changed_R: bool, gets whether it did.
     """
     rows, columns = slope_RI.shape
     _call(
         "descend_together", *_grid(grid), *_rows(hessian_II), inverse_I.data_ptr(), diagonal_I.data_ptr(),
-        ridge_I.data_ptr(), columns, columns // scales_RG.shape[1], rows, sweeps, *_rows(share_RR), *_rows(codes_RI),
-        *_rows(scales_RG), *_rows(slope_RI), *_rows(moved_RI), changed_R.data_ptr(),
+        ridge_I.data_ptr(), columns, columns // scales_RG.shape[1], rows, sweeps, rounds, *_rows(share_RR),
+        *_rows(codes_RI), *_rows(scales_RG), *_rows(slope_RI), *_rows(moved_RI), changed_R.data_ptr(),
     )  # fmt: skip
 
 

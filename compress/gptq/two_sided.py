@@ -32,7 +32,7 @@ Sides = Sequence[Side | None] | None
 """Of each matrix of a batch, None where B is 1; or None where it is 1 for all."""
 
 _FED_ROWS, _FED_SWEEPS = 32, 2  # of a block of step 1, and in it
-_ROWS = 64  # of step 2 whose moves the other slopes take in one product; changes no result but for the order of sums
+_ROWS, _ROUNDS = 64, 1  # of step 2: rows whose moves the other slopes take in one product, and rounds over them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +42,15 @@ class Steps:
     Attributes:
         solve: of targets [E, B, I], scales [E, B, G] and codes [E, B, I], which it finds (scales are kept where the
             task searches none), and the task of these rows; gives the slopes (target - Q) H, [E, B, I].
-        descend: rows one after the other: of shares [E, B, B], scales, codes, which it changes, and slopes, which are
-            spoilt. Gives the numbers of the rows that changed, and what these moved of their (W - Q) H.
+        descend: rows one after the other, in so many rounds at most, of shares [E, B, B], scales, codes and slopes; the
+            last two change. Gives the numbers of the rows that changed, and by what every row moved its own (W - Q) H.
+        factor: lower Cholesky factors of a batch, which it may overwrite, and whether all were positive.
         tensor: an empty fp32 tensor by name and shape; one of a name lives until the next of it.
     """
 
     solve: Callable[[Tensor, Tensor, Tensor, Task], Tensor]
-    descend: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    descend: Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    factor: Callable[[Tensor], tuple[Tensor, bool]]
     tensor: Callable[..., Tensor]
 
 
@@ -121,7 +123,7 @@ def improve(problem: Problem, codes_ERI: Tensor, scales_ERG: Tensor, steps: Step
     order = torch.arange(len(row_ER), device=row_ER.device)[:, None], row_ER
     problem = problem.ordered(order)
     start = codes_ERI[order], scales_ERG[order]
-    share_ERR = problem.side / problem.side.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    share_ERR = _shares(problem.side)
     with phase("rows' feedback"):
         fed = _fed(problem, start[1], steps)
         found = _better(fed, _given(problem, share_ERR, *start, steps))
@@ -132,60 +134,57 @@ def improve(problem: Problem, codes_ERI: Tensor, scales_ERG: Tensor, steps: Step
 
 def _fed(problem: Problem, scales_ERG: Tensor, steps: Steps) -> _Found:
     """Step 1."""
-    lower_ERR, failed_E = torch.linalg.cholesky_ex(problem.side.flip(1, 2).double())
-    if bool(failed_E.any()):
-        raise ValueError("a side is not positive definite.")
-    upper_ERR = lower_ERR.flip(1, 2)
-    pivot_ER = upper_ERR.diagonal(dim1=1, dim2=2)
-    unit_ERR, square_ER = (upper_ERR / pivot_ER[:, None]).float(), pivot_ER.square().float()
-    shape, device = problem.weight.shape, problem.weight.device
+    upper_ERR, shape, device = _upper(problem.side, steps), problem.weight.shape, problem.weight.device
     left_ERI, errors_ERI, slope_ERI = (steps.tensor(f"rows' {name}", *shape) for name in ("left", "errors", "slope"))
     codes_ERI, scales_ERG = torch.empty(shape, dtype=torch.int8, device=device), scales_ERG.clone()
-    loss_E = torch.zeros(shape[0], dtype=torch.float64, device=device)
     for block in _blocks(shape[1], _FED_ROWS):
         weight_EBI, codes_EBI, scales_EBG = (m[:, block] for m in (problem.weight, codes_ERI, scales_ERG))
-        own_EBB, target_EBI = unit_ERR[:, block, block], weight_EBI.clone()
+        own_EBB, target_EBI = upper_ERR[:, block, block], weight_EBI
         if block.start:
             before = slice(block.start)
-            feed_EBR = torch.linalg.solve_triangular(own_EBB.mT, unit_ERR[:, before, block].mT, upper=False)
-            target_EBI.baddbmm_(feed_EBR, left_ERI[:, before])
+            inverse_EBB = torch.linalg.solve_triangular(own_EBB, torch.eye(len(own_EBB[0]), device=device), upper=True)
+            feed_EBI = upper_ERR[:, before, block].mT @ left_ERI[:, before]
+            target_EBI = torch.baddbmm(target_EBI, inverse_EBB.mT, feed_EBI)
         error_EBI = steps.solve(target_EBI, scales_EBG, codes_EBI, problem.task.of(slice(None), block))
-        weighed_EBB = own_EBB * square_ER[:, None, block]
-        _settle(weighed_EBB @ own_EBB.mT, codes_EBI, scales_EBG, error_EBI, steps)
-        values_EBI = problem.quantized(block, codes_EBI, scales_EBG)
-        torch.sub(weight_EBI, values_EBI, out=left_ERI[:, block])
-        torch.bmm(own_EBB.mT, error_EBI, out=errors_ERI[:, block])
-        loss_E += target_EBI.sub_(values_EBI).mul_(weighed_EBB @ errors_ERI[:, block]).sum((1, 2), dtype=torch.float64)
-    diagonal_ER1 = problem.side.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+        share_EBB = _shares(own_EBB @ own_EBB.mT)
+        _, moved_EBI = steps.descend(_FED_SWEEPS, share_EBB, scales_EBG, codes_EBI, share_EBB @ error_EBI)
+        torch.bmm(own_EBB.mT, error_EBI.add_(moved_EBI), out=errors_ERI[:, block])
+        torch.sub(weight_EBI, problem.quantized(block, codes_EBI, scales_EBG), out=left_ERI[:, block])
+    upper_ERR /= problem.side.diagonal(dim1=1, dim2=2).unsqueeze(-1)
     for block in _blocks(shape[1], _ROWS):  # B (W - Q) H from E H: half of a product
         behind = slice(block.start, shape[1])
-        part_EBR = unit_ERR[:, block, behind] * square_ER[:, None, behind] / diagonal_ER1[:, block]
-        torch.bmm(part_EBR, errors_ERI[:, behind], out=slope_ERI[:, block])
-    return _Found(codes=codes_ERI, scales=scales_ERG, slope=slope_ERI, loss=loss_E)
+        torch.bmm(upper_ERR[:, block, behind], errors_ERI[:, behind], out=slope_ERI[:, block])
+    return _weighed(problem, codes_ERI, scales_ERG, left_ERI, slope_ERI)
 
 
-def _settle(among_EBB: Tensor, codes_EBI: Tensor, scales_EBG: Tensor, error_EBI: Tensor, steps: Steps) -> None:
-    """Sweeps over the rows of a block of step 1; its (T - Q) H stays true."""
-    share_EBB = among_EBB / among_EBB.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    slope_EBI = share_EBB @ error_EBI
-    for _ in range(_FED_SWEEPS):
-        changed, moved = steps.descend(share_EBB, scales_EBG, codes_EBI, slope_EBI.clone())
-        if not len(changed):
-            return
-        error_EBI[:, changed] += moved
-        slope_EBI.baddbmm_(share_EBB[:, :, changed], moved)
+def _upper(side_ERR: Tensor, steps: Steps) -> Tensor:
+    """A triangle U with U U^T = B, rows and columns in their own order."""
+    lower_ERR, positive = steps.factor(side_ERR.flip(1, 2))
+    if not positive:
+        raise ValueError("a side is not positive definite.")
+    return lower_ERR.flip(1, 2)
 
 
 def _given(problem: Problem, share_ERR: Tensor, codes_ERI: Tensor, scales_ERG: Tensor, steps: Steps) -> _Found:
     """What was found without sides."""
     shape, everything = problem.weight.shape, slice(None)
-    left_ERI, moved_ERI = (steps.tensor(f"rows' {name}", *shape) for name in ("left", "errors"))
+    left_ERI, own_ERI = (steps.tensor(f"rows' {name}", *shape) for name in ("left", "errors"))
     torch.sub(problem.weight, problem.quantized(everything, codes_ERI, scales_ERG), out=left_ERI)
-    torch.bmm(left_ERI, problem.hessian, out=moved_ERI)
-    moved_ERI.addcmul_(left_ERI, problem.ridge[:, None])
-    slope_ERI = torch.bmm(share_ERR, moved_ERI, out=steps.tensor("rows' other slope", *shape))
-    lost_ER = left_ERI.mul_(slope_ERI).sum(dim=2, dtype=torch.float64)
-    loss_E = (lost_ER * problem.side.diagonal(dim1=1, dim2=2)).sum(dim=1)
+    torch.bmm(left_ERI, problem.hessian, out=own_ERI)
+    own_ERI.addcmul_(left_ERI, problem.ridge[:, None])
+    slope_ERI = torch.bmm(share_ERR, own_ERI, out=steps.tensor("rows' other slope", *shape))
+    return _weighed(problem, codes_ERI, scales_ERG, left_ERI, slope_ERI)
+
+
+def _shares(side_EBB: Tensor) -> Tensor:
+    """B_op / B_oo."""
+    return side_EBB / side_EBB.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+
+
+def _weighed(problem: Problem, codes_ERI: Tensor, scales_ERG: Tensor, left_ERI: Tensor, slope_ERI: Tensor) -> _Found:
+    """With its loss; `left`, W - Q, is spoilt."""
+    lost_ER = left_ERI.mul_(slope_ERI).sum(dim=2).mul_(problem.side.diagonal(dim1=1, dim2=2))
+    loss_E = lost_ER.sum(dim=1, dtype=torch.float64)
     return _Found(codes=codes_ERI, scales=scales_ERG, slope=slope_ERI, loss=loss_E)
 
 
@@ -209,9 +208,10 @@ def _sweep(sweeps: int, share_ERR: Tensor, found: _Found, steps: Steps) -> None:
         ended = True
         for block in _blocks(share_ERR.shape[1], _ROWS):
             codes_EBI, scales_EBG, slope_EBI = (m[:, block] for m in (found.codes, found.scales, found.slope))
-            changed, moved = steps.descend(share_ERR[:, block, block], scales_EBG, codes_EBI, slope_EBI.clone())
+            given = (share_ERR[:, block, block], scales_EBG, codes_EBI, slope_EBI.clone())
+            changed, moved_EBI = steps.descend(_ROUNDS, *given)
             if len(changed):
-                found.slope.baddbmm_(share_ERR[:, :, block.start + changed], moved)
+                found.slope.baddbmm_(share_ERR[:, :, block.start + changed], moved_EBI[:, changed])
                 ended = False
         if ended:
             return
