@@ -164,14 +164,15 @@ def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, tas
         sides: as of `solve`.
     """
     if weight_EOI.device.type != "cpu":
-        found = [solve_batch(weight_EOI, hessian_EII, scales_EOG, task)]
+        found = [solve_batch(weight_EOI, hessian_EII, scales_EOG, task, sides)]
     elif native.library() is not None:
         found = [cpu.solve_all(weight_EOI, hessian_EII, scales_EOG, task, sides)]
     else:
         given = [slice(start, start + _AT_ONCE) for start in range(0, len(weight_EOI), _AT_ONCE)]
 
         def some(part: slice) -> Found:
-            return solve_batch(weight_EOI[part], hessian_EII[part], scales_EOG[part], task.of(part))
+            own = None if sides is None else sides[part]
+            return solve_batch(weight_EOI[part], hessian_EII[part], scales_EOG[part], task.of(part), own)
 
         with side_by_side(min(len(given), torch.get_num_threads())) as each:
             found = each(some, given)

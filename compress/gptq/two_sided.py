@@ -5,8 +5,8 @@ B = 1 rows are independent, and this is what the solver minimises without sides 
 2505.22988, with whole rows in the place of single numbers). Rows with the largest B_oo come first; then
 
 1. Feedback. With B = U D U^T for small blocks of rows, U upper with 1 in the blocks of its diagonal, the loss is
-   sum_b tr(D_b E_b H E_b^T) with E_b = T_b - Q_b and T_b = W_b + sum_{a < b} U_ab^T (W_a - Q_a): a block is to meet what
-   it is plus what those before it have left. Its rows are solved as if D_b were 1, and then as in 2 with B = D_b.
+   sum_b tr(D_b E_b H E_b^T) with E_b = T_b - Q_b and T_b = W_b + sum_{a < b} U_ab^T (W_a - Q_a): a block is to meet
+   what it is plus what those before it have left. Its rows are solved as if D_b were 1, then as in 2 with B = D_b.
 2. Sweeps. Given all others, a row's loss is B_oo times that of one row alone with the slope
    S_o = sum_p B_op / B_oo (w_p - q_p) H, on which its codes go down by the solver's own exact descent. By what that
    moves (w_o - q_o) H the slopes of all p move times B_po / B_pp. So S is kept true, and no other product is needed.
@@ -32,6 +32,7 @@ Sides = Sequence[Side | None] | None
 """Of each matrix of a batch, None where B is 1; or None where it is 1 for all."""
 
 _FED_ROWS, _FED_SWEEPS = 32, 2  # of a block of step 1, and in it
+_WIDE = 1024  # columns from which on twice as many rows share what is read of H, which no cache holds any more
 _ROWS, _ROUNDS = 64, 1  # of step 2: rows whose moves the other slopes take in one product, and rounds over them
 
 
@@ -137,7 +138,7 @@ def _fed(problem: Problem, scales_ERG: Tensor, steps: Steps) -> _Found:
     upper_ERR, shape, device = _upper(problem.side, steps), problem.weight.shape, problem.weight.device
     left_ERI, errors_ERI, slope_ERI = (steps.tensor(f"rows' {name}", *shape) for name in ("left", "errors", "slope"))
     codes_ERI, scales_ERG = torch.empty(shape, dtype=torch.int8, device=device), scales_ERG.clone()
-    for block in _blocks(shape[1], _FED_ROWS):
+    for block in _blocks(shape[1], _FED_ROWS if shape[2] < _WIDE else 2 * _FED_ROWS):
         weight_EBI, codes_EBI, scales_EBG = (m[:, block] for m in (problem.weight, codes_ERI, scales_ERG))
         own_EBB, target_EBI = upper_ERR[:, block, block], weight_EBI
         if block.start:
