@@ -159,7 +159,7 @@ def _with_sides(given: _Inputs, weight_EOI: Tensor, solved: Found, task: Task, s
             alike.setdefault(tuple(len(block) for block in side), []).append(expert)
     for some in alike.values():
         own, held = given.of(some), [side for side in (sides[expert] for expert in some) if side is not None]
-        for number, block in enumerate(spans(held[0], weight_EOI.shape[1])):
+        for number, block in enumerate(spans(held[0])):
             codes_FRI, scales_FRG = solved.codes[some, block], solved.scales[some, block]
             problem = Problem(
                 weight=weight_EOI[some, block],

@@ -468,7 +468,7 @@ def solve_all(weight_EOI: Tensor, hessian_EII: Tensor, absmax_EOG: Tensor, task:
         found.damping[index] = factor.damping
         side = None if sides is None else sides[index]
         if side is not None:
-            given = list(zip(spans(side, rows), side, strict=True))
+            given = list(zip(spans(side), side, strict=True))
             with side_by_side(min(threads, len(given))) as each:
                 found.loss[index] = sum(each(partial(improved, index, factor), given))
 

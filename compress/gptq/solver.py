@@ -31,7 +31,7 @@ from moepress.compress.gptq.levels import Grid, search_plan
 from moepress.compress.gptq.minimum import search_with_minimum, spread
 from moepress.compress.gptq.options import SolverOptions, Task
 from moepress.compress.gptq.parts import side_by_side
-from moepress.compress.gptq.two_sided import Sides
+from moepress.compress.gptq.two_sided import Sides, check_sides
 from moepress.compress.gptq.zero_points import search_with_zero
 from moepress.converters.safetensors.floats import divisors
 from moepress.converters.safetensors.scheme import Codes, Scheme
@@ -97,7 +97,7 @@ def solve(
         Codes, scales, zero points where the scheme has them, and figures.
 
     Raises:
-        ValueError: shapes do not fit, or W or H holds NaN or infinity.
+        ValueError: shapes do not fit, W or H holds NaN or infinity, or a side is not positive definite.
     """
     _check(weight_EOI, hessian_EII)
     group = scheme.columns_per_group(weight_EOI.shape[2])
@@ -163,6 +163,8 @@ def solve_fixed(weight_EOI: Tensor, hessian_EII: Tensor, scales_EOG: Tensor, tas
         task: see `Task`; its grid has no minimum.
         sides: as of `solve`.
     """
+    if sides is not None:
+        check_sides(sides, *weight_EOI.shape[:2])
     if weight_EOI.device.type != "cpu":
         found = [solve_batch(weight_EOI, hessian_EII, scales_EOG, task, sides)]
     elif native.library() is not None:

@@ -16,6 +16,7 @@ B = 1 rows are independent, and this is what the solver minimises without sides 
 Shape letters: E matrices, R rows of a block of the side, I input columns, G groups, B rows that are solved together.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -101,17 +102,21 @@ class _Found:
     loss: Tensor
 
 
-def spans(side: Side, rows: int) -> list[slice]:
-    """The rows of each block.
+def check_sides(sides: Sequence[Side | None], matrices: int, rows: int) -> None:
+    """Raises ValueError where sides do not fit matrices of so many rows."""
+    if len(sides) != matrices:
+        raise ValueError(f"{matrices} matrices and {len(sides)} sides.")
+    for side in sides:
+        shapes = [] if side is None else [tuple(block.shape) for block in side]
+        square = all(len(set(shape)) == 1 for shape in shapes)
+        if side is not None and (not square or sum(shape[0] for shape in shapes) != rows):
+            raise ValueError(f"a side of blocks {shapes} does not fit a matrix of {rows} rows.")
 
-    Raises:
-        ValueError: they are not all rows.
-    """
-    sizes = [len(block) for block in side]
-    if sum(sizes) != rows or any(block.shape != (size, size) for block, size in zip(side, sizes, strict=True)):
-        raise ValueError(f"a side of blocks {[tuple(b.shape) for b in side]} does not fit a matrix of {rows} rows.")
-    stops = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-    return [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)]
+
+def spans(side: Side) -> list[slice]:
+    """The rows of each block."""
+    stops = list(itertools.accumulate(len(block) for block in side))
+    return [slice(*pair) for pair in itertools.pairwise([0, *stops])]
 
 
 def improve(problem: Problem, codes_ERI: Tensor, scales_ERG: Tensor, steps: Steps) -> None:
