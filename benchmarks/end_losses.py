@@ -3,7 +3,7 @@
     python benchmarks/end_losses.py [--model bench|wide|demo] [--bits 4 3 2] [--seeds 0 1 2] [--trials NAME ...]
 
 What the solver minimises counts all outputs of a matrix alike. A trial changes that (`ends` finds what outputs cost,
-`two_sided` rounds by it), or turns the model before (`rotation`). Setting and figures are those of gptq_quality.py:
+the solver rounds by it), or turns the model before (`rotation`). Setting and figures are those of gptq_quality.py:
 every Linear but router, kv_b_proj and lm_head, group size 64, 64 windows of 512 tokens, KL against the model as it was.
 Needs native loops, and memory for the whole model in fp32 with its gradients. --quick is the demo with little text.
 """

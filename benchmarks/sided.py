@@ -1,28 +1,26 @@
 """`quantize` with what `ends` found in its loss: the stages are as they are, and the solver is called through here.
 
-While `sided` is open, each solve is followed by `two_sided.solve_two_sided` with the factor of its matrices, and
-Hessians are formed with their token weights. On the CPU with native loops, integer codes, and Linears that are solved
-in one pass (`steps_fit`), which is enough for the models of the benchmarks.
+While `sided` is open, each solve is handed the factors of its matrices, and Hessians are formed with their token
+weights. For schemes, and Linears that are solved in one pass (`steps_fit`), which is enough for the models of the
+benchmarks.
 """
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from ends import Ends, Key
 from torch import Tensor
-from two_sided import Rounded, solve_two_sided
 
 from moepress.calibration.hessian import HessianOptions, Moments, moments
 from moepress.compress.gptq import experts, linears, pipeline
-from moepress.compress.gptq.experts import Batch, QuantizeOptions
+from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import LinearGroup
-from moepress.compress.gptq.levels import Grid
-from moepress.compress.gptq.options import Task
-from moepress.compress.gptq.solver import Solved
+from moepress.compress.gptq.solver import Solved, solve
+from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.walk import Stream
 
 
@@ -76,16 +74,15 @@ class _Walk:
 def sided(loss: Loss, end: Ends, routers: Ends) -> Generator[None]:
     """Quantize with that loss; `Loss(floor=...)` alone changes nothing."""
     walk = _Walk(loss=loss, end=end, routers=routers)
-    solve_measured, solve_stack = linears.solve_measured, linears._solve_stack
+    solve_stack = linears._solve_stack
     solve_experts, solve_stepping = pipeline.solve_experts, pipeline.solve_stepping
 
-    def measured(
-        weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOptions, kind: Any = None
-    ) -> tuple[Batch, list[float]]:
-        batch, errors = solve_measured(weight_EOI, hessian_EII, options, kind)
-        assert isinstance(batch.found, Solved)
-        better = _improved(walk, walk.keys.pop(0), weight_EOI, hessian_EII, options, batch.found)
-        return replace(batch, found=better), errors
+    def by_sides(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, **options: Any) -> Solved:
+        keys = walk.keys.pop(0)
+        assert len(keys) == len(weight_EOI), "the walk and the keys went apart"
+        sides = [walk.side(key) for key in keys]
+        given = [None if side_OO is None else (side_OO,) for side_OO in sides]
+        return solve(weight_EOI, hessian_EII, scheme, **options, sides=given)
 
     def of_experts(stream: Stream, layer: int, weights: Mapping[int, Any], *rest: Any) -> Any:
         names = [stream.model.family.expert_names(layer, expert) for expert in weights]
@@ -119,8 +116,7 @@ def sided(loss: Loss, end: Ends, routers: Ends) -> Generator[None]:
         return solve_stack(*given)
 
     with (
-        patch.object(experts, "solve_measured", measured),
-        patch.object(linears, "solve_measured", measured),
+        patch.object(experts, "solve", by_sides),
         patch.object(linears, "moments", weighed),
         patch.object(linears, "_solve_stack", of_group),
         patch.object(experts, "token_weights", token_weights),
@@ -128,27 +124,3 @@ def sided(loss: Loss, end: Ends, routers: Ends) -> Generator[None]:
         patch.object(pipeline, "solve_stepping", stepping),
     ):
         yield
-
-
-def _improved(
-    walk: _Walk,
-    keys: Sequence[Key],
-    weight_EOI: Tensor,
-    hessian_EII: Tensor,
-    options: QuantizeOptions,
-    found: Solved,
-) -> Solved:
-    """What the solver found, with B in the loss where there is one."""
-    signed = options.solver.signed and options.solver.scale_search
-    grid = Grid.of(options.scheme, either_sign=signed)
-    group = options.scheme.columns_per_group(weight_EOI.shape[2])
-    task = Task(grid=grid, group=group, dtype=options.scale_dtype, options=options.solver)
-    assert len(keys) == len(weight_EOI), "the walk and the keys went apart"
-    for index, key in enumerate(keys):
-        side_OO = walk.side(key)
-        if side_OO is None or bool(found.rounded[index]):
-            continue
-        start = Rounded(codes=found.codes[index], scales=found.scales[index])
-        best = solve_two_sided(weight_EOI[index], hessian_EII[index], side_OO, task, start)
-        found.codes[index], found.scales[index] = best.codes, best.scales
-    return found

@@ -1,4 +1,4 @@
-"""The benchmark of other losses: its rounding, its factors, its rotation, and the whole of it on the demo."""
+"""The benchmark of other losses: its factors, its rotation, and the whole of it on the demo."""
 
 import importlib
 import json
@@ -13,21 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moepress.compress.gptq import native
-from moepress.compress.gptq.levels import Grid
-from moepress.compress.gptq.options import SolverOptions, Task
-from moepress.compress.gptq.solver import solve
-from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.places import model_folder
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 needs_loops = pytest.mark.skipif(native.library() is None, reason="no native loops")
-
-
-@pytest.fixture
-def rounding(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("two_sided")
 
 
 @pytest.fixture
@@ -40,53 +30,6 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def rotation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module("rotation")
-
-
-def _some(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A matrix, a Hessian and a factor of its outputs."""
-    generator = torch.Generator().manual_seed(0)
-
-    def positive(size: int) -> torch.Tensor:
-        mixed = torch.randn(4 * size, size, generator=generator) @ torch.randn(size, size, generator=generator)
-        return mixed.T @ mixed / (4 * size * size)
-
-    return torch.randn(rows, columns, generator=generator), positive(columns), positive(rows) + 0.1 * torch.eye(rows)
-
-
-@needs_loops
-def test_rounding_by_both_sides_lowers_their_loss_and_ends_where_no_code_lowers_it(rounding: ModuleType) -> None:
-    weight_OI, hessian_II, side_OO = _some(40, 64)
-    scheme = Scheme(bits=3, group_size=32)
-    task = Task(grid=Grid.of(scheme, either_sign=True), group=32, dtype=torch.bfloat16, options=SolverOptions())
-    alone = solve(weight_OI[None], hessian_II[None], scheme, scale_dtype=torch.bfloat16)
-    start = rounding.Rounded(codes=alone.codes[0], scales=alone.scales[0])
-    found = rounding.solve_two_sided(weight_OI, hessian_II, side_OO, task, start, sweeps=50)
-    damped_II = hessian_II + 0.03 * hessian_II.diagonal().mean() * torch.eye(64)
-
-    def loss(one: object) -> float:
-        return float(rounding.two_sided_loss(rounding.residual_of(weight_OI, one, task), damped_II, side_OO))
-
-    assert loss(found) < 0.9 * loss(start)
-    best = loss(found)
-    for row, column in ((0, 0), (7, 30), (39, 63), (20, 5)):
-        for step in (-1, 1):
-            codes = found.codes.clone()
-            codes[row, column] = int(codes[row, column]) + step
-            if task.grid.low <= float(codes[row, column]) <= task.grid.high:
-                assert loss(rounding.Rounded(codes=codes, scales=found.scales)) > best * (1 - 1e-5)
-
-
-@needs_loops
-def test_with_independent_rows_both_sides_are_the_solvers_own_loss(rounding: ModuleType) -> None:
-    weight_OI, hessian_II, _ = _some(24, 64)
-    scheme = Scheme(bits=3, group_size=32)
-    task = Task(grid=Grid.of(scheme, either_sign=True), group=32, dtype=torch.bfloat16, options=SolverOptions())
-    alone = solve(weight_OI[None], hessian_II[None], scheme, scale_dtype=torch.bfloat16)
-    start = rounding.Rounded(codes=alone.codes[0], scales=alone.scales[0])
-    found = rounding.solve_two_sided(weight_OI, hessian_II, torch.eye(24), task, start)
-    assert (found.codes != start.codes).float().mean() < 0.01  # a sum in another order may tip one
-    left_OI = rounding.residual_of(weight_OI, start, task)
-    assert rounding.two_sided_loss(left_OI, hessian_II, torch.eye(24)) == pytest.approx(float(alone.loss[0]), rel=1e-3)
 
 
 def test_factors_are_those_of_the_jacobian_and_of_every_token(ends: ModuleType) -> None:
