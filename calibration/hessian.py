@@ -15,6 +15,10 @@ ORIGINAL_ASYMMETRY = 1.0
 """What `--match original` takes for `HessianOptions.asymmetry`."""
 ORIGINAL_BITS = 4
 """With `--match auto`: at 3 bits it takes a quarter of the divergence away, at 4 a seventh (docs/benchmarks.md)."""
+END_TOKENS = 8192
+"""What `--effort max` takes for `HessianOptions.end_tokens`: of 32,768 a quarter keeps nine tenths of the gain."""
+END_BITS = 8
+"""With so many bits, errors are too small for it to matter which outputs they are in."""
 _ROWS_AT_ONCE = 8192
 _CPU = torch.device("cpu")
 _NARROW = 1024  # columns; narrower Hessians are formed in narrower strips
@@ -37,6 +41,9 @@ class HessianOptions:
             no router logits are kept.
         asymmetry: how far a matrix is drawn to what the *original* model's inputs give (`compress.gptq.asymmetry`): 0,
             not at all, and no second stream of hidden states is kept; 1, all the way.
+        end_tokens: tokens of the text whose gradients say what errors of outputs cost at the end of the network
+            (`calibration.ends`); 0 for none, and then errors of all outputs of a matrix count alike.
+        end_floor: so many times the identity is added to what they say, whose mean diagonal is 1.
     """
 
     weight_power: int = 0
@@ -44,12 +51,16 @@ class HessianOptions:
     pooled_tokens: int = 1024
     least_tokens: int = 0
     asymmetry: float = 0.0
+    end_tokens: int = 0
+    end_floor: float = 0.3
 
     def __post_init__(self) -> None:
         if not 0 <= self.asymmetry <= 1:
             raise ValueError(f"{self}: need 0 <= asymmetry <= 1.")
         if self.least_tokens < 0:
             raise ValueError(f"{self}: need least_tokens >= 0.")
+        if self.end_tokens < 0 or self.end_floor <= 0:
+            raise ValueError(f"{self}: need end_tokens >= 0 and end_floor > 0.")
 
 
 def matches_original(match: str, bits: int, layer_bits: Mapping[int, int], effort: str = "normal") -> bool:
@@ -66,8 +77,12 @@ def matches_original(match: str, bits: int, layer_bits: Mapping[int, int], effor
 
 
 def hessian_for(match: str, bits: int, layer_bits: Mapping[int, int], effort: str = "normal") -> HessianOptions:
-    """The options for `--match`, all else as it is by default; arguments as of `matches_original`."""
-    return HessianOptions(asymmetry=ORIGINAL_ASYMMETRY if matches_original(match, bits, layer_bits, effort) else 0.0)
+    """The options for `--match` and `--effort`, all else as by default; arguments as of `matches_original`."""
+    original = matches_original(match, bits, layer_bits, effort)
+    few = min([bits, *layer_bits.values()]) < END_BITS
+    return HessianOptions(
+        asymmetry=ORIGINAL_ASYMMETRY if original else 0.0, end_tokens=END_TOKENS if few and effort == "max" else 0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -230,11 +230,17 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)  # `to` drops half of a complex table
 
 
+def plain_logits(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [B, T, V] of token windows [B, T]; with what autograd wants, where it is on."""
+    canvas = {"decoder_input_ids": tokens} if hasattr(model.config, "canvas_length") else {}  # else it draws one
+    logits: Tensor = model(input_ids=tokens, **canvas).logits
+    return logits
+
+
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor) -> Tensor:
-    """Logits [B, T, V] of token windows [B, T]."""
-    canvas = {"decoder_input_ids": tokens} if hasattr(model.config, "canvas_length") else {}  # else it draws one
-    return model(input_ids=tokens, **canvas).logits
+    """`plain_logits`, without."""
+    return plain_logits(model, tokens)
 
 
 def trial(model_type: str) -> str:

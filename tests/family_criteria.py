@@ -20,6 +20,7 @@ from typing import Any
 import every_family
 import tiny_models
 import torch
+from gradients import streamed_gradients, whole_gradients
 from stage_runs import G32, keep_of, pruned_folder, quantized_folder, streamed_logits
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ from moepress.models.storage.safetensors_file import read_bytes
 
 GOLDEN = Path(__file__).parent / "models" / "families_golden.json"
 TOLERANCE = 1e-5  # of the largest logit
+GRADIENT = 1e-4  # of their length
 KEPT = 8  # of 12 experts
 LEAST = 44  # types that show all; what keeps the others from it stands in the golden list
 TEN = (
@@ -152,6 +154,22 @@ def router(subject: Subject) -> None:
     assert family.rule is not None, "how its router chooses, or weighs, is none of the rules that moepress knows"
 
 
+def backward(subject: Subject) -> None:
+    """Gradients layer by layer are transformers'."""
+    source, tokens = subject.checkpoint, subject.tokens
+    labels = torch.randint(0, every_family.TEXT_VOCAB, (tokens.numel(),), generator=torch.Generator().manual_seed(0))
+
+    def loss(logits_RV: Tensor, rows: slice) -> Tensor:
+        return nn.functional.cross_entropy(logits_RV, labels[rows], reduction="sum")
+
+    ours = streamed_gradients(source, tokens, loss, subject.work)
+    wanted = whole_gradients(subject.reference, source.family.module_layers_at, tokens, loss)
+    for layer in range(1, len(ours)):  # what the first gets, others may get too
+        found = ours[layer].view_as(wanted[layer])
+        error = float((found - wanted[layer]).norm() / wanted[layer].norm().clamp(min=1e-9))
+        assert error <= GRADIENT, f"gradients before layer {layer} differ by {error:.1e}"
+
+
 CRITERIA: Mapping[str, Callable[[Subject], None]] = {
     "names": names,
     "streamed": streamed,
@@ -159,6 +177,7 @@ CRITERIA: Mapping[str, Callable[[Subject], None]] = {
     "keeps bytes": keeps_bytes,
     "pruned": pruned_is_masked,
     "quantized": quantized_loads,
+    "backward": backward,
 }
 
 
@@ -261,6 +280,7 @@ _REASONS = (
     ),
     ("none of the rules", "how the router chooses or weighs is no rule that moepress knows: no `loo`, no budgets"),
     ("can not be computed layer by", "the tiny model can not be computed layer by layer, which the proof refuses"),
+    ("gradients before layer", "layers hand on more than hidden states, which `--effort max` takes no gradient of"),
     ("do not fit its config.json", "tensors of one layer are stored under the names of another"),
 )
 _BEGIN, _END = "<!-- made by tests/family_criteria.py table -->", "<!-- end -->"

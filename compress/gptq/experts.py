@@ -14,7 +14,9 @@ from moepress.compress.gptq.block_choice import BlockChoice
 from moepress.compress.gptq.block_solver import BlockCoded, SolvedBlocks, solve_blocks
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.parts import part_slices, side_by_side
+from moepress.compress.gptq.sides import expert_side, floored, spread
 from moepress.compress.gptq.solver import Solved, solve
+from moepress.compress.gptq.two_sided import Side, Sides
 from moepress.converters.safetensors import floats
 from moepress.converters.safetensors.artifact import dense
 from moepress.converters.safetensors.scheme import Codes, Scheme
@@ -236,6 +238,7 @@ def solve_experts(
     sample_PD: Tensor,
     options: QuantizeOptions,
     originals: Originals | None = None,
+    metric_DD: Tensor | None = None,
 ) -> list[CodedExpert]:
     """Quantize a batch of experts of one layer.
 
@@ -251,6 +254,7 @@ def solve_experts(
         sample_PD: `pooled_inputs`.
         options: see `QuantizeOptions`.
         originals: `originals_of` the layer, where the original model's inputs give the targets.
+        metric_DD: what errors of the experts' sum cost at the end of the network (`calibration.ends`), or None.
     """
     device, experts = stream.model.solver_device, list(weights)
     inputs = _Inputs(stream=stream, originals=originals, options=options.hessian)
@@ -264,10 +268,15 @@ def solve_experts(
     hessians = _targets(stacked, of_inputs, options, stream.model.device)
     *_gate, up_name, down_name = stream.model.family.expert_names(layer, experts[0])
     kind = options.kind_of(up_name, layer, stacked.shape[2])
-    first, first_error = solve_measured(stacked, hessians, options, kind)
+    sides: Sides = (
+        None
+        if metric_DD is None
+        else [_side(inputs, layer, weights[e], positions[e], sample_PD, metric_DD) for e in experts]
+    )
+    first, first_error = solve_measured(stacked, hessians, options, kind, sides)
     if originals is not None:
         first_error = _errors((weights[e].first for e in experts), first, hessians)
-    del hessians, stacked
+    del hessians, stacked, sides
     with phase("pack"):
         first = first.on_host()
         gated = [weights[expert].gate is not None for expert in experts]
@@ -287,7 +296,9 @@ def solve_experts(
 
     hessians = _targets(downs, of_middles, options, stream.model.device)
     kind = options.kind_of(down_name, layer, downs.shape[2])
-    second, second_error = solve_measured(downs, hessians, options, kind)
+    if metric_DD is not None and stream.model.gating(layer).after is None:
+        sides = [floored([metric_DD], options.hessian.end_floor, device)] * len(experts)
+    second, second_error = solve_measured(downs, hessians, options, kind, sides)
     if originals is not None:
         second_error = _errors((weights[e].down for e in experts), second, hessians)
     with phase("pack"):
@@ -306,6 +317,26 @@ def solve_experts(
         )
         for index, expert in enumerate(experts)
     ]
+
+
+def _side(
+    inputs: "_Inputs",
+    layer: int,
+    expert: Expert,
+    position: tuple[Tensor, Tensor],
+    sample_PD: Tensor,
+    metric_DD: Tensor,
+) -> Side | None:
+    """B of gate and up of an expert, by what it does with the original's tokens where those are known."""
+    stream = inputs.stream
+    picked = spread(len(position[0]))
+    tokens, slots = position[0][picked], position[1][picked]
+    source, sample = (
+        (stream, sample_PD) if inputs.originals is None else (inputs.originals.stream, inputs.originals.sample)
+    )
+    own = source.inputs[tokens].to(stream.model.device), stream.weights[tokens, slots].to(stream.model.device)
+    few = sample[picked_tokens(len(sample), len(tokens))]
+    return expert_side(expert, stream.model.gating(layer), own, few, metric_DD, inputs.options)
 
 
 def _stacked(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
@@ -359,14 +390,19 @@ class Batch:
 
 
 def solve_measured(
-    weight_EOI: Tensor, hessian_EII: Tensor, options: QuantizeOptions, kind: BlockType | None = None
+    weight_EOI: Tensor,
+    hessian_EII: Tensor,
+    options: QuantizeOptions,
+    kind: BlockType | None = None,
+    sides: Sides = None,
 ) -> tuple[Batch, list[float]]:
     """`solve` by these options, in a block type where one is given, and `relative_errors` of what it gave."""
     with phase("solve"):
         if kind is not None:
-            blocks = solve_blocks(weight_EOI, hessian_EII, kind, options.solver)
+            blocks = solve_blocks(weight_EOI, hessian_EII, kind, options.solver, sides)
             return Batch(found=blocks, stored=options.stored_dtype), relative_errors(blocks.solved)
-        solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=options.scale_dtype, options=options.solver)
+        scale_dtype, solver = options.scale_dtype, options.solver
+        solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=scale_dtype, options=solver, sides=sides)
         batch = Batch(found=solved, stored=options.stored_dtype, codes=options.scheme.codes)
         return batch, relative_errors(solved)
 

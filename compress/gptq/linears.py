@@ -1,7 +1,7 @@
 """GPTQ for the Linears besides the routed experts: each on what reaches it once those before it are quantized."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -12,12 +12,21 @@ from moepress.compress.gptq.asymmetry import move_target, relative_error
 from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_measured
 from moepress.compress.gptq.include import LinearGroup
 from moepress.compress.gptq.kept import kept_linear
+from moepress.compress.gptq.sides import rows_of
+from moepress.compress.gptq.two_sided import Side
 from moepress.models.families.family import Part
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.stepping import Stepping, held_bytes
 from moepress.models.forward.walk import Stream
 from moepress.models.storage.block_types import BlockType
 from moepress.runs.phases import phase
+
+SideOf = Callable[[LinearGroup], Side | None]
+"""B of the rows of a group, one Linear's above the other's; None for 1."""
+
+
+def _no_side(_group: LinearGroup) -> Side | None:
+    return None
 
 
 def solve_head(stream: Stream, options: QuantizeOptions, reference: Stream | None = None) -> tuple[Matrix, float]:
@@ -44,6 +53,7 @@ def solve_linears(
     layer: int,
     groups: Sequence[LinearGroup],
     reference: Stream | None = None,
+    side_of: SideOf = _no_side,
 ) -> tuple[dict[str, Matrix], dict[str, float]]:
     """Quantize attention, shared expert or dense MLP, group after group, each on what the groups before it give.
 
@@ -54,6 +64,7 @@ def solve_linears(
         groups: `linear_groups` of the layer.
         reference: the original model's stream before the same layer, which its own model has loaded, where its inputs
             give the targets.
+        side_of: what errors of a group's outputs cost (`compress.gptq.sides`), where that is known.
 
     Returns:
         Matrices and relative errors, by name on disk.
@@ -65,7 +76,7 @@ def solve_linears(
         model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
         total = _captured_moments(stream, reference, layer, _place(stream, layer, group.names[0]))
         own = options.of_part(group.part)
-        matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens))
+        matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens), side_of(group))
         coded |= dict(zip(group.names, matrices, strict=True))
         errors |= dict(zip(group.names, losses, strict=True))
     return coded, errors
@@ -82,6 +93,7 @@ def solve_stepping(
     layer: int,
     groups: Sequence[LinearGroup],
     reference: Stream | None = None,
+    side_of: SideOf = _no_side,
 ) -> tuple[dict[str, Matrix], dict[str, float], bool]:
     """`solve_linears` and the first step of both streams in one forward pass each, which waits before each group.
 
@@ -108,7 +120,7 @@ def solve_stepping(
                 total = _added(total, moments(*(part.flatten(0, -2) for part in found)))
             assert total is not None
             own = options.of_part(group.part)
-            matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens))
+            matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens), side_of(group))
             coded |= dict(zip(group.names, matrices, strict=True))
             errors |= dict(zip(group.names, losses, strict=True))
             for place, matrix in zip(places, matrices, strict=True):
@@ -165,7 +177,7 @@ def _added(total: Moments | None, part: Moments) -> Moments:
 
 
 def _solve_stack(
-    stream: Stream, options: QuantizeOptions, names: Sequence[str], found: Moments
+    stream: Stream, options: QuantizeOptions, names: Sequence[str], found: Moments, side: Side | None = None
 ) -> tuple[list[Matrix], list[float]]:
     """Solve Linears with the same input as one, their rows being independent; in two where their types differ."""
     model = stream.model
@@ -178,14 +190,26 @@ def _solve_stack(
         alike = [name for name, own in zip(names, kinds, strict=True) if own == kind and kept[name] is None]
         if not alike:
             continue
-        solved, error = _solve_alike(stream, options, alike, found, kind)
+        own = None if side is None else rows_of(side, _numbers(stream, names, alike))
+        solved, error = _solve_alike(stream, options, alike, found, kind, own)
         matrices |= dict(zip(alike, solved, strict=True))
         errors |= dict.fromkeys(alike, error)
     return [matrices[name] for name in names], [errors[name] for name in names]
 
 
+def _numbers(stream: Stream, names: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """Which rows of these Linears, one above the other, are those of the wanted ones: int64."""
+    counts = torch.tensor([stream.model.source.shapes[name][0] for name in names])
+    return torch.tensor([name in wanted for name in names]).repeat_interleave(counts).nonzero()[:, 0]
+
+
 def _solve_alike(
-    stream: Stream, options: QuantizeOptions, names: Sequence[str], found: Moments, kind: BlockType | None
+    stream: Stream,
+    options: QuantizeOptions,
+    names: Sequence[str],
+    found: Moments,
+    kind: BlockType | None,
+    side: Side | None,
 ) -> tuple[list[Matrix], float]:
     model = stream.model
     with phase("read", size=sum(stored_bytes(model.source, name) for name in names)):
@@ -195,7 +219,7 @@ def _solve_alike(
         hessian_EII = found.hessian.to(model.solver_device).unsqueeze(0)
     original = stacked.clone() if found.cross is not None else None
     move_target(stacked[0], found, options.hessian.asymmetry, options.solver.damp)
-    batch, (error,) = solve_measured(stacked, hessian_EII, options, kind)
+    batch, (error,) = solve_measured(stacked, hessian_EII, options, kind, None if side is None else [side])
     whole = batch.matrix(0)
     if original is not None:
         error = relative_error(original[0], whole.dense(original.device).float(), hessian_EII[0])

@@ -20,7 +20,9 @@ from torch import Tensor
 from moepress import __version__
 from moepress.calibration.collect import resume_hidden, save_hidden
 from moepress.calibration.corpus import Corpus
+from moepress.calibration.ends import drop_all_ends, drop_ends, gather_ends
 from moepress.compress.gptq.block_solver import rounded_blocks
+from moepress.compress.gptq.ends import end_groups, metric_of, side_of
 from moepress.compress.gptq.experts import (
     CodedExpert,
     Matrix,
@@ -124,6 +126,9 @@ def quantize(
         options = replace(options, layer_bits={**options.layer_bits, **dict.fromkeys(predicting, options.scheme.bits)})
     counts = dict.fromkeys((*model.moe_layers, *predicting), model.shape.experts)
     chunks = plan_chunks(model.source, layers, counts, options)
+    if options.hessian.end_tokens:
+        wanted = end_groups(model.source, model.shape.layers, options, include)
+        gather_ends(model, corpus, run, limits, options.hessian.end_tokens, wanted)
     scratch, text = Scratch(run.folder, limits.memory_bytes), f"{corpus.windows.numel():,} tokens"
     try:
         with (
@@ -176,6 +181,7 @@ def _save(job: Job, layer: int, *, last: bool) -> None:
     save_hidden(job.run, job.stream, layer, last=last)
     if job.reference is not None:
         drop_original(job.run, layer - 1)
+    drop_ends(job.run, layer)
 
 
 def _error_text(run: Run, layer: int) -> str:
@@ -200,12 +206,13 @@ def _quantize_layer(job: Job, layer: int) -> None:
     done = job.run.done(f"layer-{layer}-0")
     groups = linear_groups(model.source, layer, model.shape.layers, job.include, job.names.get(layer, []))
     stepping = done is None and bool(groups) and steps_fit(stream, job.originals)
+    given = stream, job.options.of_layer(layer), layer, groups, job.originals, functools.partial(side_of, job, layer)
     if stepping:
-        coded, errors, routed = solve_stepping(stream, job.options.of_layer(layer), layer, groups, job.originals)
+        coded, errors, routed = solve_stepping(*given)
         release_memory()  # what waited: many tensors too small to have gone back by themselves
     else:
         if done is None:
-            coded, errors = solve_linears(stream, job.options.of_layer(layer), layer, groups, job.originals)
+            coded, errors = solve_linears(*given)
         else:
             coded, errors = read_linears(job, done, groups), {}
         model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
@@ -213,7 +220,7 @@ def _quantize_layer(job: Job, layer: int) -> None:
     if reference is not None:
         step_original(reference, layer, stepped=stepping)
     with on_card(stream, job.originals) if routed else nullcontext():
-        pooled = _pooled(job) if routed else None
+        pooled = _pooled(job, layer) if routed else None
         for part, experts in enumerate(job.chunks[layer]):
             _do_chunk(job, layer, part, experts, pooled, coded if part == 0 else {}, errors if part == 0 else {})
     last_step(stream, layer)
@@ -227,11 +234,14 @@ def _quantize_layer(job: Job, layer: int) -> None:
             check_original(reference, layer)
 
 
-def _pooled(job: Job) -> tuple[Tensor, Tensor, Originals | None]:
-    """What `solve_experts` wants to know of all tokens of a layer."""
+Pooled = tuple[Tensor, Tensor, Originals | None, Tensor | None]
+
+
+def _pooled(job: Job, layer: int) -> Pooled:
+    """What `solve_experts` wants to know of a layer besides the experts."""
     stream, options = job.stream, job.options.hessian
     originals = None if job.originals is None else originals_of(stream, job.originals, options)
-    return pooled_hessian(stream), pooled_inputs(stream, options), originals
+    return pooled_hessian(stream), pooled_inputs(stream, options), originals, metric_of(job, layer)
 
 
 def _do_chunk(
@@ -239,7 +249,7 @@ def _do_chunk(
     layer: int,
     part: int,
     experts: Sequence[int],
-    pooled: tuple[Tensor, Tensor, Originals | None] | None,
+    pooled: Pooled | None,
     linears: Mapping[str, Matrix],
     errors: Mapping[str, float],
 ) -> None:
@@ -289,7 +299,7 @@ def _solve(
     layer: int,
     loaded: Mapping[int, Expert],
     positions: Sequence[tuple[Tensor, Tensor]],
-    pooled: tuple[Tensor, Tensor, Originals | None],
+    pooled: Pooled,
     experts: Sequence[int],
 ) -> list[CodedExpert]:
     """Those experts of a batch; what is asked for and there already is kept."""
@@ -298,9 +308,9 @@ def _solve(
         given = loaded[expert], len(positions[expert][0]), options.stored_dtype
         if (found := kept_expert(job.stream.model.source, layer, expert, *given)) is not None:
             kept[expert] = found
-    weights, (hessian, sample, originals) = {e: loaded[e] for e in experts if e not in kept}, pooled
+    weights, (hessian, sample, originals, metric) = {e: loaded[e] for e in experts if e not in kept}, pooled
     if weights:
-        solved = solve_experts(job.stream, layer, weights, positions, hessian, sample, options, originals)
+        solved = solve_experts(job.stream, layer, weights, positions, hessian, sample, options, originals, metric)
         kept |= dict(zip(weights, solved, strict=True))
     return [kept[expert] for expert in experts]
 
@@ -392,5 +402,6 @@ def _finish(job: Job, companions: Path, summary: Mapping[str, Any], mtp_notes: S
     run.require_ready()
     for name in [p for p in run.pieces if p.startswith("hidden-")]:
         run.drop(name)
+    drop_all_ends(run)
     run.finish()
     return result

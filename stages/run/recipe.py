@@ -91,7 +91,7 @@ class Recipe(BaseModel):
     include: tuple[Literal["auto"] | Include, ...] = ("auto",)
     part_bits: dict[Include, int] = {}
     match: Literal["auto", "own", "original"] = "auto"
-    effort: Literal["fast", "normal", "high"] = "normal"
+    effort: Literal["fast", "normal", "high", "max"] = "normal"
     positive_scales: bool = False
     asymmetric: bool = False
     repair: tuple[Repair, ...] = ()
