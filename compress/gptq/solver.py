@@ -13,6 +13,8 @@ trace((W - Q) H (W - Q)^T) per expert, with H = sum_t a_t x_t x_t^T over its tok
    on, which is the damped one: with fewer tokens than columns the undamped one says nothing about most directions, and
    following it costs quality on new text.
 6. Rows that are no better than their round-to-nearest codes take those: the undamped loss never exceeds theirs.
+7. With a side B, what errors of two output rows cost together, rows are solved again by `two_sided`, which lowers
+   trace(B (W - Q) H (W - Q)^T) and with that may raise the loss above.
 
 `cpu` does that matrix by matrix with native loops, `batch` for all at once in torch. Nothing is random.
 """

@@ -32,9 +32,9 @@ Side = tuple[Tensor, ...]
 Sides = Sequence[Side | None] | None
 """Of each matrix of a batch, None where B is 1; or None where it is 1 for all."""
 
-_FED_ROWS, _FED_SWEEPS = 32, 2  # of a block of step 1, and in it
+_FED_ROWS, _FED_SWEEPS = 32, 4  # of a block of step 1, and in it
 _WIDE = 1024  # columns from which on twice as many rows share what is read of H, which no cache holds any more
-_ROWS, _ROUNDS = 64, 1  # of step 2: rows whose moves the other slopes take in one product, and rounds over them
+_ROWS, _ROUNDS = 64, 2  # of step 2: rows whose moves the other slopes take in one product, and rounds over them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
