@@ -42,8 +42,8 @@ class Steps:
     """How rows are solved where the matrices are; tensors have E matrices in front.
 
     Attributes:
-        solve: of targets [E, B, I], scales [E, B, G] and codes [E, B, I], which it finds (scales are kept where the
-            task searches none), and the task of these rows; gives the slopes (target - Q) H, [E, B, I].
+        solve: of targets [E, B, I], scales [E, B, G] and codes [E, B, I], both of which it finds (scales from those
+            that are given where the task searches none), and the task of these rows; gives the slopes (target - Q) H.
         descend: rows one after the other, in so many rounds at most, of shares [E, B, B], scales, codes and slopes; the
             last two change. Gives the numbers of the rows that changed, and by what every row moved its own (W - Q) H.
         factor: lower Cholesky factors of a batch, which it may overwrite, and whether all were positive.
