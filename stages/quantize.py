@@ -263,6 +263,7 @@ def _estimate(
         original_targets=request.hessian.asymmetry > 0,
         balanced=request.hessian.least_tokens > 0,
         solver=request.solver,
+        end_tokens=request.hessian.end_tokens,
         predicting=predicting,
     )
 

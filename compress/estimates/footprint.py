@@ -258,9 +258,11 @@ def peak_of(memory: dict[str, int], *moments: Sequence[str]) -> int:
 
 def quantize_peak(memory: dict[str, int]) -> int:
     """`peak_of` the moments of `quantize`."""
-    experts = ("layer", "solver", "expert's tokens", "intermediates", "pieces")
-    linears = ("layer", "activations", "waiting tokens", "other Linears")
-    return peak_of(memory, ("embeddings",), linears, experts, ("lm_head",))
+    memory = {"sides": 0, "gradients": 0, "logits": 0} | memory
+    experts = ("layer", "solver", "expert's tokens", "intermediates", "pieces", "sides")
+    linears = ("layer", "activations", "waiting tokens", "other Linears", "sides")
+    backward = ("layer", "gradients")
+    return peak_of(memory, ("embeddings",), linears, experts, ("lm_head",), backward, ("logits",))
 
 
 def device_bytes(work: Workload, memory: dict[str, int], *moments: Sequence[str]) -> int | None:
@@ -317,7 +319,10 @@ def disk_peak(disk: dict[str, int], layers: int) -> int:
     late = disk["output"] + disk.get("statistics by layer", 0) + disk["hidden states"] // max(1, min(2, layers - 1))
     walk = max(early, late) + disk["token buffers"] + disk.get("experts' outputs", 0)
     # The second walk comes when the first has ended: all statistics are there, and no hidden states.
-    return max(walk, disk.get("statistics by layer", 0) + disk.get("losses by kind", 0))
+    second = disk.get("statistics by layer", 0) + disk.get("losses by kind", 0)
+    # A backward pass comes before the walk, which then drops a layer's factors as it writes its codes.
+    begun = disk.get("factors", 0) + disk["hidden states"] + disk["token buffers"]
+    return max(walk, second, begun, disk.get("end of the network", 0) + disk["token buffers"])
 
 
 def hidden_bytes(figures: Figures, work: Workload) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from moepress.calibration.hessian import HessianOptions, gram_flops
+from moepress.calibration.hessian import END_BITS, HessianOptions, gram_flops
+from moepress.compress.estimates.ends import end_terms
 from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.figures import (
     Figures,
@@ -42,7 +43,7 @@ from moepress.compress.estimates.seconds import (
     solve_seconds,
 )
 from moepress.compress.gptq.experts import experts_that_fit, picked_tokens
-from moepress.compress.gptq.include import Include, included
+from moepress.compress.gptq.include import Include, included, included_as
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.reference import is_apart
 from moepress.converters.safetensors.scheme import Scheme
@@ -64,6 +65,7 @@ def estimate_quantize(
     balanced: bool = False,
     predicting: Iterable[int] = (),
     solver: SolverOptions | None = None,
+    end_tokens: int = 0,
 ) -> Estimate:
     """One forward pass, in which every layer is solved before the next.
 
@@ -80,6 +82,7 @@ def estimate_quantize(
         balanced: the router's logits are kept, see `compress.gptq.balance`.
         predicting: multi-token-prediction layers that stay; only their disk is counted.
         solver: how it is asked to solve; by default as it does by default.
+        end_tokens: of the backward pass before it, see `calibration.ends`.
     """
     shape, limits, streams = figures.shape, limits_of(figures, work), 2 if original_targets else 1
     include = included(include)
@@ -95,15 +98,20 @@ def estimate_quantize(
     rest |= {"waiting tokens": stepped, "intermediates": middles(figures, work, limits, at_once / count)}
     rest["expert's tokens"] = streams * slice_bytes(figures, min(work.tokens, ROWS_AT_ONCE))
     rest["freed tensors"] = freed(limits, rest)
-    disk = {"output": output} | hidden_disk(figures, work, spilled, streams)
+    few = [m for m in extra if (include.get(included_as(m.part) or Include.LM_HEAD) or scheme.bits) < END_BITS]
+    window = rest["activations"] // limits.batch_windows
+    ends = end_terms(figures, count, work, few, end_tokens, at_once, window, rates, solver)
+    rest |= ends.memory
+    disk = {"output": output} | hidden_disk(figures, work, spilled, streams) | ends.disk
     time = {}
     if rates is not None:
         again = [] if stepped else extra
         time = _quantize_seconds(figures, count, work, rates, at_once, extra, again, spilled, output, solver)
         if original_targets:
             time = _moved_seconds(figures, count, work, rates, extra, time)
+        time |= ends.time
     peak, least = quantize_peak(rest), least_memory(figures, work, (extra, sizes, output))
-    short = shortages(work, peak, least)
+    short, sides = shortages(work, peak, least), [name for name in ends.memory if name == "sides"]
     return Estimate(
         disk_bytes=disk_peak(disk, shape.layers),
         output_bytes=output,
@@ -112,8 +120,9 @@ def estimate_quantize(
             work,
             rest,
             ("embeddings",),
-            ("layer", "activations", "waiting tokens", "other Linears"),
-            ("layer", "solver", "expert's tokens", "intermediates"),
+            ("layer", "activations", "waiting tokens", "other Linears", *sides),
+            ("layer", "solver", "expert's tokens", "intermediates", *sides),
+            ("layer", "gradients") if sides else (),
         ),
         seconds=sum(time.values()) if rates is not None else None,
         tokens_per_expert=work.tokens * shape.top_k / count,

@@ -268,15 +268,13 @@ def solve_experts(
     hessians = _targets(stacked, of_inputs, options, stream.model.device)
     *_gate, up_name, down_name = stream.model.family.expert_names(layer, experts[0])
     kind = options.kind_of(up_name, layer, stacked.shape[2])
-    sides: Sides = (
-        None
-        if metric_DD is None
-        else [_side(inputs, layer, weights[e], positions[e], sample_PD, metric_DD) for e in experts]
-    )
+    sides: Sides = None
+    if metric_DD is not None:
+        sides = [_side(inputs, layer, weights[e], positions[e], sample_PD, metric_DD) for e in experts]
     first, first_error = solve_measured(stacked, hessians, options, kind, sides)
     if originals is not None:
         first_error = _errors((weights[e].first for e in experts), first, hessians)
-    del hessians, stacked, sides
+    del hessians, stacked
     with phase("pack"):
         first = first.on_host()
         gated = [weights[expert].gate is not None for expert in experts]
@@ -296,6 +294,7 @@ def solve_experts(
 
     hessians = _targets(downs, of_middles, options, stream.model.device)
     kind = options.kind_of(down_name, layer, downs.shape[2])
+    sides = None
     if metric_DD is not None and stream.model.gating(layer).after is None:
         sides = [floored([metric_DD], options.hessian.end_floor, device)] * len(experts)
     second, second_error = solve_measured(downs, hessians, options, kind, sides)

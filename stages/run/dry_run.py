@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moepress.calibration.hessian import matches_original
+from moepress.calibration.hessian import hessian_for
 from moepress.compress.budget.sizes import included_linears
 from moepress.compress.estimates.estimate import PROJECTED, Estimate
 from moepress.compress.estimates.export import Pressed, estimate_gguf, estimate_gptq, estimate_onnx, onnx_bytes_after
@@ -101,6 +101,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     if known.scheme is None:
         stages["prune"] = estimate_prune(sizes.after_bytes, rates)
     else:
+        hessian = hessian_for(full.match, known.scheme.bits, known.layer_bits, full.effort)
         stages["quantize"] = estimate_quantize(
             checkpoint,
             figures,
@@ -110,7 +111,8 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
             rates,
             include=include,
             layer_bits=known.layer_bits,
-            original_targets=matches_original(full.match, known.scheme.bits, known.layer_bits, full.effort),
+            original_targets=hessian.asymmetry > 0,
+            end_tokens=hessian.end_tokens,
             solver=solver_of(full.effort, positive=full.positive_scales),
             predicting=mtp_layers(checkpoint) if full.mtp is Mtp.KEEP else (),
         )

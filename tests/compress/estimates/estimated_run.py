@@ -17,6 +17,7 @@ from typing import Any
 
 from moepress.calibration.hessian import hessian_for
 from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.options import EFFORTS
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.profile import profile_estimate, profile_stage
@@ -31,8 +32,14 @@ REQUESTS = {
     "everything": QuantizeRequest(
         scheme=SCHEME, hessian=hessian_for("original", SCHEME.bits, {}), include=frozenset(Include)
     ),
+    "max": QuantizeRequest(
+        scheme=SCHEME,
+        hessian=hessian_for("original", SCHEME.bits, {}, "max"),
+        solver=EFFORTS["max"],
+        include=dict.fromkeys(Include),
+    ),
 }
-MACHINES = {"everything": Machine(device="cpu", memory_bytes=512 << 20)}  # so that all tokens can wait
+MACHINES = dict.fromkeys(("everything", "max"), Machine(device="cpu", memory_bytes=512 << 20))  # all tokens can wait
 
 
 def peak_resident_bytes() -> int:

@@ -47,7 +47,8 @@ from moepress.stages.profile import profile_stage
 
 CPU = torch.device("cpu")
 G128 = Scheme(bits=4, group_size=128)
-STAGES = ("profile", "quantize", "original", "everything")  # the last two: --match original, every Linear
+STAGES = ("profile", "quantize", "original", "everything", "max")
+# The last three: --match original, every Linear, --effort max.
 # hidden 512, so that matrices weigh more than what every process needs.
 MIDDLING = {
     "hidden_size": 512,
