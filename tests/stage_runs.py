@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from moepress.calibration.collect import collect
-from moepress.calibration.corpus import Corpus
+from moepress.calibration.corpus import Corpus, build_corpus, evaluation_windows
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import Profile, describe_corpus, fingerprint
+from moepress.calibration.sources import embedded_sources
 from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import model_dtype, scale_value_dtype
@@ -33,6 +34,7 @@ from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoi
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.journal import open_run
+from moepress.stages.places import model_folder
 
 CPU = torch.device("cpu")
 LIMITS = Limits(memory_bytes=1 << 30, batch_windows=4)
@@ -191,6 +193,27 @@ def streamed_logits(source: Source, windows: Tensor, scratch_folder: Path) -> Te
     model = StreamedModel(source, device=CPU, dtype=torch.float32)
     with torch.inference_mode():
         return model.head()(forward(model, windows, scratch, LIMITS))
+
+
+def demo_windows() -> Tensor:
+    """A little of the demo model's calibration text, [48, 128]."""
+    from moepress.stages.groundwork import load_tokenizer
+
+    tokenizer = load_tokenizer(model_folder("demo"))
+    return build_corpus(embedded_sources("calibration"), tokenizer, tokens=6144, window=128, seed=0).windows
+
+
+def demo_costs(source: Source, scratch_folder: Path) -> tuple[float, float]:
+    """Of a model made of the demo: its KL divergence from it in nats a token, and by how much its loss is larger."""
+    from moepress.stages.groundwork import load_tokenizer
+
+    folder = model_folder("demo")
+    test = evaluation_windows(embedded_sources("evaluation"), load_tokenizer(folder), window=128, max_windows=4).windows
+    one, other = (
+        streamed_logits(model, test, scratch_folder).log_softmax(dim=2) for model in (open_checkpoint(folder), source)
+    )
+    more = (one - other)[:, :-1].gather(2, test[:, 1:, None]).mean()
+    return float((one.exp() * (one - other)).sum(dim=2).mean()), float(more)
 
 
 def logits_of(model: Any, windows: Tensor) -> Tensor:

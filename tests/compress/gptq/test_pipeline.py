@@ -15,6 +15,8 @@ from stage_runs import (
     LIMITS,
     assert_near,
     content,
+    demo_costs,
+    demo_windows,
     keep_of,
     logits_of,
     quantized_folder,
@@ -40,6 +42,7 @@ from moepress.models.forward.walk import Scratch, Stream, add_experts, first_ste
 from moepress.models.storage.checkpoint import Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.runs.pieces import Piece
+from moepress.stages.places import model_folder
 
 G16 = Scheme(bits=4, group_size=16)
 EVERYTHING = tuple(Include)
@@ -313,28 +316,10 @@ class Rounded:
 
 
 def test_quantizing_the_demo_model_beats_rounding_to_nearest(tmp_path: Path) -> None:
-    from moepress.calibration.corpus import build_corpus, evaluation_windows
-    from moepress.calibration.sources import embedded_sources
-    from moepress.stages.groundwork import load_tokenizer
-    from moepress.stages.places import model_folder
-
     folder, scheme = model_folder("demo"), Scheme(bits=3, group_size=64)
-    tokenizer = load_tokenizer(folder)
-    text = build_corpus(embedded_sources("calibration"), tokenizer, tokens=6144, window=128, seed=0)
-    quantized_folder(folder, text.windows, tmp_path / "q", scheme=scheme)
-    test = evaluation_windows(embedded_sources("evaluation"), tokenizer, window=128, max_windows=4).windows
-    demo = open_checkpoint(folder)
-
-    def measured(source: Any) -> tuple[Tensor, float]:
-        logits = streamed_logits(source, test, tmp_path).log_softmax(dim=2)
-        return logits, float(-logits[:, :-1].gather(2, test[:, 1:, None]).mean())
-
-    original, loss = measured(demo)
-    divergences, losses = [], []
-    for source in (open_artifact(tmp_path / "q"), Rounded(demo, scheme)):
-        logits, nll = measured(source)
-        divergences.append(float((original.exp() * (original - logits)).sum(dim=2).mean()))
-        losses.append(nll - loss)
+    quantized_folder(folder, demo_windows(), tmp_path / "q", scheme=scheme)
+    sources = open_artifact(tmp_path / "q"), Rounded(open_checkpoint(folder), scheme)
+    divergences, losses = zip(*(demo_costs(source, tmp_path) for source in sources), strict=True)
     assert 0 < divergences[0] < 0.7 * divergences[1]
     assert losses[0] < losses[1]
 
