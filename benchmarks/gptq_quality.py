@@ -32,7 +32,7 @@ from quantizers import INCLUDE, NAMES, QUICK, TOOLS, Task, available, run_tool, 
 from setting import RESULTS, TRAINED, bench_model, machine, texts, trained_model
 
 from moepress.calibration.corpus import EvaluationCorpus
-from moepress.calibration.hessian import HessianOptions
+from moepress.calibration.hessian import END_TOKENS, HessianOptions
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.options import EFFORTS, SolverOptions
 from moepress.converters.safetensors.scheme import Codes, Scheme
@@ -60,6 +60,7 @@ class Variant:
 
 DEFAULT = Variant(name="default")  # at all bits with --match own, which --match auto takes for 4 bits and more
 HIGH = {"refits": EFFORTS["high"].refits, "annealed": EFFORTS["high"].annealed}
+MAX = {"asymmetry": 1.0, "end_tokens": END_TOKENS}
 VARIANTS = (
     Variant(name="act_order off", solver={"act_order": False}),
     Variant(name="scale_search off", solver={"scale_search": False}),
@@ -77,6 +78,7 @@ VARIANTS = (
     Variant(name="damp 0.1", solver={"damp": 0.1}),
     Variant(name="match original", hessian={"asymmetry": 1.0}),
     Variant(name="match original, effort high", hessian={"asymmetry": 1.0}, solver=HIGH),
+    Variant(name="match original, effort max", hessian=MAX),
     Variant(name="match original, refits 4", hessian={"asymmetry": 1.0}, solver={"refits": 4}),
     Variant(name="positive scales", solver={"signed": False}),
     Variant(name="int4 g32", request={"scheme": Scheme(bits=4, group_size=32)}),

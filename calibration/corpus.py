@@ -230,6 +230,21 @@ def _shares(available: Sequence[int], total: int) -> list[int]:
     return counts
 
 
+def sampled(corpus: Corpus, tokens: int, least: int = 1) -> torch.Tensor:
+    """So many tokens, or a little more, in whole windows of a corpus, of each domain its share: int64 [M, T].
+
+    Domains take turns in a corpus, so that every n-th window might be of one domain.
+
+    Args:
+        corpus: of at least one window.
+        tokens: in all.
+        least: windows that are taken where there are so many.
+    """
+    count = min(len(corpus.windows), max(least, -(-tokens // corpus.windows.shape[1])))
+    by_domain = corpus.domain_index.argsort(stable=True)
+    return corpus.windows[by_domain[torch.arange(count) * len(by_domain) // count].sort().values]
+
+
 def _choose(pools: dict[str, Pool], counts: Sequence[int], window: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws windows of each domain's end-to-end cut without repeats: int64 [N, T], and their domains, int64 [N]."""
     chosen = []

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moepress.calibration.corpus import Corpus
+from moepress.calibration.corpus import Corpus, sampled
 from moepress.models.forward.backward import Gradients, backward_head, backward_layer, open_gradients
 from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
 from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, last_step, open_stream
@@ -42,14 +42,6 @@ _BLOCK_ROWS = 2048  # rows of a Linear beyond these, or beyond the hidden size, 
 _LARGEST = torch.finfo(torch.float16).max
 _METRIC = "metric"
 _MARK = "ends"
-
-
-def sampled(corpus: Corpus, tokens: int) -> Tensor:
-    """So many tokens in whole windows of a corpus, of each domain its share: [M, T], one window at least."""
-    windows_NT = corpus.windows
-    count = min(len(windows_NT), max(1, math.ceil(tokens / windows_NT.shape[1])))
-    by_domain = corpus.domain_index.argsort(stable=True)  # domains may take turns
-    return windows_NT[by_domain[torch.arange(count) * len(windows_NT) // count].sort().values]
 
 
 def side_blocks(rows: int, hidden: int) -> list[int]:

@@ -35,7 +35,8 @@ TOKENS = 2048
 """Of one expert, at most; three quarters form its Hessian, the rest is held out."""
 POOLED_TOKENS = 4096
 """Of the layer, for the Hessian that experts with few tokens are drawn to."""
-_PARTS = 4  # every fourth window is held out
+_PARTS = 4  # so much of the windows is held out
+_GOLDEN, _SHIFT = (5**0.5 - 1) / 2, 0.6  # the shift comes nearest to a fourth of few
 _FEWEST = (16, 4)  # tokens that an expert needs to form a Hessian and to be measured on
 _SHARE = 0.2  # of the forward pass's time that solving may take, where fewer experts will do
 _SOLVER_COST = 3.0  # a solver's FLOP against those of a forward pass, in time
@@ -177,10 +178,14 @@ def _dense(stream: Stream, coded: CodedExpert) -> Expert:
 
 
 def held_out(stream: Stream) -> Tensor:
-    """Which tokens no Hessian sees, bool [N * T]: every fourth window, of few windows every fourth stretch."""
+    """Which tokens no Hessian sees, bool [N * T]: a fourth of the windows, of few windows a fourth of stretches.
+
+    Not every fourth: domains take turns in a corpus, and of four all that is held out would be of one. Multiples of the
+    golden ratio take a fourth of whatever comes in turns.
+    """
     windows, length = stream.hidden.shape[:2]
     unit = length if windows >= 2 * _PARTS else max(1, stream.tokens // (4 * _PARTS))
-    return torch.arange(stream.tokens) // unit % _PARTS == _PARTS - 1
+    return (torch.arange(stream.tokens) // unit).double().mul(_GOLDEN).add(_SHIFT).frac() >= 1 - 1 / _PARTS
 
 
 def spread(counts_E: Tensor, mass_E: Tensor, enough_E: Tensor, experts: int) -> dict[int, float]:

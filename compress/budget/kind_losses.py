@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepress.calibration.corpus import Corpus
+from moepress.calibration.corpus import Corpus, sampled
 from moepress.compress.budget.rounding import rounded, rounded_expert
 from moepress.compress.budget.sensitivities import TOKENS, KindLoss, ranges_of
 from moepress.compress.gptq.include import IN_LAYERS, linear_groups
@@ -81,10 +81,8 @@ class _RoundedOutside(SourceView):
 
 
 def sample(corpus: Corpus) -> Tensor:
-    """Windows [N, T] spread over the text, `TOKENS` in all or a little more."""
-    count, length = corpus.windows.shape
-    wanted = min(count, max(2, -(-TOKENS // length)))
-    return corpus.windows[torch.arange(wanted) * count // wanted]
+    """Windows [N, T] of all domains, `TOKENS` in all or a little more."""
+    return sampled(corpus, TOKENS, least=2)
 
 
 def kind_losses(model: StreamedModel, windows_NT: Tensor, run: Run, limits: Limits) -> list[KindLoss]:

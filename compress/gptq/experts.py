@@ -185,8 +185,10 @@ def experts_that_fit(shape: Shape, memory_bytes: int, device: torch.device) -> i
 
 def pooled_inputs(stream: Stream, options: HessianOptions) -> Tensor:
     """A fixed, evenly spread sample of the layer's tokens [P, D], for Hessians of experts with few tokens."""
-    count = min(options.pooled_tokens, stream.tokens)
+    count, window = min(options.pooled_tokens, stream.tokens), stream.hidden.shape[1]
     rows = torch.arange(count) * stream.tokens // max(count, 1)
+    if (step := stream.tokens // max(count, 1)) > window:  # domains take turns, window by window: no step is to follow
+        rows += (torch.arange(count, dtype=torch.float64).mul((5**0.5 - 1) / 2).frac() * step).long()
     with phase("Hessian"):
         return stream.inputs[rows].to(stream.model.device)
 

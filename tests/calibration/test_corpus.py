@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from stage_runs import corpus_of
 from texts import DEMO, Write, prose
 
 from moepress.calibration import corpus as corpus_module
-from moepress.calibration.corpus import build_corpus, evaluation_windows
+from moepress.calibration.corpus import build_corpus, evaluation_windows, sampled
 from moepress.calibration.sources import Split, embedded_sources, parse_sources
 from moepress.errors import InvalidInputError, UsageError
 
@@ -184,3 +185,13 @@ def test_memory_is_bounded_by_the_tokens_wanted_and_not_by_the_record(write: Wri
     of_record, of_text = json.loads(done.stdout)
     assert of_record < 60  # MiB; it was 205 for each MB of the record's 2.4
     assert of_text < 110  # it was 360: the pool's 2 MB at 180 a MB
+
+
+def test_every_domain_has_its_share_of_the_sample_though_domains_take_turns() -> None:
+    windows = torch.arange(64)[:, None].expand(-1, 8)
+    corpus = corpus_of(windows, windows[:, 0] % 4, ("a", "b", "c", "d"))
+    taken = sampled(corpus, 16 * 8)[:, 0]
+    assert (taken % 4).bincount().tolist() == [4, 4, 4, 4]
+    assert taken.tolist() == sorted(set(taken.tolist()))
+    assert len(sampled(corpus, 1)) == 1
+    assert torch.equal(sampled(corpus, 10**6), windows)

@@ -13,22 +13,12 @@ from torch import Tensor
 
 from moepress.calibration import ends
 from moepress.calibration.corpus import Corpus
-from moepress.calibration.ends import Outer, gather_ends, read_side, sampled, side_blocks
+from moepress.calibration.ends import Outer, gather_ends, read_side, side_blocks
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.runs.journal import Run, open_run
 
 TOKENS = 60
-
-
-def test_every_domain_has_its_share_of_the_sample_though_domains_take_turns() -> None:
-    windows = torch.arange(64)[:, None].expand(-1, 8)
-    corpus = corpus_of(windows, windows[:, 0] % 4, ("a", "b", "c", "d"))
-    taken = sampled(corpus, 16 * 8)[:, 0]
-    assert (taken % 4).bincount().tolist() == [4, 4, 4, 4]
-    assert taken.tolist() == sorted(set(taken.tolist()))
-    assert len(sampled(corpus, 1)) == 1
-    assert torch.equal(sampled(corpus, 10**6), windows)
 
 
 def test_wide_matrices_are_cut_into_blocks_of_about_the_hidden_size() -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import tiny_models
@@ -184,6 +186,14 @@ def test_the_sample_for_rare_experts_is_spread_over_all_tokens(tiny_model: Calla
     sample = pooled_inputs(stream, HessianOptions(pooled_tokens=18))
     assert torch.equal(sample, stream.inputs[::4])
     assert torch.equal(pooled_inputs(stream, HessianOptions()), stream.inputs)
+
+
+def test_a_sample_of_few_tokens_of_many_windows_has_some_of_every_domain_though_they_take_turns() -> None:
+    windows = torch.arange(64)[:, None].expand(-1, 8)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    stream = SimpleNamespace(hidden=windows[..., None], inputs=windows.reshape(-1, 1), tokens=512, model=model)
+    taken = pooled_inputs(cast(Stream, stream), HessianOptions(pooled_tokens=16))
+    assert (taken % 4).unique().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
