@@ -78,11 +78,12 @@ def sided(loss: Loss, end: Ends, routers: Ends) -> Generator[None]:
     solve_experts, solve_stepping = pipeline.solve_experts, pipeline.solve_stepping
 
     def by_sides(weight_EOI: Tensor, hessian_EII: Tensor, scheme: Scheme, **options: Any) -> Solved:
+        assert options.pop("sides", None) is None, "quantize has sides of its own"
         keys = walk.keys.pop(0)
         assert len(keys) == len(weight_EOI), "the walk and the keys went apart"
-        sides = [walk.side(key) for key in keys]
-        given = [None if side_OO is None else (side_OO,) for side_OO in sides]
-        return solve(weight_EOI, hessian_EII, scheme, **options, sides=given)
+        found = [walk.side(key) for key in keys]
+        given = [None if side_OO is None else (side_OO,) for side_OO in found]
+        return solve(weight_EOI, hessian_EII, scheme, sides=given, **options)
 
     def of_experts(stream: Stream, layer: int, weights: Mapping[int, Any], *rest: Any) -> Any:
         names = [stream.model.family.expert_names(layer, expert) for expert in weights]
