@@ -84,8 +84,10 @@ def backward_layer(
         model.load_layer(layer)
         if routed := model.has_experts(layer):
             _record(stream, layer)
-            for gradient in _at_experts(stream, gradients, layer):
-                told("", gradient)
+            given_TD = _at_experts(stream, gradients, layer)
+            for windows in _windows(stream):
+                told("", given_TD[_rows(stream, windows)].to(model.device))
+            _through_experts(stream, gradients, layer, given_TD)
         _through_layer(stream, gradients, layer, modules=list(modules), told=told, routed=routed)
         model.unload_layer(layer)
     stream.forget()
@@ -130,16 +132,28 @@ def _record(stream: Stream, layer: int) -> None:
                 add_output(stream, stream.sums, weights, *positions[expert], layer)
 
 
-def _at_experts(stream: Stream, gradients: Gradients, layer: int) -> Iterable[Tensor]:
-    """Pass back through the experts; yields the gradients at the sum of their outputs, window by window."""
-    model = stream.model
-    width = stream.inputs.shape[1]
+def _at_experts(stream: Stream, gradients: Gradients, layer: int) -> Tensor:
+    """Gradients at the sum of the experts' outputs, [N * T, D]."""
     if stream.sums is None:  # it is added to what the rest of the layer gives
-        given_TD = gradients.hidden.view(-1, width)
-    else:
-        given_TD = torch.cat([_at_sum(stream, gradients, layer, windows) for windows in _windows(stream)])
-    for windows in _windows(stream):
-        yield given_TD[_rows(stream, windows)]
+        return gradients.hidden.view(-1, stream.inputs.shape[1])
+    return torch.cat([_at_sum(stream, gradients, layer, windows) for windows in _windows(stream)])
+
+
+def _at_sum(stream: Stream, gradients: Gradients, layer: int, windows: slice) -> Tensor:
+    """Gradients [T, D] at the sum of the experts' outputs, which the layer does more with than add it."""
+    assert stream.sums is not None
+    device = stream.model.device
+    sum_TD = stream.sums[_rows(stream, windows)].to(device).requires_grad_()
+    with phase("backward"), torch.enable_grad():
+        returned, _ = _run(stream, layer, windows, stream.before(windows), sum_TD)
+        hidden = hidden_of(returned)
+        (back_TD,) = torch.autograd.grad(hidden, sum_TD, gradients.hidden[windows].to(device, hidden.dtype))
+    return back_TD.to("cpu", torch.float32)
+
+
+def _through_experts(stream: Stream, gradients: Gradients, layer: int, given_TD: Tensor) -> None:
+    """Pass back from the sum of the experts' outputs to their inputs and to the combine weights."""
+    model = stream.model
     gradients.inputs.zero_()
     gradients.weights.zero_()
     positions = tokens_of(stream.chosen, model.shape.experts)
@@ -158,18 +172,7 @@ def _at_experts(stream: Stream, gradients: Gradients, layer: int) -> Iterable[Te
                     (back_TD,) = torch.autograd.grad(output_TD, inputs_TD, own * given)
                     gradients.inputs.index_add_(0, rows, back_TD.to("cpu", torch.float32))
                     gradients.weights[rows, columns] = (output_TD.detach() * given).sum(dim=1).cpu()
-
-
-def _at_sum(stream: Stream, gradients: Gradients, layer: int, windows: slice) -> Tensor:
-    """Gradients [T, D] at the sum of the experts' outputs, which the layer does more with than add it."""
-    assert stream.sums is not None
-    device = stream.model.device
-    sum_TD = stream.sums[_rows(stream, windows)].to(device).requires_grad_()
-    with phase("backward"), torch.enable_grad():
-        returned, _ = _run(stream, layer, windows, stream.before(windows), sum_TD)
-        hidden = hidden_of(returned)
-        (back_TD,) = torch.autograd.grad(hidden, sum_TD, gradients.hidden[windows].to(device, hidden.dtype))
-    return back_TD.to("cpu", torch.float32)
+                    stream.touch(2 * len(rows))
 
 
 def _through_layer(

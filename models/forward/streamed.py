@@ -54,7 +54,7 @@ class StreamedModel:
         counts = experts_by_layer(source)
         shape = source.outline.shape
         self.family, self.shape = source.family, replace(shape, experts=max([shape.experts, *counts.values()]))
-        self.skeleton = _skeleton(source, counts)
+        self.skeleton = _skeleton(source, counts).requires_grad_(False)  # no pass back wants gradients of weights
         check_tensors(
             source.family,
             source.config,
