@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from float_rounding import RoundedFloats
 from peer_weights import check_reading, open_exact, quantized_names
-from quantizers import INCLUDE, NAMES, QUICK, TOOLS, Task, available, run_tool, write_windows
+from quantizers import INCLUDE, NAMES, OWN, QUICK, TOOLS, Task, available, run_tool, write_windows
 from setting import RESULTS, TRAINED, bench_model, machine, texts, trained_model
 
 from moepress.calibration.corpus import EvaluationCorpus
@@ -193,7 +193,7 @@ def peer_runs(setting: Setting, tools: list[str], bits: int, seed: int, work: Pa
 def quantized_by(tool: str, task: Task, folder: Path, windows: Path) -> dict[str, Any]:
     """Run a tool, or take the output of a peer that is there from before; only a finished run has the file DONE."""
     done = folder / "DONE.json"
-    if tool != "moepress" and done.exists():
+    if tool not in OWN and done.exists():
         said: dict[str, Any] = json.loads(done.read_text())
         return said
     shutil.rmtree(folder, ignore_errors=True)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from peer_weights import require_quantized
-from quantizers import LEARNED, NAMES, QUICK, TOOLS, Task, available, run_tool, versions, write_windows
+from quantizers import LEARNED, NAMES, OWN, QUICK, TOOLS, Task, available, run_tool, versions, write_windows
 from setting import RESULTS, bench_model, code_digest, machine, texts
 from speed_tables import phases_of, phases_table, rows_of, table
 
@@ -125,9 +125,9 @@ def one_sample(tool: str, task: Task, work: Path) -> dict[str, Any]:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=work) as folder:
         out = Path(folder) / "out"
-        rates = [fp32_rate()] if tool == "moepress" else []
+        rates = [fp32_rate()] if tool in OWN else []
         figures = run_tool(tool, task, out, work / "windows.safetensors")
-        rates += [fp32_rate()] if tool == "moepress" else []
+        rates += [fp32_rate()] if tool in OWN else []
         figures |= require_quantized(out, task.model, task.scheme) | {"load_before": load}
     return figures | ({"fp32_flops": max(rates)} if rates else {})
 

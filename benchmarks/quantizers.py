@@ -47,6 +47,12 @@ class Tool:
 
 TOOLS = {
     "moepress": Tool(title="moepress", peer=None, package="moepress"),
+    "moepress-fast": Tool(
+        title="moepress", mode="--effort fast", peer=None, package="moepress", options=("--effort", "fast")
+    ),
+    "moepress-max": Tool(
+        title="moepress", mode="--effort max", peer=None, package="moepress", options=("--effort", "max")
+    ),
     "gptqmodel": Tool(title="GPTQModel", peer="gptqmodel", package="gptqmodel"),
     "llmcompressor": Tool(
         title="llm-compressor", mode="all tokens to every expert", peer="llmcompressor", package="llmcompressor"
@@ -66,8 +72,9 @@ TOOLS = {
     ),
     "autoround": Tool(title="AutoRound", mode="200 iterations", peer="autoround", package="auto-round"),
 }
+OWN = tuple(name for name, tool in TOOLS.items() if tool.peer is None)
 LEARNED = ("autoround-light", "autoround")  # minutes for a layer of a small model on two cores
-QUICK = tuple(tool for tool in TOOLS if tool not in LEARNED)
+QUICK = tuple(tool for tool in TOOLS if tool not in (*LEARNED, *OWN[1:]))
 NAMES = {name: tool.named() for name, tool in TOOLS.items()}
 INCLUDE = ("attention", "shared", "dense")
 ENVIRONMENTS = Path.home() / ".cache" / "moepress-peers"  # where peers/setup.sh makes them
@@ -146,7 +153,7 @@ def run_tool(tool: str, task: Task, out: Path, windows: Path) -> dict[str, Any]:
         SystemExit: it failed.
     """
     report, log, timings = (out.parent / f"{out.name}.{kind}" for kind in ("json", "log", "timings"))
-    command = _moepress(task, out, timings) if tool == "moepress" else _peer(tool, task, out, windows)
+    command = _moepress(tool, task, out, timings) if tool in OWN else _peer(tool, task, out, windows)
     timings.unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(task.threads), "CUDA_VISIBLE_DEVICES": ""}  # all on the CPU
     environment.pop("OMP_WAIT_POLICY", None)  # each tool's own: passive waiting makes llm-compressor half as fast
@@ -158,10 +165,10 @@ def run_tool(tool: str, task: Task, out: Path, windows: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{log.read_text()[-3000:]}")
     figures = json.loads(report.read_text())
-    return figures | (_moepress_says(timings) if tool == "moepress" else _peer_says(log))
+    return figures | (_moepress_says(timings) if tool in OWN else _peer_says(log))
 
 
-def _moepress(task: Task, out: Path, timings: Path) -> list[str]:
+def _moepress(tool: str, task: Task, out: Path, timings: Path) -> list[str]:
     calibration = task.calibration
     command = [sys.executable, "-m", "moepress", "quantize", str(task.model), "-o", str(out), "--timings", str(timings)]
     command += ["--bits", str(task.scheme.bits), "--group-size", str(task.scheme.group_size)]
@@ -177,7 +184,7 @@ def _moepress(task: Task, out: Path, timings: Path) -> list[str]:
         command += ["--include", part]
     for domain in calibration.domains:
         command += ["--domain", domain]
-    return command
+    return [*command, *TOOLS[tool].options]
 
 
 def _peer(tool: str, task: Task, out: Path, windows: Path) -> list[str]:
