@@ -34,7 +34,7 @@ from moepress.models.storage.writer import Entry, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase
-from moepress.runs.progress import track
+from moepress.runs.progress import Advance, track
 
 Groups = Mapping[int, Sequence[Sequence[str]]]
 """Per layer: Linears that are solved as one, their rows one above the other, by their names on disk."""
@@ -74,31 +74,48 @@ def gather_ends(model: StreamedModel, corpus: Corpus, run: Run, limits: Limits, 
             with phase("embed"):
                 stream = open_stream(model, windows_NT, scratch, limits, observe=False)
             behind = _resumed(run, layers)
-            first = next((n for n in range(layers, 0, -1) if run.done(_hidden(n))), 0) if behind is None else layers
-            if behind is None and first:
-                _restore(run, stream, first)
-            advance(first)
-            for layer in range(first, layers):
-                with in_layer(layer), phase("other"):
-                    _forward(run, stream, layer)
-                advance(1)
-            gradients = open_gradients(stream)
             if behind is None:
-                _head(run, stream, gradients)
-                behind = layers
+                _go_forward(run, stream, advance)
             else:
-                _restore_gradient(run, gradients, behind)
-            advance(layers - behind)
-            for layer in reversed(range(behind)):
-                with in_layer(layer), phase("other"):
-                    _restore(run, stream, layer)
-                    _backward(run, stream, gradients, layer, groups.get(layer, ()))
-                advance(1)
+                advance(layers)
+            gradients = open_gradients(stream)
+            _go_back(run, stream, gradients, behind, groups, advance)
     finally:
         scratch.close()
     run.write(_MARK, f"{_MARK}.end", _touch)
     run.drop(_gradient(0))
     release_memory()
+
+
+def _go_forward(run: Run, stream: Stream, advance: Advance) -> None:
+    """Through all layers, from the last whose hidden states are kept."""
+    layers = stream.model.shape.layers
+    first = next((n for n in range(layers, 0, -1) if run.done(_hidden(n))), 0)
+    if first:
+        _restore(run, stream, first)
+    advance(first)
+    for layer in range(first, layers):
+        with in_layer(layer), phase("other"):
+            _forward(run, stream, layer)
+        advance(1)
+
+
+def _go_back(
+    run: Run, stream: Stream, gradients: Gradients, behind: int | None, groups: Groups, advance: Advance
+) -> None:
+    """Through the head, unless gradients before some layer are kept, and through the layers before that."""
+    layers = stream.model.shape.layers
+    if behind is None:
+        _head(run, stream, gradients)
+        behind = layers
+    else:
+        _restore_gradient(run, gradients, behind)
+    advance(layers - behind)
+    for layer in reversed(range(behind)):
+        with in_layer(layer), phase("other"):
+            _restore(run, stream, layer)
+            _backward(run, stream, gradients, layer, groups.get(layer, ()))
+        advance(1)
 
 
 def _touch(path: Path) -> None:
