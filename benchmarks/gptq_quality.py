@@ -78,7 +78,7 @@ VARIANTS = (
     Variant(name="damp 0.1", solver={"damp": 0.1}),
     Variant(name="match original", hessian={"asymmetry": 1.0}),
     Variant(name="match original, effort high", hessian={"asymmetry": 1.0}, solver=HIGH),
-    Variant(name="match original, effort max", hessian=MAX),
+    Variant(name="match original, effort max", hessian=MAX, solver={"annealed": EFFORTS["max"].annealed}),
     Variant(name="match original, refits 4", hessian={"asymmetry": 1.0}, solver={"refits": 4}),
     Variant(name="positive scales", solver={"signed": False}),
     Variant(name="int4 g32", request={"scheme": Scheme(bits=4, group_size=32)}),
