@@ -5,12 +5,16 @@ Shapes: R rows (positions) in a chunk, V vocabulary, N windows, T tokens in a wi
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moepress.validation.quality.perplexity import exponential, stratified_mean
-from moepress.validation.quality.results import Estimate, Paired
+from moepress.validation.quality.perplexity import exponential, stratified_mean, window_means
+from moepress.validation.quality.results import Estimate, Paired, Tail
+
+_SHARES = (0.5, 0.9, 0.99, 0.999)
+_RESAMPLES = 200
 
 
 def token_kl(reference_RV: Tensor, subject_RV: Tensor) -> Tensor:
@@ -32,6 +36,65 @@ def same_top1(reference_RV: Tensor, subject_RV: Tensor) -> Tensor:
     return reference_RV.argmax(dim=1) == subject_RV.argmax(dim=1)
 
 
+def common_top5(reference_RV: Tensor, subject_RV: Tensor) -> Tensor:
+    """How many of the reference's five likeliest tokens (of fewer all) are among the subject's five, uint8 [R]."""
+    count = min(5, reference_RV.shape[1])
+    first, second = (rows.topk(count, dim=1).indices for rows in (reference_RV, subject_RV))
+    return (first[:, :, None] == second[:, None]).any(dim=2).sum(dim=1).to(torch.uint8)
+
+
+def tail_of(kl_NT: Tensor, domain_index_N: Tensor, weights: Sequence[float]) -> Tail:
+    """Percentiles over positions, each position weighing as much as its domain's others.
+
+    Errors are the standard deviations over 200 resamples of the windows of each domain (bootstrap, seeded); None where
+    a domain of weight has a single window.
+
+    Args:
+        kl_NT: fp32 [N, T - 1], nats.
+        domain_index_N: int64 [N].
+        weights: of the domains, summing to 1.
+    """
+    counts = torch.bincount(domain_index_N, minlength=len(weights))
+    each = [weight / int(count) if weight else 0.0 for weight, count in zip(weights, counts, strict=True)]
+    weight_N = torch.tensor(each, dtype=torch.float64)[domain_index_N] / kl_NT.shape[1]
+    sorted_P, order_P = kl_NT.flatten().sort()
+    window_P = order_P // kl_NT.shape[1]
+    shares = torch.tensor(_SHARES, dtype=torch.float64)
+
+    def found(window_weight_N: Tensor) -> Tensor:
+        reached_P = window_weight_N[window_P].cumsum(0)
+        at = torch.searchsorted(reached_P, shares * reached_P[-1]).clamp(max=len(sorted_P) - 1)
+        return sorted_P[at].double()
+
+    values, alone = found(weight_N), any(w and int(c) < 2 for w, c in zip(weights, counts, strict=True))
+    errors: list[float | None] = [None] * len(_SHARES)
+    if not alone:
+        drawn = torch.Generator().manual_seed(0)
+        again = torch.stack([found(weight_N * _resampled(domain_index_N, drawn)) for _ in range(_RESAMPLES)])
+        errors = again.std(dim=0).tolist()
+    median, p90, p99, p999 = (
+        Estimate(value=value, error=error) for value, error in zip(values.tolist(), errors, strict=True)
+    )
+    largest = float(kl_NT[weight_N > 0].max())
+    return Tail(median=median, p90=p90, p99=p99, p999=p999, largest=largest)
+
+
+def _resampled(domain_index_N: Tensor, drawn: torch.Generator) -> Tensor:
+    """How often each window is drawn, with replacement, from its domain's: fp64 [N]."""
+    times_N = torch.zeros(len(domain_index_N), dtype=torch.float64)
+    for domain in domain_index_N.unique():
+        own = (domain_index_N == domain).nonzero()[:, 0]
+        picked = own[torch.randint(len(own), (len(own),), generator=drawn)]
+        times_N.index_add_(0, picked, torch.ones(len(own), dtype=torch.float64))
+    return times_N
+
+
+def root(estimate: Estimate) -> Estimate:
+    """The square root of an estimate that is not negative, the error by the delta method."""
+    value = math.sqrt(max(estimate.value, 0.0))
+    return Estimate(value=value, error=None if estimate.error is None or not value else estimate.error / (2 * value))
+
+
 def stratified_share(hits_NT: Tensor, domain_index_N: Tensor, weights: Sequence[float]) -> Estimate:
     """Weighted mean of the domains' shares, with the binomial sigma sqrt(p (1 - p) / n) of each.
 
@@ -51,22 +114,49 @@ def stratified_share(hits_NT: Tensor, domain_index_N: Tensor, weights: Sequence[
     return Estimate(value=share, error=math.sqrt(variance))
 
 
-def paired(
-    delta_nll_N: Tensor, kl_N: Tensor, same_NT: Tensor, domain_index_N: Tensor, weights: Sequence[float]
-) -> Paired:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What two models give for each predicted token.
+
+    Attributes:
+        before, after: fp32 [N, T - 1], NLL of the reference and of the subject, nats.
+        kl: fp32 [N, T - 1], KL(reference || subject), nats.
+        reverse: fp32 [N, T - 1], KL(subject || reference), nats.
+        same: bool [N, T - 1], same most likely token.
+        common: uint8 [N, T - 1], of `common_top5`.
+        top: how many tokens `common` is out of: five, of a smaller vocabulary all.
+    """
+
+    before: Tensor
+    after: Tensor
+    kl: Tensor
+    reverse: Tensor
+    same: Tensor
+    common: Tensor
+    top: int
+
+
+def paired(found: Compared, domain_index_N: Tensor, weights: Sequence[float]) -> Paired:
     """All paired measures of one row of the report.
 
     Args:
-        delta_nll_N: fp64 [N], window means of the subject minus those of the reference, nats per token.
-        kl_N: fp64 [N], window means, nats per token.
-        same_NT: bool [N, T - 1].
+        found: of all tokens.
         domain_index_N: int64 [N].
         weights: of the domains, summing to 1.
     """
-    delta = stratified_mean(delta_nll_N, domain_index_N, weights)
+
+    def mean(values_NT: Tensor) -> Estimate:
+        return stratified_mean(window_means(values_NT), domain_index_N, weights)
+
+    delta = mean(found.after.double() - found.before.double())
+    moved = (-found.after.double()).exp() - (-found.before.double()).exp()
     return Paired(
         delta_nll=delta,
         perplexity_ratio=exponential(delta),
-        kl=stratified_mean(kl_N, domain_index_N, weights),
-        same_top1=stratified_share(same_NT, domain_index_N, weights),
+        kl=mean(found.kl),
+        same_top1=stratified_share(found.same, domain_index_N, weights),
+        same_top5=mean(found.common / found.top),
+        reverse_kl=mean(found.reverse),
+        rms_delta_p=root(mean(moved.square())),
+        tail=tail_of(found.kl, domain_index_N, weights),
     )

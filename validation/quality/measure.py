@@ -99,13 +99,13 @@ def measure(
         folder = Path(name)
         with _passed(subjects[0], corpus, place, folder, choices) as before:
             reference = _scores(subjects[0].label, before, None, corpus.windows)
-            rows += quality_rows(subjects[0].label, corpus, reference, None)
+            rows += quality_rows(subjects[0].label, corpus, reference)
             runtimes = {subjects[0].label: before.runtime}
             for subject in subjects[1:]:
                 changes = _changes(subjects[0], subject, choices, len(corpus.windows))
                 with _passed(subject, corpus, place, folder, changes) as after:
                     scores = _scores(subject.label, after, before, corpus.windows)
-                rows += quality_rows(subject.label, corpus, scores, reference)
+                rows += quality_rows(subject.label, corpus, scores)
                 routing += [] if changes is None else changes.rows(subject.label, corpus)
                 runtimes[subject.label] = after.runtime
     quality = _quality(corpus, rows, vocabulary, device, dtype)

@@ -21,6 +21,23 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """How KL(reference || subject), nats, is spread over positions: a mean hides the few where a model goes astray.
+
+    Attributes:
+        median, p90, p99, p999: so much or less has a half of the positions, 90 %, 99 %, 99.9 %; errors by resampling
+            windows.
+        largest: the most that any position has.
+    """
+
+    median: Estimate
+    p90: Estimate
+    p99: Estimate
+    p999: Estimate
+    largest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
     """A subject against the reference on the same tokens.
 
@@ -29,12 +46,22 @@ class Paired:
         perplexity_ratio: exp(delta_nll): 1.02 is 2 % more perplexity than the reference has.
         kl: mean KL(reference || subject) over positions, nats per token; error over windows.
         same_top1: share of positions where both predict the same token; error is the binomial sigma.
+        same_top5: share of the reference's five likeliest tokens that are among the subject's; error over windows.
+        reverse_kl: mean KL(subject || reference), nats per token, which counts what only the subject thinks likely.
+        rms_delta_p: root of the mean squared difference of the probabilities of the token that follows in the text.
+        tail: how `kl` is spread over positions.
+
+    The last four are None in reports that were made before there were any.
     """
 
     delta_nll: Estimate
     perplexity_ratio: Estimate
     kl: Estimate
     same_top1: Estimate
+    same_top5: Estimate | None = None
+    reverse_kl: Estimate | None = None
+    rms_delta_p: Estimate | None = None
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

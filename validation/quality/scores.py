@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moepress.calibration.corpus import EvaluationCorpus
 from moepress.runs.progress import track
-from moepress.validation.quality.divergence import paired, same_top1, token_kl
+from moepress.validation.quality.divergence import Compared, common_top5, paired, same_top1, token_kl
 from moepress.validation.quality.perplexity import (
     bits_per_byte,
     equal_weights,
@@ -22,6 +22,7 @@ from moepress.validation.quality.perplexity import (
 from moepress.validation.quality.results import ALL_WINDOWS, DOMAIN_MEAN, QualityRow, Scope
 
 LOGITS_BYTES = 256 << 20  # all [R, V] arrays of a chunk together
+_TOP = 5
 _ARRAYS = 8  # fp32 [R, V] arrays alive at once: four of logits, two of log-probabilities, two inside the KL
 
 
@@ -48,13 +49,11 @@ class TokenScores:
 
     Attributes:
         nll: fp32 [N, T - 1], nats.
-        kl: fp32 [N, T - 1], nats, against the reference; None for the reference.
-        same: bool [N, T - 1], same most likely token as the reference.
+        against: the reference and it; None for the reference.
     """
 
     nll: Tensor
-    kl: Tensor | None
-    same: Tensor | None
+    against: Compared | None
 
 
 def score_tokens(
@@ -65,7 +64,7 @@ def score_tokens(
     logits_bytes: int = LOGITS_BYTES,
     title: str = "scores",
 ) -> TokenScores:
-    """Read the logits of a few positions at a time and keep three numbers for each.
+    """Read the logits of a few positions at a time and keep a few numbers for each.
 
     Args:
         subject: the model.
@@ -76,8 +75,8 @@ def score_tokens(
     """
     windows, length = windows_NT.shape
     shape, total = (windows, length - 1), windows * (length - 1)
-    nll = torch.empty(total)
-    kl, same = torch.empty(total), torch.empty(total, dtype=torch.bool)
+    nll, before_nll, kl, reverse = (torch.empty(total) for _ in range(4))
+    same, common, top = torch.empty(total, dtype=torch.bool), torch.empty(total, dtype=torch.uint8), _TOP
     targets, start = windows_NT[:, 1:].reshape(-1), 0
     read, read_reference = subject.reader(), reference.reader() if reference is not None else None
     step = 1  # the first row tells the size of the vocabulary
@@ -86,52 +85,59 @@ def score_tokens(
             count = min(step, total - start)
             chunk = slice(start, start + count)
             log_probabilities = torch.log_softmax(read(count), dim=-1)
-            nll[chunk] = token_nll(log_probabilities, targets[chunk].to(log_probabilities.device)).cpu()
+            wanted = targets[chunk].to(log_probabilities.device)
+            nll[chunk] = token_nll(log_probabilities, wanted).cpu()
             if read_reference is not None:
                 before = torch.log_softmax(read_reference(count), dim=-1).to(log_probabilities.device)
+                before_nll[chunk] = token_nll(before, wanted).cpu()
                 kl[chunk] = token_kl(before, log_probabilities).cpu()
+                reverse[chunk] = token_kl(log_probabilities, before).cpu()
                 same[chunk] = same_top1(before, log_probabilities).cpu()
+                common[chunk] = common_top5(before, log_probabilities).cpu()
+                top = min(_TOP, before.shape[1])
             start += count
             advance(count)
             step = max(1, logits_bytes // (4 * _ARRAYS * log_probabilities.shape[1]))
     if reference is None:
-        return TokenScores(nll=nll.view(shape), kl=None, same=None)
-    return TokenScores(nll=nll.view(shape), kl=kl.view(shape), same=same.view(shape))
+        return TokenScores(nll=nll.view(shape), against=None)
+    against = Compared(
+        before=before_nll.view(shape),
+        after=nll.view(shape),
+        kl=kl.view(shape),
+        reverse=reverse.view(shape),
+        same=same.view(shape),
+        common=common.view(shape),
+        top=top,
+    )
+    return TokenScores(nll=nll.view(shape), against=against)
 
 
-def quality_rows(
-    label: str, corpus: EvaluationCorpus, scores: TokenScores, reference: TokenScores | None
-) -> list[QualityRow]:
+def quality_rows(label: str, corpus: EvaluationCorpus, scores: TokenScores) -> list[QualityRow]:
     """One row for each domain, one for all windows, one for the mean over domains where there are several.
 
     Args:
         label: of the subject.
         corpus: the windows that the scores belong to.
         scores: the subject's.
-        reference: the reference's; None: the subject is the reference.
     """
     names, count = corpus.domains, len(corpus.domains)
     cuts: list[tuple[str, Scope, list[float]]] = [(n, "domain", one_domain(d, count)) for d, n in enumerate(names)]
     cuts.append((ALL_WINDOWS, "all", pooled_weights(corpus.domain_index, count)))
     if count > 1:
         cuts.append((DOMAIN_MEAN, "domain-mean", equal_weights(count)))
-    return [_row(label, corpus, scores, reference, *cut) for cut in cuts]
+    return [_row(label, corpus, scores, *cut) for cut in cuts]
 
 
 def _row(
     label: str,
     corpus: EvaluationCorpus,
     scores: TokenScores,
-    reference: TokenScores | None,
     domain: str,
     scope: Scope,
     weights: list[float],
 ) -> QualityRow:
     index, means = corpus.domain_index, window_means(scores.nll)
-    against = None
-    if reference is not None and scores.kl is not None and scores.same is not None:
-        delta = means - window_means(reference.nll)
-        against = paired(delta, window_means(scores.kl), scores.same, index, weights)
+    against = None if scores.against is None else paired(scores.against, index, weights)
     nll, per_window = stratified_mean(means, index, weights), scores.nll.shape[1]
     windows = sum(int((index == d).sum()) for d, weight in enumerate(weights) if weight)
     byte_weights = None if scope == "all" else weights

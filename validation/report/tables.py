@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moepress.validation.quality.results import Estimate, QualityRow, ThroughputRow
+from moepress.validation.quality.results import Estimate, Paired, QualityRow, ThroughputRow
 from moepress.validation.report.cells import (
     NONE,
     Table,
@@ -23,6 +23,7 @@ from moepress.validation.report.schema import ExpertName, Report
 from moepress.validation.speed.projection import interval_text
 from moepress.validation.speed.results import TargetFit, Targets
 
+TAIL = "Divergence by position"
 GPUS = "Which GPU holds it (projected)"
 
 
@@ -33,6 +34,7 @@ def tables(report: Report) -> tuple[Table, ...]:
         _sizes(report),
         _perplexity(report),
         _divergence(report),
+        _tail(report),
         _throughput(report),
         *_pruning(report),
         *_quantization(report),
@@ -147,6 +149,35 @@ def _divergence_row(row: QualityRow) -> tuple[str, ...]:
         share_estimate_text(row.paired.same_top1),
         number_text(row.paired.delta_nll, 4),
         bits,
+    )
+
+
+def _tail(report: Report) -> Table:
+    """The few places where a model goes astray, which a mean hides."""
+    rows = [_tail_row(row, row.paired) for row in report.quality.rows if row.paired is not None and row.paired.tail]
+    note = (
+        "KL divergence by position, in nats: a half of all positions has the median or less, 99 % have the next but "
+        "one or less. Reverse: the mean of KL(model || first model), which counts what only this model thinks likely. "
+        "Same top-5: how many of the first model's five likeliest tokens are among this one's. RMS Δp: how far the "
+        "probability of the token that follows in the text has moved. ± is one standard error, of percentiles by "
+        "resampling windows."
+    )
+    header = ("Model", "Text", "Median", "90 %", "99 %", "99.9 %", "Largest", "Reverse", "Same top-5", "RMS Δp")
+    return Table(title=TAIL, header=header, rows=tuple(rows), note=note, numeric=8)
+
+
+def _tail_row(row: QualityRow, paired: Paired) -> tuple[str, ...]:
+    tail = paired.tail
+    assert tail is not None
+    top5, rms, reverse = paired.same_top5, paired.rms_delta_p, paired.reverse_kl
+    return (
+        row.subject,
+        row.domain,
+        *(number_text(percentile, 4) for percentile in (tail.median, tail.p90, tail.p99, tail.p999)),
+        f"{tail.largest:.3g}",
+        NONE if reverse is None else number_text(reverse, 4),
+        NONE if top5 is None else share_estimate_text(top5),
+        NONE if rms is None else share_estimate_text(rms),
     )
 
 

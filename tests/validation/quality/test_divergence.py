@@ -4,8 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from moepress.validation.quality.divergence import paired, same_top1, stratified_share, token_kl
+from moepress.validation.quality.divergence import (
+    Compared,
+    common_top5,
+    paired,
+    same_top1,
+    stratified_share,
+    tail_of,
+    token_kl,
+)
 
 
 def log_probabilities(seed: int, rows: int = 5, vocabulary: int = 13) -> torch.Tensor:
@@ -68,13 +77,69 @@ def test_the_share_over_domains_weighs_them() -> None:
     assert share.error == pytest.approx(0.5 * math.sqrt(0.75 * 0.25 / 4))
 
 
+def compared(before: Tensor, after: Tensor, kl: Tensor | None = None) -> Compared:
+    """All tokens alike, but for these."""
+    return Compared(
+        before=before,
+        after=after,
+        kl=(after - before).abs() if kl is None else kl,
+        reverse=2 * (after - before).abs(),
+        same=torch.ones(before.shape, dtype=torch.bool),
+        common=torch.full(before.shape, 4, dtype=torch.uint8),
+        top=5,
+    )
+
+
 def test_pairing_removes_what_windows_have_in_common() -> None:
     generator = torch.Generator().manual_seed(0)
-    before = 5 + torch.randn(40, generator=generator).double()
-    delta = 0.1 + 0.01 * torch.randn(40, generator=generator).double()
-    kl, same, index = delta.abs(), torch.ones(40, 3, dtype=torch.bool), torch.zeros(40, dtype=torch.int64)
-    found = paired((before + delta) - before, kl, same, index, [1.0])
+    before = (5 + torch.randn(40, 1, generator=generator)).double().expand(-1, 3)
+    delta = 0.1 + 0.01 * torch.randn(40, 1, generator=generator).double()
+    found = paired(compared(before, before + delta), torch.zeros(40, dtype=torch.int64), [1.0])
     assert found.delta_nll.value == pytest.approx(0.1, abs=0.01)
     assert (found.delta_nll.error or 1) < 0.003  # unpaired it would be about 0.2
     assert found.perplexity_ratio.value == pytest.approx(math.exp(found.delta_nll.value))
     assert found.same_top1.value == 1
+    assert found.same_top5 is not None
+    assert found.same_top5.value == pytest.approx(0.8)
+    assert found.reverse_kl is not None
+    assert found.reverse_kl.value == pytest.approx(2 * found.kl.value)
+
+
+def test_probabilities_of_the_text_s_own_tokens_are_compared_by_the_root_of_their_squares() -> None:
+    before = torch.tensor([[0.5, 0.25], [0.8, 0.1]]).log().neg()
+    after = torch.tensor([[0.4, 0.25], [0.5, 0.5]]).log().neg()
+    found = paired(compared(before, after), torch.zeros(2, dtype=torch.int64), [1.0]).rms_delta_p
+    assert found is not None
+    assert found.value == pytest.approx(math.sqrt((0.1**2 + 0 + 0.3**2 + 0.4**2) / 4), rel=1e-5)
+    assert found.error is not None
+
+
+def test_the_likeliest_five_are_counted_whatever_their_order() -> None:
+    before = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0], [6.0, 5, 4, 3, 2, 1, 0]])
+    after = torch.tensor([[2.0, 3, 4, 5, 6, 1, 0], [0.0, 1, 2, 3, 4, 5, 6]])
+    assert common_top5(before, after).tolist() == [5, 3]
+    assert common_top5(before[:, :3], after[:, :3]).tolist() == [3, 3]
+
+
+def test_percentiles_are_those_of_all_positions() -> None:
+    kl = torch.arange(1000.0).view(10, 100)
+    tail = tail_of(kl[torch.randperm(10, generator=torch.Generator().manual_seed(0))], torch.zeros(10).long(), [1.0])
+    assert [e.value for e in (tail.median, tail.p90, tail.p99, tail.p999)] == [499.0, 899.0, 989.0, 998.0]
+    assert tail.largest == 999
+    assert tail.median.error is not None
+    assert 50 < tail.median.error < 200  # of ten windows, each a tenth of the range
+
+
+def test_every_domain_weighs_what_it_is_to_weigh() -> None:
+    kl = torch.cat([torch.full((8, 4), 1.0), torch.full((2, 4), 9.0)])
+    index = torch.tensor([0] * 8 + [1] * 2)
+    assert tail_of(kl, index, [0.8, 0.2]).median.value == 1
+    assert tail_of(kl, index, [0.4, 0.6]).median.value == 9
+    only = tail_of(kl, index, [1.0, 0.0])
+    assert only.largest == only.p999.value == 1
+    assert only.p999.error == 0
+
+
+def test_a_single_window_has_no_error() -> None:
+    tail = tail_of(torch.arange(8.0).view(1, 8), torch.zeros(1).long(), [1.0])
+    assert (tail.median.error, tail.p999.error) == (None, None)

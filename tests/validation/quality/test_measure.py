@@ -59,6 +59,13 @@ def test_an_identical_subject_has_no_divergence_at_all(quality: Quality) -> None
         assert against is not None
         assert (against.kl.value, against.kl.error) == (0, 0)
         assert (against.same_top1.value, against.same_top1.error) == (1, 0)
+        assert against.tail is not None
+        assert against.tail.largest == 0
+        assert [found and found.value for found in (against.same_top5, against.reverse_kl, against.rms_delta_p)] == [
+            1,
+            0,
+            0,
+        ]
         assert (against.delta_nll.value, against.perplexity_ratio.value) == (0, 1)
         assert quality.row("copy", domain).nll == quality.row("demo", domain).nll
 
@@ -88,9 +95,11 @@ def test_the_size_of_a_chunk_changes_nothing_but_the_last_bits(
     whole = score_tokens(after, before, corpus.windows)
     for logits_bytes in (1, 200_000):
         part = score_tokens(after, before, corpus.windows, logits_bytes=logits_bytes)
-        for one, other in ((whole.nll, part.nll), (whole.kl, part.kl), (whole.same, part.same)):
-            assert one is not None
-            assert other is not None
+        torch.testing.assert_close(whole.nll, part.nll, rtol=1e-5, atol=1e-6)
+        assert whole.against is not None
+        assert part.against is not None
+        for name in ("before", "after", "kl", "reverse", "same", "common"):
+            one, other = (getattr(scores.against, name) for scores in (whole, part))
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
