@@ -1,4 +1,4 @@
-"""What quantization costs on a trained model: round-to-nearest, plain GPTQ and moepress at 4, 3 and 2 bits.
+"""What quantization costs on a trained model: round-to-nearest, plain GPTQ and moepress (twice) at 4, 3 and 2 bits.
 
     python benchmarks/quality.py [--bits 4 3 2]
 
@@ -19,7 +19,7 @@ from setting import bench_model, save, texts
 from moepress.calibration.hessian import HessianOptions, hessian_for
 from moepress.compress.gptq.grid import absmax_scales, dequantize, round_to_nearest
 from moepress.compress.gptq.include import Include, linear_groups
-from moepress.compress.gptq.options import SolverOptions
+from moepress.compress.gptq.options import EFFORTS, SolverOptions
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
@@ -96,9 +96,10 @@ def main() -> None:
             methods = {
                 "plain GPTQ": (PLAIN, HessianOptions(weight_power=0, shrinkage_tokens=0.0)),
                 "moepress": (SolverOptions(), hessian_for("auto", width, {})),
+                "moepress --effort max": (EFFORTS["max"], hessian_for("auto", width, {}, "max")),
             }
             for method, (solver, hessian) in methods.items():
-                label, folder = f"{method} {width} bit", Path(name) / f"{method.split()[0]}-{width}"
+                label, folder = f"{method} {width} bit", Path(name) / f"{len(seconds)}"
                 seconds[label] = quantized(folder, scheme, solver, hessian)
                 source = open_artifact(folder)
                 size = source.total_bytes
@@ -128,7 +129,7 @@ def main() -> None:
         )
         took = f"  {seconds[subject.label]:5.1f} s" if subject.label in seconds else ""
         figures = f"perplexity {row.perplexity.value:8.3f}  {change:+8.2%} +- {error or 0:.2%}  KL {kl:.5f}"
-        print(f"{subject.label:26s} {figures}{took}")
+        print(f"{subject.label:28s} {figures}{took}")
     save("quality", rows, tokens=found.tokens, window=found.window)
 
 
