@@ -17,7 +17,7 @@ from moepress.converters.gguf.placed import Folder, Matrices, exactly, placed_te
 from moepress.converters.safetensors.artifact import Artifact, refuse_floats
 from moepress.converters.safetensors.floats import power_bytes
 from moepress.converters.safetensors.packing import to_unsigned
-from moepress.converters.safetensors.scheme import Codes, Scheme
+from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part
 from moepress.models.storage.block_types import PLAIN, TYPES, BlockType
@@ -132,10 +132,7 @@ class Writer:
             stored = source.stored.get(name)
             return _OF_DTYPE.get(stored.dtype, "BF16") if stored is not None else "BF16"
         scheme, columns = source.scheme_of(name), source.shapes[name][1]
-        if scheme.codes is Codes.MXFP4:
-            return "MXFP4"
-        if scheme.floats:
-            refuse_floats(source, "the GGUF export")
+        refuse_floats(scheme.codes, "gguf", source.folder)
         group = scheme.columns_per_group(columns)
         if group % 32:
             raise UnsupportedError(
@@ -227,6 +224,9 @@ def type_of(scheme: Scheme) -> str:
     Raises:
         UnsupportedError: there is none.
     """
+    refuse_floats(scheme.codes, "gguf")
+    if scheme.floats:
+        return "MXFP4"
     if scheme.symmetric:
         return "Q8_0" if scheme.bits == 8 else "Q4_0"
     if scheme.bits == 8:

@@ -75,7 +75,7 @@ def check_mlx(artifact: Artifact) -> None:
             f"Models of type {family} can not be exported to MLX: moepress has no row for them; it has "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    refuse_floats(artifact, "the MLX export")
+    refuse_floats(artifact.floats, "mlx", artifact.folder)
     if artifact.layout != "compressed-tensors":
         raise UnsupportedError("MLX's words are those of the compressed-tensors folder; export that one to mlx.")
     for scheme in {scheme for _targets, scheme in artifact.schemes}:

@@ -81,7 +81,7 @@ def plan_onnx(source: Checkpoint | Artifact, request: OnnxRequest) -> Decoder:
         InvalidInputError: the folder is not whole, or config.json or generation_config.json holds what can not be.
     """
     if isinstance(source, Artifact):
-        refuse_floats(source, "the ONNX export")
+        refuse_floats(source.floats, "onnx", source.folder)
     decoder = build_decoder(source, dtype=request.dtype, kernel=request.kernel, accuracy_level=request.accuracy_level)
     if decoder.model.ByteSize() > PROTO_BYTES:
         raise UnsupportedError(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, floats, gptq, gptq_config
-from moepress.converters.safetensors.scheme import Codes, Scheme
+from moepress.converters.safetensors.scheme import FLOAT_GROUPS, Codes, Scheme
 from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.families.family import Family
 from moepress.models.families.table import family_of
@@ -171,19 +171,28 @@ def _parts_of(layout: str, scheme: Scheme) -> str:
     return scheme.codes.value if scheme.floats else layout
 
 
-def refuse_floats(artifact: Artifact, target: str) -> None:
-    """Refuse 4-bit floats where a layout holds integers.
+_TAKE_FLOATS = {"gguf": frozenset({Codes.MXFP4})}
+"""Exports that take 4-bit floats, and which; all others hold integers."""
+
+
+def refuse_floats(codes: Codes | None, target: str, holder: object = "The result of --scheme") -> None:
+    """Refuse 4-bit floats where an export does not take them.
+
+    Args:
+        codes: of the folder; None as good as integers.
+        target: the export, as `--to` names it.
+        holder: the folder, or what is to become of it.
 
     Raises:
         UnsupportedError: saying what can be done with the folder.
     """
-    codes = artifact.floats
-    if codes is not None:
-        gguf = " export it with --to gguf," if codes is Codes.MXFP4 else ""
-        raise UnsupportedError(
-            f"{artifact.folder} holds {codes} floats, which {target} does not take: give the folder to vLLM as it is,"
-            f"{gguf} or quantize the original with --bits."
-        )
+    if codes not in FLOAT_GROUPS or codes in _TAKE_FLOATS.get(target, ()):
+        return
+    others = "".join(f" export it with --to {name}," for name, taken in _TAKE_FLOATS.items() if codes in taken)
+    raise UnsupportedError(
+        f"{holder} holds {codes} floats, which --to {target} does not take: give the folder to vLLM as it is,{others} "
+        "or quantize the original with --bits."
+    )
 
 
 def dense(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None = None) -> Tensor:

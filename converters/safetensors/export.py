@@ -47,7 +47,7 @@ def check_target(artifact: Artifact, target: Target) -> None:
     Raises:
         UnsupportedError: codes are floats, bits of experts differ, or lm_head is quantized.
     """
-    refuse_floats(artifact, f"the {target} layout")
+    refuse_floats(artifact.floats, target, artifact.folder)
     if len(_schemes(artifact)[0]) > 1:
         raise UnsupportedError(
             f"{artifact.folder} has experts of mixed bits, which moepress lays out for ONNX only (--to onnx); loaders "
