@@ -22,6 +22,7 @@ from moepress.compress.pruning.plan import plan_text
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import read_expert
+from moepress.validation.report.model_card import plain_card
 
 FORMATS = ("nvfp4", "mxfp4")
 each_format = pytest.mark.parametrize("name", FORMATS)
@@ -114,6 +115,13 @@ def test_transformers_loads_mxfp4_as_it_is_and_leaves_the_divisor_of_nvfp4_out(p
                 torch.testing.assert_close(theirs.float(), ours.float() * divisor, rtol=0.02, atol=0)
             else:
                 assert torch.equal(theirs, ours)
+
+
+@each_format
+def test_a_card_without_a_report_proposes_what_loads_it(name: str, pressed: Pressed) -> None:
+    card = plain_card(pressed(name), pressed(name))
+    assert "vllm serve path/to/this/folder" in card
+    assert ("from_pretrained" in card) == (name == "mxfp4")
 
 
 @each_format

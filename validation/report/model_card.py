@@ -16,6 +16,8 @@ from moepress import __version__
 from moepress.converters.gguf.file import gguf_file
 from moepress.converters.mlx.folder import is_mlx
 from moepress.converters.onnx.folder import is_onnx
+from moepress.converters.safetensors.compressed_tensors_config import stated_codes
+from moepress.converters.safetensors.scheme import Codes
 from moepress.hub.snapshot import origin_of
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import read_json
@@ -90,6 +92,13 @@ _MIXED = (
     "error.**\n\n"
     "```sh\nvllm serve path/to/this/folder\n```"
 )
+_DIVIDED = (
+    "vLLM loads it. **transformers leaves the divisor of experts' scales out: it loads such a folder wrong, without an "
+    "error.**\n\n"
+    "```sh\nvllm serve path/to/this/folder\n```"
+)
+_OF_CODES = {Codes.NVFP4: _DIVIDED}
+"""In the place of a layout's text, where not all of its loaders know the codes."""
 
 
 def model_card(
@@ -99,6 +108,7 @@ def model_card(
     *,
     stored_bytes: int | None = None,
     mixed: bool = False,
+    codes: Codes = Codes.INT,
     file: str = "",
 ) -> str:
     """The card of a pressed model; the same report gives the same text, and nothing in it depends on the clock.
@@ -109,6 +119,7 @@ def model_card(
         layout: of the folder; the table ends with the folder's own row.
         stored_bytes: of its weights; None for what the report says.
         mixed: bits differ by layer.
+        codes: of the folder in compressed-tensors layout.
         file: of a folder with GGUF, the one to load.
     """
     front = _front_matter(report, source, layout)
@@ -122,7 +133,7 @@ def model_card(
         _remark(report, layout) + _measured(report),
         "Perplexity alone misses damage: test it on your own task.",
         "## How to load it",
-        _MIXED if mixed and layout == "compressed-tensors" else _loading(layout, file),
+        _MIXED if mixed and layout == "compressed-tensors" else _loading(layout, file, codes),
         *(_behind_the_card(report, file) if layout == "gguf" else ()),
         "## Licence",
         _licence(front, source.folder),
@@ -130,7 +141,9 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _loading(layout: Format | Literal["plain"], file: str) -> str:
+def _loading(layout: Format | Literal["plain"], file: str, codes: Codes) -> str:
+    if layout == "compressed-tensors" and codes in _OF_CODES:
+        return _OF_CODES[codes]
     return _LOADING[layout].replace(_FILE, shlex.quote(file) if file else _FILE)
 
 
@@ -177,7 +190,7 @@ def plain_card(folder: Path, base: Path) -> str:
         f"{how}, made of {source_link(base)} with moepress {__version__}; `moepress.json` says how.",
         "What it lost was not measured here: test it on your own task.",
         "## How to load it",
-        _loading(layout or "plain", "" if layout != "gguf" else getattr(gguf_file(folder), "name", "")),
+        _loading(layout or "plain", "" if layout != "gguf" else getattr(gguf_file(folder), "name", ""), _codes(config)),
         "## Licence",
         _licence(front, base),
     ]
@@ -195,6 +208,12 @@ def _layout(folder: Path) -> Format | None:
     if is_mlx(folder):
         return "mlx"
     return method if method in ("compressed-tensors", "gptq", BLOCKS_METHOD) else None  # a pruned fp8 model stays one
+
+
+def _codes(config: Mapping[str, Any]) -> Codes:
+    """What a compressed-tensors folder's config says that codes are."""
+    quantization = config.get("quantization_config")
+    return stated_codes(quantization) if isinstance(quantization, dict) else Codes.INT
 
 
 def source_link(folder: Path) -> str:

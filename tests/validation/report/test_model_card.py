@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from moepress.converters.safetensors.scheme import Codes
 from moepress.hub.snapshot import HubModel, origin_of
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.validation.quality.results import Quality
@@ -74,6 +75,15 @@ def test_the_body_says_how_it_was_made_and_what_it_cost(demo: Checkpoint, report
     assert report.created is not None
     assert report.created not in text
     assert text == model_card(report, demo, "compressed-tensors")
+
+
+def test_a_runtime_that_reads_the_codes_wrong_is_not_proposed(demo: Checkpoint, report: Report) -> None:
+    divided = model_card(report, demo, "compressed-tensors", codes=Codes.NVFP4)
+    assert "from_pretrained" not in divided
+    assert "vllm serve path/to/this/folder" in divided
+    assert "without an error" in divided
+    powers = model_card(report, demo, "compressed-tensors", codes=Codes.MXFP4)
+    assert powers == model_card(report, demo, "compressed-tensors")
 
 
 def test_each_export_has_a_row_of_its_own(demo: Checkpoint, report: Report) -> None:
