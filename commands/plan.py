@@ -10,6 +10,7 @@ import click
 from moepress.commands.console import emit, note
 from moepress.commands.options import (
     budget_options,
+    float_option,
     force_option,
     include_option,
     json_option,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @targets_file_option
 @click.option("--no-quantization", is_flag=True, help="Plan for pruning alone.")
 @scheme_options
+@float_option
 @include_option
 @click.option(
     "--to",
@@ -57,6 +59,7 @@ def plan(profiles: tuple[Path, ...], output: Path | None, force: bool, as_json: 
               moepress plan profile --budget 12GiB -o plan.json
               moepress plan profile --target rtx-4060-ti-16gb --context 8192 -o plan.json
               moepress plan profile --budget 12GiB --to gguf -o plan.json
+              moepress plan profile --keep 0.75 --scheme mxfp4 -o plan.json
     """
     from moepress.runs.files import check_file, write_atomically
     from moepress.stages.places import require_profiles
@@ -100,7 +103,8 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
         console.print(f"protected: {protected} experts with outstanding activations are never pruned")
     sizes = plan.sizes
     change = sizes.after_bytes / sizes.before_bytes - 1
-    scheme = f", {plan.quantization.bits} bit g{plan.quantization.group_size}" if plan.quantization else ""
+    said = plan.quantization
+    scheme = "" if said is None else f", {said.scheme().short}" + ("" if said.floats else f" g{said.group_size}")
     scheme = f", {mix_text(plan.grids)}" if plan.grids else scheme
     console.print(
         f"size: {human_bytes(sizes.before_bytes)} -> about {human_bytes(sizes.after_bytes)} ({change:+.0%}{scheme})"

@@ -34,6 +34,7 @@ from moepress.commands.requests import (
     all_default,
     asked_of,
     calibration_of,
+    floats_of,
     machine_of,
     mtp_of,
     names_parts,
@@ -138,8 +139,9 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     from moepress.converters.safetensors.scheme import Scheme
     from moepress.stages.quantize import QuantizeRequest
 
-    if options["scheme"] is not None:
-        return _of_floats(plan, options)
+    named = options["scheme"] or _floats_in(plan)
+    if named is not None:
+        return _of_floats(plan, named, options)
     if options["grid"] is not None or (plan is not None and plan.grids):
         return _on_blocks(plan, options)
     scheme = Scheme(bits=options["bits"], group_size=options["group_size"])
@@ -164,31 +166,28 @@ def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeReques
     )
 
 
-def _of_floats(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
-    """What is asked of `quantize --scheme`.
+def _floats_in(plan: Plan | None) -> str | None:
+    """The format of 4-bit floats that a plan names."""
+    planned = None if plan is None else plan.quantization
+    return planned.codes.value if planned is not None and planned.floats else None
+
+
+def _of_floats(plan: Plan | None, named: str, options: Mapping[str, Any]) -> QuantizeRequest:
+    """What is asked of `quantize --scheme`, or of a plan that names such a format.
 
     Raises:
         UsageError: what else is given says something of codes too, or the plan has chosen them.
     """
     from moepress.compress.gptq.options import solver_of
-    from moepress.converters.safetensors.scheme import Codes, Scheme
     from moepress.stages.quantize import QuantizeRequest
 
-    if options["grid"] is not None:
-        raise UsageError("--grid does not go with --scheme; one of them says what codes are.")
-    if not all_default("bits", "group_size") or options["part_bits"]:
-        raise UsageError("--bits and --group-size do not go with --scheme, which says both.")
-    if options["positive_scales"]:
-        raise UsageError("--positive-scales is for codes of integers; scales of 4-bit floats are always positive.")
-    if options["asymmetric"]:
-        raise UsageError("--asymmetric is for codes of integers; 4-bit floats have no zero points.")
+    scheme = floats_of(options, named, floats="--scheme" if options["scheme"] else f"this plan's {named}")
     if plan is not None and (plan.grids or plan.budget is not None):
         raise UsageError(
             "The plan has chosen other codes than --scheme has, to fit its budget; plan again with --keep or --experts."
         )
-    if plan is not None and plan.quantization is not None:
+    if plan is not None and plan.quantization is not None and plan.quantization.codes != named:
         note("--scheme was given: the plan's bits are left aside.")
-    scheme = Scheme.of_floats(Codes(options["scheme"]))
     asked, notes = _asked_for(plan, options)
     note(*notes)
     return QuantizeRequest(
@@ -196,7 +195,7 @@ def _of_floats(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest
         include=asked.parts,
         auto=asked.auto,
         hessian=_hessian_of(options, scheme.bits, {}),
-        solver=solver_of(options["effort"], positive=True),
+        solver=solver_of(options["effort"]),
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moepress.compress.gptq.include import Asked
     from moepress.compress.pruning.plan import Plan
     from moepress.compress.pruning.repair import Repair
+    from moepress.converters.safetensors.scheme import Scheme
     from moepress.models.storage.mtp import Mtp
     from moepress.stages.places import Calibration, Machine
     from moepress.stages.push import Push
@@ -51,6 +52,18 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
 def names_parts(options: Mapping[str, Any]) -> bool:
     """Whether the command line says what is quantized besides the routed experts."""
     return not all_default("include") or bool(options["part_bits"])
+
+
+def floats_of(options: Mapping[str, Any], codes: str, *, floats: str = "--scheme") -> Scheme:
+    """The scheme of 4-bit floats that --scheme or a plan names, see `floats_alone`.
+
+    Raises:
+        UsageError: another option says what codes are.
+    """
+    from moepress.converters.safetensors.scheme import Codes, floats_alone
+
+    typed = {name: not all_default(name) for name in ("bits", "group_size")}
+    return floats_alone(Codes(codes), {**options, **typed}, floats=floats)
 
 
 def mtp_of(options: Mapping[str, Any]) -> Mtp:
@@ -112,6 +125,7 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
 
     With --budget or --target what these leave open is chosen; with --to gguf besides, a mix of GGUF's types.
     """
+    scheme = _planned_scheme(options, quantized=quantized)
     if options.get("to") is not None and options.get("budget") is None and options.get("target") is None:
         raise UsageError("--to gguf chooses a mix of GGUF's types for a size; give --budget or --target too.")
     if options.get("budget") is not None or options.get("target") is not None:
@@ -124,12 +138,11 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
     from moepress.compress.gptq.include import IN_LAYERS
     from moepress.compress.pruning.plan import count_from_keep, make_plan
     from moepress.compress.pruning.scoring import Criterion, Groups
-    from moepress.converters.safetensors.scheme import Scheme
 
     groups, asked = Groups(options["groups"]), _planned_parts(options, quantized=quantized)
     keep, experts = options["keep"], options["experts"]
-    scheme = Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None
-    include, notes = settled_parts(asked, planned_linears(profile, IN_LAYERS), scheme.group_size if scheme else 0)
+    size, floats = (scheme.group_size, scheme.floats) if scheme else (0, False)
+    include, notes = settled_parts(asked, planned_linears(profile, IN_LAYERS), size, floats=floats)
     made = make_plan(
         profile,
         count=count_from_keep(profile.shape, keep, experts, degroup=groups is Groups.DEGROUP),
@@ -141,6 +154,15 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
         linears=planned_linears(profile, include),
     )
     return made.model_copy(update={"notes": [*made.notes, *notes]})
+
+
+def _planned_scheme(options: Mapping[str, Any], *, quantized: bool) -> Scheme | None:
+    """What a plan without a budget says of codes."""
+    from moepress.converters.safetensors.scheme import Scheme
+
+    if options.get("scheme") is not None:
+        return floats_of({**options, "types": options["to"]}, options["scheme"])
+    return Scheme(bits=options["bits"], group_size=options["group_size"]) if quantized else None
 
 
 def _planned_parts(options: Mapping[str, Any], *, quantized: bool) -> Asked:

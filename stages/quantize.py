@@ -102,15 +102,15 @@ def quantize_stage(
     predicting = _predicting(checkpoint, plan, mtp)
     source = _seen(checkpoint, plan, repairs, predicting)
     asked = Asked(auto=request.auto, parts=included(request.include))
-    parts, notes = settled_parts(asked, included_linears(source, IN_LAYERS), request.scheme.group_size)
+    parts, notes = settled_parts(
+        asked, included_linears(source, IN_LAYERS), request.scheme.group_size, floats=request.scheme.floats
+    )
     note(*notes)
-    if request.scheme.floats:  # one format for the whole folder
-        parts = dict.fromkeys(parts)
     request = replace(request, include=on_grid(checkpoint, request.grid, parts))
     if request.grid is None:
         scheme, layer_bits, parts = settle_bits(source, request.scheme, request.layer_bits, parts)
         request = replace(request, scheme=scheme, layer_bits=layer_bits, include=parts)
-    if not request.scheme.symmetric:  # beside zero points all scales are positive, which files of the result say
+    if request.scheme.floats or not request.scheme.symmetric:  # all scales are positive, which files of the result say
         request = replace(request, solver=replace(request.solver, signed=False))
     options = _options(source, request)
     check_scheme(source, options.scheme, request.include, options.blocks)

@@ -97,16 +97,19 @@ def planned_linears(profile: "Profile", include: Iterable[Include]) -> tuple[Lin
     return tuple(linear for linear in every if included_as(linear.part) in wanted)
 
 
-def settled_parts(asked: Asked, linears: Iterable[Linear], group_size: int) -> tuple[Included, list[str]]:
+def settled_parts(
+    asked: Asked, linears: Iterable[Linear], group_size: int, *, floats: bool = False
+) -> tuple[Included, list[str]]:
     """The parts that are quantized besides the routed experts, and what to say of those that stay as they are.
 
     Args:
         asked: see `Asked`.
         linears: of the model, all that `--include auto` could add.
         group_size: columns that share a scale.
+        floats: codes are 4-bit floats, of which a folder has one format: no part has bits of its own.
     """
     if not asked.auto:
-        return asked.parts, []
+        return (dict.fromkeys(asked.parts) if floats else asked.parts), []
     odd = dict[Include, set[str]]()
     for linear in linears:
         if (kind := included_as(linear.part)) in IN_LAYERS:
@@ -121,7 +124,8 @@ def settled_parts(asked: Asked, linears: Iterable[Linear], group_size: int) -> t
         if found and kind not in asked.parts
     ]
     fitting = {kind: AUTO_BITS for kind, found in odd.items() if not found}
-    return included({**fitting, **{kind: bits or fitting.get(kind) for kind, bits in asked.parts.items()}}), notes
+    found = included({**fitting, **{kind: bits or fitting.get(kind) for kind, bits in asked.parts.items()}})
+    return (dict.fromkeys(found) if floats else found), notes
 
 
 def linears_of_config(config: Mapping[str, Any], include: Iterable[Include]) -> tuple[Linear, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from moepress.calibration.profile import Profile
 from moepress.compress.budget.mixes import CurvePoint
@@ -28,7 +28,7 @@ from moepress.compress.pruning.scoring import (
     super_experts,
     unsupported,
 )
-from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.scheme import FLOAT_GROUPS, SUPPORTED_BITS, Codes, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape, require_legal
 from moepress.models.storage.folder import read_json
@@ -42,12 +42,18 @@ COLLAPSE_NOTE = (
 
 
 class Quantization(BaseModel):
-    """Bits and group size of the quantized matrices."""
+    """Bits and group size of the quantized matrices, and what their codes are where those are no integers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: int = 4
     group_size: int = 128
+    codes: Codes = Codes.INT
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "Quantization":
+        """What a plan says of a scheme."""
+        return cls(bits=scheme.bits, group_size=scheme.group_size, codes=scheme.codes)
 
     def scheme(self) -> Scheme:
         """The scheme that solver and packers use.
@@ -55,7 +61,18 @@ class Quantization(BaseModel):
         Raises:
             UsageError: bits or group size are not supported.
         """
-        return Scheme(bits=self.bits, group_size=self.group_size)
+        return Scheme(bits=self.bits, group_size=self.group_size, codes=self.codes)
+
+    @property
+    def floats(self) -> bool:
+        """Whether codes are 4-bit floats."""
+        return self.codes in FLOAT_GROUPS
+
+    @model_serializer(mode="wrap")
+    def _stated(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans of integers say nothing of codes, as they did before there were others."""
+        found: dict[str, Any] = plainly(self)
+        return {name: value for name, value in found.items() if name != "codes" or self.floats}
 
 
 class DomainLoss(BaseModel):
@@ -191,7 +208,7 @@ def make_plan(
         experts=count,
         keep=kept,
         mtp_keep=mtp_keep_sets(profile, selection),
-        quantization=Quantization(bits=scheme.bits, group_size=scheme.group_size) if scheme else None,
+        quantization=Quantization.of(scheme) if scheme else None,
         layer_bits=dict(layer_bits or {}),
         include=tuple(sorted(include)),
         part_bits={part: bits for part, bits in included(include).items() if bits is not None},
@@ -273,9 +290,22 @@ def load_plan(file: Path) -> Plan:
                 f"{file}: layer {layer} keeps {len(kept)} experts and the plan says {plan.experts}; no runtime takes "
                 "counts that differ by layer."
             )
+    _check_floats(file, plan)
     _check_layer_bits(file, plan)
     _check_grids(file, plan)
     return plan
+
+
+def _check_floats(file: Path, plan: Plan) -> None:
+    """Refuse bits and groups that a format of floats does not have."""
+    said = plan.quantization
+    if said is None or not said.floats:
+        return
+    if (said.bits, said.group_size) != (4, FLOAT_GROUPS[said.codes]) or plan.layer_bits or plan.part_bits:
+        raise InvalidInputError(
+            f"{file}: {said.codes} has 4 bits and groups of {FLOAT_GROUPS[said.codes]} columns, and quantization, "
+            "layer_bits or part_bits say otherwise; mend it or plan again."
+        )
 
 
 def _check_grids(file: Path, plan: Plan) -> None:

@@ -1,6 +1,6 @@
 """How a weight matrix is quantized: the few numbers that solver, packers and runtimes must agree on."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -102,6 +102,11 @@ class Scheme:
         )
 
     @property
+    def short(self) -> str:
+        """For people: `4 bit`, or the name of a format of floats, `NVFP4`."""
+        return self.codes.upper() if self.floats else f"{self.bits} bit"
+
+    @property
     def floats(self) -> bool:
         """Whether codes are 4-bit floats."""
         return self.codes in FLOAT_GROUPS
@@ -160,3 +165,35 @@ class Scheme:
         """Stored bits per weight: the code and its share of a scale (one byte of floats) and of a zero point."""
         zero_bits = 0 if self.symmetric else self.bits
         return self.bits + ((8 if self.floats else scale_bits) + zero_bits) / self.columns_per_group(in_features)
+
+
+_SAY_CODES_TOO = (
+    (("grid",), "--grid does not go with {floats}; one of them says what codes are."),
+    (("bits", "group_size", "part_bits"), "--bits and --group-size do not go with {floats}, which says both."),
+    (("positive_scales",), "--positive-scales is for codes of integers; scales of 4-bit floats are always positive."),
+    (("asymmetric",), "--asymmetric is for codes of integers; 4-bit floats have no zero points."),
+    (
+        ("budget", "target", "mixed_bits"),
+        "--budget, --target and --mixed-bits choose bits, and {floats} says them; say what stays with --keep.",
+    ),
+    (("types",), "--to gguf chooses types of GGUF, and {floats} says what codes are; leave out one of them."),
+    (("no_quantization",), "--no-quantization does not go with {floats}, which says what codes are."),
+)
+"""Options, by their names as values, and why they do not go with 4-bit floats."""
+
+
+def floats_alone(codes: Codes, given: Mapping[str, object], *, floats: str = "--scheme") -> Scheme:
+    """The scheme of a format of 4-bit floats, held against what else is asked for.
+
+    Args:
+        codes: the format.
+        given: options by name; those that were not given are absent, or nothing.
+        floats: what names the format.
+
+    Raises:
+        UsageError: something besides says what codes are.
+    """
+    for names, why in _SAY_CODES_TOO:
+        if any(given.get(name) for name in names):
+            raise UsageError(why.format(floats=floats))
+    return Scheme.of_floats(codes)

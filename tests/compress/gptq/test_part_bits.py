@@ -171,6 +171,8 @@ def test_auto_takes_what_there_is_and_fits(tiny_model: Callable[..., Path]) -> N
     own: Included = {Include.ATTENTION: 4, Include.LM_HEAD: None}
     assert settled_parts(Asked(auto=True, parts=own), every["qwen2_moe"], 16)[0] == included(both | own)
     assert settled_parts(Asked(parts=own), every["qwen2_moe"], 16) == (own, [])
+    assert settled_parts(auto, every["qwen2_moe"], 16, floats=True) == (dict.fromkeys(both), [])
+    assert settled_parts(Asked(parts=own), every["qwen2_moe"], 16, floats=True) == (dict.fromkeys(own), [])
     parts, notes = settled_parts(auto, every["deepseek_v3"], 16)  # 32 + 16 rows of kv_a_proj_with_mqa
     assert parts == {Include.DENSE: 8, Include.SHARED: 8}
     assert notes == ["Attention stays as it is: a matrix has 48 rows, and packed layouts want multiples of 32."]

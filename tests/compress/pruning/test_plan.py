@@ -22,7 +22,7 @@ from moepress.compress.pruning.plan import (
     plan_text,
 )
 from moepress.compress.pruning.scoring import Criterion, Groups
-from moepress.converters.safetensors.scheme import Scheme
+from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape
 from moepress.models.forward.inventory import inventory
@@ -67,6 +67,21 @@ def test_a_plan_survives_its_text(made: Profile, tmp_path: Path) -> None:
     file.write_text(plan_text(plan))
     assert load_plan(file) == plan
     assert plan_text(load_plan(file)) == file.read_text()
+
+
+@pytest.mark.parametrize("codes", [Codes.NVFP4, Codes.MXFP4])
+def test_a_plan_of_floats_survives_its_text_and_others_do_not_mention_them(
+    made: Profile, tmp_path: Path, codes: Codes
+) -> None:
+    plan, file = make_plan(made, count=8, scheme=Scheme.of_floats(codes)), tmp_path / "plan.json"
+    file.write_text(plan_text(plan))
+    assert load_plan(file) == plan
+    assert plan_text(load_plan(file)) == file.read_text()
+    assert plan.quantization is not None
+    assert plan.quantization.scheme() == Scheme.of_floats(codes)
+    integers = make_plan(made, count=8, scheme=G32)
+    assert json.loads(plan_text(integers))["quantization"] == {"bits": 4, "group_size": 32}
+    assert load_plan(edited(integers, tmp_path, quantization={"bits": 4, "group_size": 32, "codes": "int"})) == integers
 
 
 def test_the_text_has_one_line_for_each_layer(made: Profile) -> None:
@@ -120,6 +135,17 @@ EIGHT = [0, 1, 4, 5, 8, 9, 12, 13]
         ({"criterion": "magic"}, "criterion: "),
         ({"kep": {}}, "kep: "),
         ({"quantization": {"bits": 4, "groupsize": 32}}, "quantization.groupsize"),
+        ({"quantization": {"codes": "fp6"}}, "quantization.codes"),
+        ({"quantization": {"codes": "nvfp4"}}, "nvfp4 has 4 bits and groups of 16 columns, and quantization"),
+        ({"quantization": {"bits": 8, "group_size": 32, "codes": "mxfp4"}}, "mxfp4 has 4 bits and groups of 32"),
+        (
+            {
+                "quantization": {"group_size": 32, "codes": "mxfp4"},
+                "include": ["shared"],
+                "part_bits": {"shared": 8},
+            },
+            "mxfp4 has 4 bits and groups of 32 columns, and .* part_bits say otherwise",
+        ),
     ],
 )
 def test_an_edited_plan_that_contradicts_itself_is_refused(
@@ -240,6 +266,8 @@ def written_bytes(folder: Path) -> int:
         (torch.bfloat16, Scheme(bits=8, group_size=64)),
         (torch.bfloat16, Scheme(bits=3, group_size=64)),
         (torch.bfloat16, Scheme(bits=4, group_size=-1)),
+        (torch.bfloat16, Scheme.of_floats(Codes.NVFP4)),
+        (torch.bfloat16, Scheme.of_floats(Codes.MXFP4)),
         (torch.float32, None),
         (torch.float32, G32),
     ],
