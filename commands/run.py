@@ -18,6 +18,7 @@ from moepress.commands.options import (
     dry_run_option,
     effort_option,
     evaluation_options,
+    float_option,
     grid_option,
     include_option,
     json_option,
@@ -41,7 +42,20 @@ from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
 _RECIPE_OPTIONS = (
-    *("keep", "experts", "criterion", "groups", "bits", "group_size", "grid", "include", "match", "effort", "mtp"),
+    *(
+        "keep",
+        "experts",
+        "criterion",
+        "groups",
+        "bits",
+        "group_size",
+        "scheme",
+        "grid",
+        "include",
+        "match",
+        "effort",
+        "mtp",
+    ),
     *("positive_scales", "asymmetric"),
     *("target", "context", "mixed_bits"),
     *("calibration", "domain", "tokens", "window", "seed"),
@@ -60,6 +74,7 @@ _RECIPE_OPTIONS = (
 @targets_file_option
 @repair_option
 @scheme_options
+@float_option
 @grid_option
 @include_option
 @match_option
@@ -92,6 +107,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
     Example:  moepress run demo -o out --keep 0.75 --bits 4
               moepress run MODEL -o out --calibration my-text/ --keep 0.5 --to gptq,onnx --max-ppl-increase 5%
               moepress run MODEL -o out --calibration my-text/ --target rtx-4060-ti-16gb --context 8192
+              moepress run MODEL -o out --calibration my-text/ --scheme nvfp4
               moepress run MODEL -o out --calibration my-text/ --grid Q4_K_M --to gguf
               moepress run MODEL -o out --calibration my-text/ --budget 12GiB --to gguf
               moepress run --recipe out/recipe.yaml -o again

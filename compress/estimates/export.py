@@ -15,6 +15,7 @@ from moepress.compress.estimates.figures import Figures
 from moepress.compress.estimates.footprint import libraries_bytes
 from moepress.compress.estimates.rates import Rates
 from moepress.compress.gptq.pieces import PIECE_BYTES
+from moepress.converters.gguf.tensors import type_of
 from moepress.converters.onnx.weights import block_size
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
@@ -103,12 +104,12 @@ def estimate_gptq(figures: Figures, pressed: Pressed, rates: Rates | None = None
 
 
 def estimate_gguf(figures: Figures, pressed: Pressed, rates: Rates | None = None) -> Estimate:
-    """Written as a stream: codes of 8 bits as Q8_0, all others as Q4_0 or with zero points Q4_1, a scale for every 32
-    columns."""
+    """Written as a stream: codes of 8 bits as Q8_0, other integers as Q4_0 or with zero points Q4_1, a scale for every
+    32 columns, and MXFP4 as it is."""
     scale = scale_bytes_of(figures.inventory)
     size = pressed.size
     for rows, columns, scheme, number in _matrices(figures, pressed):
-        kind = TYPES["Q8_0" if scheme.bits == 8 else "Q4_0" if scheme.symmetric else "Q4_1"]
+        kind = TYPES[type_of(scheme)]
         size += number * (rows * kind.row_bytes(columns) - matrix_bytes(rows, columns, scheme, scale))
     memory = {"libraries": libraries_bytes(), "matrix": _matrix_memory(figures)}
     packed = sum(rows * columns * number for rows, columns, _, number in _matrices(figures, pressed))

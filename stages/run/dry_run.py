@@ -61,6 +61,7 @@ class RunEstimate:
             "recipe": self.recipe.model_dump(mode="json"),
             "experts": self.settled.count,
             "bits": None if self.settled.scheme is None else self.settled.scheme.bits,
+            "scheme": self.recipe.scheme,
             "grid": self.recipe.grid,
             "group_size": None if self.settled.scheme is None else self.settled.scheme.group_size,
             "layer_bits": {str(layer): bits for layer, bits in self.settled.layer_bits.items()},

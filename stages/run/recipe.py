@@ -17,7 +17,8 @@ from moepress.compress.gptq.layer_bits import check_scheme, settle_bits
 from moepress.compress.pruning.plan import count_from_keep
 from moepress.compress.pruning.repair import Repair
 from moepress.compress.pruning.scoring import Criterion, Groups, default_criterion, domain_weights
-from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.converters.safetensors.artifact import refuse_floats
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Codes, Scheme, floats_alone
 from moepress.errors import InvalidInputError, UsageError
 from moepress.hub.snapshot import hub_model, origin_of
 from moepress.models.forward.inventory import inventory
@@ -82,6 +83,7 @@ class Recipe(BaseModel):
     groups: Groups = Groups.BALANCED
     bits: int | None = Field(default=None, lt=1 << 40)
     group_size: int | None = Field(default=None, lt=1 << 40)
+    scheme: Literal["nvfp4", "mxfp4"] | None = None
     grid: str | None = None
     budget: Bytes | None = Field(default=None, ge=1)
     target: str | None = None
@@ -127,7 +129,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise InvalidInputError(f"The recipe's {where}: {why}; mend it.") from error
     if budget_request(recipe) is not None:
         return recipe.model_copy(update={"grid": PLANNED}) if _may_mix(recipe) else recipe
-    defaults: dict[str, Any] = {} if recipe.grid is not None else {"group_size": recipe.group_size or 128}
+    own_groups = recipe.grid is not None or recipe.scheme is not None
+    defaults: dict[str, Any] = {} if own_groups else {"group_size": recipe.group_size or 128}
     if recipe.keep is None and recipe.experts is None:
         defaults["keep"] = 0.75
     return recipe.model_copy(update=defaults)
@@ -173,7 +176,7 @@ def asked_of(recipe: Recipe) -> Asked:
 
 def _may_mix(recipe: Recipe) -> bool:
     """Whether a budget is to be spent on a mix of GGUF's types: nothing but a GGUF is wanted, and no bits are named."""
-    named = (recipe.bits, recipe.group_size, recipe.grid, recipe.mixed_bits or None)
+    named = (recipe.bits, recipe.group_size, recipe.scheme, recipe.grid, recipe.mixed_bits or None)
     return set(recipe.to) == {"gguf"} and all(given is None for given in named) and not _names_parts(recipe)
 
 
@@ -215,6 +218,8 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
         UsageError: options exclude each other, or nothing fits.
     """
     shape, request = checkpoint.shape, budget_request(recipe)
+    if recipe.scheme is not None:
+        floats_of(recipe)
     if recipe.grid is not None:
         require_grid(recipe)
     if recipe.asymmetric and request is not None:
@@ -223,22 +228,7 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
             "stays with --keep."
         )
     if request is None:
-        if recipe.context is not None or recipe.mixed_bits:
-            raise UsageError("--context and --mixed-bits go with --budget or --target only.")
-        degroup = recipe.groups is Groups.DEGROUP
-        count = count_from_keep(shape, recipe.keep, recipe.experts, degroup=degroup)
-        every, asked = included_linears(checkpoint, IN_LAYERS), asked_of(recipe)
-        if recipe.grid is not None:
-            scheme = nearest_scheme(recipe.grid)
-            include, notes = settled_parts(asked, every, scheme.group_size)
-            include = on_grid(checkpoint, recipe.grid, include)
-            return Settled(count=count, scheme=scheme, include=include, notes=tuple(notes))
-        if recipe.bits is None and checkpoint.pressed_as:
-            return Settled(count=count, scheme=None)
-        scheme = Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128, symmetric=not recipe.asymmetric)
-        include, notes = settled_parts(asked, every, scheme.group_size)
-        include = {part: None if bits == scheme.bits else bits for part, bits in include.items()}
-        return Settled(count=count, scheme=scheme, include=include, notes=tuple(notes))
+        return _settled_alone(recipe, checkpoint)
     if mixes(recipe):
         budget = budget_of(request, checkpoint.config, shape)
         most, name = possible_mix(gguf_weights(checkpoint), shape, budget, wish_of(recipe))
@@ -264,6 +254,47 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
         include=include,
         notes=tuple(notes),
     )
+
+
+def _settled_alone(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
+    """The same where no budget chooses."""
+    if recipe.context is not None or recipe.mixed_bits:
+        raise UsageError("--context and --mixed-bits go with --budget or --target only.")
+    degroup = recipe.groups is Groups.DEGROUP
+    count = count_from_keep(checkpoint.shape, recipe.keep, recipe.experts, degroup=degroup)
+    if checkpoint.pressed_as and recipe.bits is None and recipe.scheme is None and recipe.grid is None:
+        return Settled(count=count, scheme=None)
+    scheme = _scheme(recipe)
+    every = included_linears(checkpoint, IN_LAYERS)
+    include, notes = settled_parts(asked_of(recipe), every, scheme.group_size, floats=scheme.floats)
+    if recipe.grid is not None:
+        include = on_grid(checkpoint, recipe.grid, include)
+    else:
+        include = {part: None if bits == scheme.bits else bits for part, bits in include.items()}
+    return Settled(count=count, scheme=scheme, include=include, notes=tuple(notes))
+
+
+def _scheme(recipe: Recipe) -> Scheme:
+    """What a recipe without a budget says of codes; a grid counts as the integers nearest to it."""
+    if recipe.grid is not None:
+        return nearest_scheme(recipe.grid)
+    if recipe.scheme is not None:
+        return floats_of(recipe)
+    return Scheme(bits=recipe.bits or 4, group_size=recipe.group_size or 128, symmetric=not recipe.asymmetric)
+
+
+def floats_of(recipe: Recipe) -> Scheme:
+    """The scheme of 4-bit floats that a recipe names.
+
+    Raises:
+        UsageError: something besides says what codes are.
+        UnsupportedError: an export does not take them.
+    """
+    assert recipe.scheme is not None
+    scheme = floats_alone(Codes(recipe.scheme), dict(recipe))
+    for target in recipe.to:
+        refuse_floats(scheme.codes, target)
+    return scheme
 
 
 def require_grid(recipe: Recipe) -> None:
@@ -363,8 +394,8 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
 
 
 def _bits(recipe: Recipe, checkpoint: Checkpoint) -> int | None:
-    """What is taken where a recipe does not say; a budget chooses by itself, and a grid has its own."""
-    open_yet = recipe.grid is None and budget_request(recipe) is None
+    """What is taken where a recipe does not say; a budget chooses by itself, and a grid or floats have their own."""
+    open_yet = recipe.grid is None and recipe.scheme is None and budget_request(recipe) is None
     known = settled(recipe, checkpoint) if open_yet else None
     return known.scheme.bits if known is not None and known.scheme is not None else None
 

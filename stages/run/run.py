@@ -436,7 +436,7 @@ def _bits_text(setup: _Setup, plan: Plan) -> str:
     if plan.grids:
         point = next((point for point in plan.curve if point.chosen), None)
         return "mix" if point is None else f"mix of {point.bits:.2f} bits"
-    return "mixed bits" if plan.layer_bits else setup.recipe.grid or f"{_scheme(setup, plan).bits} bit"
+    return "mixed bits" if plan.layer_bits else setup.recipe.grid or _scheme(setup, plan).short
 
 
 def _quantization(setup: _Setup, original: Checkpoint, quantized: Mapping[str, Any], plan: Plan) -> Quantization:
@@ -468,7 +468,8 @@ def _describe(setup: _Setup, report: Report, original: Checkpoint, plan: Plan) -
                 size = sum(file.stat().st_size for file in (setup.out / name).glob("*.gguf"))
             file = gguf_file(setup.out / name) if layout == "gguf" else None
             loaded = "" if file is None else file.name
-            card = model_card(report, original, layout, stored_bytes=size, mixed=mixed, file=loaded)
+            codes = _scheme(setup, plan).codes
+            card = model_card(report, original, layout, stored_bytes=size, mixed=mixed, codes=codes, file=loaded)
             write_atomically(setup.out / name / CARD_NAME, card)
     made = files_below(setup.out, ("recipe.yaml", "plan.json", "profile", "repair", "model", "exports"))
     settings = portable(setup.recipe, setup.out)

@@ -1,12 +1,19 @@
 """Values of options: sizes, weights, and lists that must agree with the code behind them."""
 
+from typing import get_args
+
 import pytest
 
 from moepress.commands.options import CRITERIA, INCLUDES, PARTS, parse_weights
+from moepress.commands.plan import plan
+from moepress.commands.quantize import quantize
+from moepress.commands.run import run
 from moepress.compress.gptq.include import AUTO, NONE, Include
 from moepress.compress.pruning.scoring import Criterion
+from moepress.converters.safetensors.scheme import FLOAT_GROUPS
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
+from moepress.stages.run.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -58,3 +65,10 @@ def test_the_choices_on_the_command_line_are_those_of_the_code() -> None:
     assert set(CRITERIA) == {c.value for c in Criterion}
     assert set(PARTS) == {i.value for i in Include}
     assert (AUTO, NONE, *PARTS) == INCLUDES
+    formats = {codes.value for codes in FLOAT_GROUPS}
+    (in_recipes, nothing) = get_args(Recipe.model_fields["scheme"].annotation)
+    assert set(get_args(in_recipes)) == formats
+    assert nothing is type(None)
+    for command in (plan, quantize, run):
+        (choices,) = (option.type.choices for option in command.params if option.name == "scheme")
+        assert set(choices) == formats

@@ -62,7 +62,9 @@ def choice_section(plan: Plan) -> Choice | None:
 
 
 def scheme_text(scheme: Scheme, layer_bits: Mapping[int, int], include: Iterable[Include] = ()) -> str:
-    """Bits and groups in words."""
+    """Bits and groups in words, or the format of 4-bit floats."""
+    if scheme.floats:
+        return f"{scheme.short}, 4-bit floats in groups of {scheme.group_size}"
     group = "per channel" if scheme.group_size < 0 else f"g{scheme.group_size}"
     zeros = "symmetric" if scheme.symmetric else "with zero points"
     return f"{bits_text(layer_bits.values() or [scheme.bits], include)}, {group}, {zeros}"
