@@ -111,7 +111,7 @@ def test_a_budget_is_filled_with_bits_by_layer(tmp_path: Path) -> None:
 def test_a_resume_is_estimated_by_the_plan_that_is_there(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    values = {"model": "demo", "tokens": 1024, "window": 64, "budget": 19 << 18, "mixed_bits": True}
+    values = {"model": "demo", "tokens": 1024, "window": 64, "budget": 20 << 18, "mixed_bits": True}
     profile = profile_stage("demo", Output(folder=tmp_path / "profile"), Calibration(tokens=1024, window=64), Machine())
     asked = make_recipe(values)
     request = budget_request(asked)
