@@ -24,6 +24,9 @@ from gradients import streamed_gradients, whole_gradients
 from stage_runs import G32, keep_of, pruned_folder, quantized_folder, streamed_logits
 from torch import Tensor, nn
 
+from moepress.calibration.hessian import hessian_for
+from moepress.compress.budget.sizes import included_linears, settled_parts
+from moepress.compress.gptq.include import IN_LAYERS, Asked
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.errors import MoepressError
 from moepress.models.families.attention import register
@@ -138,9 +141,12 @@ def pruned_is_masked(subject: Subject) -> None:
 
 
 def quantized_loads(subject: Subject) -> None:
-    """What `quantize` writes at 4 bits loads cleanly in transformers, and gives what its codes stand for."""
-    windows = tiny_models.windows(every_family.TEXT_VOCAB, count=4, length=24)
-    quantized_folder(subject.folder, windows, out := subject.new("q"), keep=subject.keep, scheme=G32)
+    """What `quantize` writes by default at 4 bits loads cleanly in transformers, and gives what its codes stand for."""
+    windows, out = tiny_models.windows(every_family.TEXT_VOCAB, count=4, length=24), subject.new("q")
+    linears = included_linears(subject.checkpoint, IN_LAYERS)
+    include, _ = settled_parts(Asked(auto=True), linears, G32.group_size)
+    options = {"include": include, "hessian": hessian_for("auto", G32.bits, {}), "scheme": G32}
+    quantized_folder(subject.folder, windows, out, keep=subject.keep, **options)
     ours = streamed_logits(open_artifact(out), subject.tokens, subject.work)
     model, report = loaded(out)
     wrong = {key: sorted(found)[:3] for key, found in report.items() if key != "error_msgs" and found}

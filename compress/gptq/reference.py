@@ -38,6 +38,7 @@ def open_reference(stream: Stream, include: Iterable[Include]) -> Reference:
     model, scratch, apart = stream.model, stream.scratch, is_apart(include)
     if apart:
         model = StreamedModel(model.source, device=model.device, dtype=model.dtype)
+        model.share_embeddings(stream.model)
 
     def like(name: str, tensor: Tensor) -> Tensor:
         return scratch.tensor(f"reference-{name}", tensor.shape, tensor.dtype)

@@ -136,6 +136,13 @@ class StreamedModel:
                 table = torch.empty(self.source.shapes[name], device="meta")
                 embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
 
+    def share_embeddings(self, other: "StreamedModel") -> None:
+        """Take over what another model of the same source has embedded with, where layers look back at it."""
+        if other._looks_back:
+            mine, theirs = self._replay.embedding, other._replay.embedding
+            mine._parameters["weight"] = theirs._parameters["weight"]
+            mine.__dict__["rows_read"] = theirs.__dict__["rows_read"]
+
     def _rows(self, ids: Tensor) -> Tensor:
         """Some rows of the embedding table, [U, D]."""
         name = self.family.embeddings

@@ -23,7 +23,6 @@ from moepress.validation.report.schema import ExpertName, Report
 from moepress.validation.speed.projection import interval_text
 from moepress.validation.speed.results import TargetFit, Targets
 
-TAIL = "Divergence by position"
 GPUS = "Which GPU holds it (projected)"
 
 
@@ -35,6 +34,7 @@ def tables(report: Report) -> tuple[Table, ...]:
         _perplexity(report),
         _divergence(report),
         _tail(report),
+        _agreement(report),
         _throughput(report),
         *_pruning(report),
         *_quantization(report),
@@ -152,33 +152,40 @@ def _divergence_row(row: QualityRow) -> tuple[str, ...]:
     )
 
 
+def _compared(report: Report) -> list[tuple[QualityRow, Paired]]:
+    """Rows of models that are held against the first, where more than the mean divergence is known."""
+    return [(row, row.paired) for row in report.quality.rows if row.paired is not None and row.paired.tail is not None]
+
+
 def _tail(report: Report) -> Table:
     """The few places where a model goes astray, which a mean hides."""
-    rows = [_tail_row(row, row.paired) for row in report.quality.rows if row.paired is not None and row.paired.tail]
+    rows = []
+    for row, paired in _compared(report):
+        assert paired.tail is not None
+        every = (paired.tail.median, paired.tail.p90, paired.tail.p99, paired.tail.p999)
+        rows.append((row.subject, row.domain, *(number_text(one, 4) for one in every), f"{paired.tail.largest:.3g}"))
     note = (
-        "KL divergence by position, in nats: a half of all positions has the median or less, 99 % have the next but "
-        "one or less. Reverse: the mean of KL(model || first model), which counts what only this model thinks likely. "
-        "Same top-5: how many of the first model's five likeliest tokens are among this one's. RMS Δp: how far the "
-        "probability of the token that follows in the text has moved. ± is one standard error, of percentiles by "
-        "resampling windows."
+        "KL divergence of single positions, in nats: so much or less have a half of them, 90 %, 99 % and 99.9 %, and "
+        "what the one has that moved most. ± is one standard error, by resampling windows."
     )
-    header = ("Model", "Text", "Median", "90 %", "99 %", "99.9 %", "Largest", "Reverse", "Same top-5", "RMS Δp")
-    return Table(title=TAIL, header=header, rows=tuple(rows), note=note, numeric=8)
+    header = ("Model", "Text", "Median", "90 %", "99 %", "99.9 %", "Largest")
+    return Table(title="Divergence by position", header=header, rows=tuple(rows), note=note, numeric=5)
 
 
-def _tail_row(row: QualityRow, paired: Paired) -> tuple[str, ...]:
-    tail = paired.tail
-    assert tail is not None
-    top5, rms, reverse = paired.same_top5, paired.rms_delta_p, paired.reverse_kl
-    return (
-        row.subject,
-        row.domain,
-        *(number_text(percentile, 4) for percentile in (tail.median, tail.p90, tail.p99, tail.p999)),
-        f"{tail.largest:.3g}",
-        NONE if reverse is None else number_text(reverse, 4),
-        NONE if top5 is None else share_estimate_text(top5),
-        NONE if rms is None else share_estimate_text(rms),
+def _agreement(report: Report) -> Table:
+    """What else is usual to tell of two models."""
+    rows = []
+    for row, paired in _compared(report):
+        shares = [NONE if one is None else share_estimate_text(one) for one in (paired.same_top5, paired.rms_delta_p)]
+        reverse = NONE if paired.reverse_kl is None else number_text(paired.reverse_kl, 4)
+        rows.append((row.subject, row.domain, reverse, *shares))
+    note = (
+        "Reverse KL: KL(model || first model), nats per token, which counts what only this model thinks likely. Same "
+        "top-5: how many of the first model's five likeliest tokens are among this one's. RMS Δp: how far the "
+        "probability of the token that follows in the text has moved."
     )
+    header = ("Model", "Text", "Reverse KL", "Same top-5", "RMS Δp")
+    return Table(title="Agreement with the first model", header=header, rows=tuple(rows), note=note, numeric=3)
 
 
 def _throughput(report: Report) -> Table:
