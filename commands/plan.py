@@ -112,7 +112,7 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
     if plan.budget is not None:
         _print_budget(console, plan.budget)
         _print_mix(console, plan) if plan.grids else _print_alternatives(console, plan)
-    for line in plan.notes:
+    for line in (*plan.notes, *_more_to_know(plan)):
         console.print(f"Note: {line}")
     if plan.calibration.get("embedded"):
         console.print(EMBEDDED_NOTE)
@@ -150,12 +150,33 @@ def _print_mix(console: Console, plan: Plan) -> None:
 
 
 def _print_alternatives(console: Console, plan: Plan) -> None:
-    """What else there is; the estimated loss is a share of the experts' output."""
-    table = plain_table("experts", "bits", "weights", "estimated loss", "fits", "")
+    """What else there is; the estimated loss is a share of the experts' output, or a divergence."""
+    from moepress.compress.budget.search import Unit
+    from moepress.compress.gptq.include import parts_text
+
+    nats = any(row.unit is Unit.NATS for row in plan.alternatives)
+    free = any(row.part_bits for row in plan.alternatives)
+    loss = "estimated KL" if nats else "estimated loss"
+    table = plain_table("experts", "bits", *(["other parts"] if free else []), "weights", loss, "fits", "")
     for row in plan.alternatives:
         bits = "as stored" if row.bits is None else f"{row.bits:.2f} by layer" if row.mixed else f"{row.bits:g}"
+        parts = [parts_text(row.part_bits)] if free else []
         fits, chosen = "yes" if row.fits else "no", "chosen" if row.chosen else ""
-        table.add_row(str(row.experts), bits, human_bytes(row.weight_bytes), f"{row.loss:.3%}", fits, chosen)
+        loss = f"{row.loss:.2e}" if nats else f"{row.loss:.3%}"
+        table.add_row(str(row.experts), bits, *parts, human_bytes(row.weight_bytes), loss, fits, chosen)
     console.print(table)
     if plan.layer_bits:
         console.print("bits by layer: " + ", ".join(f"{layer}: {bits}" for layer, bits in plan.layer_bits.items()))
+
+
+def _more_to_know(plan: Plan) -> list[str]:
+    """How the loss of what is quantized besides the experts would get into the estimate."""
+    from moepress.compress.budget.search import Unit
+
+    if not plan.include or not plan.alternatives or plan.alternatives[0].unit is Unit.NATS:
+        return []
+    text = (
+        "`profile --grid-losses` measures what bits of these parts cost; then that is in the estimate, and bits that "
+        "nobody named are chosen by it."
+    )
+    return [text]

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 @click.option(
     "--grid-losses",
     is_flag=True,
-    help="Measure too what GGUF's types cost, by kind of matrix and depth, for `plan --to gguf`: half as long again.",
+    help="Measure too what GGUF's types cost, by kind of matrix and depth, for `plan --to gguf`, and for `plan --budget` "
+    "to weigh attention, shared experts and dense MLPs as well: half as long again.",
 )
 @nonfinite_option
 @timings_option

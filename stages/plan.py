@@ -2,16 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moepress.calibration.profile import Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import bare_space, space_of
+from moepress.compress.budget.divergences import divergences_of
 from moepress.compress.budget.gguf_sizes import FileWeights
 from moepress.compress.budget.mixes import best_mix, curve, fallen_back, mix_space, smallest_mix
-from moepress.compress.budget.search import Budget, Candidate, Width, choose, most_common, too_small, verdict
+from moepress.compress.budget.search import Budget, Candidate, Unit, Width, choose, most_common, too_small, verdict
 from moepress.compress.budget.sizes import (
     Linear,
     group_size_for,
@@ -22,7 +23,7 @@ from moepress.compress.budget.sizes import (
     settled_parts,
 )
 from moepress.compress.gptq.block_choice import MIX_TYPES
-from moepress.compress.gptq.include import IN_LAYERS, Asked, Included, included
+from moepress.compress.gptq.include import IN_LAYERS, Asked, Include, Included, included
 from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
 from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights, keep_sets
 from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
@@ -40,6 +41,10 @@ FEW_BITS_NOTE = (
 INCLUDE_NOTE = (
     "The estimated loss is that of the routed experts; what else is quantized has the bits that `part_bits` says, or "
     "theirs, and its loss is not in it."
+)
+PARTS_NOTE = (
+    "The estimated loss is the KL divergence by all that is quantized or pruned, from what rounding each kind of "
+    "matrix was measured to cost; `validate` measures what came of it."
 )
 MIXED_NOTE = (
     "Bits differ by layer: vLLM and SGLang take that; transformers loads such a folder wrong without saying so, and "
@@ -98,6 +103,10 @@ class Wish:
         """`settled_parts` of a model with those Linears."""
         size = self.group_size or group_size_for(shape) or PER_CHANNEL
         return settled_parts(Asked(auto=self.auto, parts=included(self.include)), linears, size)
+
+    def free(self, include: Included) -> frozenset[Include]:
+        """Of the settled parts those whose bits nobody named."""
+        return frozenset(include) - frozenset(included(self.include)) if self.auto else frozenset()
 
     def counts(self, shape: Shape) -> tuple[int, ...]:
         """The expert counts to choose from.
@@ -167,16 +176,20 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
     shape, every = profile.shape, domain_weights(profile.domains, wish.weights)
     include, left = wish.parts(shape, planned_linears(profile, IN_LAYERS))
     linears = planned_linears(profile, include)
+    free = frozenset[Include]() if divergences_of(profile) is None else wish.free(include)
     predicting = predicting_bytes(profile.inventory, shape, wish.widths) if mtp is Mtp.KEEP else 0
     budget = budget_of(request, profile.config, shape, predicting=predicting)
     counts = wish.counts(shape)
     group_size = wish.group(shape, linears)
     criterion = wish.criterion or default_criterion(every)
     selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)
-    require_possible(profile.inventory, shape, len(profile.layers), budget, wish, linears)
+    require_possible(profile.inventory, shape, len(profile.layers), budget, wish, linears, free=free)
     kept = {count: keep_sets(profile, replace(selection, count=count)) for count in counts}
-    space = space_of(profile, kept, weights=every, widths=wish.widths, group_size=group_size, linears=linears)
+    space = space_of(
+        profile, kept, weights=every, widths=wish.widths, group_size=group_size, linears=linears, free=free
+    )
     chosen, rows = choose(space, budget, mixed=wish.mixed)
+    include = included({**include, **chosen.part_bits})
     plan = make_plan(
         profile,
         count=chosen.count,
@@ -186,10 +199,11 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
         scheme=_scheme(chosen, group_size),
         layer_bits={n: w for n, w in chosen.widths.items() if w is not None} if chosen.mixed else None,
         include=include,
-        linears=linears,
+        linears=planned_linears(profile, include),
     )
     notes = [*plan.notes, *verdict(space, budget.weight_bytes, chosen), *_notes(profile, chosen, group_size, budget)]
-    notes += [*left, *([INCLUDE_NOTE] if include else [])]
+    said = PARTS_NOTE if space.unit is Unit.NATS else INCLUDE_NOTE if include else None
+    notes += [*left, *([] if said is None else [said])]
     return plan.model_copy(update={"budget": budget, "alternatives": rows, "notes": notes})
 
 
@@ -247,9 +261,19 @@ def require_possible(
     wish: Wish,
     linears: Sequence[Linear] = (),
     *,
+    free: Collection[Include] = (),
     mixed: bool = False,
 ) -> Candidate:
     """Refuse a budget that nothing fits into; known from sizes alone, before any profile.
+
+    Args:
+        inventory, shape: of the model.
+        layers: with routed experts.
+        budget: what there is.
+        wish: what is decided already.
+        linears: quantized besides the experts.
+        free: parts of these whose bits are to be chosen too.
+        mixed: bits may differ by layer.
 
     Returns:
         The most experts that fit, in the most bits that then fit, by layer where `mixed`: what takes longest to make.
@@ -266,6 +290,7 @@ def require_possible(
         widths=wish.widths,
         group_size=wish.group(shape, linears),
         linears=linears,
+        free=free,
     )
     return choose(space, budget, mixed=mixed)[0]
 

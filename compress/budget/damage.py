@@ -5,17 +5,25 @@ their weights. Experts that go cost twice the sum of their leave-one-out losses,
 together they cost more, and their errors do not average out as those of rounding do. Bits cost the relative
 error of sampled experts (`compress.budget.bit_losses`) times what all experts contribute: the tokens of an expert that
 goes pass through another one, which is quantized too.
+
+Where the profile has losses by kind of matrix, the unit is the KL divergence in nats per token instead
+(`compress.budget.divergences`), which counts what is quantized besides the experts as well.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Profile, Statistic
-from moepress.compress.budget.search import Space, Width
+from moepress.compress.budget.divergences import Divergences, divergences_of, require_all
+from moepress.compress.budget.search import Beside, Space, Unit, Width
 from moepress.compress.budget.sizes import Linear, dense_bytes, linears_bytes, part_sizes
+from moepress.compress.gptq.include import PART_BITS, Include, included_as
+from moepress.compress.gptq.kinds import KINDS
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.families.family import Part, Shape
@@ -33,22 +41,39 @@ def space_of(
     widths: Sequence[Width],
     group_size: int,
     linears: Sequence[Linear] = (),
+    free: Collection[Include] = (),
 ) -> Space:
     """Bytes and losses of every count and width.
 
     Args:
-        profile: with leave-one-out losses and bit losses.
+        profile: with leave-one-out losses and bit losses; with losses by kind too the unit is another.
         kept: count -> layer -> the experts that stay, for every count to choose from.
         weights: of the domains.
         widths: bits to choose from, or only None.
         group_size: of the quantized matrices.
-        linears: quantized besides the experts, in their bits; what that costs is not in the loss.
+        linears: quantized besides the experts, in their bits; what that costs is in the loss if it is a divergence.
+        free: parts of these whose bits are to be chosen too, for a profile with losses by kind.
 
     Raises:
         InvalidInputError: the profile lacks what the estimate needs.
     """
     layers, bits = profile.layers, [width for width in widths if width is not None]
     _require_losses(profile, bits=bool(bits))
+    sizes = bare_space(
+        profile.inventory,
+        profile.shape,
+        len(layers),
+        counts=tuple(kept),
+        widths=widths,
+        group_size=group_size,
+        linears=linears,
+        free=free,
+    )
+    found = divergences_of(profile)
+    if found is not None:
+        require_all(found.rows, found.places, profile.shape.layers)
+        pruned = pruning_losses(found, profile, kept, weights)
+        return replace(_in_nats(sizes, found, layers, linears), pruned=pruned)
     removal, contribution = removal_shares(profile, weights)
     errors = _errors(profile) if bits else {}
     pruned = {}
@@ -58,16 +83,48 @@ def space_of(
     quantized: dict[int, Mapping[Width, float]] = {
         n: {w: 0.0 if w is None else errors[n][w] * contribution[n] / len(layers) for w in widths} for n in layers
     }
-    sizes = bare_space(
-        profile.inventory,
-        profile.shape,
-        len(layers),
-        counts=tuple(kept),
-        widths=widths,
-        group_size=group_size,
-        linears=linears,
-    )
     return replace(sizes, pruned=pruned, quantized=quantized)
+
+
+def pruning_losses(
+    found: Divergences, profile: Profile, kept: Mapping[int, Mapping[int, Sequence[int]]], weights: Mapping[str, float]
+) -> dict[int, float]:
+    """Count -> divergence by the experts that go; arguments as in `space_of`."""
+    lost, contribution = removal_shares(profile, weights)
+    slopes = {n: found.whole * PRUNING_WEIGHT * found.slope(n, contribution[n]) for n in profile.layers}
+    return {
+        count: sum(slopes[n] * max(0.0, float(lost[n].sum() - lost[n].take(stay[n]).sum())) for n in profile.layers)
+        for count, stay in kept.items()
+    }
+
+
+def _in_nats(sizes: Space, found: Divergences, layers: Sequence[int], linears: Sequence[Linear]) -> Space:
+    """With divergences by the bits of the routed experts and of all else that is quantized."""
+    widths = next(iter(sizes.layer.values()))
+    free = sizes.besides[0].include
+    fixed = [n for n in linears if included_as(n.part) not in free]
+
+    def lost(some: Iterable[Linear], width: Width) -> float:
+        places = {(KINDS[n.part], n.layer, n.bits or width) for n in some}
+        return math.fsum(found.of_matrices(kind, layer, bits) for kind, layer, bits in places if bits is not None)
+
+    by_layer = {n: [linear for linear in fixed if linear.routed and linear.layer == n] for n in layers}
+    outside = [linear for linear in fixed if not linear.routed]
+    parts = {part: [replace(n, bits=None) for n in linears if included_as(n.part) is part] for part in free}
+    quantized: dict[int, Mapping[Width, float]] = {
+        n: {w: 0.0 if w is None else found.of_experts(n, w) + lost(own, w) for w in widths}
+        for n, own in by_layer.items()
+    }
+    return replace(
+        sizes,
+        quantized=quantized,
+        outside_losses={w: lost(outside, w) for w in widths},
+        besides=tuple(
+            replace(beside, loss=math.fsum(lost(parts[part], bits) for part, bits in beside.include.items()))
+            for beside in sizes.besides
+        ),
+        unit=Unit.NATS,
+    )
 
 
 def bare_space(
@@ -79,10 +136,12 @@ def bare_space(
     widths: Sequence[Width],
     group_size: int,
     linears: Sequence[Linear] = (),
+    free: Collection[Include] = (),
 ) -> Space:
     """The bytes alone, without a profile: an expert that goes costs 1; bits cost less and so fill what is left."""
     rest, sizes = dict[int, int](), dict[int, Mapping[Width, int]]()
-    inside, outside = [n for n in linears if n.routed], [n for n in linears if not n.routed]
+    fixed = [n for n in linears if included_as(n.part) not in free]
+    inside, outside = [n for n in fixed if n.routed], [n for n in fixed if not n.routed]
     schemes = {w: Scheme(bits=w, group_size=group_size) for w in widths if w is not None}
     beside: dict[Width, int] = {
         w: _up(linears_bytes(inventory, inside, scheme) / layers) for w, scheme in schemes.items()
@@ -99,6 +158,27 @@ def bare_space(
         pruned={count: float(shape.experts - count) for count in counts},
         quantized=dict.fromkeys(range(layers), losses),
         outside={w: linears_bytes(inventory, outside, scheme) for w, scheme in schemes.items()},
+        besides=_besides(inventory, [n for n in linears if included_as(n.part) in free], group_size),
+    )
+
+
+def _besides(inventory: Mapping[str, Any], linears: Sequence[Linear], group_size: int) -> tuple[Beside, ...]:
+    """Parts whose bits are free, at each of `PART_BITS`, in all combinations; their losses are not known here."""
+    parts: dict[Include, list[Linear]] = {}
+    for linear in linears:
+        if (part := included_as(linear.part)) is not None:
+            parts.setdefault(part, []).append(linear)
+    sizes = {
+        (part, bits): linears_bytes(
+            inventory, [replace(linear, bits=bits) for linear in own], Scheme(bits=bits, group_size=group_size)
+        )
+        for part, own in sorted(parts.items())
+        for bits in PART_BITS
+    }
+    ways = itertools.product(PART_BITS, repeat=len(parts))
+    includes = [dict(zip(sorted(parts), way, strict=True)) for way in ways]
+    return tuple(
+        Beside(include=include, size=sum(sizes[part, bits] for part, bits in include.items())) for include in includes
     )
 
 

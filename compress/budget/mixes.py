@@ -4,10 +4,8 @@ experts stay, by what each would cost in KL divergence.
     KL(mix) = t * ( sum over kinds k and ranges r of  S_kr * e_r(type) / e_r(rounded)
                     + 2 * sum over layers n of  D_n * sum over removed experts of their share of the routed output )
 
-S is the divergence that was measured with that kind rounded in that range alone (`kind_losses`), e the relative errors
-of the experts' outputs by type, of matrices that were solved (`bit_losses`); embeddings are not solved, and have those
-of `ROUNDING`. D_n, divergence per share of a layer's squared output, is what rounding its experts cost over the error
-that this made; pruning counts twice, as in `damage`. t is what all at once cost over the sum of all alone.
+S, e, D and t are those of `divergences`; embeddings are not solved, and have the errors of `ROUNDING`. Pruning counts
+twice, as in `damage`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +13,21 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moepress.calibration.profile import BIT_TOKENS, GRID_LOSSES, Profile
-from moepress.compress.budget.damage import PRUNING_WEIGHT, removal_shares
+from moepress.calibration.profile import Profile
+from moepress.compress.budget.damage import pruning_losses
+from moepress.compress.budget.divergences import (
+    ROUTED,
+    Divergences,
+    divergences_of,
+    lacking,
+    require_all,
+)
 from moepress.compress.budget.gguf_sizes import FileWeights, Matrix
 from moepress.compress.budget.search import descent, hull
-from moepress.compress.budget.sensitivities import ROUNDED, Key, KindLoss, by_kind, ranges_of, together
+from moepress.compress.budget.sensitivities import ROUNDED, Key
 from moepress.compress.gptq.block_choice import MIX_TYPES, fitting
 from moepress.compress.gptq.grid_rows import GridRow
-from moepress.compress.gptq.kinds import OUTSIDE, Kind
+from moepress.compress.gptq.kinds import Kind
 from moepress.errors import InvalidInputError
 
 ROUNDING = {
@@ -41,7 +46,6 @@ ROUNDING = {
 """Squared errors of matrices of normal numbers that see no tokens, over those of `rounded`; a test takes them again."""
 POINTS = 9
 """Of a curve, besides what was chosen."""
-_ROUTED = frozenset({Kind.EXPERTS, Kind.DOWN})
 
 
 class CurvePoint(BaseModel):
@@ -143,70 +147,42 @@ def mix_space(
         InvalidInputError: the profile lacks what the estimate needs.
         UsageError: a matrix has columns that no type takes.
     """
-    rows = _kind_rows(profile)
-    whole, solved = together(rows), _solved_errors(profile)
-    file = _file_of(profile)
-    _require_all(rows, file, profile.shape.layers)
-    measured = by_kind(rows)
+    found, file = _divergences(profile), _file_of(profile)
+    require_all(found.rows, [(matrix.kind, matrix.layer) for matrix in file.matrices], profile.shape.layers)
     items = dict[Key, Item]()
-    for (kind, layers), sensitivity in measured.items():
+    for (kind, layers), sensitivity in found.measured.items():
         own = [matrix for matrix in file.matrices if _lies_in(matrix, kind, layers)]
-        ratios = {name: _ratio(name, own, solved, layers, profile.shape.hidden) for name in MIX_TYPES}
+        ratios = {name: _ratio(name, own, found, layers, profile.shape.hidden) for name in MIX_TYPES}
         items[kind, layers] = Item(
             sizes={name: sum(matrix.bytes(name) for matrix in own) for name in MIX_TYPES},
-            losses={name: whole * sensitivity.kl * ratio for name, ratio in ratios.items()},
-            each=kind in _ROUTED,
+            losses={name: found.whole * sensitivity.kl * ratio for name, ratio in ratios.items()},
+            each=kind in ROUTED,
         )
-    lost, contribution = removal_shares(profile, weights)
-    slopes = {n: whole * PRUNING_WEIGHT * _slope(profile, measured, solved, contribution, n) for n in profile.layers}
-    pruned = {
-        count: sum(slopes[n] * max(0.0, float(lost[n].sum() - lost[n].take(stay[n]).sum())) for n in profile.layers)
-        for count, stay in kept.items()
-    }
     return MixSpace(
         items=items,
         rest={count: file.rest(count) for count in kept},
         parameters={count: file.parameters(count) for count in kept},
-        pruned=pruned,
+        pruned=pruning_losses(found, profile, kept, weights),
     )
 
 
-def _lacking(what: str) -> InvalidInputError:
-    return InvalidInputError(
-        f"A mix of GGUF's types is chosen by losses that a profile has where it was made with --grid-losses and "
-        f"without --no-loo, and {what}; profile again."
-    )
-
-
-def _kind_rows(profile: Profile) -> list[KindLoss]:
-    if profile.grids != (*MIX_TYPES, ROUNDED) or not profile.kind_losses:
-        raise _lacking("this one has none")
-    if not any(bool(s["leave_one_out"].any()) for s in profile.statistics.values()):
-        raise _lacking("this one has no leave-one-out losses")
-    try:
-        return [KindLoss.model_validate(row) for row in profile.kind_losses]
-    except ValidationError as error:
-        raise _lacking(f"this one's are not sound ({error.errors()[0]['msg']})") from error
-
-
-def _solved_errors(profile: Profile) -> dict[int, dict[str, float]]:
-    """Layer -> type, and `rounded` -> relative error of an expert's output, where it was measured."""
-    found = {
-        n: dict(zip(profile.grids, s[GRID_LOSSES].tolist(), strict=True))
-        for n, s in profile.statistics.items()
-        if GRID_LOSSES in s and bool(s[BIT_TOKENS].any())
-    }
-    if not found:
+def _divergences(profile: Profile) -> Divergences:
+    found = divergences_of(profile)
+    if found is None and profile.kind_losses and profile.grids == (*MIX_TYPES, ROUNDED):
         raise InvalidInputError(
             "No expert saw enough calibration text to be solved on GGUF's types; profile again on more of it."
         )
+    if found is None:
+        raise lacking("this one has none")
+    if not any(bool(s["leave_one_out"].any()) for s in profile.statistics.values()):
+        raise lacking("this one has no leave-one-out losses")
     return found
 
 
 def _ratio(
     name: str,
     matrices: Sequence[Matrix],
-    solved: Mapping[int, Mapping[str, float]],
+    found: Divergences,
     layers: tuple[int, int] | None,
     hidden: int,
 ) -> float:
@@ -221,10 +197,7 @@ def _ratio(
     rounding = sum(ROUNDING[kind] * weight for kind, weight in weights.items()) / sum(weights.values())
     if all(matrix.kind is Kind.EMBEDDINGS for matrix in matrices):
         return rounding
-    within = _within(solved, layers)
-    coarse = sum(solved[n][ROUNDED] for n in within)
-    own = sum(solved[n][name] for n in within) / max(coarse, 1e-300)
-    return own * (1.0 if matrices[0].each else rounding / ROUNDING[fitting(name, hidden).name])
+    return found.ratio(name, layers) * (1.0 if matrices[0].each else rounding / ROUNDING[fitting(name, hidden).name])
 
 
 def _lies_in(matrix: Matrix, kind: Kind, layers: tuple[int, int] | None) -> bool:
@@ -234,46 +207,14 @@ def _lies_in(matrix: Matrix, kind: Kind, layers: tuple[int, int] | None) -> bool
 
 def _file_of(profile: Profile) -> FileWeights:
     if profile.file is None:
-        raise _lacking("this one does not say what a file is made of")
+        raise lacking("this one does not say what a file is made of")
     try:
         file = FileWeights.model_validate(profile.file)
     except ValidationError as error:
-        raise _lacking(f"what this one says of a file is not sound ({error.errors()[0]['msg']})") from error
+        raise lacking(f"what this one says of a file is not sound ({error.errors()[0]['msg']})") from error
     if file.experts != profile.shape.experts or any((m.layer or 0) >= profile.shape.layers for m in file.matrices):
-        raise _lacking("what this one says of a file is of another model")
+        raise lacking("what this one says of a file is of another model")
     return file
-
-
-def _require_all(rows: Sequence[KindLoss], file: FileWeights, layers: int) -> None:
-    """Hold rows of losses against the matrices: each kind in each range where it lies, once."""
-    wanted: set[Key] = {(kind, None) for kind in OUTSIDE if any(m.kind is kind for m in file.matrices)}
-    for at in ranges_of(layers):
-        wanted |= {(m.kind, at) for m in file.matrices if m.layer is not None and at[0] <= m.layer <= at[1]}
-    found = [(row.kind, row.layers) for row in rows if row.kind is not None]
-    whole = [row.kl for row in rows if row.kind is None]
-    if sorted(map(str, found)) != sorted(map(str, wanted)) or len(whole) != 1 or not whole[0] > 0:
-        raise _lacking("this one's are not those of its model, each kind in each range of layers once")
-
-
-def _within(solved: Mapping[int, Mapping[str, float]], layers: tuple[int, int] | None) -> list[int]:
-    return [n for n in solved if layers is None or layers[0] <= n <= layers[1]] or list(solved)
-
-
-def _slope(
-    profile: Profile,
-    measured: Mapping[Key, KindLoss],
-    solved: Mapping[int, Mapping[str, float]],
-    contribution: Mapping[int, float],
-    layer: int,
-) -> float:
-    """Divergence per share of a layer's squared output that is lost."""
-    own = next((at for kind, at in measured if kind in _ROUTED and at is not None and at[0] <= layer <= at[1]), None)
-    if own is None or any((kind, own) not in measured for kind in _ROUTED):
-        raise _lacking(f"this one has none for the experts of layer {layer}")
-    within = _within(solved, own)
-    error = sum(solved[n][ROUNDED] for n in within) / len(within) * contribution[layer]
-    layers = sum(own[0] <= n <= own[1] for n in profile.layers)
-    return sum(measured[kind, own].kl for kind in _ROUTED) / layers / max(error, 1e-300)
 
 
 def fallen_back(profile: Profile, mix: Mix) -> Iterator[str]:

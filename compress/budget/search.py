@@ -3,16 +3,21 @@
 With bits by layer, each layer goes down its lower convex hull of (bytes, loss). The steps of all layers, in order of
 loss saved per byte, are the solutions that a Lagrange multiplier finds, and the last that fits is taken. The
 steps do not depend on the budget, so a larger budget never gives a larger loss.
+
+What is quantized besides the experts has bits of its own, theirs, or bits to be chosen: every way to choose them is
+tried with all else.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import pairwise
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moepress.compress.gptq.include import Include
 from moepress.errors import UsageError
 
 GIB = 1 << 30
@@ -49,6 +54,17 @@ class Budget(BaseModel):
         return self.limit_bytes - self.reserve_bytes - self.cache_bytes - self.predicting_bytes
 
 
+class Unit(StrEnum):
+    """What an estimated loss is: a share of the experts' squared output, or a KL divergence in nats per token."""
+
+    SHARE = "share"
+    NATS = "nats"
+
+    def text(self, loss: float) -> str:
+        """For people."""
+        return f"{loss:.2%}" if self is Unit.SHARE else f"{loss:.2e} nats"
+
+
 class Alternative(BaseModel):
     """One possible result.
 
@@ -57,7 +73,9 @@ class Alternative(BaseModel):
         bits: of the routed experts, their mean over layers where `mixed`; None: not quantized.
         mixed: bits differ by layer.
         weight_bytes: of all weights.
-        loss: estimated, see the module.
+        loss: estimated, see `damage`.
+        unit: of the loss.
+        part_bits: of what is quantized besides, where they were to be chosen.
         fits: into the budget.
         chosen: this is the plan.
     """
@@ -69,8 +87,25 @@ class Alternative(BaseModel):
     mixed: bool = False
     weight_bytes: int
     loss: float
+    unit: Unit = Unit.SHARE
+    part_bits: dict[Include, int] = {}
     fits: bool
     chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """One way to quantize those parts whose bits are to be chosen.
+
+    Attributes:
+        include: their bits.
+        size: their bytes.
+        loss: what that costs.
+    """
+
+    include: Mapping[Include, int] = field(default_factory=dict)
+    size: int = 0
+    loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +118,9 @@ class Space:
         pruned: count -> loss by the experts that go.
         quantized: layer -> width -> loss by the bits.
         outside: width of most layers -> bytes of what is quantized outside of layers with experts.
+        outside_losses: width of most layers -> loss by that.
+        besides: ways to quantize parts whose bits are to be chosen, one at least.
+        unit: of the losses.
     """
 
     rest: Mapping[int, int]
@@ -90,6 +128,9 @@ class Space:
     pruned: Mapping[int, float]
     quantized: Mapping[int, Mapping[Width, float]]
     outside: Mapping[Width, int] = field(default_factory=dict)
+    outside_losses: Mapping[Width, float] = field(default_factory=dict)
+    besides: Sequence[Beside] = (Beside(),)
+    unit: Unit = Unit.SHARE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +142,12 @@ class Candidate:
         widths: layer -> bits.
         size: bytes of all weights.
         loss: estimated.
+        part_bits: of what is quantized besides, where they were to be chosen.
     """
 
     count: int
     widths: Mapping[int, Width]
+    part_bits: Mapping[Include, int] = field(default_factory=dict)
     size: int
     loss: float
 
@@ -126,36 +169,45 @@ def most_common(widths: Mapping[int, Width]) -> Width:
     return max(found, key=lambda width: (found[width], width)) if found else None
 
 
-def candidate(space: Space, count: int, widths: Mapping[int, Width]) -> Candidate:
-    """A choice weighed."""
+def candidate(space: Space, count: int, widths: Mapping[int, Width], beside: Beside | None = None) -> Candidate:
+    """A choice weighed; without a way to quantize the rest with the first."""
+    way = beside or space.besides[0]
+    outer = most_common(widths) if space.outside else None
     size = space.rest[count] + sum(space.layer[count][width] for width in widths.values())
-    size += space.outside.get(most_common(widths), 0) if space.outside else 0
+    size += space.outside.get(outer, 0) + way.size
     loss = space.pruned[count] + sum(space.quantized[layer][width] for layer, width in widths.items())
-    return Candidate(count=count, widths=widths, size=size, loss=loss)
+    loss += space.outside_losses.get(outer, 0.0) + way.loss
+    return Candidate(count=count, widths=widths, size=size, loss=loss, part_bits=way.include)
 
 
 def uniform(space: Space) -> list[Candidate]:
-    """Every count with every width, the same in all layers."""
+    """Every count with every width, the same in all layers, and every way to quantize the rest."""
     return [
-        candidate(space, count, dict.fromkeys(space.quantized, width))
+        candidate(space, count, dict.fromkeys(space.quantized, width), beside)
         for count, sizes in space.layer.items()
         for width in sizes
+        for beside in space.besides
     ]
 
 
-def by_layer(space: Space, count: int, limit: int) -> Candidate | None:
+def by_layer(space: Space, count: int, limit: int, beside: Beside | None = None) -> Candidate | None:
     """The best bits by layer on the path of the Lagrange multiplier that fit, or None."""
-    sizes = space.layer[count]
+    sizes, way = space.layer[count], beside or space.besides[0]
     hulls = {n: hull([(sizes[w], losses[w], w) for w in sizes]) for n, losses in space.quantized.items()}
     widths = {layer: points[0][2] for layer, points in hulls.items()}
-    size, found = space.rest[count] + sum(points[0][0] for points in hulls.values()), None
-    # With something outside, whose bits are those of most layers, sizes do not only grow along the path.
+    size, found = space.rest[count] + way.size + sum(points[0][0] for points in hulls.values()), None
+    saved, best_saved = 0.0, 0.0
+    # What is outside has the bits of most layers: with it sizes do not only grow along the path, nor losses only fall.
     for layer, more, width in [(None, 0, None), *descent(hulls)]:
         if layer is not None:
+            saved += space.quantized[layer][widths[layer]] - space.quantized[layer][width]
             widths, size = widths | {layer: width}, size + more
-        if size + (space.outside.get(most_common(widths), 0) if space.outside else 0) <= limit:
-            found = widths
-    return None if found is None else candidate(space, count, found)
+        outer = most_common(widths) if space.outside else None
+        if size + space.outside.get(outer, 0) <= limit:
+            gained = saved - space.outside_losses.get(outer, 0.0)
+            if found is None or gained >= best_saved:
+                found, best_saved = widths, gained
+    return None if found is None else candidate(space, count, found, way)
 
 
 def descent(
@@ -193,7 +245,8 @@ def best(space: Space, limit: int, *, mixed: bool = False) -> Candidate | None:
     """The candidate of the smallest loss that fits; of equals the smaller, then the one with more experts."""
     found = [choice for choice in uniform(space) if choice.size <= limit]
     if mixed:
-        found += [choice for count in space.layer if (choice := by_layer(space, count, limit)) is not None]
+        ways = [by_layer(space, count, limit, beside) for count in space.layer for beside in space.besides]
+        found += [choice for choice in ways if choice is not None]
     return min(found, key=lambda c: (c.loss, c.size, -c.count), default=None)
 
 
@@ -228,7 +281,9 @@ def _size(size: float) -> str:
 
 def alternatives(space: Space, limit: int, chosen: Candidate) -> list[Alternative]:
     """A few rows: at each width all experts, the most that fit and the fewest that do not; and what was chosen."""
-    rows = {(c.count, c.bits): c for c in uniform(space)}
+    rows: dict[tuple[int, float | None], Candidate] = {}
+    for c in uniform(space):
+        rows[c.count, c.bits] = min(rows.get((c.count, c.bits), c), c, key=lambda c: _shown_first(c, limit))
     shown: dict[tuple[int, float | None], Candidate] = {}
     for bits in dict.fromkeys(bits for _, bits in rows):
         same = sorted((c for c in rows.values() if c.bits == bits), key=lambda c: c.count)
@@ -239,19 +294,27 @@ def alternatives(space: Space, limit: int, chosen: Candidate) -> list[Alternativ
         shown[(chosen.count, chosen.bits)] = chosen
     ordered = sorted(shown.values(), key=lambda c: (-(c.bits or 99), -c.count))
     found = [
-        _row(c, limit, chosen=not chosen.mixed and c.widths == chosen.widths and c.count == chosen.count)
+        _row(space, c, limit, chosen=not chosen.mixed and c.widths == chosen.widths and c.count == chosen.count)
         for c in ordered
     ]
-    return [*found, _row(chosen, limit, chosen=True)] if chosen.mixed else found
+    return [*found, _row(space, chosen, limit, chosen=True)] if chosen.mixed else found
 
 
-def _row(found: Candidate, limit: int, *, chosen: bool) -> Alternative:
+def _shown_first(found: Candidate, limit: int) -> tuple[bool, float, float]:
+    """Of one count and width the way to quantize the rest that loses least; where none fits the smallest."""
+    fits = found.size <= limit
+    return (not fits, found.loss, found.size) if fits else (True, found.size, found.loss)
+
+
+def _row(space: Space, found: Candidate, limit: int, *, chosen: bool) -> Alternative:
     return Alternative(
         experts=found.count,
         bits=found.bits,
         mixed=found.mixed,
         weight_bytes=found.size,
         loss=found.loss,
+        unit=space.unit,
+        part_bits=dict(found.part_bits),
         fits=found.size <= limit,
         chosen=chosen,
     )
@@ -271,8 +334,8 @@ def verdict(space: Space, limit: int, chosen: Candidate) -> list[str]:
         if others:
             other = min(others, key=lambda c: c.loss)
             notes.append(
-                f"{lead} at equal bytes: an estimated loss of {chosen.loss:.2%} with {_named(chosen)}, of "
-                f"{other.loss:.2%} with {_named(other)}."
+                f"{lead} at equal bytes: an estimated loss of {space.unit.text(chosen.loss)} with {_named(chosen)}, of "
+                f"{space.unit.text(other.loss)} with {_named(other)}."
             )
     return notes
 

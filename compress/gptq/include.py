@@ -28,6 +28,8 @@ IN_LAYERS = frozenset(_PARTS.values())
 
 AUTO_BITS = 8
 """Of what `--include auto` adds: rounding to 8 bits costs next to nothing (docs/benchmarks.md), and halves it."""
+PART_BITS = (AUTO_BITS, 4)
+"""What a budget may give them instead, where their losses were measured: what every runtime takes."""
 Included = Mapping[Include, int | None]
 """Parts that are quantized besides the routed experts, with their bits; None for those of the scheme (of the layer)."""
 
@@ -78,6 +80,11 @@ def part_bits(parts: Iterable[Include]) -> dict[Part, int]:
     """Bits of the parts that have their own."""
     named = {kind: part for part, kind in _PARTS.items()} | {Include.LM_HEAD: Part.LM_HEAD}
     return {named[kind]: bits for kind, bits in included(parts).items() if bits is not None}
+
+
+def parts_text(bits: Mapping[Include, int]) -> str:
+    """Bits of parts, for people."""
+    return ", ".join(f"{part.value} {width}" for part, width in sorted(bits.items()))
 
 
 def included_as(part: Part) -> Include | None:

@@ -19,7 +19,7 @@ class Kind(StrEnum):
     HEAD = "head"
 
 
-_PARTS = {
+KINDS = {
     Part.ATTENTION: Kind.ATTENTION,
     Part.SHARED: Kind.SHARED,
     Part.DENSE: Kind.DENSE,
@@ -27,13 +27,14 @@ _PARTS = {
     Part.EMBEDDINGS: Kind.EMBEDDINGS,
     Part.LM_HEAD: Kind.HEAD,
 }
+"""Of the matrices of a part; of routed experts all but their down."""
 OUTSIDE = frozenset({Kind.EMBEDDINGS, Kind.HEAD})
 """Kinds that lie in no layer."""
 
 
 def kind_of(family: Family, name: str) -> Kind | None:
     """The kind of a matrix by its name on disk; None for what no mix gives a type to."""
-    kind = _PARTS.get(part_of(family, name, _EVERY_LAYER))
+    kind = KINDS.get(part_of(family, name, _EVERY_LAYER))
     return Kind.DOWN if kind is Kind.EXPERTS and _leaf(name) == _leaf(family.down) else kind
 
 

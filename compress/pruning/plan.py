@@ -252,6 +252,7 @@ def plan_text(plan: Plan) -> str:
     for name in ("mtp_keep", "grids", "curve"):
         if not data[name]:
             del data[name]
+    data["alternatives"] = [_row(row) for row in plan.alternatives]
     lists = {name: data[name] for name in ("keep", "mtp_keep", "grids", "curve") if name in data}
     text = json.dumps(data | {name: f"@{name}@" for name in lists}, indent=2, ensure_ascii=False)
     for name, found in lists.items():
@@ -261,6 +262,12 @@ def plan_text(plan: Plan) -> str:
             rows, ends = [json.dumps(row) for row in found], "[]"
         text = text.replace(f'"@{name}@"', ends[0] + "\n    " + ",\n    ".join(rows) + "\n  " + ends[1])
     return f"{text}\n"
+
+
+def _row(row: Alternative) -> dict[str, Any]:
+    """An alternative without the fields that only divergences have, where it has none."""
+    usual = {name for name in ("unit", "part_bits") if getattr(row, name) == Alternative.model_fields[name].default}
+    return row.model_dump(mode="json", exclude=usual)
 
 
 def load_plan(file: Path) -> Plan:

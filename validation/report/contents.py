@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from moepress.compress.budget.search import Unit
+from moepress.compress.gptq.include import parts_text
 from moepress.compress.gptq.kinds import kind_text, range_text
 from moepress.validation.quality.results import Samples
 from moepress.validation.report.cells import Table, prose_text, share_text, size_text
 from moepress.validation.report.heatmap import FULL_SHARE
-from moepress.validation.report.plots import bits_name
+from moepress.validation.report.plots import bits_name, loss_text
 from moepress.validation.report.remarks import lettered
 from moepress.validation.report.routing import routing_table
 from moepress.validation.report.schema import Choice, Report, RuntimeCheck, Usage
@@ -85,17 +87,18 @@ def _choice(choice: Choice) -> Table:
     rows = [
         (
             "chosen" if row.chosen else "fits" if row.fits else "too large",
-            bits_name(row),
+            bits_name(row) + (f"; {parts_text(row.part_bits)}" if row.part_bits else ""),
             str(row.experts),
             size_text(row.weight_bytes),
-            share_text(row.loss, digits=2),
+            loss_text(row),
         )
         for row in choice.rows
     ]
+    nats = any(row.unit is Unit.NATS for row in choice.rows)
     note = (
         f"Weights may take {size_text(choice.limit_bytes)}. The loss is an estimate made before anything was pressed: "
-        "it ranks the alternatives and is no change of perplexity."
-    )
+        "it ranks the alternatives and is "
+    ) + ("a KL divergence, from what rounding each kind of matrix costs." if nats else "no change of perplexity.")
     header = ("Outcome", "Bits", "Experts per layer", "Size", "Estimated loss")
     return Table(title=CHOICE, header=header, rows=tuple(rows), note=note, numeric=3)
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moepress.compress.budget.search import Alternative
+from moepress.compress.budget.search import Alternative, Unit
+from moepress.compress.gptq.include import parts_text
 from moepress.validation.report.cells import share_text, size_text
 from moepress.validation.report.drawing import INK, legend_above, mark, new_figure, styled, svg, width
 from moepress.validation.report.schema import Choice, Quantization
@@ -91,8 +92,14 @@ def choice_chart(choice: Choice, *, broad: bool = False) -> str:
 
 def alternative_text(row: Alternative) -> str:
     """One alternative in words."""
-    loss = share_text(row.loss, digits=2)
-    return f"{row.experts} experts, {bits_name(row)}, {size_text(row.weight_bytes)}, estimated loss {loss}"
+    parts = f", {parts_text(row.part_bits)}" if row.part_bits else ""
+    size, loss = size_text(row.weight_bytes), loss_text(row)
+    return f"{row.experts} experts, {bits_name(row)}{parts}, {size}, estimated loss {loss}"
+
+
+def loss_text(row: Alternative) -> str:
+    """An estimated loss, a share or a divergence."""
+    return share_text(row.loss, digits=2) if row.unit is Unit.SHARE else row.unit.text(row.loss)
 
 
 def bits_name(row: Alternative) -> str:
@@ -119,7 +126,8 @@ def _scale(axes: Any, rows: Sequence[Alternative]) -> None:
         axes.set_yscale("log")
     elif above:
         axes.set_yscale("symlog", linthresh=min(above))
-    axes.yaxis.set_major_formatter(lambda loss, _: f"{loss * 100:g} %")
+    shares = all(row.unit is Unit.SHARE for row in rows)
+    axes.yaxis.set_major_formatter(lambda loss, _: f"{loss * 100:g} %" if shares else f"{loss:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(lambda size, _: size_text(round(size)) if size > 0 else "0")

@@ -18,6 +18,7 @@ from stage_runs import add_tokenizer, command
 from moepress.calibration.profile import BIT_LOSSES, BIT_TOKENS, Profile, load_profile, merge_profiles
 from moepress.compress.budget.damage import space_of
 from moepress.compress.budget.search import (
+    Beside,
     Budget,
     Candidate,
     Space,
@@ -53,12 +54,18 @@ def spaces(draw: st.DrawFn, *, outside: int | None = None) -> Space:
     layers = draw(st.integers(1, 6))
     loss = st.floats(0, 1, allow_nan=False)
     each = draw(st.integers(1, 1000))
+    apart = dict.fromkeys(widths, 0) | {width: draw(st.integers(0, 500)) * width for width in widths[:outside]}
+    ways = draw(st.lists(st.tuples(st.integers(0, 2000), loss), min_size=1, max_size=4))
     return Space(
         rest={count: draw(st.integers(0, 100)) + count for count in counts},
         layer={count: {width: count * each * width for width in widths} for count in counts},
         pruned=dict(zip(counts, sorted((draw(loss) for _ in counts), reverse=True), strict=True)),
         quantized={layer: {width: draw(loss) for width in widths} for layer in range(layers)},
-        outside=dict.fromkeys(widths, 0) | {width: draw(st.integers(0, 500)) * width for width in widths[:outside]},
+        outside=apart,
+        outside_losses={width: draw(loss) if size else 0.0 for width, size in apart.items()},
+        besides=[
+            Beside(include={Include.SHARED: place}, size=size, loss=lost) for place, (size, lost) in enumerate(ways)
+        ],
     )
 
 
@@ -74,7 +81,9 @@ def test_a_choice_never_exceeds_its_budget_and_counts_are_those_offered(data: st
     limit, mixed = data.draw(limits_of(space)), data.draw(st.booleans())
     chosen, rows = choose(space, Budget(limit_bytes=limit), mixed=mixed)
     assert chosen.size <= limit
-    assert chosen == candidate(space, chosen.count, chosen.widths)
+    (way,) = [beside for beside in space.besides if beside.include == chosen.part_bits]
+    assert chosen == candidate(space, chosen.count, chosen.widths, way)
+    assert [row.part_bits for row in rows if row.chosen] == [way.include]
     assert chosen.count in space.layer
     assert set(chosen.widths) == set(space.quantized)
     assert [row.weight_bytes for row in rows if row.chosen] == [chosen.size]
