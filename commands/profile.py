@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--grid-losses",
     is_flag=True,
-    help="Measure too what GGUF's types cost, by kind of matrix and depth, for `plan --to gguf`, and for `plan --budget` "
+    help="Measure too what GGUF's types cost, by kind of matrix and depth, for `plan --to gguf`, and `plan --budget` "
     "to weigh attention, shared experts and dense MLPs as well: half as long again.",
 )
 @nonfinite_option
