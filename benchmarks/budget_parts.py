@@ -31,7 +31,7 @@ from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN
 
-SIZES = ((15.0, False), (18.5, False), (15.0, True), (17.5, True))
+SIZES = ((15.0, False), (18.5, False), (15.0, True), (16.5, True), (17.5, True), (18.0, True))
 """MiB for the bench model's weights, and whether bits differ by layer."""
 
 
