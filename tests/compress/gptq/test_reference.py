@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import every_family
 import pytest
 import tiny_models
 import torch
@@ -134,3 +135,12 @@ def test_a_run_in_sittings_ends_with_the_bytes_of_one(
             break
     assert result == whole
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_layers_that_look_back_at_the_embeddings_find_them_in_the_original_too(tmp_path: Path) -> None:
+    """Gemma 4's code asks for an embedding in every layer, and the original's layers are loaded apart."""
+    folder = every_family.save(every_family.build("gemma4"), tmp_path / "model")
+    windows = tiny_models.windows(every_family.TEXT_VOCAB, count=4, length=24)
+    include = (Include.ATTENTION, Include.DENSE)
+    result = quantized_folder(folder, windows, tmp_path / "q", include=include, hessian=ORIGINAL)
+    assert result["finished"]
