@@ -337,7 +337,8 @@ def _side(
     )
     own = source.inputs[tokens].to(stream.model.device), stream.weights[tokens, slots].to(stream.model.device)
     few = sample[picked_tokens(len(sample), len(tokens))]
-    return expert_side(expert, stream.model.gating(layer), own, few, metric_DD, inputs.options)
+    side = expert_side(expert, stream.model.gating(layer), own, few, metric_DD, inputs.options)
+    return None if side is None else tuple(block.to(stream.model.solver_device) for block in side)
 
 
 def _stacked(parts: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
