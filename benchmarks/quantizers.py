@@ -50,6 +50,9 @@ TOOLS = {
     "moepress-fast": Tool(
         title="moepress", mode="--effort fast", peer=None, package="moepress", options=("--effort", "fast")
     ),
+    "moepress-high": Tool(
+        title="moepress", mode="--effort high", peer=None, package="moepress", options=("--effort", "high")
+    ),
     "moepress-max": Tool(
         title="moepress", mode="--effort max", peer=None, package="moepress", options=("--effort", "max")
     ),

@@ -11,6 +11,7 @@ from moepress.commands.completers import complete_list, complete_models, complet
 from moepress.compress.gptq.block_choice import GRIDS, PRESETS
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes, parse_share
+from moepress.validation.rules.findings import Runtime
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
@@ -256,6 +257,12 @@ budget_options: Decorator = _stack(
         "--context",
         type=click.IntRange(1),
         help="Tokens in the KV cache beside the weights.  [default: 8192 with --target, else no cache]",
+    ),
+    click.option(
+        "--runtime",
+        type=click.Choice([runtime.value for runtime in Runtime]),
+        help="What is to load the result: no other bits are chosen than it takes.  [default: with --target 4 and 8 "
+        "bits, which vLLM, SGLang and llama.cpp load; with --budget any]",
     ),
     click.option(
         "--mixed-bits",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moepress.converters.safetensors.scheme import Scheme
     from moepress.models.storage.mtp import Mtp
     from moepress.stages.places import Calibration, Machine
+    from moepress.stages.plan import BudgetRequest
     from moepress.stages.push import Push
 
 
@@ -130,8 +131,8 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
         raise UsageError("--to gguf chooses a mix of GGUF's types for a size; give --budget or --target too.")
     if options.get("budget") is not None or options.get("target") is not None:
         return _budgeted_plan(profile, options, quantized=quantized)
-    if options.get("context") is not None or options.get("mixed_bits"):
-        raise UsageError("--context and --mixed-bits go with --budget or --target only.")
+    if any(options.get(name) for name in ("context", "mixed_bits", "runtime")):
+        raise UsageError("--context, --mixed-bits and --runtime go with --budget or --target only.")
     if options.get("targets_file") is not None:
         raise UsageError("--targets-file says what --target may name; give --target too, or leave it out.")
     from moepress.compress.budget.sizes import planned_linears, settled_parts
@@ -176,9 +177,21 @@ def _planned_parts(options: Mapping[str, Any], *, quantized: bool) -> Asked:
     return Asked()
 
 
+def _planned_widths(request: BudgetRequest, options: Mapping[str, Any], *, quantized: bool) -> dict[str, Any]:
+    """What a `Wish` says of bits: none, those that were named, or those that the runtime loads."""
+    from moepress.stages.plan import loadable
+    from moepress.validation.rules.findings import Runtime
+
+    if not quantized:
+        return {"widths": (None,)}
+    if not all_default("bits"):
+        return {"widths": (options["bits"],)}
+    named = options.get("runtime")
+    return loadable(request, None if named is None else Runtime(named))
+
+
 def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: bool) -> Plan:
     from moepress.compress.pruning.scoring import Criterion, Groups
-    from moepress.converters.safetensors.scheme import SUPPORTED_BITS
     from moepress.stages.plan import BudgetRequest, Wish, mix_within, plan_within
 
     mixing = options.get("to") is not None
@@ -187,16 +200,23 @@ def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: b
             "--to gguf chooses the type of every matrix; leave out --bits, --group-size, --mixed-bits and "
             "--no-quantization."
         )
+    if mixing and options["runtime"] not in (None, "llama.cpp"):
+        raise UsageError("--to gguf chooses types that llama.cpp loads; leave out --runtime.")
     if mixing and names_parts(options):
         raise UsageError("--to gguf mixes types for the whole model; leave out --include.")
     if options["mixed_bits"] and not (quantized and all_default("bits")):
         raise UsageError("--mixed-bits chooses the bits of every layer; leave out --bits and --no-quantization.")
     asked = _planned_parts(options, quantized=quantized)
-    widths = (None,) if not quantized else SUPPORTED_BITS if all_default("bits") else (options["bits"],)
+    request = BudgetRequest(
+        limit_bytes=parse_bytes(options["budget"], "--budget"),
+        target=options["target"],
+        context=options["context"],
+        targets_file=options["targets_file"],
+    )
     wish = Wish(
         keep=options["keep"],
         experts=options["experts"],
-        widths=widths,
+        **_planned_widths(request, options, quantized=quantized),
         group_size=None if all_default("group_size") else options["group_size"],
         mixed=options["mixed_bits"],
         criterion=Criterion(options["criterion"]) if options["criterion"] else None,
@@ -204,11 +224,5 @@ def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: b
         groups=Groups(options["groups"]),
         include=asked.parts,
         auto=asked.auto,
-    )
-    request = BudgetRequest(
-        limit_bytes=parse_bytes(options["budget"], "--budget"),
-        target=options["target"],
-        context=options["context"],
-        targets_file=options["targets_file"],
     )
     return mix_within(profile, request, wish) if mixing else plan_within(profile, request, wish)

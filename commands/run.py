@@ -57,7 +57,7 @@ _RECIPE_OPTIONS = (
         "mtp",
     ),
     *("positive_scales", "asymmetric"),
-    *("target", "context", "mixed_bits"),
+    *("target", "context", "mixed_bits", "runtime"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
 )

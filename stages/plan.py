@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,17 @@ from moepress.compress.budget.damage import bare_space, space_of
 from moepress.compress.budget.divergences import divergences_of
 from moepress.compress.budget.gguf_sizes import FileWeights
 from moepress.compress.budget.mixes import best_mix, curve, fallen_back, mix_space, smallest_mix
-from moepress.compress.budget.search import Budget, Candidate, Unit, Width, choose, most_common, too_small, verdict
+from moepress.compress.budget.search import (
+    Budget,
+    Candidate,
+    Space,
+    Unit,
+    Width,
+    choose,
+    most_common,
+    too_small,
+    verdict,
+)
 from moepress.compress.budget.sizes import (
     Linear,
     group_size_for,
@@ -32,6 +42,8 @@ from moepress.models.families.family import Shape, legal_counts
 from moepress.models.forward.inventory import cache_bytes
 from moepress.models.storage.mtp import Mtp
 from moepress.stages.places import context_notes
+from moepress.validation.rules.bits import bits_for, runtimes_of
+from moepress.validation.rules.findings import Runtime
 from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, target_of
 
 FEW_BITS_NOTE = (
@@ -82,6 +94,7 @@ class Wish:
     Attributes:
         keep, experts: share or number of experts that stay.
         widths: bits to choose from; (None,) for pruning alone.
+        beyond: bits that are no choice because the runtimes that are meant do not load them.
         group_size: None for the one that the profile's losses were measured with.
         mixed: bits may differ by layer.
         criterion, weights, groups: as in `make_plan`.
@@ -91,6 +104,7 @@ class Wish:
     keep: float | None = None
     experts: int | None = None
     widths: tuple[Width, ...] = SUPPORTED_BITS
+    beyond: tuple[Width, ...] = ()
     group_size: int | None = None
     mixed: bool = False
     criterion: Criterion | None = None
@@ -131,6 +145,24 @@ class Wish:
             for columns in (shape.hidden, shape.expert_width, *(linear.columns for linear in linears)):
                 scheme.groups(columns)
         return size
+
+
+def loadable(request: BudgetRequest, runtime: Runtime | None, among: Sequence[int] = SUPPORTED_BITS) -> dict[str, Any]:
+    """`widths` and `beyond` of a `Wish` that leaves the bits open.
+
+    Args:
+        request: a GPU means the usual runtimes, where none is named; a plain size means any.
+        runtime: what is to load the result.
+        among: bits that can be made at all.
+
+    Raises:
+        UsageError: the runtime loads none of them.
+    """
+    taken = among if runtime is None and request.target is None else bits_for(runtime)
+    widths = tuple(bits for bits in among if bits in taken)
+    if not widths:
+        raise UsageError(f"--runtime {runtime} loads none of {', '.join(map(str, among))} bits; name another one.")
+    return {"widths": widths, "beyond": tuple(bits for bits in among if bits not in taken)}
 
 
 def load_profiles(folders: Sequence[Path]) -> Profile:
@@ -185,9 +217,11 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
     selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)
     require_possible(profile.inventory, shape, len(profile.layers), budget, wish, linears, free=free)
     kept = {count: keep_sets(profile, replace(selection, count=count)) for count in counts}
-    space = space_of(
-        profile, kept, weights=every, widths=wish.widths, group_size=group_size, linears=linears, free=free
-    )
+
+    def space_with(widths: tuple[Width, ...]) -> Space:
+        return space_of(profile, kept, weights=every, widths=widths, group_size=group_size, linears=linears, free=free)
+
+    space = space_with(wish.widths)
     chosen, rows = choose(space, budget, mixed=wish.mixed)
     include = included({**include, **chosen.part_bits})
     plan = make_plan(
@@ -202,6 +236,8 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
         linears=planned_linears(profile, include),
     )
     notes = [*plan.notes, *verdict(space, budget.weight_bytes, chosen), *_notes(profile, chosen, group_size, budget)]
+    if wish.beyond and not wish.mixed:
+        notes += _not_taken(space_with((*wish.beyond, *wish.widths)), budget, chosen)
     said = PARTS_NOTE if space.unit is Unit.NATS else INCLUDE_NOTE if include else None
     notes += [*left, *([] if said is None else [said])]
     return plan.model_copy(update={"budget": budget, "alternatives": rows, "notes": notes})
@@ -282,17 +318,53 @@ def require_possible(
     Raises:
         UsageError: with the smallest size there is.
     """
-    space = bare_space(
-        inventory,
-        shape,
-        layers,
-        counts=wish.counts(shape),
-        widths=wish.widths,
-        group_size=wish.group(shape, linears),
-        linears=linears,
-        free=free,
-    )
-    return choose(space, budget, mixed=mixed)[0]
+
+    def chosen_of(widths: tuple[Width, ...]) -> Candidate:
+        space = bare_space(
+            inventory,
+            shape,
+            layers,
+            counts=wish.counts(shape),
+            widths=widths,
+            group_size=wish.group(shape, linears),
+            linears=linears,
+            free=free,
+        )
+        return choose(space, budget, mixed=mixed)[0]
+
+    try:
+        return chosen_of(wish.widths)
+    except UsageError as error:
+        if mixed or not wish.beyond:  # what loads fewer bits does not load those that differ by layer
+            raise
+        raise _another_way(error, wish, chosen_of) from error
+
+
+def _another_way(error: UsageError, wish: Wish, chosen_of: Callable[[tuple[Width, ...]], Candidate]) -> UsageError:
+    """The refusal, and which bits would fit that were no choice."""
+    try:
+        found = chosen_of((*wish.beyond, *wish.widths))
+    except UsageError:
+        return error  # nothing fits with them either
+    return UsageError(f"{error} Or take fewer bits: {_where(found)}.")
+
+
+def _not_taken(space: Space, budget: Budget, chosen: Candidate) -> list[str]:
+    """What bits would give that were no choice, where they lose less."""
+    found, _ = choose(space, budget, mixed=False)
+    if found.loss >= chosen.loss:
+        return []
+    unit = "estimated KL" if space.unit is Unit.NATS else "estimated loss"
+    losses = (f"{c.loss:.2e}" if space.unit is Unit.NATS else f"{c.loss:.3%}" for c in (found, chosen))
+    return [f"Fewer bits would lose less, {unit} {' in place of '.join(losses)}: {_where(found)}."]
+
+
+def _where(found: Candidate) -> str:
+    """A candidate in words, and what loads it."""
+    bits = sorted({width for width in found.widths.values() if width is not None})
+    names = [runtime for runtime in runtimes_of(bits[0]) if all(runtime in runtimes_of(each) for each in bits)]
+    lists = (" and ".join(map(str, bits)), ", ".join(names))
+    return f"{found.count} experts at {lists[0]} bits, which load in {lists[1]} (--runtime {names[0]} chooses so)"
 
 
 def _scheme(chosen: Candidate, group_size: int) -> Scheme | None:

@@ -32,7 +32,7 @@ from moepress.runs.text import suggestion
 from moepress.stages.export import check_gguf, check_onnx, onnx_bits
 from moepress.stages.groundwork import gguf_weights, load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
-from moepress.stages.plan import BudgetRequest, Wish, budget_of, possible_mix, require_possible
+from moepress.stages.plan import BudgetRequest, Wish, budget_of, loadable, possible_mix, require_possible
 from moepress.stages.quantize import block_choice, on_grid
 from moepress.stages.repair import check_repair
 from moepress.stages.validate import (
@@ -41,6 +41,7 @@ from moepress.stages.validate import (
 )
 from moepress.validation.quality.thresholds import Thresholds
 from moepress.validation.rules.check import notes_before
+from moepress.validation.rules.findings import Runtime
 from moepress.validation.speed.targets import all_targets
 
 # What may change on resume: it touches exports and the report alone, which are then made (again).
@@ -90,6 +91,7 @@ class Recipe(BaseModel):
     targets_file: str | None = None
     context: Count | None = None
     mixed_bits: bool = False
+    runtime: Runtime | None = None
     include: tuple[Literal["auto"] | Include, ...] = ("auto",)
     part_bits: dict[Include, int] = {}
     match: Literal["auto", "own", "original"] = "auto"
@@ -154,11 +156,12 @@ def _targets_file(recipe: Recipe) -> Path | None:
 
 def wish_of(recipe: Recipe) -> Wish:
     """What the recipe leaves to its budget; codes that ONNX has no kernel for are no choice where it is asked for."""
-    widths, asked = onnx_bits() if "onnx" in recipe.to else SUPPORTED_BITS, asked_of(recipe)
+    made, asked = onnx_bits() if "onnx" in recipe.to else SUPPORTED_BITS, asked_of(recipe)
+    request = budget_request(recipe) or BudgetRequest()
     return Wish(
         keep=recipe.keep,
         experts=recipe.experts,
-        widths=widths if recipe.bits is None else (recipe.bits,),
+        **({"widths": (recipe.bits,)} if recipe.bits is not None else loadable(request, recipe.runtime, made)),
         group_size=recipe.group_size,
         mixed=recipe.mixed_bits,
         criterion=recipe.criterion,
@@ -176,7 +179,8 @@ def asked_of(recipe: Recipe) -> Asked:
 
 def _may_mix(recipe: Recipe) -> bool:
     """Whether a budget is to be spent on a mix of GGUF's types: nothing but a GGUF is wanted, and no bits are named."""
-    named = (recipe.bits, recipe.group_size, recipe.scheme, recipe.grid, recipe.mixed_bits or None)
+    runtime = None if recipe.runtime is Runtime.LLAMA_CPP else recipe.runtime
+    named = (recipe.bits, recipe.group_size, recipe.scheme, recipe.grid, recipe.mixed_bits or None, runtime)
     return set(recipe.to) == {"gguf"} and all(given is None for given in named) and not _names_parts(recipe)
 
 
@@ -258,8 +262,8 @@ def settled(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
 
 def _settled_alone(recipe: Recipe, checkpoint: Checkpoint) -> Settled:
     """The same where no budget chooses."""
-    if recipe.context is not None or recipe.mixed_bits:
-        raise UsageError("--context and --mixed-bits go with --budget or --target only.")
+    if recipe.context is not None or recipe.mixed_bits or recipe.runtime is not None:
+        raise UsageError("--context, --mixed-bits and --runtime go with --budget or --target only.")
     degroup = recipe.groups is Groups.DEGROUP
     count = count_from_keep(checkpoint.shape, recipe.keep, recipe.experts, degroup=degroup)
     if checkpoint.pressed_as and recipe.bits is None and recipe.scheme is None and recipe.grid is None:

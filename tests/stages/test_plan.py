@@ -19,11 +19,15 @@ from moepress.compress.gptq.include import AUTO_BITS, IN_LAYERS, Include
 from moepress.compress.gptq.kinds import Kind
 from moepress.compress.pruning.plan import Plan, load_plan, plan_text
 from moepress.converters.safetensors.artifact import open_artifact
-from moepress.converters.safetensors.scheme import Scheme
-from moepress.errors import InvalidInputError
+from moepress.converters.safetensors.scheme import SUPPORTED_BITS, Scheme
+from moepress.errors import InvalidInputError, UsageError
+from moepress.stages.export import onnx_bits
 from moepress.stages.places import Calibration, Machine, Output
-from moepress.stages.plan import INCLUDE_NOTE, PARTS_NOTE, BudgetRequest, Wish, plan_within
+from moepress.stages.plan import INCLUDE_NOTE, PARTS_NOTE, BudgetRequest, Wish, loadable, plan_within
 from moepress.stages.profile import profile_stage
+from moepress.validation.rules.bits import RUNTIME_BITS, bits_for
+from moepress.validation.rules.findings import Runtime
+from moepress.validation.speed.targets import RESERVE
 
 MIB = 1 << 20
 
@@ -182,3 +186,66 @@ def test_who_has_no_losses_by_kind_is_told_how_to_get_them(folder: Path, tmp_pat
     assert "`profile --grid-losses` measures" in printed
     code, printed, _ = command("plan", folder, "--budget", "3.5MiB")
     assert "`profile --grid-losses` measures" not in printed
+
+
+def with_target(profile: Profile, folder: Path, mib: float, runtime: Runtime | None = None, **wish: Any) -> Plan:
+    """Within a GPU of so much memory beside its reserve and the smallest cache."""
+    file = folder / "gpus.toml"
+    gib = (mib + 0.1) * MIB / (1 - RESERVE) / (1 << 30)
+    file.write_text(
+        f'[[target]]\nid = "tiny"\nname = "Tiny"\nkind = "gaming"\nmemory_gib = {gib}\n'
+        "bandwidth_gb_per_second = 1\nfp16_tflops = 1\n"
+    )
+    request = BudgetRequest(target="tiny", targets_file=file, context=1)
+    return plan_within(profile, request, Wish(weights={}, auto=True, **loadable(request, runtime), **wish))
+
+
+def test_a_gpu_gets_bits_that_its_usual_runtimes_load(made: Profile, tmp_path: Path) -> None:
+    """Pruned to few experts at 4 bits, though more of them at 3 lose less; the plan says so."""
+    usual = with_target(made, tmp_path, 2.9)
+    assert chosen(usual).bits == 4
+    any_bits = with_target(made, tmp_path, 2.9, Runtime.TRANSFORMERS)
+    assert chosen(any_bits).bits in (2, 3)
+    assert chosen(any_bits).loss < chosen(usual).loss
+    assert {row.bits for row in usual.alternatives} == {4, 8}
+    (note,) = [note for note in usual.notes if note.startswith("Fewer bits would lose less")]
+    assert f"{chosen(any_bits).experts} experts at {chosen(any_bits).bits:g} bits" in note
+    assert f"{chosen(any_bits).loss:.2e} in place of {chosen(usual).loss:.2e}" in note
+    assert "load in transformers" in note
+    assert "--runtime transformers" in note
+    assert not [note for note in any_bits.notes if note.startswith("Fewer bits would lose less")]
+
+
+def test_a_plain_size_has_all_bits_unless_a_runtime_is_named(made: Profile) -> None:
+    request = BudgetRequest(limit_bytes=int(2.9 * MIB))
+    assert loadable(request, None) == {"widths": SUPPORTED_BITS, "beyond": ()}
+    assert loadable(request, Runtime.VLLM) == {"widths": (4, 8), "beyond": (2, 3)}
+    assert loadable(request, Runtime.VLLM, among=(2, 4, 8)) == {"widths": (4, 8), "beyond": (2,)}
+    named = plan_within(made, request, Wish(weights={}, auto=True, **loadable(request, Runtime.VLLM)))
+    assert chosen(named).bits == 4
+
+
+def test_what_fits_with_fewer_bits_alone_is_said(made: Profile, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"choose a larger GPU\. Or take fewer bits: \d+ experts at [23] bits, which"):
+        with_target(made, tmp_path, 2.9, experts=16)
+    with pytest.raises(UsageError, match=r"choose a larger GPU\.$"):
+        with_target(made, tmp_path, 1.0, experts=16)
+
+
+def test_bits_of_runtimes_are_those_of_the_exports() -> None:
+    assert RUNTIME_BITS[Runtime.ONNXRUNTIME] == onnx_bits()
+    assert RUNTIME_BITS[Runtime.TRANSFORMERS] == SUPPORTED_BITS
+    assert bits_for() == (4, 8)
+    assert set(RUNTIME_BITS) == set(Runtime)
+
+
+def test_a_runtime_goes_with_a_size(folder: Path) -> None:
+    code, _, errors = command("plan", folder, "--keep", "0.5", "--runtime", "vllm")
+    assert code == 2
+    assert "--runtime go with --budget or --target only" in errors
+    code, _, errors = command("plan", folder, "--budget", "3MiB", "--to", "gguf", "--runtime", "vllm")
+    assert code == 2
+    assert "leave out --runtime" in errors
+    code, printed, _ = command("plan", folder, "--budget", "3MiB", "--runtime", "vllm", "--json")
+    assert code == 0
+    assert json.loads(printed)["quantization"]["bits"] == 4

@@ -7,10 +7,11 @@ from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Codes
 from moepress.converters.safetensors.targets import JOINED
 from moepress.models.families.family import Part, part_of
+from moepress.validation.rules.bits import bits_for
 from moepress.validation.rules.facts import Facts, Kind, Width
 from moepress.validation.rules.findings import Effect, Happens, Problem, Runtime, first
 
-KERNEL_BITS = (4, 8)
+KERNEL_BITS = bits_for()
 GPTQ_GROUPS = (PER_CHANNEL, 32, 64, 128)
 MARLIN_HIDDEN, MARLIN_WIDTH = 128, 64
 _HF = (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.GPTQMODEL, Runtime.LLAMA_CPP)

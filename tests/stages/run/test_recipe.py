@@ -167,7 +167,7 @@ def test_a_resume_with_another_setting_is_refused_by_its_name(finished: Path) ->
         ({"group_size": 96}, "--group-size 96 does not divide the 128"),
         ({"include": ["lm_head"]}, "exclude each other"),
         ({"bits": 5}, "--bits 5 is not supported"),
-        ({"context": 64}, "--context and --mixed-bits go with --budget or --target"),
+        ({"context": 64}, "--context, --mixed-bits and --runtime go with --budget or --target"),
         ({"budget": 1 << 20}, "The smallest possible result, 12 experts at 2 bits, takes 2"),
         ({"budget": 1 << 30, "target": "rtx-3090"}, "Give either --budget"),
         ({"target": "rtx-1"}, "--target rtx-1 is not in the table"),
