@@ -203,6 +203,7 @@ def solver_memory(
     others = max((_solving_bytes(m.rows, m.columns) + m.rows * m.columns * 4 for m in extra), default=0)
     if moved:
         solver += max(_moving_bytes(m.rows, m.columns) for m in expert_matrices(figures, 1))
+        solver += at_once * max(4 * m.rows * m.columns for m in expert_matrices(figures, 1))  # s H of each
         others += max((_moving_bytes(m.rows, m.columns) for m in extra), default=0)
     rest = 2 * figures.layer_parameters  # written in 16 bit with the layer's first piece
     tables = max(w.bytes for p, w in figures.parts.items() if p in {Part.EMBEDDINGS, Part.LM_HEAD})

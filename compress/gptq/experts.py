@@ -1,6 +1,6 @@
 """GPTQ for the routed experts of a layer: Hessians of a few experts at a time, solved as one batch."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import HessianOptions, Moments, add_cross, add_gram, mirror, shares
-from moepress.compress.gptq.asymmetry import move_target, relative_error
+from moepress.compress.gptq.asymmetry import Step, against_original, move_target
 from moepress.compress.gptq.balance import topped_up
 from moepress.compress.gptq.block_choice import BlockChoice
 from moepress.compress.gptq.block_solver import BlockCoded, SolvedBlocks, solve_blocks
@@ -267,18 +267,18 @@ def solve_experts(
     def of_inputs(index: int, out: Tensor) -> Moments:
         return _input_moments(inputs, seen[experts[index]], pooled_DD, out)
 
-    hessians = _targets(stacked, of_inputs, options, stream.model.device)
+    hessians, steps = _targets(stacked, of_inputs, options, stream.model.device)
     *_gate, up_name, down_name = stream.model.family.expert_names(layer, experts[0])
     kind = options.kind_of(up_name, layer, stacked.shape[2])
     sides: Sides = None
     if metric_DD is not None:
         sides = [_side(inputs, layer, weights[e], positions[e], sample_PD, metric_DD) for e in experts]
-    first, first_error = solve_measured(stacked, hessians, options, kind, sides)
-    if originals is not None:
-        first_error = _errors((weights[e].first for e in experts), first, hessians)
+    first = solve_stacked(stacked, hessians, options, kind, sides)
     del hessians, stacked
     with phase("pack"):
         first = first.on_host()
+        first_error = [first.error(n, steps[n], weights[e].first) for n, e in enumerate(experts)]
+        del steps
         gated = [weights[expert].gate is not None for expert in experts]
         coded = [_split(first.matrix(index), gated=gated[index]) for index in range(len(experts))]
     with phase("load"):
@@ -294,16 +294,15 @@ def solve_experts(
             middles[index] = middle[: len(positions[expert][0])]
         return found
 
-    hessians = _targets(downs, of_middles, options, stream.model.device)
+    hessians, steps = _targets(downs, of_middles, options, stream.model.device)
     kind = options.kind_of(down_name, layer, downs.shape[2])
     sides = None
     if metric_DD is not None and stream.model.gating(layer).after is None:
         sides = [floored([metric_DD], options.hessian.end_floor, device)] * len(experts)
-    second, second_error = solve_measured(downs, hessians, options, kind, sides)
-    if originals is not None:
-        second_error = _errors((weights[e].down for e in experts), second, hessians)
+    second = solve_stacked(downs, hessians, options, kind, sides)
     with phase("pack"):
         second = second.on_host()
+        second_error = [second.error(n, steps[n], weights[e].down) for n, e in enumerate(experts)]
         down = [second.matrix(index) for index in range(len(experts))]
     return [
         CodedExpert(
@@ -379,10 +378,29 @@ class Batch:
         zeros = None if self.found.zeros is None else self.found.zeros[index].cpu()
         return Coded(codes=codes, scales=scales, zeros=zeros)
 
+    @property
+    def solved(self) -> Solved:
+        """Losses and the like, whatever the codes are."""
+        return self.found.solved if isinstance(self.found, SolvedBlocks) else self.found
+
     def rounded(self, index: int) -> bool:
         """Whether it was rounded to nearest for want of a Hessian."""
-        solved = self.found.solved if isinstance(self.found, SolvedBlocks) else self.found
-        return bool(solved.rounded[index])
+        return bool(self.solved.rounded[index])
+
+    def error(self, index: int, step: Step | None, weight_OI: Tensor) -> float:
+        """||(W - Q) X||^2 / ||W X||^2 of one of them.
+
+        Args:
+            index: which.
+            step: how far the solver's W was moved from the original, None: not at all.
+            weight_OI: the original W.
+        """
+        loss, energy = float(self.solved.loss[index]), float(self.solved.energy[index])
+        if step is not None:
+            device = step.pull.device
+            off_OI = weight_OI.to(device) - self.matrix(index).dense(device).float()
+            loss, energy = against_original(loss, energy, step, off_OI)
+        return max(loss, 0.0) / max(energy, 1e-300)
 
     def on_host(self) -> "Batch":
         """The same, copied at once from a GPU: each copy waits for it."""
@@ -391,28 +409,27 @@ class Batch:
         return replace(self, found=_on_host(self.found))
 
 
-def solve_measured(
+def solve_stacked(
     weight_EOI: Tensor,
     hessian_EII: Tensor,
     options: QuantizeOptions,
     kind: BlockType | None = None,
     sides: Sides = None,
-) -> tuple[Batch, list[float]]:
-    """`solve` by these options, in a block type where one is given, and `relative_errors` of what it gave."""
+) -> Batch:
+    """`solve` by these options, in a block type where one is given."""
     with phase("solve"):
         if kind is not None:
             blocks = solve_blocks(weight_EOI, hessian_EII, kind, options.solver, sides)
-            return Batch(found=blocks, stored=options.stored_dtype), relative_errors(blocks.solved)
+            return Batch(found=blocks, stored=options.stored_dtype)
         scale_dtype, solver = options.scale_dtype, options.solver
         solved = solve(weight_EOI, hessian_EII, options.scheme, scale_dtype=scale_dtype, options=solver, sides=sides)
-        batch = Batch(found=solved, stored=options.stored_dtype, codes=options.scheme.codes)
-        return batch, relative_errors(solved)
+        return Batch(found=solved, stored=options.stored_dtype, codes=options.scheme.codes)
 
 
 def _targets(
     weight_EOI: Tensor, of: Callable[[int, Tensor], Moments], options: QuantizeOptions, device: torch.device
-) -> Tensor:
-    """The Hessians of a batch; its weights become, in place, what their codes are to meet.
+) -> tuple[Tensor, list[Step | None]]:
+    """The Hessians of a batch; its weights become, in place, what their codes are to meet, by these steps.
 
     Args:
         weight_EOI: on the device of the solver, where the Hessians will be.
@@ -422,6 +439,7 @@ def _targets(
     """
     experts, columns = weight_EOI.shape[0], weight_EOI.shape[2]
     hessian_EII = torch.empty(experts, columns, columns, device=weight_EOI.device)
+    steps: list[Step | None] = [None] * experts
 
     def some(part: slice) -> None:
         for index in range(experts)[part]:
@@ -429,27 +447,18 @@ def _targets(
             found = of(index, there if there.device == device else torch.empty_like(there, device=device))
             if found.hessian is not there:
                 there.copy_(found.hessian)
-            move_target(weight_EOI[index], found, options.hessian.asymmetry, options.solver.damp)
+            steps[index] = move_target(weight_EOI[index], found, options.hessian.asymmetry, options.solver.damp)
 
     parts = part_slices(experts, device)
     with phase("Hessian"), side_by_side(len(parts)) as each:
         each(some, parts)
-    return hessian_EII
+    return hessian_EII, steps
 
 
 def _middles_fit(stream: Stream, seen: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
     """Whether the intermediates of a batch of experts may be kept for their outputs: an eighth of the memory limit."""
     tokens, model = sum(len(rows) for rows, _ in seen.values()), stream.model
     return tokens * model.shape.expert_width * model.dtype.itemsize <= stream.limits.memory_bytes // 8
-
-
-def _errors(weights: Iterable[Tensor], batch: Batch, hessian_EII: Tensor) -> list[float]:
-    """`relative_error` of every matrix of a batch, against its original."""
-    errors = []
-    for index, (weight_OI, hessian_II) in enumerate(zip(weights, hessian_EII, strict=True)):
-        quantized_OI = batch.matrix(index).dense(hessian_II.device).float()
-        errors.append(relative_error(weight_OI.to(quantized_OI.device), quantized_OI, hessian_II))
-    return errors
 
 
 def _on_host(solved: Solved) -> Solved:
@@ -578,8 +587,3 @@ def picked_tokens(sampled: int, tokens: int) -> Tensor:
     """
     count = max(sampled // 4, sampled - tokens)
     return torch.arange(count) * sampled // max(count, 1)
-
-
-def relative_errors(solved: Solved) -> list[float]:
-    """||(W - Q) X||^2 / ||W X||^2 of every matrix of a batch."""
-    return (solved.loss / solved.energy.clamp(min=1e-300)).tolist()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import Moments, moments
-from moepress.compress.gptq.asymmetry import move_target, relative_error
-from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_measured
+from moepress.compress.gptq.asymmetry import move_target
+from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_stacked
 from moepress.compress.gptq.include import LinearGroup
 from moepress.compress.gptq.kept import kept_linear
 from moepress.compress.gptq.sides import rows_of
@@ -218,11 +218,9 @@ def _solve_alike(
         stacked = torch.cat([weight.to(model.solver_device, torch.float32) for weight in stored]).unsqueeze(0)
         hessian_EII = found.hessian.to(model.solver_device).unsqueeze(0)
     original = stacked.clone() if found.cross is not None else None
-    move_target(stacked[0], found, options.hessian.asymmetry, options.solver.damp)
-    batch, (error,) = solve_measured(stacked, hessian_EII, options, kind, None if side is None else [side])
-    whole = batch.matrix(0)
-    if original is not None:
-        error = relative_error(original[0], whole.dense(original.device).float(), hessian_EII[0])
+    step = move_target(stacked[0], found, options.hessian.asymmetry, options.solver.damp)
+    batch = solve_stacked(stacked, hessian_EII, options, kind, None if side is None else [side])
+    whole, error = batch.matrix(0), batch.error(0, step, stacked[0] if original is None else original[0])
     with phase("pack"):
         ends = list(itertools.accumulate(len(weight) for weight in stored))
         parts = [whole.rows(slice(end - len(weight), end)) for end, weight in zip(ends, stored, strict=True)]

@@ -54,7 +54,7 @@ def test_every_matrix_of_few_bits_is_solved_with_a_side(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, list[bool]]] = []
-    solve = experts.solve_measured
+    solve = experts.solve_stacked
 
     def watch(weight_EOI: Tensor, hessian_EII: Tensor, options: Any, kind: Any = None, sides: Any = None) -> Any:
         known = [side is not None for side in sides or [None] * len(weight_EOI)]
@@ -67,8 +67,8 @@ def test_every_matrix_of_few_bits_is_solved_with_a_side(
                 assert float(torch.linalg.eigvalsh(block)[0]) > 0.2
         return solve(weight_EOI, hessian_EII, options, kind, sides)
 
-    monkeypatch.setattr(experts, "solve_measured", watch)
-    monkeypatch.setattr(linears, "solve_measured", watch)
+    monkeypatch.setattr(experts, "solve_stacked", watch)
+    monkeypatch.setattr(linears, "solve_stacked", watch)
     include = {Include.ATTENTION: 8, Include.SHARED: None, Include.DENSE: None}
     quantized_folder(tiny_model("deepseek_v3"), WINDOWS, tmp_path / "q", include=include, scheme=G3, hessian=ENDS)
     assert all(all(known) for bits, known in seen if bits == 3)
