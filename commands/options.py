@@ -38,6 +38,12 @@ def parse_weights(pairs: tuple[str, ...]) -> dict[str, float]:
     return weights
 
 
+def protected_names(values: tuple[str, ...]) -> tuple[str, ...]:
+    """The domains of --protect, each once: with commas between them, or the option again."""
+    names = [name.strip() for value in values for name in value.split(",")]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
 def _stack(*options: Decorator) -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -231,6 +237,19 @@ selection_options: Decorator = _stack(
         help="What an expert is worth.  [default: reap; easy-ep when domain weights differ]",
     ),
     click.option("--domain-weight", multiple=True, metavar="NAME=NUMBER", help="How much a domain counts. Repeatable."),
+    click.option(
+        "--protect",
+        multiple=True,
+        metavar="NAMES",
+        help="Domains that must not lose more than --max-domain-loss: their weights are raised until they do not, and "
+        "where that is not enough there is no plan. With commas between them; repeatable.",
+    ),
+    click.option(
+        "--max-domain-loss",
+        metavar="LIMIT",
+        help="What they may lose: 2x, twice what the other domains lose on average, or 10%, of the experts' output.  "
+        "[default: 2x]",
+    ),
     click.option(
         "--groups",
         type=click.Choice(["balanced", "degroup"]),

@@ -90,11 +90,7 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
         f"by {plan.criterion.value}"
     )
     if plan.prunes:
-        table = plain_table("domain", "weight", "gate mass lost", "reap-sum mass lost")
-        for domain, loss in plan.loss.items():
-            weight = f"{plan.domain_weights[domain]:g}"
-            table.add_row(domain, weight, f"{loss.gate_mass:.1%}", f"{loss.reap_sum_mass:.1%}")
-        console.print(table)
+        _print_losses(console, plan)
         console.print(
             f"stability: two halves of the calibration text agree on {plan.stability:.1%} of the kept experts"
         )
@@ -118,6 +114,19 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
         console.print(EMBEDDED_NOTE)
     if file is not None:
         console.print(f"Plan written to {file}")
+
+
+def _print_losses(console: Console, plan: Plan) -> None:
+    """What each domain loses, and which of them are protected."""
+    named = bool(plan.protected_domains)
+    table = plain_table("domain", "weight", "gate mass lost", "reap-sum mass lost", "output lost", *([""] * named))
+    for domain, loss in plan.loss.items():
+        weight, output = f"{plan.domain_weights[domain]:.3g}", "" if loss.output is None else f"{loss.output:.1%}"
+        mark = ["protected" if domain in plan.protected_domains else ""] * named
+        table.add_row(domain, weight, f"{loss.gate_mass:.1%}", f"{loss.reap_sum_mass:.1%}", output, *mark)
+    console.print(table)
+    if named:
+        console.print(f"protected domains: {', '.join(plan.protected_domains)}, within {plan.max_domain_loss}")
 
 
 def _print_budget(console: Console, budget: Budget) -> None:

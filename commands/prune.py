@@ -105,7 +105,7 @@ def _check_choice(plan_file: Path | None, options: Mapping[str, Any]) -> None:
     if plan_file is None:
         require_profiles(options["profiles"])
         return
-    if not all_default("keep", "experts", "criterion", "domain_weight", "groups"):
+    if not all_default("keep", "experts", "criterion", "domain_weight", "protect", "max_domain_loss", "groups"):
         raise UsageError("--plan decides what stays; leave out --keep, --experts, --criterion and the like.")
     require_file(plan_file)
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moepress.commands.options import parse_weights
+from moepress.commands.options import parse_weights, protected_names
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
 if TYPE_CHECKING:
     from moepress.calibration.profile import Profile
     from moepress.compress.gptq.include import Asked
+    from moepress.compress.pruning.domains import Protection
     from moepress.compress.pruning.plan import Plan
     from moepress.compress.pruning.repair import Repair
     from moepress.converters.safetensors.scheme import Scheme
@@ -153,8 +154,16 @@ def plan_of(profile: Profile, options: Mapping[str, Any], *, quantized: bool) ->
         scheme=scheme,
         include=include,
         linears=planned_linears(profile, include),
+        protection=protection_of(options),
     )
     return made.model_copy(update={"notes": [*made.notes, *notes]})
+
+
+def protection_of(options: Mapping[str, Any]) -> Protection:
+    """What --protect and --max-domain-loss ask for."""
+    from moepress.compress.pruning.domains import protection
+
+    return protection(protected_names(options["protect"]), options["max_domain_loss"])
 
 
 def _planned_scheme(options: Mapping[str, Any], *, quantized: bool) -> Scheme | None:
@@ -224,5 +233,6 @@ def _budgeted_plan(profile: Profile, options: Mapping[str, Any], *, quantized: b
         groups=Groups(options["groups"]),
         include=asked.parts,
         auto=asked.auto,
+        protection=protection_of(options),
     )
     return mix_within(profile, request, wish) if mixing else plan_within(profile, request, wish)

@@ -29,6 +29,7 @@ from moepress.commands.options import (
     output_options,
     parse_weights,
     positive_option,
+    protected_names,
     push_options,
     repair_option,
     scheme_options,
@@ -56,7 +57,7 @@ _RECIPE_OPTIONS = (
         "effort",
         "mtp",
     ),
-    *("positive_scales", "asymmetric"),
+    *("positive_scales", "asymmetric", "max_domain_loss"),
     *("target", "context", "mixed_bits", "runtime"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
@@ -171,16 +172,15 @@ def _recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
     if "experts" in values and "keep" not in values:
         values["keep"] = None
     values |= _part_values(options)
-    if not all_default("domain_weight"):
-        values["domain_weight"] = parse_weights(options["domain_weight"])
+    for name, parsed in (("domain_weight", parse_weights), ("protect", protected_names), ("targets_file", str)):
+        if not all_default(name):
+            values[name] = parsed(options[name])
     if not all_default("repair"):
         values["repair"] = sorted(repair_of(options))
     if not all_default("formats"):
         values["to"] = _formats(options["formats"])
     if not all_default("no_throughput"):
         values["throughput"] = not options["no_throughput"]
-    if not all_default("targets_file"):
-        values["targets_file"] = str(options["targets_file"])
     for name, option in (("max_memory", "--max-memory"), ("budget", "--budget")):
         if not all_default(name):
             values[name] = parse_bytes(options[name], option)

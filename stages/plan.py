@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from moepress.compress.budget.sizes import (
 )
 from moepress.compress.gptq.block_choice import MIX_TYPES
 from moepress.compress.gptq.include import IN_LAYERS, Asked, Include, Included, included
+from moepress.compress.pruning.domains import NO_PROTECTION, Protection, selections_of
 from moepress.compress.pruning.plan import Plan, count_from_keep, make_plan
 from moepress.compress.pruning.scoring import Criterion, Groups, Selection, default_criterion, domain_weights, keep_sets
 from moepress.converters.safetensors.scheme import PER_CHANNEL, SUPPORTED_BITS, Scheme
@@ -99,6 +101,7 @@ class Wish:
         mixed: bits may differ by layer.
         criterion, weights, groups: as in `make_plan`.
         include, auto: what is quantized besides the routed experts, see `Asked`.
+        protection: domains that must not lose too much; counts with which they would are not chosen.
     """
 
     keep: float | None = None
@@ -112,6 +115,7 @@ class Wish:
     groups: Groups = Groups.BALANCED
     include: Included = field(default_factory=dict)
     auto: bool = False
+    protection: Protection = NO_PROTECTION
 
     def parts(self, shape: Shape, linears: Iterable[Linear]) -> tuple[Included, list[str]]:
         """`settled_parts` of a model with those Linears."""
@@ -216,13 +220,14 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
     criterion = wish.criterion or default_criterion(every)
     selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)
     require_possible(profile.inventory, shape, len(profile.layers), budget, wish, linears, free=free)
-    kept = {count: keep_sets(profile, replace(selection, count=count)) for count in counts}
+    kept, left_out = _keep_sets(profile, selection, counts, wish.protection)
 
     def space_with(widths: tuple[Width, ...]) -> Space:
         return space_of(profile, kept, weights=every, widths=widths, group_size=group_size, linears=linears, free=free)
 
     space = space_with(wish.widths)
-    chosen, rows = choose(space, budget, mixed=wish.mixed)
+    with _told(left_out):
+        chosen, rows = choose(space, budget, mixed=wish.mixed)
     include = included({**include, **chosen.part_bits})
     plan = make_plan(
         profile,
@@ -234,12 +239,13 @@ def plan_within(profile: Profile, request: BudgetRequest, wish: Wish, *, mtp: Mt
         layer_bits={n: w for n, w in chosen.widths.items() if w is not None} if chosen.mixed else None,
         include=include,
         linears=planned_linears(profile, include),
+        protection=wish.protection,
     )
     notes = [*plan.notes, *verdict(space, budget.weight_bytes, chosen), *_notes(profile, chosen, group_size, budget)]
     if wish.beyond and not wish.mixed:
         notes += _not_taken(space_with((*wish.beyond, *wish.widths)), budget, chosen)
     said = PARTS_NOTE if space.unit is Unit.NATS else INCLUDE_NOTE if include else None
-    notes += [*left, *([] if said is None else [said])]
+    notes += [*left, *([] if said is None else [said]), *left_out]
     return plan.model_copy(update={"budget": budget, "alternatives": rows, "notes": notes})
 
 
@@ -254,13 +260,23 @@ def mix_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
     budget = budget_of(request, profile.config, shape)
     counts, criterion = wish.counts(shape), wish.criterion or default_criterion(every)
     selection = Selection(criterion=criterion, count=counts[0], weights=every, groups=wish.groups)
-    space = mix_space(profile, {n: keep_sets(profile, replace(selection, count=n)) for n in counts}, every)
+    kept, left_out = _keep_sets(profile, selection, counts, wish.protection)
+    space = mix_space(profile, kept, every)
     chosen = best_mix(space, budget.weight_bytes)
-    if chosen is None:
-        least = smallest_mix(space)
-        raise UsageError(too_small(budget, f"{least.count} experts in types of GGUF", least.size))
-    plan = make_plan(profile, count=chosen.count, criterion=criterion, weights=wish.weights, groups=wish.groups)
+    with _told(left_out):
+        if chosen is None:
+            least = smallest_mix(space)
+            raise UsageError(too_small(budget, f"{least.count} experts in types of GGUF", least.size))
+    plan = make_plan(
+        profile,
+        count=chosen.count,
+        criterion=criterion,
+        weights=wish.weights,
+        groups=wish.groups,
+        protection=wish.protection,
+    )
     notes = [*plan.notes, MIX_NOTE, *fallen_back(profile, chosen), *context_notes(budget.context, shape.context)]
+    notes += left_out
     return plan.model_copy(
         update={
             "budget": budget,
@@ -270,6 +286,29 @@ def mix_within(profile: Profile, request: BudgetRequest, wish: Wish) -> Plan:
             "notes": notes,
         }
     )
+
+
+def _keep_sets(
+    profile: Profile, selection: Selection, counts: Sequence[int], protection: Protection
+) -> tuple[dict[int, dict[int, list[int]]], list[str]]:
+    """Count -> keep sets, of counts that keep within the limits of domains; and a sentence on those that do not."""
+    found = selections_of(profile, selection, counts, protection)
+    kept = {count: keep_sets(profile, chosen) for count, chosen in found.items()}
+    out = [count for count in counts if count not in kept]
+    if not out:
+        return kept, []
+    named = f"{out[0]} experts" if len(out) == 1 else f"{len(out)} counts, from {min(out)} to {max(out)} experts,"
+    limit = f"a protected domain would lose more than {protection.limit.text}"
+    return kept, [f"{named} {'is' if len(out) == 1 else 'are'} no choice: {limit}."]
+
+
+@contextmanager
+def _told(left_out: Sequence[str]) -> Iterator[None]:
+    """Where nothing fits, which counts were no choice is part of why."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(" ".join([str(error), *left_out])) from error
 
 
 def possible_mix(file: FileWeights, shape: Shape, budget: Budget, wish: Wish) -> tuple[int, str]:

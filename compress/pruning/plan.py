@@ -15,6 +15,15 @@ from moepress.compress.gptq.block_choice import MIX_TYPES
 from moepress.compress.gptq.grid_rows import GridRow
 from moepress.compress.gptq.include import Include, Included, included
 from moepress.compress.gptq.kinds import OUTSIDE
+from moepress.compress.pruning.domains import (
+    FACTOR,
+    NO_PROTECTION,
+    Protection,
+    domain_losses,
+    lost_domains,
+    lost_text,
+    protected_selection,
+)
 from moepress.compress.pruning.scoring import (
     Criterion,
     Groups,
@@ -76,12 +85,16 @@ class Quantization(BaseModel):
 
 
 class DomainLoss(BaseModel):
-    """What a domain loses: the share of its mass that the removed experts carry (0..1, mean over layers)."""
+    """What a domain loses: the share of its mass that the removed experts carry (0..1, mean over layers).
+
+    `output` is its loss as limits take it, see `domains`; None in plans that were made before there was any.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gate_mass: float
     reap_sum_mass: float
+    output: float | None = None
 
 
 class Sizes(BaseModel):
@@ -118,6 +131,9 @@ class Plan(BaseModel):
     alternatives: list[Alternative] = []
     curve: list[CurvePoint] = []
     loss: dict[str, DomainLoss]
+    protected_domains: tuple[str, ...] = ()
+    max_domain_loss: str | None = None
+    lost_domains: tuple[str, ...] = ()
     stability: float
     protected: dict[int, list[int]]
     unsupported: dict[int, list[int]]
@@ -170,6 +186,7 @@ def make_plan(
     layer_bits: Mapping[int, int] | None = None,
     include: Iterable[Include] = (),
     linears: Sequence[Linear] = (),
+    protection: Protection = NO_PROTECTION,
 ) -> Plan:
     """Decide what stays. Pure: the same profile and options give the same plan.
 
@@ -183,18 +200,23 @@ def make_plan(
         layer_bits: bits of the routed experts where they differ by layer, for all MoE layers.
         include: parts that are quantized besides the routed experts, with their bits where they have their own.
         linears: their matrices, `sizes.planned_linears`.
+        protection: domains that must not lose too much; their weights are raised until they do not.
 
     Raises:
         UsageError: the count is not legal, a domain is unknown, or the group size does not divide the matrices.
+        ThresholdMissedError: with so few experts a protected domain loses too much, whatever it weighs.
     """
     shape, every = profile.shape, domain_weights(profile.domains, weights or {})
     require_legal(shape, count, degroup=groups is Groups.DEGROUP)
     if scheme is not None:
         scheme.require((shape.hidden, shape.expert_width, *(linear.columns for linear in linears)))
     chosen = criterion or default_criterion(every)
-    selection = Selection(criterion=chosen, count=count, weights=every, groups=groups)
+    asked = Selection(criterion=chosen, count=count, weights=every, groups=groups)
+    selection = protected_selection(profile, asked, protection)
     kept = keep_sets(profile, selection)
     gate, reap = (removed_share(profile, kept, name) for name in ("gate", "weighted_norm"))
+    lost = domain_losses(profile, kept)
+    beyond = lost_domains(lost, every, protection.limit.factor or FACTOR)
     few = unsupported(profile, every)
     prunes = count < shape.experts
     return Plan(
@@ -202,7 +224,7 @@ def make_plan(
         model_name=profile.model_name,
         family=profile.family,
         criterion=chosen,
-        domain_weights=every,
+        domain_weights=dict(selection.weights),
         groups=groups,
         experts_before=shape.experts,
         experts=count,
@@ -212,13 +234,19 @@ def make_plan(
         layer_bits=dict(layer_bits or {}),
         include=tuple(sorted(include)),
         part_bits={part: bits for part, bits in included(include).items() if bits is not None},
-        loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d]) for d in profile.domains},
+        loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d], output=lost[d]) for d in profile.domains},
+        protected_domains=protection.domains,
+        max_domain_loss=protection.limit.text if protection.domains else None,
+        lost_domains=beyond,
         stability=stability(profile, selection) if prunes else 1.0,
         protected={layer: found for layer, found in super_experts(profile).items() if found},
         unsupported=few,
         sizes=estimate_sizes(profile.inventory, shape, count, scheme, layer_bits, linears),
         calibration=dict(profile.calibration),
-        notes=_notes(profile, chosen, few, prunes=prunes),
+        notes=[
+            *_notes(profile, chosen, few, prunes=prunes),
+            *(f"{lost_text(lost, d)}; --protect {d} would keep experts for it." for d in beyond),
+        ],
     )
 
 
@@ -249,7 +277,7 @@ def estimate_sizes(
 def plan_text(plan: Plan) -> str:
     """The plan as it is written to disk; keep lists have one layer a line so that diffs are readable."""
     data = plan.model_dump(mode="json")
-    for name in ("mtp_keep", "grids", "curve"):
+    for name in ("mtp_keep", "grids", "curve", "protected_domains", "max_domain_loss", "lost_domains"):
         if not data[name]:
             del data[name]
     data["alternatives"] = [_row(row) for row in plan.alternatives]

@@ -14,6 +14,7 @@ from moepress.compress.budget.sizes import included_linears, predicting_bytes, s
 from moepress.compress.gptq.block_choice import PLANNED, PRESETS, nearest_scheme
 from moepress.compress.gptq.include import IN_LAYERS, NONE, Asked, Include, Included, asked_for
 from moepress.compress.gptq.layer_bits import check_scheme, settle_bits
+from moepress.compress.pruning.domains import Protection, protection
 from moepress.compress.pruning.plan import count_from_keep
 from moepress.compress.pruning.repair import Repair
 from moepress.compress.pruning.scoring import Criterion, Groups, default_criterion, domain_weights
@@ -81,6 +82,8 @@ class Recipe(BaseModel):
     experts: int | None = Field(default=None, lt=1 << 40)
     criterion: Criterion | None = None
     domain_weight: dict[str, float] = {}
+    protect: tuple[str, ...] = ()
+    max_domain_loss: str | None = None
     groups: Groups = Groups.BALANCED
     bits: int | None = Field(default=None, lt=1 << 40)
     group_size: int | None = Field(default=None, lt=1 << 40)
@@ -169,7 +172,13 @@ def wish_of(recipe: Recipe) -> Wish:
         groups=recipe.groups,
         include=asked.parts,
         auto=asked.auto,
+        protection=protection_of(recipe),
     )
+
+
+def protection_of(recipe: Recipe) -> Protection:
+    """The domains that must not lose too much."""
+    return protection(recipe.protect, recipe.max_domain_loss)
 
 
 def asked_of(recipe: Recipe) -> Asked:
@@ -356,7 +365,9 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     if "gguf" in recipe.to and known.scheme is not None:
         check_gguf(checkpoint, known.scheme)
     corpus = load_corpus(folder, calibration_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
-    criterion = recipe.criterion or default_criterion(domain_weights(corpus.domains, recipe.domain_weight))
+    weights = domain_weights(corpus.domains, recipe.domain_weight)
+    criterion = recipe.criterion or default_criterion(weights)
+    protection_of(recipe).require(corpus.domains, weights)
     evaluation_corpus(folder, evaluation_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
     return checkpoint, known.count, criterion
 

@@ -63,6 +63,7 @@ from moepress.stages.run.recipe import (
     evaluation_of,
     mixes,
     portable,
+    protection_of,
     recipe_text,
     resolve,
     settled,
@@ -215,6 +216,7 @@ def _plan(setup: _Setup, run: Run, profile: Profile) -> Plan:
                 scheme=setup.scheme if recipe.grid is None else None,
                 include=include,
                 linears=planned_linears(profile, include),
+                protection=protection_of(recipe),
             )
         text = plan_text(plan)
         run.write("plan", "plan.json", lambda path: _text(path, text))

@@ -2,6 +2,7 @@
 
 from moepress.validation.report.cells import percent_text, size_change, size_text, three_figures
 from moepress.validation.report.losses import Judged, judged
+from moepress.validation.report.lost import lost_text
 from moepress.validation.report.schema import Report
 
 BLINDNESS = (
@@ -11,7 +12,7 @@ BLINDNESS = (
 
 
 def headlines(report: Report) -> tuple[str, ...]:
-    """One sentence for each compared subject: size and perplexity.
+    """One sentence for each compared subject: size, perplexity, and domains that are lost.
 
     The last one (what the user takes home) comes first, exports to ONNX of the same weights behind the others.
     """
@@ -29,7 +30,7 @@ def headlines(report: Report) -> tuple[str, ...]:
         within = row.paired is not None and judged(row.paired.perplexity_ratio) is Judged.WITHIN
         quality = f"perplexity {percent_text(change)}{', within the error' if within else ''} "
         quality += f"({three_figures(before)} → {three_figures(row.perplexity.value)})"
-        lines.append(f"{name}: {size}, {quality}")
+        lines.append(f"{name}: {size}, {quality}{lost_text(report, subject.label)}")
     return tuple(lines)
 
 

@@ -54,11 +54,14 @@ class DomainLoss(_Section):
         domain: its name.
         gate_mass_lost: of the sum of combine weights.
         reap_mass_lost: of the sum of combine weight times output norm (`reap-sum`).
+        output_lost: what limits on domains go by, a share of the squared routed output that may exceed 1; None in
+            reports that were made before there was any.
     """
 
     domain: str
     gate_mass_lost: float
     reap_mass_lost: float
+    output_lost: float | None = None
 
 
 class Pruning(_Section):
@@ -70,6 +73,10 @@ class Pruning(_Section):
         total: experts that each layer had.
         domains: loss in each calibration domain.
         keep_set_stability: share of kept experts (0 to 1) that two halves of the calibration tokens agree on.
+        protected: domains that were not to lose more than a limit.
+        limit: that limit, as `--max-domain-loss` takes it; None where no domain was protected.
+        given_up: domains that were given a weight below 1.
+        lost: domains that nobody gave up, which lose more than so many times the mean of the others (2, or the limit).
     """
 
     criterion: str
@@ -77,6 +84,10 @@ class Pruning(_Section):
     total: int
     domains: tuple[DomainLoss, ...] = ()
     keep_set_stability: float | None = None
+    protected: tuple[str, ...] = ()
+    limit: str | None = None
+    given_up: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 class DomainUsage(_Section):

@@ -28,10 +28,16 @@ def pruning_section(plan: Plan) -> Pruning:
         kept=plan.experts,
         total=plan.experts_before,
         domains=tuple(
-            DomainLoss(domain=d, gate_mass_lost=loss.gate_mass, reap_mass_lost=loss.reap_sum_mass)
+            DomainLoss(
+                domain=d, gate_mass_lost=loss.gate_mass, reap_mass_lost=loss.reap_sum_mass, output_lost=loss.output
+            )
             for d, loss in plan.loss.items()
         ),
         keep_set_stability=plan.stability,
+        protected=plan.protected_domains,
+        limit=plan.max_domain_loss,
+        given_up=tuple(d for d, weight in plan.domain_weights.items() if weight < 1),
+        lost=plan.lost_domains,
     )
 
 

@@ -246,9 +246,19 @@ def _pruning(report: Report) -> tuple[Table, ...]:
         note += (
             f" Keep sets from different parts of the text agree by {share_text(pruning.keep_set_stability, digits=0)}."
         )
-    rows = [(d.domain, share_text(d.gate_mass_lost), share_text(d.reap_mass_lost)) for d in pruning.domains]
-    header = ("Text", "Routing weight lost", "Weighted output lost")
-    return (Table(title="Pruning", header=header, rows=tuple(rows) or ((NONE,) * 3,), note=note, numeric=2),)
+    if pruning.protected:
+        note += f" Protected: {', '.join(pruning.protected)}, within {pruning.limit}."
+    rows = [
+        (
+            d.domain,
+            share_text(d.gate_mass_lost),
+            share_text(d.reap_mass_lost),
+            NONE if d.output_lost is None else share_text(d.output_lost),
+        )
+        for d in pruning.domains
+    ]
+    header = ("Text", "Routing weight lost", "Weighted output lost", "Output lost, squared")
+    return (Table(title="Pruning", header=header, rows=tuple(rows) or ((NONE,) * 4,), note=note, numeric=3),)
 
 
 def _quantization(report: Report) -> tuple[Table, ...]:

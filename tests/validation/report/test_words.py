@@ -1,6 +1,7 @@
 """Numbers and sentences of the report: nothing is rounded to all or to none, and no two sentences contradict."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from moepress.validation.quality.results import Estimate, Quality
 from moepress.validation.report.cells import figures, number_text, percent_text, share_estimate_text, share_text
 from moepress.validation.report.headline import headlines
 from moepress.validation.report.markdown import markdown
-from moepress.validation.report.schema import Report, SubjectInfo
+from moepress.validation.report.schema import Pruning, Report, SubjectInfo
 from moepress.validation.report.wording import plain_words
 
 NOTHING = {"0", "0.0", "0.00", "0.0000"}
@@ -148,3 +149,34 @@ def test_experts_that_were_rounded_are_told_in_one_way_only(quality: Quality) ->
     text = markdown(report)
     assert "no tokens came there, or the solver failed" in text
     assert "Rounded to nearest, for want of tokens or because the solver failed: 1 expert" in text
+
+
+def pruning(**more: Any) -> Pruning:
+    return Pruning(criterion="reap", kept=8, total=16, **more)
+
+
+def test_a_domain_that_is_lost_beside_the_others_is_named_in_the_headline(quality: Quality) -> None:
+    first, second, *_ = quality.domains
+    found = ratios(quality, 0.02, error=0.001) | {first: Estimate(value=1.3, error=0.01)}
+    report = report_of(quality, Estimate(value=1.1, error=0.01), found)
+    assert headlines(report)[0].endswith(f"; lost: {first} (+30.0 %)")
+    for section, said in (
+        (pruning(given_up=(first,)), ""),
+        (pruning(limit="20x", protected=(second,)), ""),
+        (pruning(limit="2x", protected=(first,)), f"; lost: {first} (+30.0 %)"),
+        (pruning(lost=(second, "czech")), f"; lost: {first} (+30.0 %), {second} (+2.0 %), czech (by the profile)"),
+    ):
+        line = headlines(report.model_copy(update={"pruning": section}))[0]
+        assert line.partition("; lost")[1] == ("; lost" if said else "")
+        assert line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("worst", "error"),
+    [(1.019, 0.001), (1.3, 0.2), (1.04, 0.001)],
+    ids=["small", "within the error", "like the others"],
+)
+def test_no_domain_is_called_lost_for_little(quality: Quality, worst: float, error: float) -> None:
+    others = 0.03 if worst == 1.04 else 0.001
+    found = ratios(quality, others, error=0.0001) | {quality.domains[0]: Estimate(value=worst, error=error)}
+    assert "lost" not in headlines(report_of(quality, Estimate(value=1.01, error=0.001), found))[0]

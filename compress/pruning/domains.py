@@ -1,0 +1,240 @@
+"""What every domain loses with the experts that go, and keep sets under which no protected domain loses too much.
+
+The loss of a domain is the squared error of the routed output on its tokens, as a share of its square, as far as the
+profile tells it (docs/formulas.md: Domains). A limit is a share of that, or a multiple of what the other domains lose.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moepress.calibration.profile import Profile
+from moepress.compress.pruning.scoring import Groups, Selection, keep_sets
+from moepress.errors import ThresholdMissedError, UsageError
+from moepress.models.families.family import legal_counts
+
+FACTOR = 2.0
+"""Beyond so many times the mean of the other domains a domain is called lost, and a protected one is refused."""
+LEAST = 0.01
+"""Means below it count as it: a domain that loses next to nothing is not lost because others lose still less."""
+_DOUBLINGS, _HALVINGS = 12, 4  # of the weights of protected domains, until they lose little enough; and back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a domain may lose at most.
+
+    Attributes:
+        factor: so many times the mean loss of the other domains; None where a share is given.
+        share: of the squared routed output, 0 to 1; None where a factor is given.
+    """
+
+    factor: float | None = None
+    share: float | None = None
+
+    def allowed(self, losses: Mapping[str, float], domain: str) -> float:
+        """What that domain may lose, given what all of them do."""
+        if self.share is not None:
+            return self.share
+        assert self.factor is not None
+        return self.factor * mean_of_others(losses, domain)
+
+    @property
+    def text(self) -> str:
+        """As `--max-domain-loss` takes it."""
+        return f"{self.factor:g}x" if self.factor is not None else f"{100 * (self.share or 0.0):g}%"
+
+
+def parse_limit(text: str) -> Limit:
+    """`2x`: twice the mean loss of the other domains; `10%`: a share.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(x|%)\s*", text)
+    value = float(found[1]) if found else 0.0
+    if found and found[2] == "x" and value >= 1:
+        return Limit(factor=value)
+    if found and found[2] == "%" and value <= 100:
+        return Limit(share=value / 100)
+    raise UsageError(
+        f"--max-domain-loss {text!r} is no limit; write 2x (twice what the other domains lose on average, 1x or more) "
+        "or 10% (of the experts' output)."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protection:
+    """Domains that must not lose more than a limit; without any domains nothing is asked for."""
+
+    domains: tuple[str, ...] = ()
+    limit: Limit = Limit(factor=FACTOR)
+
+    def require(self, profile_domains: Sequence[str], weights: Mapping[str, float]) -> None:
+        """Refuse what can not be held against the domains of a profile.
+
+        Raises:
+            UsageError: a domain is unknown or given up by its weight, or there is no other one to compare with.
+        """
+        for domain in self.domains:
+            if domain not in profile_domains:
+                raise UsageError(
+                    f"--protect {domain}: the profile has no such domain; it has {', '.join(profile_domains)}."
+                )
+            if weights.get(domain, 1.0) == 0:
+                raise UsageError(f"--protect {domain} and --domain-weight {domain}=0 exclude each other.")
+        if self.domains and self.limit.factor is not None and len(profile_domains) < 2:
+            raise UsageError(
+                f"--max-domain-loss {self.limit.text} compares with other domains, and the profile has one alone; "
+                "give a share, such as 10%."
+            )
+
+
+NO_PROTECTION = Protection()
+
+
+def protection(domains: Sequence[str], limit: str | None) -> Protection:
+    """What `--protect` and `--max-domain-loss` say.
+
+    Raises:
+        UsageError: the limit is none, or stands alone.
+    """
+    if limit is None:
+        return Protection(domains=tuple(domains))
+    if not domains:
+        raise UsageError(
+            "--max-domain-loss says what domains of --protect may lose; name them, such as --protect python."
+        )
+    return Protection(domains=tuple(domains), limit=parse_limit(limit))
+
+
+def mean_of_others(losses: Mapping[str, float], domain: str) -> float:
+    """What the other domains lose on average, at least `LEAST`; infinite where there are none."""
+    others = [loss for name, loss in losses.items() if name != domain]
+    return max(sum(others) / len(others), LEAST) if others else float("inf")
+
+
+def domain_losses(profile: Profile, kept: Mapping[int, Sequence[int]]) -> dict[str, float]:
+    """Per domain: leave-one-out losses of the experts that go, over the squared routed output; mean over layers.
+
+    Where the profile has no leave-one-out losses, the squares of what the experts contribute take their place.
+    """
+    measured = any(bool(profile.statistics[n]["leave_one_out"].any()) for n in profile.layers)
+    name, losses = "leave_one_out" if measured else "weighted_norm_squared", np.zeros(len(profile.domains))
+    for layer in profile.layers:
+        found = profile.statistics[layer]
+        cost = found[name].sum(axis=1)
+        gone = np.maximum(cost.sum(axis=1) - cost.take(list(kept[layer]), axis=1).sum(axis=1), 0.0)
+        whole = found["routed_squared"].sum(axis=1)
+        losses += np.where(whole > 0, gone / np.maximum(whole, 1e-300), 0.0)
+    return {d: float(x) for d, x in zip(profile.domains, (losses / len(profile.layers)).tolist(), strict=True)}
+
+
+def lost_domains(losses: Mapping[str, float], weights: Mapping[str, float], factor: float = FACTOR) -> tuple[str, ...]:
+    """Domains that lose beyond so many times the mean of the others, but for those given up by a weight below 1."""
+    beyond = [d for d, loss in losses.items() if loss > factor * mean_of_others(losses, d)]
+    return tuple(d for d in beyond if weights.get(d, 1.0) >= 1)
+
+
+def protected_selection(profile: Profile, selection: Selection, protection: Protection) -> Selection:
+    """The selection with the weights of protected domains raised until none of them loses more than the limit.
+
+    Weights are doubled for domains that lose too much until none does, and then the last step is halved a few times, so
+    that others give up no more than has to be. Deterministic.
+
+    Raises:
+        UsageError: see `Protection.require`.
+        ThresholdMissedError: no weights are enough; with what the domain loses, and a count that would do.
+    """
+    found = try_protected(profile, selection, protection)
+    if found is None:
+        raise _refusal(profile, selection, protection)
+    return found
+
+
+def try_protected(profile: Profile, selection: Selection, protection: Protection) -> Selection | None:
+    """`protected_selection`, or None where no weights are enough."""
+    protection.require(profile.domains, selection.weights)
+    weights = before = {d: selection.weights.get(d, 1.0) for d in profile.domains}
+    for _ in range(_DOUBLINGS + 1):
+        over = _over(profile, replace(selection, weights=weights), protection)
+        if not over:
+            break
+        before, weights = weights, {d: 2 * w if d in over else w for d, w in weights.items()}
+    else:
+        return None
+    if before is weights:
+        return selection
+    low, high = 0.0, 1.0  # of the way, on a scale of logarithms, from the last weights that were not enough
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        tried = _between(before, weights, middle)
+        if _over(profile, replace(selection, weights=tried), protection):
+            low = middle
+        else:
+            high = middle
+    return replace(selection, weights=_between(before, weights, high))
+
+
+def _between(one: Mapping[str, float], other: Mapping[str, float], share: float) -> dict[str, float]:
+    return {d: w if w == other[d] else w * (other[d] / w) ** share for d, w in one.items()}
+
+
+def _over(profile: Profile, selection: Selection, protection: Protection) -> tuple[str, ...]:
+    """Protected domains that lose too much."""
+    if not protection.domains:
+        return ()
+    losses = domain_losses(profile, keep_sets(profile, selection))
+    return tuple(d for d in protection.domains if losses[d] > protection.limit.allowed(losses, d))
+
+
+def selections_of(
+    profile: Profile, selection: Selection, counts: Sequence[int], protection: Protection
+) -> dict[int, Selection]:
+    """Count -> the selection that keeps within the limit; counts with which no weights are enough are not there.
+
+    Raises:
+        ThresholdMissedError: there is none; see `protected_selection`.
+    """
+    found = {
+        count: made
+        for count in counts
+        if (made := try_protected(profile, replace(selection, count=count), protection)) is not None
+    }
+    if not found:
+        raise _refusal(profile, replace(selection, count=max(counts)), protection)
+    return found
+
+
+def lost_text(losses: Mapping[str, float], domain: str) -> str:
+    """`cs loses 41.2% of the experts' output, 3.1 times the mean of the other domains`."""
+    others = mean_of_others(losses, domain)
+    times = f", {losses[domain] / others:.1f} times the mean of the other domains" if others < float("inf") else ""
+    return f"{domain} loses {losses[domain]:.1%} of the experts' output{times}"
+
+
+def _refusal(profile: Profile, selection: Selection, protection: Protection) -> ThresholdMissedError:
+    """In a sentence: which domain loses what, and which count would do."""
+    most = {d: w * 2**_DOUBLINGS if d in protection.domains else w for d, w in selection.weights.items()}
+    losses = domain_losses(profile, keep_sets(profile, replace(selection, weights=most)))
+    worst = max(protection.domains, key=lambda d: losses[d] / protection.limit.allowed(losses, d))
+    enough = _enough(profile, selection, protection)
+    return ThresholdMissedError(
+        f"With {selection.count} of {profile.shape.experts} experts {lost_text(losses, worst)}, however much it "
+        f"weighs, and --max-domain-loss is {protection.limit.text}; {enough} experts would do (--experts {enough})."
+    )
+
+
+def _enough(profile: Profile, selection: Selection, protection: Protection) -> int:
+    """A larger count that keeps within the limit; of many the first of about sixteen. All experts always do."""
+    every = legal_counts(profile.shape, degroup=selection.groups is Groups.DEGROUP)
+    more = [count for count in every if count > selection.count]
+    step = -(-len(more) // 16)
+    tried = (*more[step - 1 :: step], profile.shape.experts)
+    return next(
+        count
+        for count in tried
+        if count == profile.shape.experts or try_protected(profile, replace(selection, count=count), protection)
+    )
