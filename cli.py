@@ -12,6 +12,7 @@ import click
 
 from moepress import __version__
 from moepress.commands.attempt import Attempt
+from moepress.commands.calibration import calibration
 from moepress.commands.check import check
 from moepress.commands.completion import completion
 from moepress.commands.console import INTERRUPTED, fail, say
@@ -125,7 +126,7 @@ def _interrupt(_number: int, _frame: Any) -> None:
 
 for _command in (
     *(run, inspect, targets, doctor, profile, plan, prune, quantize, export),
-    *(check, validate, generate, completion),
+    *(check, validate, generate, calibration, completion),
 ):
     cli.add_command(_command)
 

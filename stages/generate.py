@@ -64,7 +64,7 @@ class Runnable:
         runtime: what runs it, with its version.
         device: where it is to run; of ONNX models the session decides.
         dtype: of its computation.
-        load: reads the weights; gives a decoder with nothing in its cache.
+        load: reads the weights; what it gives makes decoders with nothing in their cache, one after the other.
     """
 
     context: int
@@ -72,7 +72,7 @@ class Runnable:
     runtime: str
     device: str
     dtype: str
-    load: Callable[[], Decoder]
+    load: Callable[[], Callable[[], Decoder]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +124,18 @@ def open_model(folder: Path, machine: Machine) -> Runnable:
     source = opened_source(folder)
     announce(source)
     config = hf_config(source.config).get_text_config()
+
+    def load() -> Callable[[], Decoder]:
+        model = load_dense(source, device=device, dtype=dtype)
+        return lambda: TorchDecoder(model)
+
     return Runnable(
         context=int(config.max_position_embeddings),
         vocabulary=int(config.vocab_size),
         runtime=f"transformers {transformers.__version__}",
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        load=lambda: TorchDecoder(load_dense(source, device=device, dtype=dtype)),
+        load=load,
     )
 
 
@@ -150,9 +155,10 @@ def _open_onnx(folder: Path, machine: Machine) -> Runnable:
     cuda_number(machine.device)  # refuses other devices
     opened = open_onnx(folder)
 
-    def load() -> OnnxDecoder:
+    def load() -> Callable[[], Decoder]:
         _require_memory(folder, opened.total_bytes)
-        return OnnxDecoder(open_session(opened, machine.device, exact=False))
+        session = open_session(opened, machine.device, exact=False)
+        return lambda: OnnxDecoder(session)
 
     return Runnable(
         context=opened.context,
@@ -170,9 +176,10 @@ def _open_gguf(file: Path, machine: Machine) -> Runnable:
     model = runnable_gguf(file)
     context = min(model.context, _LLAMA_CONTEXT)
 
-    def load() -> LlamaDecoder:
+    def load() -> Callable[[], Decoder]:
         _require_memory(file, model.total_bytes)
-        return LlamaDecoder(open_llama(file, context=context))
+        session = open_llama(file, context=context)
+        return lambda: LlamaDecoder(session)
 
     return Runnable(
         context=context,
@@ -189,13 +196,18 @@ def _open_mlx(folder: Path, machine: Machine) -> Runnable:
         raise UsageError("MLX chooses device and dtype itself; leave out --dtype and --device.")
     require_mlx()
     opened = open_mlx(folder)
+
+    def load() -> Callable[[], Decoder]:
+        session = MlxSession(opened)
+        return lambda: MlxDecoder(session)
+
     return Runnable(
         context=opened.context,
         vocabulary=opened.vocabulary,
         runtime=f"mlx-lm {mlx_version()}",
         device="auto",
         dtype="float32",
-        load=lambda: MlxDecoder(MlxSession(opened)),
+        load=load,
     )
 
 
@@ -227,7 +239,7 @@ def generate_stage(
     prompt_ids = encode(tokenizer, request.prompt, chat=request.chat)
     check_prompt(prompt_ids, context=model.context, vocabulary=model.vocabulary)
     try:
-        decoder = model.load()
+        decoder = model.load()()
         started = time.perf_counter()
         pieces, ids = TextStream(tokenizer, before=prompt_ids), list[int]()
         text = ""

@@ -37,6 +37,7 @@ SHORT = {
     "run": (*TEXT, "--max-windows", "1", "--no-throughput"),
     "validate": ("--max-windows", "1", "--no-throughput"),
     "generate": ("--max-new-tokens", "4"),
+    "calibration": ("--max-new-tokens", "8"),
 }
 MADE_BEFORE = (
     "profile MODEL -o profile",
@@ -122,6 +123,7 @@ def reader(folder: Path) -> Iterator[Reader]:
         (folder / "my-test-text" / f"{domain}.txt").write_text(text[6000:9000], encoding="utf-8")
     for name in ("code.txt", "test-code.txt"):
         shutil.copy(Path(__file__), folder / name)
+    (folder / "prompts.txt").write_text("Where does the river come from?\nWhat is 7 plus 5?\n" * 4)
     (folder / "chats.jsonl").write_text('{"text": "How are you? Fine, and what about you?"}\n' * 60)
     shutil.copy(ROOT / "docs" / "examples" / "recipe.yaml", folder)
     with client(folder / "home") as hub, pytest.MonkeyPatch.context() as patch:

@@ -82,6 +82,9 @@ def check_words(text: str) -> None:
     if not words[0].startswith("-"):
         assert words[0] in cli.commands, f"`{text}`: there is no command {words[0]}"
         command = cli.commands[words[0]]
+        if isinstance(command, click.Group) and len(words) > 1 and not words[1].startswith("-"):
+            assert words[1] in command.commands, f"`{text}`: there is no command {words[0]} {words[1]}"
+            command = command.commands[words[1]]
     known = {n for p in command.params for n in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
     for word in words:
         option = word.split("=")[0]

@@ -42,6 +42,7 @@ LINES: list[tuple[list[str], int, str]] = [
             ["export", "nope", "--to", "onnx"],
             ["validate", "demo", "nope"],
             ["run", "nope"],
+            ["calibration", "make", "nope", "--prompts", "nope.txt"],
         )
     ],
     *[
@@ -55,6 +56,7 @@ LINES: list[tuple[list[str], int, str]] = [
     (["prune", "demo", "--profile", "nope", "--keep", "0.5", *OUT], 4, "Error: nope has no profile.json"),
     (["prune", "demo", "--plan", "nope.json", *OUT], 4, "Error: Cannot read nope.json: No such file or directory."),
     (["quantize", "demo", "--plan", "nope.json", *OUT], 4, "Error: Cannot read nope.json: No such file or directory."),
+    (["calibration", "make", "demo", "--prompts", "nope.txt", *OUT], 4, "Error: Cannot read nope.txt"),
     (["run", "demo", "--recipe", "nope.yaml", *OUT], 4, "Error: nope.yaml is not a readable YAML recipe"),
     *[
         ([name, "demo", "--calibration", "nope", *OUT], 4, "Error: nope: no such file or folder")
@@ -65,7 +67,10 @@ LINES: list[tuple[list[str], int, str]] = [
     (["targets"], 0, ""),
     (["completion", "bash"], 0, ""),
     *[([name, "-h"], 0, "") for name in ("run", "profile", "plan", "prune", "quantize", "export", "inspect")],
-    *[([name, "-h"], 0, "") for name in ("targets", "doctor", "check", "validate", "generate", "completion")],
+    *[
+        ([name, "-h"], 0, "")
+        for name in ("targets", "doctor", "check", "validate", "generate", "calibration", "completion")
+    ],
 ]
 
 
