@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     type=click.Choice(["gptq", "compressed-tensors", "onnx", "gguf", "mlx"]),
     help="The format.",
 )
+@click.option(
+    "--names",
+    type=click.Choice(["hub", "transformers"]),
+    default="hub",
+    help="With --to gptq: names of tensors as hub folders have them, which vLLM and SGLang want, or as transformers' "
+    "modules have them, which GPTQModel wants. They differ in few families, such as Mixtral.",
+)
 @onnx_options
 @gguf_options
 @push_options
@@ -60,6 +67,7 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
 
     \b
     Example:  moepress export quantized --to gptq -o quantized-gptq
+              moepress export mixtral --to gptq --names transformers -o mixtral-for-gptqmodel
               moepress export quantized --to onnx -o quantized-onnx
               moepress export quantized --to onnx --for cuda -o quantized-onnx-cuda
               moepress export quantized --to gguf -o quantized-gguf
@@ -75,6 +83,8 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
     inputs = local_folders(artifact)
     if not single:  # of a file all is checked by the stage
         check_output(output, inputs, resume=resume, force=force)  # before anything heavy is imported
+    if target != "gptq" and not all_default("names"):
+        raise UsageError("--names goes with --to gptq only.")
     push = push_of(options)
     if target == "onnx":
         _require_no_gguf_options()
@@ -88,9 +98,11 @@ def export(artifact: str, output: Path, resume: bool, force: bool, target: Any, 
     _require_no_gguf_options()
     if not all_default("dry_run"):
         raise UsageError("--dry-run goes with --to onnx and --to gguf only.")
+    from moepress.converters.safetensors.names import Names
     from moepress.stages.export import export_stage, mlx_stage
 
-    result = mlx_stage(artifact, place) if target == "mlx" else export_stage(artifact, place, target)
+    names = Names(options["names"])
+    result = mlx_stage(artifact, place) if target == "mlx" else export_stage(artifact, place, target, names)
     note(*result.notes)
     if as_json:
         emit({"output": str(output), **asdict(result)})

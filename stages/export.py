@@ -18,6 +18,7 @@ from moepress.converters.mlx.export import MlxExported, check_mlx, export_mlx, m
 from moepress.converters.onnx.runtime import require_onnx, require_onnxruntime
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.export import Exported, Target, check_target, export
+from moepress.converters.safetensors.names import Names, renamed
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError, UsageError
 from moepress.models.forward.tensor_check import check_tensors
@@ -81,8 +82,15 @@ def onnx_bits() -> tuple[int, ...]:
     return ONNX_BITS
 
 
-def export_stage(artifact_name: str, output: Output, target: Target) -> Exported:
-    """Lay a quantized folder out in another format."""
+def export_stage(artifact_name: str, output: Output, target: Target, names: Names = Names.HUB) -> Exported:
+    """Lay a quantized folder out in another format.
+
+    Args:
+        artifact_name: the folder.
+        output: where to.
+        target: the layout.
+        names: whose names the tensors get.
+    """
     folder = model_folder(artifact_name)
     check_output(output.folder, [folder], resume=output.resume, force=output.force)
     inputs = watched(folder)
@@ -91,10 +99,13 @@ def export_stage(artifact_name: str, output: Output, target: Target) -> Exported
     if artifact.layout == target:
         raise UsageError(f"{artifact_name} is in the {target} layout already; copy the folder.")
     check_target(artifact, target)
-    require_room(output, layout_bytes(artifact, target))
     settings = {"command": "export", "moepress": __version__, "target": target, "artifact": fingerprint(artifact)}
+    if names is not Names.HUB:
+        renamed(artifact.family, artifact.shapes)  # refuses what has no such names
+        settings["names"] = names.value
+    require_room(output, layout_bytes(artifact, target))
     with open_run(output.folder, settings, resume=output.resume, force=output.force, inputs=inputs) as run:
-        return export(artifact, target, run)
+        return export(artifact, target, run, names)
 
 
 def mlx_stage(artifact_name: str, output: Output) -> MlxExported:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moepress import __version__
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, gptq, gptq_config
 from moepress.converters.safetensors.artifact import Artifact, refuse_floats
+from moepress.converters.safetensors.names import Names, renamed
 from moepress.converters.safetensors.patterns import PREFIX
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.converters.safetensors.targets import groups_by_part, targets_of
@@ -69,65 +70,78 @@ def _schemes(artifact: Artifact) -> tuple[dict[Scheme, list[int]], dict[Scheme, 
     return {scheme: sorted(layers) for scheme, layers in experts.items()}, others
 
 
-def export(artifact: Artifact, target: Target, run: Run) -> Exported:
+def export(artifact: Artifact, target: Target, run: Run, names: Names = Names.HUB) -> Exported:
     """Write the artifact in another layout into the run's folder and finish the run; shard by shard.
+
+    Args:
+        artifact: what is laid out.
+        target: the layout.
+        run: whose folder gets it.
+        names: whose names the tensors get.
 
     Raises:
         UnsupportedError: a scale lies outside what the target's dtype can hold, or lm_head is quantized.
         InvalidInputError: the artifact is not whole.
     """
     check_target(artifact, target)
+    other = renamed(artifact.family, artifact.shapes) if names is Names.TRANSFORMERS else {}
     by_shard: dict[str, list[str]] = {shard: [] for shard in artifact.shards}
     for name in artifact.shapes:
         stored = artifact.stored.get(name) or artifact.stored[f"{name.removesuffix('.weight')}.{artifact.suffixes[0]}"]
         by_shard[stored.file.name].append(name)
     errors: list[float] = [0.0]
     with track(f"export to {target}", len(by_shard), unit="shards") as advance:
-        for shard, names in by_shard.items():
+        for shard, mine in by_shard.items():
             if run.done(shard) is None:
-                run.write(shard, shard, functools.partial(_write_shard, artifact, target, names))
+                run.write(shard, shard, functools.partial(_write_shard, artifact, target, mine, other))
             done = run.done(shard)
             errors.append(float(done.note["scale_error"]) if done else 0.0)
             advance(1)
-    return _finish(artifact, target, run, max(errors))
+    return _finish(artifact, target, run, max(errors), names, other)
 
 
-def _write_shard(artifact: Artifact, target: Target, names: list[str], path: Path) -> Mapping[str, Any]:
+def _write_shard(
+    artifact: Artifact, target: Target, names: list[str], other: Mapping[str, str], path: Path
+) -> Mapping[str, Any]:
     entries: list[Entry] = []
     error = 0.0
     for name in names:
         if artifact.is_quantized(name):
             codes, scales = artifact.codes(name)
-            tensors = _LAYOUTS[target](artifact, name.removesuffix(".weight"), codes, scales, artifact.zeros(name))
+            tensors = _LAYOUTS[target](artifact, name, other.get(name, name), codes, scales, artifact.zeros(name))
             error = max(error, gptq.half_scale_error(scales) if target == "gptq" else 0.0)
             entries += [tensor_entry(part, tensor) for part, tensor in tensors.items()]
         else:
-            entries.append(tensor_entry(name, read_tensor(artifact.stored[name])))
+            entries.append(tensor_entry(other.get(name, name), read_tensor(artifact.stored[name])))
     write_shard(path, entries)
     return {"scale_error": error}
 
 
-def _gptq(artifact: Artifact, module: str, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> dict[str, Tensor]:
-    return gptq.layer_tensors(module, codes, scales, artifact.scheme_of(module), zeros)
+def _gptq(
+    artifact: Artifact, name: str, written: str, codes: Tensor, scales: Tensor, zeros: Tensor | None
+) -> dict[str, Tensor]:
+    return gptq.layer_tensors(written.removesuffix(".weight"), codes, scales, artifact.scheme_of(name), zeros)
 
 
 def _compressed(
-    artifact: Artifact, module: str, codes: Tensor, scales: Tensor, zeros: Tensor | None
+    artifact: Artifact, name: str, written: str, codes: Tensor, scales: Tensor, zeros: Tensor | None
 ) -> dict[str, Tensor]:
     """Scales get the model's dtype where it holds them exactly (ours always do), else they stay fp16."""
     dtype = DTYPES[artifact.stored[artifact.family.embeddings].dtype]
     exact = bool((scales.to(dtype).to(scales.dtype) == scales).all())
-    scheme, stored = artifact.scheme_of(module), dtype if exact else scales.dtype
-    return compressed_tensors.layer_tensors(module, codes, scales, scheme, stored, zeros)
+    scheme, stored = artifact.scheme_of(name), dtype if exact else scales.dtype
+    return compressed_tensors.layer_tensors(written.removesuffix(".weight"), codes, scales, scheme, stored, zeros)
 
 
-_LAYOUTS: dict[Target, Callable[[Artifact, str, Tensor, Tensor, Tensor | None], dict[str, Tensor]]] = {
+_LAYOUTS: dict[Target, Callable[[Artifact, str, str, Tensor, Tensor, Tensor | None], dict[str, Tensor]]] = {
     "gptq": _gptq,
     "compressed-tensors": _compressed,
 }
 
 
-def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) -> Exported:
+def _finish(
+    artifact: Artifact, target: Target, run: Run, scale_error: float, written: Names, renames: Mapping[str, str]
+) -> Exported:
     from moepress.models.storage.safetensors_file import read_header
 
     weight_map: dict[str, str] = {}
@@ -139,7 +153,11 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
     write_index(run.folder, weight_map, total)
     quantized = {n.removesuffix(".weight") for n in artifact.shapes if artifact.is_quantized(n)}
     plain = sorted(
-        (n.removesuffix(".weight") for n, s in artifact.shapes.items() if _is_plain_linear(artifact, n, s)),
+        (
+            renames.get(n, n).removesuffix(".weight")
+            for n, s in artifact.shapes.items()
+            if _is_plain_linear(artifact, n, s)
+        ),
         key=artifact.family.by_layer,
     )
     config, family, (experts, others) = dict(artifact.config), artifact.family, _schemes(artifact)
@@ -169,12 +187,17 @@ def _finish(artifact: Artifact, target: Target, run: Run, scale_error: float) ->
     notes = []
     if scale_error > 0:
         notes.append(f"Some scales are not exact in fp16; the largest changes by {scale_error:.2g} of its value.")
+    if written is Names.TRANSFORMERS and not renames:
+        notes.append(
+            f"The names of {family.name} are the same on the hub and in transformers; --names changes nothing."
+        )
     result = Exported(bytes_after=total, modules=len(quantized), scale_error=scale_error, notes=notes)
     note = {"moepress": __version__, "stage": "export", "target": target, "modules": len(quantized), "notes": notes}
     before = artifact.folder / "moepress.json"
     said = read_json(before) if before.is_file() else {}
     # Asked of every layout: whether scales have either sign, and which experts these are.
     note |= {key: said[key] for key in ("solver", "experts_before", "plan") if said.get(key) is not None}
+    note |= {"names": written.value} if renames else {}
     write_json(run.folder / "moepress.json", note)
     run.finish()
     return result
