@@ -86,4 +86,5 @@ def _print_checked(found: Checked) -> None:
         for finding in own:
             console.print(f"  {finding.runtime} {finding.effect}: {escape(finding.happens)}")
         console.print(f"  to mend it: {escape(mend)}")
-        console.print(f"  checked against: {escape(own[0].source)}")
+        known = dict.fromkeys(finding.source for finding in own)
+        console.print(f"  checked: {escape('; '.join(known))}")

@@ -1,8 +1,7 @@
 """The table of rules by which runtimes read an output, and what they find in it.
 
-No runtime is needed for it. The rules were read in the sources of vLLM 0.33, SGLang 0.5.23 and llama.cpp's converter
-in November 2026, and tried with transformers 5.23, compressed-tensors 0.20, GPTQModel 7.7, ONNX Runtime 1.31 and 1.32;
-`source` says of each rule which.
+No runtime is needed for it. `rules.sources` says of which releases the rules are, and whether these were run or their
+source was read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,24 +12,30 @@ from typing import Any
 from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.gguf.file import gguf_file, open_gguf
-from moepress.validation.rules import experts, graphs, presence, quantized, stated
+from moepress.validation.rules import experts, graphs, presence, quantized, sources, stated
 from moepress.validation.rules.facts import Facts, Kind, facts_to_be, planned_facts, read_facts
 from moepress.validation.rules.findings import Effect, Finding, Problem, Runtime
 from moepress.validation.rules.gguf_files import FILE_RULES
+from moepress.validation.rules.sources import Source, source_for
 
 __all__ = ["MADE_FOR", "RULES", "Checked", "Rule", "check_folder", "findings", "notes_before", "planned_notes"]
 
-_SERVERS = "vLLM 0.33, SGLang 0.5.23 (read)"
-_VLLM, _SGLANG, _TRANSFORMERS = "vLLM 0.33 (read)", "SGLang 0.5.23 (read)", "transformers 5.23 (tried)"
-_ALL = "vLLM 0.33, SGLang 0.5.23, llama.cpp (read), transformers 5.23 (tried)"
-_STATED = "bug reports (sglang 7593, 23841) and how such loaders work; not run here"
-_REGISTRIES = "vLLM's and SGLang's registries (read); llama.cpp by what its users report"
-_HEADS = "vLLM's loaders (read), transformers 5.23 (tried); the others by how they work"
+_SERVERS = (sources.VLLM, sources.SGLANG)
+_VLLM, _SGLANG, _TRANSFORMERS = (sources.VLLM,), (sources.SGLANG,), (sources.TRANSFORMERS,)
+_VLLM_RAN, _GPTQMODEL = (sources.VLLM_RAN,), (sources.GPTQMODEL,)
+_LOADERS = (*_SERVERS, sources.CONVERTER)
+_ALL = (*_LOADERS, sources.TRANSFORMERS)
 _SIGNS = (
-    "vLLM's issue 48905 (read); AutoGPTQ 0.7.1, GPTQModel 7.7, transformers 5.23, ONNX Runtime 1.32, llama.cpp b11549 "
-    "and mlx-lm read such scales (tried)"
+    *sources.said("vLLM's issue 48905", Runtime.VLLM),
+    *(sources.AUTOGPTQ, sources.GPTQMODEL, sources.TRANSFORMERS, sources.ONNXRUNTIME, sources.LLAMA_CPP_RAN),
+    sources.MLX,
 )
-_ORT, _ORT_CUDA = "ONNX Runtime 1.31 and 1.32 on the CPU (tried)", "ONNX Runtime's documents of July 2026 for CUDA"
+_KINDS = sources.said("what each runtime's loader is for")
+_STATED = sources.said("bug reports (sglang 7593, 23841), and how such loaders work")
+_REGISTRIES = (*_SERVERS, *sources.said("what llama.cpp's users report", Runtime.LLAMA_CPP))
+_HEADS = (*_VLLM, *sources.said("how such loaders work", Runtime.SGLANG, Runtime.LLAMA_CPP), *_TRANSFORMERS)
+_ORT_CUDA = sources.said("ONNX Runtime's documents of July 2026 for CUDA", Runtime.ONNXRUNTIME)
+_ORT = (sources.ONNXRUNTIME,)
 
 MADE_FOR: Mapping[Kind, tuple[Runtime, ...]] = {
     Kind.PLAIN: (Runtime.VLLM, Runtime.SGLANG, Runtime.TRANSFORMERS, Runtime.LLAMA_CPP),
@@ -50,22 +55,22 @@ class Rule:
 
     name: str
     look: Callable[[Facts], Iterator[Problem]]
-    source: str
+    sources: tuple[Source, ...]
 
 
-def _rule(name: str, look: Callable[[Facts], Iterator[Problem]], source: str) -> Rule:
-    return Rule(name=name, look=look, source=source)
+def _rule(name: str, look: Callable[[Facts], Iterator[Problem]], sources: tuple[Source, ...]) -> Rule:
+    return Rule(name=name, look=look, sources=sources)
 
 
 RULES: tuple[Rule, ...] = (
-    _rule("layout", quantized.layout, "what each runtime's loader is for"),
-    _rule("mlx-layout", quantized.mlx, "mlx-lm 0.32.2 (tried)"),
+    _rule("layout", quantized.layout, _KINDS),
+    _rule("mlx-layout", quantized.mlx, (sources.MLX,)),
     _rule("one-set-of-weights", stated.one_set, _TRANSFORMERS),
     _rule("tensor-names", stated.tensor_names, _TRANSFORMERS),
     _rule("quantization-stated", stated.quantization, _STATED),
     _rule("architectures", stated.architectures, _REGISTRIES),
     _rule("tied-head", stated.tied_head, _HEADS),
-    _rule("index", presence.index, "loaders of vLLM, SGLang and llama.cpp (read), transformers 5.23 (tried)"),
+    _rule("index", presence.index, _ALL),
     _rule("experts-complete", presence.experts_complete, _ALL),
     _rule("expert-names", experts.expert_names, _TRANSFORMERS),
     _rule("tensors-complete", presence.all_tensors, _TRANSFORMERS),
@@ -73,16 +78,16 @@ RULES: tuple[Rule, ...] = (
     _rule("expert-count-by-layer", experts.equal_counts, _ALL),
     _rule("router-groups", experts.whole_groups, _ALL),
     _rule("expert-count-legal", experts.legal_count, _TRANSFORMERS),
-    _rule("expert-limit", experts.llama_cpp_limit, "llama.cpp (read)"),
-    _rule("llama-cpp-model", experts.llama_cpp_model, "llama.cpp b11434 (read), b11549 (tried)"),
+    _rule("expert-limit", experts.llama_cpp_limit, (sources.CONVERTER,)),
+    _rule("llama-cpp-model", experts.llama_cpp_model, (sources.LLAMA_CPP, sources.LLAMA_CPP_RAN)),
     _rule("expert-power-of-two", experts.fast_router, _SGLANG),
     _rule("shared-expert-fusion", experts.fused_shared_expert, _SGLANG),
     _rule("parallel-experts", experts.spread, _SERVERS),
     _rule("mtp", experts.mtp, _SERVERS),
-    _rule("correction-bias-fp32", experts.float32_bias, "GPTQModel 7.7's bf16 copy (tried)"),
+    _rule("correction-bias-fp32", experts.float32_bias, _GPTQMODEL),
     _rule("gptq-in-transformers", quantized.gptq_in_transformers, _TRANSFORMERS),
     _rule("experts-in-transformers", quantized.single_in_transformers, _TRANSFORMERS),
-    _rule("gptqmodel-names", quantized.gptqmodel_names, "GPTQModel 7.7 (tried)"),
+    _rule("gptqmodel-names", quantized.gptqmodel_names, (sources.GPTQMODEL_NAMES,)),
     _rule("bits", quantized.kernel_bits, _SERVERS),
     _rule("group-size", quantized.group_size, _VLLM),
     _rule("group-size-in-width", quantized.whole_shards, _VLLM),
@@ -92,18 +97,18 @@ RULES: tuple[Rule, ...] = (
     _rule("negative-scales", quantized.negative_scales, _SIGNS),
     _rule("desc-act", quantized.activation_order, _VLLM),
     _rule("mixed-bits-by-layer", quantized.mixed_by_layer, _ALL),
-    _rule("mixed-bits-by-part", quantized.mixed_by_part, f"{_TRANSFORMERS}; llama.cpp (read)"),
+    _rule("mixed-bits-by-part", quantized.mixed_by_part, (*_TRANSFORMERS, sources.CONVERTER)),
     _rule("mixed-bits-in-layer", quantized.mixed_in_layer, _ALL),
     _rule("router-unquantized", quantized.plain_router, _ALL),
     _rule("router-excluded", quantized.excluded_router, _VLLM),
-    _rule("linears-excluded", quantized.excluded_linears, f"{_TRANSFORMERS}; vLLM goes by the same list"),
+    _rule("linears-excluded", quantized.excluded_linears, (*_TRANSFORMERS, *_VLLM)),
     _rule("kv-b-proj-unquantized", quantized.kv_b_proj, _SGLANG),
     _rule("embeddings-unquantized", quantized.plain_embeddings, _TRANSFORMERS),
     _rule("fused-linears", quantized.fused_alike, _VLLM),
     _rule("fp8-beside-gptq", quantized.fp8_beside_gptq, _VLLM),
-    _rule("config-keys", quantized.config_keys, "transformers 5.23, GPTQModel 7.7 (tried)"),
-    _rule("gptq-configs", quantized.same_configs, "GPTQModel 7.7 (tried)"),
-    _rule("codes-complete", presence.complete_codes, "transformers 5.23, compressed-tensors 0.20 (tried)"),
+    _rule("config-keys", quantized.config_keys, (*_TRANSFORMERS, *_GPTQMODEL)),
+    _rule("gptq-configs", quantized.same_configs, _GPTQMODEL),
+    _rule("codes-complete", presence.complete_codes, (*_TRANSFORMERS, sources.COMPRESSED)),
     _rule("onnx-places", graphs.places, _ORT),
     _rule("onnx-bits", graphs.expert_bits, _ORT),
     _rule("onnx-interleaved-rows", graphs.interleaved_rows, _ORT),
@@ -111,7 +116,7 @@ RULES: tuple[Rule, ...] = (
     _rule("onnx-routing", graphs.own_routing, _ORT_CUDA),
     _rule("onnx-no-g-idx", graphs.no_order, _ORT),
     _rule("onnx-codes-shape", graphs.packed_shape, _ORT),
-    _rule("onnx-cache", graphs.caches, "onnxruntime-genai 0.18 (tried)"),
+    _rule("onnx-cache", graphs.caches, (sources.GENAI,)),
 )
 
 
@@ -150,7 +155,7 @@ def findings(facts: Facts, runtimes: Iterable[Runtime]) -> tuple[Finding, ...]:
             what=problem.what,
             happens=problem.happens[runtime][1],
             mend=problem.mend,
-            source=rule.source,
+            source=source_for(rule.sources, runtime),
         )
         for rule in RULES
         for problem in _looked(rule, facts)
@@ -197,12 +202,12 @@ def _check_gguf(file: Path, runtimes: Iterable[Runtime]) -> Checked:
             what="the file is GGUF",
             happens="is not known to read it for experts",
             mend="give it the folder that was exported",
-            source="what each runtime's loader is for",
+            source=source_for(_KINDS, runtime),
         )
         for runtime in asked
         if runtime is not Runtime.LLAMA_CPP
     ]
-    for name, (look, source) in FILE_RULES.items() if Runtime.LLAMA_CPP in asked else ():
+    for name, (look, known) in FILE_RULES.items() if Runtime.LLAMA_CPP in asked else ():
         for problem in look(model):
             effect, happens = problem.happens[Runtime.LLAMA_CPP]
             found.append(
@@ -213,7 +218,7 @@ def _check_gguf(file: Path, runtimes: Iterable[Runtime]) -> Checked:
                     what=problem.what,
                     happens=happens,
                     mend=problem.mend,
-                    source=source,
+                    source=source_for(known, Runtime.LLAMA_CPP),
                 )
             )
     return Checked(

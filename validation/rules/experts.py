@@ -20,9 +20,10 @@ def expert_names(facts: Facts) -> Iterator[Problem]:
     yield Problem(
         what=f"experts are named as in transformers' modules, not as {facts.family.gate} on disk",
         happens={
+            Runtime.VLLM: (Effect.REFUSES, "has no place for weights of such names"),
             Runtime.TRANSFORMERS: (Effect.WRONG, "finds no experts under their names and starts them at random"),
         },
-        mend="keep the original names: prune, quantize and export with moepress",
+        mend="keep the original names: prune, quantize and export with moepress, without `--names transformers`",
     )
 
 

@@ -12,6 +12,7 @@ from moepress.converters.gguf.file import GgufModel, open_gguf
 from moepress.converters.gguf.runtime import require_llama
 from moepress.converters.gguf.trial import require_survived
 from moepress.errors import InvalidInputError
+from moepress.validation.rules import sources
 from moepress.validation.rules.findings import Effect, Problem, Runtime
 
 _AGAIN = "export it again with `moepress export --to gguf`"
@@ -105,21 +106,22 @@ def known_splitting(model: GgufModel) -> Iterator[Problem]:
         )
 
 
-FILE_RULES: dict[str, tuple[Look, str]] = {
-    "gguf-limits": (limits, "llama.cpp b11434 (read)"),
-    "gguf-groups": (groups, "llama.cpp b11549 (tried)"),
-    "gguf-expert-count-by-layer": (equal_counts, "llama.cpp b11549 (tried)"),
-    "gguf-layers": (whole_layers, "llama.cpp b11434 (read)"),
-    "gguf-query-rank": (ranked_queries, "llama.cpp b11434 (read)"),
-    "gguf-gating": (stated_gating, "llama.cpp b11434 (read)"),
-    "gguf-pre-tokenizer": (known_splitting, "llama.cpp b11549 (tried)"),
+_READ, _RAN = (sources.LLAMA_CPP,), (sources.LLAMA_CPP_RAN,)
+FILE_RULES: dict[str, tuple[Look, tuple[sources.Source, ...]]] = {
+    "gguf-limits": (limits, _READ),
+    "gguf-groups": (groups, _RAN),
+    "gguf-expert-count-by-layer": (equal_counts, _RAN),
+    "gguf-layers": (whole_layers, _READ),
+    "gguf-query-rank": (ranked_queries, _READ),
+    "gguf-gating": (stated_gating, _READ),
+    "gguf-pre-tokenizer": (known_splitting, _RAN),
 }
 """Name -> the function, and what it was checked against."""
 
 
 def file_problems(model: GgufModel) -> Iterator[Problem]:
     """What would keep llama.cpp from running a file, or end the process."""
-    for look, _source in FILE_RULES.values():
+    for look, _sources in FILE_RULES.values():
         yield from (problem for problem in look(model) if problem.happens[Runtime.LLAMA_CPP][0] is Effect.REFUSES)
 
 

@@ -139,7 +139,7 @@ def gptqmodel_names(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             what=f"experts have the names of the original folder ({own.removesuffix('.weight')})",
             happens={Runtime.GPTQMODEL: (_REFUSES, "wants mlp.experts.E.gate_proj, up_proj and down_proj")},
-            mend="run it in vLLM or SGLang, or use the compressed-tensors folder",
+            mend="export it with `--to gptq --names transformers`, or run it in vLLM or SGLang",
         )
 
 
@@ -150,11 +150,12 @@ def kernel_bits(facts: Facts) -> Iterator[Problem]:
         return
     vllm = "takes 4 and 8 bits only"
     if facts.kind is Kind.COMPRESSED:
-        vllm = "takes other than 4 and 8 bits only with an optional backend"
+        vllm = "takes other than 4 and 8 bits in its Humming kernels alone, of a package of their own, for NVIDIA GPUs"
     yield Problem(
         what=f"codes have {' and '.join(map(str, wrong))} bits",
         happens={Runtime.VLLM: (_REFUSES, vllm), Runtime.SGLANG: (_REFUSES, "takes 4 and 8 bits only")},
-        mend="quantize with --bits 4 or 8, or export to ONNX (2, 4 and 8 bits)",
+        mend="quantize with --bits 4 or 8, export to ONNX, GGUF or MLX"
+        + (", or start vLLM with `--moe-backend humming`" if facts.kind is Kind.COMPRESSED else ""),
     )
 
 

@@ -16,6 +16,7 @@ from moepress.validation.rules.check import MADE_FOR, RULES, check_folder, notes
 from moepress.validation.rules.facts import Kind
 from moepress.validation.rules.findings import Effect, Runtime
 from moepress.validation.rules.gguf_files import FILE_RULES
+from moepress.validation.rules.sources import summary
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = {
@@ -47,7 +48,7 @@ def test_the_demo_passes_everywhere_it_can_be_loaded() -> None:
 
 def test_every_rule_has_a_name_of_its_own_and_says_what_it_does() -> None:
     assert len({rule.name for rule in RULES}) == len(RULES) >= 15
-    assert all(rule.look.__doc__ and rule.source for rule in RULES)
+    assert all(rule.look.__doc__ and rule.sources for rule in RULES)
 
 
 def test_every_rule_is_described() -> None:
@@ -56,6 +57,20 @@ def test_every_rule_is_described() -> None:
     assert [name for name in names if f"| `{name}` |" not in text] == []
     described = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `") and "--" not in line]
     assert sorted(described) == sorted(names)
+
+
+def test_the_documents_say_of_each_rule_what_was_run_and_what_was_read() -> None:
+    text = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
+    known = {rule.name: rule.sources for rule in RULES} | {name: of for name, (_look, of) in FILE_RULES.items()}
+    cells = {line.split("`")[1]: line.rsplit(" | ", 1)[1] for line in text.splitlines() if line.startswith("| `")}
+    assert {name: cells[name] for name in known} == {name: f"{summary(of)} |" for name, of in known.items()}
+
+
+def test_a_finding_says_what_is_known_of_its_own_runtime(outputs: Outputs) -> None:
+    findings = check_folder(outputs.gptq("mixtral"), [Runtime.TRANSFORMERS, Runtime.GPTQMODEL]).findings
+    said = {finding.runtime: finding.source for finding in findings}
+    assert said[Runtime.TRANSFORMERS] == "ran with transformers 5.23"
+    assert said[Runtime.GPTQMODEL].startswith("ran with GPTQModel 7.7.0 on 20")
 
 
 def test_findings_are_shown_with_the_runtime_what_happens_and_the_mend(outputs: Outputs) -> None:
@@ -130,7 +145,7 @@ def test_a_plan_is_held_against_the_same_rules(outputs: Outputs) -> None:
     plan = plan_of(source, keep_of(source, 8))
     assert planned_notes(plan.model_copy(update={"quantization": Quantization(group_size=32)}), source.config) == []
     (few,) = planned_notes(plan.model_copy(update={"quantization": Quantization(bits=3, group_size=32)}), source.config)
-    assert few.startswith("codes have 3 bits: vllm refuses (takes other than 4 and 8 bits only with")
+    assert few.startswith("codes have 3 bits: vllm refuses (takes other than 4 and 8 bits in its Humming")
     bits = {0: 4, 1: 8, 2: 4}
     mixed = plan.model_copy(update={"quantization": Quantization(group_size=32), "layer_bits": bits})
     assert "transformers silently wrong" in planned_notes(mixed, source.config)[0]
