@@ -19,7 +19,6 @@ from moepress.errors import InvalidInputError, MoepressError, UsageError
 from moepress.models.families.hf_config import hf_config
 from moepress.models.forward.dense import free_memory_bytes, load_dense
 from moepress.models.forward.walk import choose_device, choose_dtype
-from moepress.models.storage.folder import read_json
 from moepress.stages.groundwork import announce, load_tokenizer, opened_source
 from moepress.stages.places import Machine, model_place
 from moepress.validation.quality.decoding import (
@@ -29,6 +28,7 @@ from moepress.validation.quality.decoding import (
     TorchDecoder,
     check_prompt,
     generate,
+    stop_tokens,
     why_stopped,
 )
 from moepress.validation.quality.llama_cpp import LlamaDecoder, open_llama
@@ -295,25 +295,3 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
             f"The tokenizer's chat template can not be used ({text.reason}); mend it, or leave --chat out."
         )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written them
-
-
-def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """End-of-text tokens: of generation_config.json, else of config.json, else of the tokenizer, as in transformers.
-
-    Raises:
-        InvalidInputError: a file states something else than token numbers.
-    """
-    for name in ("generation_config.json", "config.json") if folder.is_dir() else ():
-        file = folder / name
-        stated = read_json(file).get("eos_token_id") if file.is_file() else None
-        if stated is not None:
-            return _numbers(stated, file)
-    found = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if found is None else frozenset({int(found)})
-
-
-def _numbers(stated: Any, file: Path) -> frozenset[int]:
-    numbers = stated if isinstance(stated, list) else [stated]
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise InvalidInputError(f"{file}: eos_token_id is {stated!r}, which is no token number; mend or restore it.")
-    return frozenset(numbers)

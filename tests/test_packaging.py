@@ -107,7 +107,7 @@ def test_every_requirement_has_one_exact_pin() -> None:
     assert all("==" in pin and "+" not in pin for pin in pins)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["onnx"], *extras["gguf"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["onnx"], *extras["gguf"], *extras["eval"], *extras["dev"]]
     wanted = [requirement for requirement in wanted if not requirement.startswith("moepress[")]
     for requirement in wanted:
         name = requirement.split(">")[0].split("=")[0].split("[")[0].strip().lower().replace("_", "-")

@@ -6,12 +6,14 @@ Letters: B batch (always 1), S new tokens of a step, V vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moepress.errors import InvalidInputError, UsageError
+from moepress.models.storage.folder import read_json
 
 
 class Decoder(Protocol):
@@ -184,6 +186,28 @@ def why_stopped(new_ids: Sequence[int], *, max_new_tokens: int, stop: frozenset[
     if new_ids and new_ids[-1] in stop:
         return "end"
     return "length" if len(new_ids) >= max_new_tokens else "context"
+
+
+def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """End-of-text tokens: of generation_config.json, else of config.json, else of the tokenizer, as in transformers.
+
+    Raises:
+        InvalidInputError: a file states something else than token numbers.
+    """
+    for name in ("generation_config.json", "config.json") if folder.is_dir() else ():
+        file = folder / name
+        stated = read_json(file).get("eos_token_id") if file.is_file() else None
+        if stated is not None:
+            return _numbers(stated, file)
+    found = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if found is None else frozenset({int(found)})
+
+
+def _numbers(stated: Any, file: Path) -> frozenset[int]:
+    numbers = stated if isinstance(stated, list) else [stated]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise InvalidInputError(f"{file}: eos_token_id is {stated!r}, which is no token number; mend or restore it.")
+    return frozenset(numbers)
 
 
 class TextStream:

@@ -14,7 +14,9 @@ from moepress.validation.quality.results import Estimate, QualityRow
 
 SIGMAS = 2.0
 
-Measure = Literal["perplexity increase", "KL divergence"]
+Measure = Literal["perplexity increase", "KL divergence", "recovery"]
+AT_LEAST: frozenset[Measure] = frozenset({"recovery"})
+"""What is to be no less than the limit; of all else it is the most that is allowed."""
 State = Literal["kept", "exceeded within the error", "missed"]
 
 
@@ -41,6 +43,7 @@ class Outcome:
         limit: the limit.
         found: measured, with its standard error; without an error (a single window) the limit is taken as exact.
         state: only `missed` is a failure.
+        of: the task and metric that a recovery is of; empty else.
     """
 
     subject: str
@@ -48,6 +51,17 @@ class Outcome:
     limit: float
     found: Estimate
     state: State
+    of: str = ""
+
+    @property
+    def limited(self) -> str:
+        """What was limited, in words."""
+        return f"{self.measure} of {self.of}" if self.of else self.measure
+
+    @property
+    def bound(self) -> str:
+        """Which way: `at most` or `at least`."""
+        return "at least" if self.measure in AT_LEAST else "at most"
 
 
 def parse_threshold(text: str, option: str) -> float:
@@ -72,6 +86,22 @@ def parse_threshold(text: str, option: str) -> float:
     return value / 100 if percent else value
 
 
+def parse_least(text: str, option: str) -> float:
+    """Read a share that has to be left, `95%` or `0.95`, as 0.95.
+
+    Raises:
+        UsageError: not such a number.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = math.nan
+    if rest or not 0 < value <= (10 if percent else 1):
+        raise UsageError(f"{option} {text!r} is not a share; write for example 95% or 0.95.")
+    return value
+
+
 def judge(thresholds: Thresholds, rows: Iterable[QualityRow]) -> tuple[Outcome, ...]:
     """Hold every limit against every subject that is compared with the reference."""
     outcomes = []
@@ -86,15 +116,15 @@ def judge(thresholds: Thresholds, rows: Iterable[QualityRow]) -> tuple[Outcome, 
         )
         for measure, limit, found in limits:
             if limit is not None:
-                outcome = Outcome(
-                    subject=row.subject, measure=measure, limit=limit, found=found, state=_state(found, limit)
-                )
-                outcomes.append(outcome)
+                state = state_of(measure, found, limit)
+                outcomes.append(Outcome(subject=row.subject, measure=measure, limit=limit, found=found, state=state))
     return tuple(outcomes)
 
 
-def _state(found: Estimate, limit: float) -> State:
-    if found.value <= limit:
+def state_of(measure: Measure, found: Estimate, limit: float) -> State:
+    """Hold what was measured against a limit: `missed` where it is beyond it by more than two standard errors."""
+    sign = -1 if measure in AT_LEAST else 1
+    if sign * found.value <= sign * limit:
         return "kept"
-    surely = not found.value - SIGMAS * (found.error or 0.0) <= limit  # an infinite loss with a NaN error is a miss
+    surely = not sign * found.value - SIGMAS * (found.error or 0.0) <= sign * limit  # a NaN error is a miss
     return "missed" if surely else "exceeded within the error"
