@@ -124,6 +124,6 @@ def show_report(report: Any, folder: Path | None, *, as_json: bool) -> None:
     if missed:
         worst = missed[0]
         raise ThresholdMissedError(
-            f"{worst.subject}: {worst.measure} is {worst.found.value:.4g}, the limit is {worst.limit:.4g}; keep more "
-            "experts, use more bits, or raise the limit."
+            f"{worst.subject}: {worst.limited} is {worst.found.value:.4g}, the limit is {worst.limit:.4g}; keep more "
+            f"experts, use more bits, or {'lower' if worst.bound == 'at least' else 'raise'} the limit."
         )

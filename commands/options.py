@@ -412,6 +412,31 @@ repair_option: Decorator = click.option(
     "correction bias of sigmoid routers), or both with a comma.  [default: nothing]",
 )
 
+task_options: Decorator = _stack(
+    click.option(
+        "--tasks",
+        metavar="NAME,FILE,...",
+        help="Ask both models the same items of tasks: names and groups of lm-evaluation-harness (the extra `eval`), "
+        "its YAML files, folders of them; or moepress_continuation and moepress_sums, over embedded text, which need "
+        "no extra.",
+    ),
+    click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N items of each task."),
+    click.option("--chat", is_flag=True, help="Write the tasks' prompts with the tokenizer's chat template."),
+    click.option(
+        "--min-recovery", metavar="SHARE", help="Fail when a task keeps less of its score before, such as 95%."
+    ),
+)
+
+endpoint_options: Decorator = _stack(
+    click.option(
+        "--endpoint",
+        metavar="URL",
+        help="Ask AFTER the tasks through a server that runs it (vLLM, SGLang, llama-server; OpenAI's completions), "
+        "such as http://localhost:8000/v1. Everything else is measured on the folder.",
+    ),
+    click.option("--endpoint-before", metavar="URL", help="The same for BEFORE, which is loaded here otherwise."),
+)
+
 evaluation_options: Decorator = _stack(
     click.option(
         "--data",

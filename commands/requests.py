@@ -38,6 +38,25 @@ def thresholds_of(options: Mapping[str, Any]) -> dict[str, float]:
     return given
 
 
+def task_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What --tasks, --limit, --chat and --min-recovery set, as a recipe names it; nothing where none is given.
+
+    Raises:
+        UsageError: there are no tasks that the others could be about, or a share is none.
+    """
+    from moepress.validation.quality.thresholds import parse_least
+
+    names = tuple(dict.fromkeys(name.strip() for name in (options["tasks"] or "").split(",") if name.strip()))
+    found: dict[str, Any] = {"tasks": names} if options["tasks"] is not None else {}
+    if options["tasks"] is not None and not names:
+        raise UsageError("--tasks names no task; give for example gsm8k, or a YAML file of lm-eval.")
+    found |= {"limit": options["limit"]} if options["limit"] is not None else {}
+    found |= {"chat": True} if options["chat"] else {}
+    if options["min_recovery"] is not None:
+        found["min_recovery"] = parse_least(options["min_recovery"], "--min-recovery")
+    return found
+
+
 def all_default(*names: str) -> bool:
     """Whether none of these options was given on the command line."""
     context = click.get_current_context()

@@ -36,9 +36,10 @@ from moepress.commands.options import (
     selection_options,
     talk_options,
     targets_file_option,
+    task_options,
     timings_option,
 )
-from moepress.commands.requests import all_default, asked_of, push_of, repair_of, thresholds_of
+from moepress.commands.requests import all_default, asked_of, push_of, repair_of, task_values, thresholds_of
 from moepress.errors import UsageError
 from moepress.runs.byte_sizes import parse_bytes
 
@@ -85,6 +86,7 @@ _RECIPE_OPTIONS = (
 @mtp_option
 @calibration_options
 @evaluation_options
+@task_options
 @click.option(
     "--to",
     "formats",
@@ -152,6 +154,7 @@ def _values(model: str | None, recipe_file: Path | None, options: Mapping[str, A
     from moepress.calibration.sources import parse_sources
     from moepress.stages.places import local_folders
     from moepress.stages.run.recipe_file import load_recipe
+    from moepress.validation.tasks.names import check_names
 
     values = load_recipe(recipe_file) if recipe_file else {}
     values |= _recipe_values(options) | ({"model": model} if model else {})
@@ -161,6 +164,8 @@ def _values(model: str | None, recipe_file: Path | None, options: Mapping[str, A
         local_folders(values["model"])
     parse_sources(options["calibration"], options["domain"])
     parse_sources(options["data"], options["data_domain"])
+    if values.get("tasks"):
+        check_names([name for name in values["tasks"] if isinstance(name, str)], local_folders(str(values["model"])))
     return values
 
 
@@ -184,7 +189,7 @@ def _recipe_values(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, option in (("max_memory", "--max-memory"), ("budget", "--budget")):
         if not all_default(name):
             values[name] = parse_bytes(options[name], option)
-    return values | thresholds_of(options)
+    return values | thresholds_of(options) | task_values(options)
 
 
 def _part_values(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import click
 
 from moepress.commands.console import quiet_libraries, show_report
 from moepress.commands.options import (
+    endpoint_options,
     evaluation_options,
     force_option,
     json_option,
@@ -20,8 +21,10 @@ from moepress.commands.options import (
     model_argument,
     talk_options,
     targets_file_option,
+    task_options,
 )
-from moepress.commands.requests import machine_of, thresholds_of
+from moepress.commands.requests import machine_of, task_values, thresholds_of
+from moepress.errors import UsageError
 
 if TYPE_CHECKING:
     from moepress.stages.validate import Evaluation
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 @model_argument("before")
 @model_argument("after")
 @evaluation_options
+@task_options
+@endpoint_options
 @click.option(
     "--context",
     type=click.IntRange(1),
@@ -52,17 +57,20 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     routing, size, and tokens per second on this machine.
 
     BEFORE and AFTER are folders: original, pruned, compressed-tensors, GPTQ, ONNX, which ONNX Runtime runs, or MLX; or
-    GGUF files, which llama.cpp runs. Ends with 3 when a threshold is missed by more than two sigma.
+    GGUF files, which llama.cpp runs. With --tasks both are asked the same items, and compared item by item. Ends with 3
+    when a threshold is missed by more than two sigma.
 
     \b
     Example:  moepress validate demo pressed --max-ppl-increase 3% -o report
               moepress validate pressed pressed-onnx --no-throughput
+              moepress validate MODEL pressed --tasks gsm8k,my_tasks.yaml --limit 200 --min-recovery 95%
     """
     from moepress.calibration.sources import parse_sources
     from moepress.stages.places import display_name, local_folders, model_place
 
     inputs = local_folders(before, after, gguf=True)  # wrong paths are refused before anything heavy is imported
     parse_sources(options["data"], options["data_domain"])
+    asked = _tasks_of(options, inputs)
     quiet_libraries()
     from moepress.models.storage.inside import watched
     from moepress.runs.inputs import require_unchanged
@@ -79,7 +87,7 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
         report = validate.validate_stage(
             subjects,
             validate.tokenizer_folder(folders),
-            _evaluation_of(options),
+            _evaluation_of(options, asked),
             machine_of(options),
             Path(work),
             title=" and ".join(map(display_name, folders, (before, after))),
@@ -94,8 +102,23 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     show_report(report, output, as_json=as_json)
 
 
-def _evaluation_of(options: Mapping[str, Any]) -> Evaluation:
-    """The evaluation that --data, --max-windows and the thresholds describe."""
+def _tasks_of(options: Mapping[str, Any], models: Sequence[Path]) -> dict[str, Any]:
+    """What --tasks and the options that go with it ask for; wrong names are refused, and nothing heavy is imported."""
+    from moepress.validation.tasks.names import check_endpoint, check_names
+
+    asked = task_values(options)
+    for option in ("endpoint", "endpoint_before"):
+        if options[option] is not None:
+            asked[option] = check_endpoint(options[option], f"--{option.replace('_', '-')}")
+    if asked and "tasks" not in asked:
+        raise UsageError(f"--{next(iter(asked)).replace('_', '-')} goes with --tasks; name some, such as gsm8k.")
+    check_names(asked.get("tasks", ()), models)
+    return asked
+
+
+def _evaluation_of(options: Mapping[str, Any], asked: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that --data, --max-windows, --tasks and the thresholds describe."""
+    from moepress.stages.tasks import TaskRequest
     from moepress.stages.validate import Evaluation
     from moepress.validation.quality.thresholds import Thresholds
 
@@ -108,4 +131,5 @@ def _evaluation_of(options: Mapping[str, Any]) -> Evaluation:
         context=options["context"],
         targets_file=options["targets_file"],
         thresholds=Thresholds(**thresholds_of(options)),
+        tasks=TaskRequest(names=asked["tasks"], **{k: v for k, v in asked.items() if k != "tasks"}) if asked else None,
     )

@@ -34,11 +34,12 @@ from moepress.runs.rows import holds_journal
 from moepress.stages.groundwork import announce, load_tokenizer, opened_source, require_context
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.stages.shown import checks_section, environment, samples_section, subject_info
+from moepress.stages.tasks import Place, TaskRequest, hold_exam, prepare_exam
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Elsewhere, Subject, measure, vocabulary_of
 from moepress.validation.quality.results import Throughput
 from moepress.validation.quality.routing import Kept, kept_in
-from moepress.validation.quality.thresholds import Thresholds, judge
+from moepress.validation.quality.thresholds import Outcome, Thresholds, judge
 from moepress.validation.report.files import JSON_NAME, foreign_files
 from moepress.validation.report.places import without_places
 from moepress.validation.report.schema import Report
@@ -49,6 +50,8 @@ from moepress.validation.speed.target_here import target_here
 from moepress.validation.speed.targets import Target, all_targets, target_of
 from moepress.validation.speed.throughput import measure_throughput
 from moepress.validation.speed.timing import Bench
+from moepress.validation.tasks.limits import judge_tasks
+from moepress.validation.tasks.results import TaskResults
 
 EMBEDDED_TOKENS = 8192  # per domain; the embedded Python is longer than the prose
 
@@ -67,6 +70,7 @@ class Evaluation:
         targets_file: the user's own GPUs, beside those of the table.
         target: the GPU that the user aims at, as `target_of` takes it.
         thresholds: limits that are judged.
+        tasks: what the models are asked besides, with a limit of its own; None: nothing.
     """
 
     data: tuple[str, ...] = ()
@@ -78,6 +82,7 @@ class Evaluation:
     targets_file: Path | None = None
     target: str | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
+    tasks: TaskRequest | None = None
 
 
 def load_evaluation(
@@ -262,12 +267,12 @@ def validate_stage(
     if others:
         subjects = [_exact(subject) for subject in subjects]
     _require_memory(*others)
-    corpus = evaluation_corpus(
-        tokenizer,
-        evaluation,
-        context=min([_context(subjects[0]), *(other.context for other in others)]),
-        vocabulary=vocabulary_of(subjects[0].source),
-    )
+    context = min([_context(subjects[0]), *(other.context for other in others)])
+    corpus = evaluation_corpus(tokenizer, evaluation, context=context, vocabulary=vocabulary_of(subjects[0].source))
+    exam = None
+    if evaluation.tasks is not None:
+        place = Place(device=device, dtype=dtype, onnx_device=provider)
+        exam = prepare_exam(subjects, tokenizer, evaluation.tasks, place, context=context)
     window = int(corpus.windows.shape[1])
     quality = measure(
         subjects,
@@ -278,7 +283,9 @@ def validate_stage(
         scratch_folder=work,
         onnx_device=provider,
     )
+    tasks = None if exam is None else hold_exam(exam)
     notes = (*sections.pop("notes", ()), *context_notes(evaluation.context, _context(subjects[0])))
+    notes += tasks.notes if tasks is not None else ()
     timed, samples = None, None
     if evaluation.throughput:
         timed = _timed([subjects[0], *also_timed, *subjects[1:]], device, provider)
@@ -298,7 +305,8 @@ def validate_stage(
         subjects=tuple(subject_info(s) for s in subjects),
         quality=quality,
         throughput=timed,
-        thresholds=judge(evaluation.thresholds, quality.rows),
+        thresholds=(*judge(evaluation.thresholds, quality.rows), *_judged_tasks(evaluation.tasks, tasks)),
+        tasks=tasks,
         targets=_gpus(subjects, targets, evaluation, device, timed),
         samples=samples,
         checks=checks,
@@ -307,6 +315,10 @@ def validate_stage(
         **sections,
     )
     return without_places(report)
+
+
+def _judged_tasks(asked: TaskRequest | None, found: TaskResults | None) -> tuple[Outcome, ...]:
+    return judge_tasks(asked.min_recovery, found.rows) if asked is not None and found is not None else ()
 
 
 def _timed(subjects: Sequence[Subject], device: torch.device, provider: str) -> Throughput:

@@ -87,7 +87,7 @@ class Reader:
         self._publish(words)
         short = SHORT.get(words[0], TEXT if "--repair" in words else ())
         code, printed, errors = command(*words, *short)
-        allowed = {0} | ({3} if {"--max-ppl-increase", "--max-kl"} & set(words) else set())
+        allowed = {0} | ({3} if {"--max-ppl-increase", "--max-kl", "--min-recovery"} & set(words) else set())
         allowed |= {4} if words[0] == "check" and " does not work in " in errors else set()  # the demo is a small model
         assert code in allowed, f"`{line}` ended with {code}: {errors}"
         assert printed

@@ -36,6 +36,7 @@ from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKE
 from moepress.stages.plan import BudgetRequest, Wish, budget_of, loadable, possible_mix, require_possible
 from moepress.stages.quantize import block_choice, on_grid
 from moepress.stages.repair import check_repair
+from moepress.stages.tasks import TaskRequest, check_request
 from moepress.stages.validate import (
     Evaluation,
     evaluation_corpus,
@@ -44,9 +45,13 @@ from moepress.validation.quality.thresholds import Thresholds
 from moepress.validation.rules.check import notes_before
 from moepress.validation.rules.findings import Runtime
 from moepress.validation.speed.targets import all_targets
+from moepress.validation.tasks.names import is_place
 
 # What may change on resume: it touches exports and the report alone, which are then made (again).
-LATE_FIELDS = ("to", "data", "data_domain", "max_windows", "throughput", "max_ppl_increase", "max_kl")
+LATE_FIELDS = (
+    *("to", "data", "data_domain", "max_windows", "throughput", "max_ppl_increase", "max_kl"),
+    *("tasks", "limit", "chat", "min_recovery"),
+)
 
 
 def _bytes(value: Any) -> Any:
@@ -110,6 +115,10 @@ class Recipe(BaseModel):
     throughput: bool = True
     max_ppl_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_kl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    tasks: tuple[str, ...] = ()
+    limit: Count | None = None
+    chat: bool = False
+    min_recovery: Share | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
     device: str = "auto"
     dtype: str = "auto"
     max_memory: Bytes | None = None
@@ -343,7 +352,9 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     folder = model_folder(recipe.model)
     all_targets(_targets_file(recipe))
     checkpoint = opened(folder)
-    shape = checkpoint.shape
+    shape, asked = checkpoint.shape, task_request(recipe)
+    if asked is not None:
+        check_request(asked, checkpoint, choose_device(recipe.device), recipe.dtype)
     known = settled(recipe, checkpoint)
     for layer in mtp_layers(checkpoint) if recipe.mtp is Mtp.KEEP else ():
         check_mtp(checkpoint, layer, folder=folder)
@@ -395,6 +406,7 @@ def resolve(recipe: Recipe, checkpoint: Checkpoint, criterion: Criterion, memory
     values = {
         "model": model,
         **{name: tuple(map(_absolute, getattr(recipe, name))) for name in _PLACES},
+        "tasks": tuple(_absolute(name) if is_place(name) else name for name in recipe.tasks),
         "targets_file": None if recipe.targets_file is None else _absolute(recipe.targets_file),
         "tokens": recipe.tokens or (EMBEDDED_TOKENS if embedded else DEFAULT_TOKENS),
         "window": recipe.window or min(checkpoint.shape.context, DEFAULT_WINDOW),
@@ -453,6 +465,8 @@ def portable(recipe: Recipe, out: Path) -> dict[str, Any]:
 
     values = recipe.model_dump(mode="json")
     values |= {name: [_moved(place, near) for place in values[name]] for name in _PLACES}
+    moved = {name: _moved(name, lambda path: f"./{near(path)}") for name in recipe.tasks if is_place(name)}
+    values["tasks"] = [moved.get(name, name) for name in recipe.tasks]
     return values | {name: values[name] and _moved(values[name], near) for name in ("model", "targets_file")}
 
 
@@ -502,7 +516,22 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
         targets_file=_targets_file(recipe),
         target=recipe.target,
         thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
+        tasks=task_request(recipe),
     )
+
+
+def task_request(recipe: Recipe) -> TaskRequest | None:
+    """What the recipe's models are to be asked.
+
+    Raises:
+        UsageError: it says how without saying what.
+    """
+    if recipe.tasks:
+        return TaskRequest(names=recipe.tasks, limit=recipe.limit, chat=recipe.chat, min_recovery=recipe.min_recovery)
+    given = next((name for name in ("limit", "chat", "min_recovery") if getattr(recipe, name)), None)
+    if given is not None:
+        raise UsageError(f"--{given.replace('_', '-')} goes with --tasks; name some, such as gsm8k.")
+    return None
 
 
 def runtime_notes(recipe: Recipe) -> list[str]:

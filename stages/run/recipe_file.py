@@ -8,6 +8,7 @@ from moepress.models.storage.inside import require_own
 from moepress.runs.files import read_text
 from moepress.runs.parsing import parse_yaml
 from moepress.runs.text import one_line
+from moepress.validation.tasks.names import is_place
 
 
 def load_recipe(file: Path) -> dict[str, Any]:
@@ -24,10 +25,20 @@ def load_recipe(file: Path) -> dict[str, Any]:
         raise InvalidInputError(f"{file} is not a readable YAML recipe ({why}).") from error
     if not isinstance(found, dict):
         raise InvalidInputError(f"{file} does not hold a YAML mapping; take OUT/recipe.yaml of a run as a pattern.")
-    return {key: _near(value, file.parent) if key in _PLACES else value for key, value in found.items()}
+    return {key: _near(value, file.parent) if key in _PLACES else value for key, value in found.items()} | _tasks(
+        found, file.parent
+    )
 
 
 _PLACES = ("model", "calibration", "domain", "data", "data_domain", "targets_file")
+
+
+def _tasks(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Task files beside the recipe; names of tasks stay, whatever lies there."""
+    named = found.get("tasks")
+    if not isinstance(named, list):
+        return {}
+    return {"tasks": [_near(one, folder) if isinstance(one, str) and is_place(one) else one for one in named]}
 
 
 def _near(value: Any, folder: Path) -> Any:

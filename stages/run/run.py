@@ -69,6 +69,7 @@ from moepress.stages.run.recipe import (
     settled,
     wish_of,
 )
+from moepress.stages.tasks import files_digest
 from moepress.stages.validate import (
     elsewhere_subject,
     evaluation_corpus,
@@ -386,6 +387,8 @@ def _report(
     original = opened(folder)
     shape, text = original.shape, evaluation_of(recipe)
     late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
+    if recipe.tasks:
+        late["task_files"] = files_digest(recipe.tasks)
     done = run.done("report")
     file = setup.out / JSON_NAME
     if done is not None and file.is_file() and done.note == late | {JSON_NAME: sha256_of(file)}:

@@ -33,10 +33,10 @@ def junit_xml(report: Report) -> str:
 
 
 def _add_case(suite: ET.Element, case: Outcome) -> None:
-    name = f"{case.measure} at most {case.limit:.4g}"
+    name = _xml(f"{case.limited} {case.bound} {case.limit:.4g}")
     element = ET.SubElement(suite, "testcase", {"classname": _xml(f"moepress.{case.subject}"), "name": name})
     error = "" if case.found.error is None else f" ± {case.found.error:.4g}"
-    measured = f"{case.measure} of {case.subject} is {case.found.value:.4g}{error}, the limit is {case.limit:.4g}"
+    measured = f"{case.limited} of {case.subject} is {case.found.value:.4g}{error}, the limit is {case.limit:.4g}"
     if case.state == "missed":
         failure = ET.SubElement(element, "failure", {"message": _xml(measured), "type": "threshold"})
         failure.text = f"It is exceeded by more than {SIGMAS:g} standard errors."

@@ -26,7 +26,8 @@ from moepress.runs.parsing import parse_yaml
 from moepress.validation.quality.results import QualityRow
 from moepress.validation.report.cells import number_text, percent_text, share_text, size_text
 from moepress.validation.report.markdown import plain_text
-from moepress.validation.report.schema import Report
+from moepress.validation.report.schema import Report, SubjectInfo
+from moepress.validation.report.task_card import model_index, task_lines
 from moepress.validation.speed.projection import interval_text
 
 CARD_NAME = "README.md"
@@ -123,6 +124,7 @@ def model_card(
         file: of a folder with GGUF, the one to load.
     """
     front = _front_matter(report, source, layout)
+    front |= model_index(report.tasks, _own(report, layout).label, report.title or source.folder.resolve().name)
     name = source_link(source.folder)
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
@@ -131,6 +133,7 @@ def model_card(
         "## Before and after",
         _table(report, layout, stored_bytes),
         _remark(report, layout) + _measured(report),
+        *task_lines(report.tasks),
         "Perplexity alone misses damage: test it on your own task.",
         "## How to load it",
         _MIXED if mixed and layout == "compressed-tensors" else _loading(layout, file, codes),
@@ -287,11 +290,19 @@ def _remark(report: Report, layout: Format) -> str:
     return ""
 
 
+def _own(report: Report, layout: Format) -> SubjectInfo:
+    """The folder's own row; of layouts that hold the same codes and were not measured that of the canonical folder."""
+    plain = [s for s in report.subjects if not (s.onnx or s.gguf)]
+    others = {"onnx": [s for s in report.subjects if s.onnx], "gguf": [s for s in report.subjects if s.gguf]}
+    every = [*plain, *others.get(layout, ())]
+    own: SubjectInfo = every[-1]
+    return own
+
+
 def _table(report: Report, layout: Format, stored_bytes: int | None) -> str:
     rows = ["| Model | Size | Change | Perplexity | KL divergence | Same top-1 |", "|---|---:|---:|---:|---:|---:|"]
     first, plain = report.subjects[0], [s for s in report.subjects if not (s.onnx or s.gguf)]
-    others = {"onnx": [s for s in report.subjects if s.onnx], "gguf": [s for s in report.subjects if s.gguf]}
-    own = [*plain, *others.get(layout, ())][-1]
+    own = _own(report, layout)
     for subject in (*plain[:-1], own):
         size = stored_bytes if subject is own and stored_bytes is not None else subject.stored_bytes
         change = "–" if subject is first else percent_text(size / first.stored_bytes - 1, digits=0)

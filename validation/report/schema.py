@@ -11,6 +11,7 @@ from moepress.compress.gptq.grid_rows import GridRow
 from moepress.validation.quality.results import ALL_WINDOWS, Quality, QualityRow, Samples, Throughput
 from moepress.validation.quality.thresholds import Outcome
 from moepress.validation.speed.results import Targets
+from moepress.validation.tasks.results import TaskResults
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
@@ -224,6 +225,7 @@ class Report(_Section):
         usage: how the calibration text used the experts; None without a profile.
         choice: what the plan was chosen from; None without a budget.
         samples: text that the first model and the result write; None where they were not run.
+        tasks: what the first model and the result score at tasks; None where none were asked for.
         checks: what the rules of the runtimes say of what was made.
         targets: which GPU holds the models that are folders of safetensors; projected.
         recipe: the recipe file's text.
@@ -246,6 +248,7 @@ class Report(_Section):
     calibration: Calibration | None = None
     targets: Targets | None = None
     samples: Samples | None = None
+    tasks: TaskResults | None = None
     checks: tuple[RuntimeCheck, ...] = ()
     notes: tuple[str, ...] = ()
     environment: Environment | None = None

@@ -20,6 +20,7 @@ from moepress.validation.report.cells import (
 )
 from moepress.validation.report.remarks import lettered
 from moepress.validation.report.schema import ExpertName, Report
+from moepress.validation.report.task_tables import short_tasks, task_tables
 from moepress.validation.speed.projection import interval_text
 from moepress.validation.speed.results import TargetFit, Targets
 
@@ -35,6 +36,7 @@ def tables(report: Report) -> tuple[Table, ...]:
         _divergence(report),
         _tail(report),
         _agreement(report),
+        *task_tables(report.tasks),
         _throughput(report),
         *_pruning(report),
         *_quantization(report),
@@ -46,7 +48,8 @@ def tables(report: Report) -> tuple[Table, ...]:
 
 def console_tables(report: Report) -> tuple[Table, ...]:
     """The few tables that a terminal of 80 columns shows; everything else is in the report's files."""
-    made = (_sizes(report), _quality_in_short(report), _speed_in_short(report), _thresholds(report))
+    made = (_sizes(report), _quality_in_short(report), *short_tasks(report.tasks), _speed_in_short(report))
+    made += (_thresholds(report),)
     return tuple(table for table in made if table.rows)
 
 
@@ -223,15 +226,15 @@ def _thresholds(report: Report) -> Table:
     rows = []
     for outcome in report.thresholds:
         found, limit = number_text(outcome.found, 4), f"{outcome.limit:.4g}"
-        if outcome.measure == "perplexity increase":
+        if outcome.measure in ("perplexity increase", "recovery"):
             error = outcome.found.error
             found = number_text(
                 Estimate(value=outcome.found.value * 100, error=None if error is None else error * 100), 2
             )
             found, limit = f"{found} %", f"{outcome.limit * 100:.4g} %"
-        rows.append((outcome.subject, outcome.measure, outcome.state, limit, found))
+        rows.append((outcome.subject, outcome.limited, outcome.state, f"{outcome.bound} {limit}", found))
     header = ("Model", "Limit on", "Outcome", "Allowed", "Measured")
-    note = "A limit is missed when it is exceeded by more than two standard errors."
+    note = "A limit is missed when what was measured lies beyond it by more than two standard errors."
     return Table(title="Limits", header=header, rows=tuple(rows), note=note, numeric=2)
 
 
