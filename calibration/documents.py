@@ -12,7 +12,8 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -74,6 +75,10 @@ class _Record:
     content: str | Conversation
 
 
+Content = Callable[[object, str], str | Conversation]
+"""What a record, as it is parsed, says; with where it stands, for messages."""
+
+
 def read_documents(
     path: Path, chat: ChatTemplate, *, embedded: bool = False, limit_bytes: int | None = None
 ) -> Iterator[Document]:
@@ -88,20 +93,47 @@ def read_documents(
     Raises:
         InvalidInputError: The file can not be read or decoded, or a record is not as above; names line or byte offset.
     """
+    with _opened_as_text(path):
+        if has_records(path):
+            yield from _documents(_records(path, content_of), chat, limit_bytes)
+        else:
+            yield _plain_document(path, limit_bytes, embedded=embedded)
+
+
+def has_records(path: Path) -> bool:
+    """Whether a file is one of records by its name."""
+    return _reader_of(path) is not None
+
+
+def read_records(path: Path, content: Content) -> Iterator[tuple[str, str | Conversation]]:
+    """Yields for each record of a file where it stands and what `content` makes of it, lazily.
+
+    Raises:
+        InvalidInputError: the file can not be read or decoded, or `content` refuses a record.
+    """
+    with _opened_as_text(path):
+        for record in _records(path, content):
+            yield record.where, record.content
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields for each line of a plain text where it stands and the line.
+
+    Raises:
+        InvalidInputError: the file can not be read or decoded.
+    """
+    with _opened_as_text(path):
+        for number, line in enumerate(_plain_document(path, None, embedded=False).text.splitlines(), start=1):
+            yield f"{path}, line {number}", line
+
+
+@contextmanager
+def _opened_as_text(path: Path) -> Iterator[None]:
+    """Refuse what is no plain file of text; errors of reading become sentences."""
     try:
         require_plain(path)
         _require_text(path)
-        plain = path.name.lower().removesuffix(".gz")
-        if plain.endswith((".jsonl", ".ndjson")):
-            yield from _documents(_json_lines(path), chat, limit_bytes)
-        elif plain.endswith(".json"):
-            yield from _documents(_json_values(path), chat, limit_bytes)
-        elif plain.endswith((".csv", ".tsv")):
-            yield from _documents(_csv_records(path), chat, limit_bytes)
-        elif plain.endswith(".parquet"):
-            yield from _documents(_parquet_records(path), chat, limit_bytes)
-        else:
-            yield _plain_document(path, limit_bytes, embedded=embedded)
+        yield
     except (OSError, EOFError, zlib.error) as error:
         raise InvalidInputError(f"{path}: can not be read: {error}.") from error
 
@@ -212,7 +244,7 @@ def _document(record: _Record, whole: str, limit_bytes: int | None, *, rendered:
     return Document(text=text, rendered=rendered, cut=cut)
 
 
-def _json_lines(path: Path) -> Iterator[_Record]:
+def _json_lines(path: Path, content: Content) -> Iterator[_Record]:
     offset, number = 0, 0
     with _open(path) as file:
         while line := file.readline(RECORD_BYTES + 1):
@@ -230,14 +262,14 @@ def _json_lines(path: Path) -> Iterator[_Record]:
                 raise InvalidInputError(f"{where}: not a JSON object: {error}.") from error
             offset += len(line)
             if data.strip():
-                yield _Record(where=where, content=content_of(record, where))
+                yield _Record(where=where, content=content(record, where))
 
 
 def _too_long(where: str) -> InvalidInputError:
     return InvalidInputError(f"{where}: one record of more than {RECORD_BYTES >> 20} MiB; divide it into several.")
 
 
-def _json_values(path: Path) -> Iterator[_Record]:
+def _json_values(path: Path, content: Content) -> Iterator[_Record]:
     """Of a list of objects, or of objects that follow each other, as they come."""
     decoder, text, start, number, in_list, end = json.JSONDecoder(), "", 0, 0, False, False
     with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
@@ -265,7 +297,7 @@ def _json_values(path: Path) -> Iterator[_Record]:
                     raise _too_long(where) from error
                 continue
             number, start, wanted = number + 1, stop, _CHUNK_CHARS
-            yield _Record(where=where, content=content_of(record, where))
+            yield _Record(where=where, content=content(record, where))
 
 
 def _skip(text: str, start: int, comma: str) -> int:
@@ -284,7 +316,7 @@ def _more(file: io.TextIOWrapper, path: Path, kept: str, chars: int) -> tuple[st
     return kept + more, len(more) < chars
 
 
-def _csv_records(path: Path) -> Iterator[_Record]:
+def _csv_records(path: Path, content: Content) -> Iterator[_Record]:
     csv.field_size_limit(RECORD_BYTES)
     with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
         try:
@@ -296,14 +328,14 @@ def _csv_records(path: Path) -> Iterator[_Record]:
             for number, row in enumerate(csv.reader(file, delimiter=kind), start=1):
                 where = f"{path}, record {number}"
                 if row:
-                    yield _Record(where=where, content=content_of(dict(zip(header, row, strict=False)), where))
+                    yield _Record(where=where, content=content(dict(zip(header, row, strict=False)), where))
         except UnicodeDecodeError as error:
             raise InvalidInputError(f"{path}: not UTF-8 text ({error.reason}); convert the file.") from error
         except csv.Error as error:
             raise InvalidInputError(f"{path}: not a CSV file that can be read: {error}.") from error
 
 
-def _parquet_records(path: Path) -> Iterator[_Record]:
+def _parquet_records(path: Path, content: Content) -> Iterator[_Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -317,7 +349,7 @@ def _parquet_records(path: Path) -> Iterator[_Record]:
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
                 for record in batch.to_pylist():
                     where = f"{path}, row {row}"
-                    yield _Record(where=where, content=content_of(_without_nulls(record), where))
+                    yield _Record(where=where, content=content(_without_nulls(record), where))
                     row += 1
     except pa.ArrowException as error:
         reason = str(error).partition("\n")[0]
@@ -329,3 +361,22 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+_READERS: dict[str, Callable[[Path, Content], Iterator[_Record]]] = {
+    **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
+    ".json": _json_values,
+    **dict.fromkeys((".csv", ".tsv"), _csv_records),
+    ".parquet": _parquet_records,
+}
+
+
+def _reader_of(path: Path) -> Callable[[Path, Content], Iterator[_Record]] | None:
+    name = path.name.lower().removesuffix(".gz")
+    return next((reader for end, reader in _READERS.items() if name.endswith(end)), None)
+
+
+def _records(path: Path, content: Content) -> Iterator[_Record]:
+    reader = _reader_of(path)
+    assert reader is not None, "of plain text there are no records"
+    return reader(path, content)

@@ -85,6 +85,34 @@ def content_of(record: object, where: str) -> str | Conversation:
     raise InvalidInputError(f"{where}: {NEEDS}; it has {there or 'nothing but nulls'}.")
 
 
+def question_of(record: object, where: str) -> str | Conversation:
+    """What is asked in one record: a conversation up to the first answer, or text to go on from; no answer is needed.
+
+    Args:
+        record: as for `content_of`.
+        where: file and record, for messages.
+
+    Raises:
+        InvalidInputError: as `content_of`, or nothing is asked before the first answer.
+    """
+    asked = None
+    if isinstance(record, Mapping) and not record.get("text"):
+        bare = {key: value for key, value in record.items() if key not in ANSWER_FIELDS}
+        asked = next((bare[name] for name in QUESTION_FIELDS if bare.get(name) is not None), None)
+        if asked is not None or bare.get("instruction") is not None:
+            record = {**bare, "chosen": []} if isinstance(asked, list) else {**bare, "response": ""}
+    found = content_of(record, where)
+    if isinstance(found, str):
+        return found
+    roles = [message["role"] for message in found.messages]
+    messages = found.messages[: roles.index("assistant") if "assistant" in roles else len(roles)]
+    if not messages:
+        raise InvalidInputError(f"{where}: it begins with an answer, so nothing is asked; leave it out.")
+    plain = found.plain if isinstance(record, Mapping) and record.get("instruction") is not None else None
+    said = str(messages[-1].get("content") or "")
+    return Conversation(messages=messages, tools=found.tools, plain=said if plain is None else plain)
+
+
 def listed(names: Sequence[str]) -> str:
     """Some names of a file, cut and without what a terminal would obey."""
     shown = ["".join(c if c.isprintable() else "?" for c in name[:40]) for name in names[:8]]

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 
 def thresholds_of(options: Mapping[str, Any]) -> dict[str, float]:
-    """The limits that --max-ppl-increase and --max-kl set; nothing where neither is given."""
+    """The limits that --max-ppl-increase, --max-kl and --max-loop-increase set; nothing where none is given."""
     from moepress.validation.quality.thresholds import parse_threshold
 
     given = {}
-    if options["max_ppl_increase"] is not None:
-        given["max_ppl_increase"] = parse_threshold(options["max_ppl_increase"], "--max-ppl-increase")
+    for name, option in (("max_ppl_increase", "--max-ppl-increase"), ("max_loop_increase", "--max-loop-increase")):
+        if options[name] is not None:
+            given[name] = parse_threshold(options[name], option)
     if options["max_kl"] is not None:
         given["max_kl"] = float(options["max_kl"])
         if not 0 <= given["max_kl"] < float("inf"):

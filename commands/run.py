@@ -10,6 +10,7 @@ import click
 
 from moepress.commands.completers import complete_list
 from moepress.commands.console import emit, note, quiet_libraries, show_estimates, show_report, upload
+from moepress.commands.generation_options import check_prompt_files, generation_options
 from moepress.commands.options import (
     NOTHING,
     asymmetric_option,
@@ -62,6 +63,7 @@ _RECIPE_OPTIONS = (
     *("target", "context", "mixed_bits", "runtime"),
     *("calibration", "domain", "tokens", "window", "seed"),
     *("data", "data_domain", "max_windows", "device", "dtype"),
+    *("generations", "prompts", "max_new_tokens", "temperature", "generation_seed"),
 )
 
 
@@ -87,6 +89,7 @@ _RECIPE_OPTIONS = (
 @calibration_options
 @evaluation_options
 @task_options
+@generation_options
 @click.option(
     "--to",
     "formats",
@@ -166,6 +169,7 @@ def _values(model: str | None, recipe_file: Path | None, options: Mapping[str, A
     parse_sources(options["data"], options["data_domain"])
     if values.get("tasks"):
         check_names([name for name in values["tasks"] if isinstance(name, str)], local_folders(str(values["model"])))
+    check_prompt_files(options["prompts"])
     return values
 
 

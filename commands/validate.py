@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moepress.commands.console import quiet_libraries, show_report
+from moepress.commands.generation_options import check_prompt_files, generation_options
 from moepress.commands.options import (
     endpoint_options,
     evaluation_options,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @evaluation_options
 @task_options
 @endpoint_options
+@generation_options
 @click.option(
     "--context",
     type=click.IntRange(1),
@@ -64,6 +66,7 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     Example:  moepress validate demo pressed --max-ppl-increase 3% -o report
               moepress validate pressed pressed-onnx --no-throughput
               moepress validate MODEL pressed --tasks gsm8k,my_tasks.yaml --limit 200 --min-recovery 95%
+              moepress validate demo pressed --generations 500 --max-loop-increase 2%
     """
     from moepress.calibration.sources import parse_sources
     from moepress.stages.places import display_name, local_folders, model_place
@@ -71,6 +74,7 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     inputs = local_folders(before, after, gguf=True)  # wrong paths are refused before anything heavy is imported
     parse_sources(options["data"], options["data_domain"])
     asked = _tasks_of(options, inputs)
+    check_prompt_files(options["prompts"])
     quiet_libraries()
     from moepress.models.storage.inside import watched
     from moepress.runs.inputs import require_unchanged
@@ -117,7 +121,8 @@ def _tasks_of(options: Mapping[str, Any], models: Sequence[Path]) -> dict[str, A
 
 
 def _evaluation_of(options: Mapping[str, Any], asked: Mapping[str, Any]) -> Evaluation:
-    """The evaluation that --data, --max-windows, --tasks and the thresholds describe."""
+    """The evaluation that --data, --max-windows, --tasks, --generations and the thresholds describe."""
+    from moepress.stages.answers import answering_of
     from moepress.stages.tasks import TaskRequest
     from moepress.stages.validate import Evaluation
     from moepress.validation.quality.thresholds import Thresholds
@@ -132,4 +137,5 @@ def _evaluation_of(options: Mapping[str, Any], asked: Mapping[str, Any]) -> Eval
         targets_file=options["targets_file"],
         thresholds=Thresholds(**thresholds_of(options)),
         tasks=TaskRequest(names=asked["tasks"], **{k: v for k, v in asked.items() if k != "tasks"}) if asked else None,
+        answering=answering_of(options),
     )

@@ -16,10 +16,17 @@ from moepress.calibration.templates import ChatTemplate, Refused
 from moepress.calibration.traces import check_traces, open_traces
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.runs.progress import note, track
-from moepress.stages.generate import open_model, stop_tokens
+from moepress.stages.generate import open_model
 from moepress.stages.groundwork import load_tokenizer
 from moepress.stages.places import Machine, model_place
-from moepress.validation.quality.decoding import Decoder, Sampling, check_prompt, generate, why_stopped
+from moepress.validation.quality.decoding import (
+    Decoder,
+    Sampling,
+    check_prompt,
+    generate,
+    stop_tokens,
+    why_stopped,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,8 @@ from moepress.validation.rules.findings import Runtime
 from moepress.validation.speed.targets import DEFAULT_CONTEXT, RESERVE, target_of
 
 FEW_BITS_NOTE = (
-    "2- and 3-bit experts load in transformers, and in vLLM by `--moe-backend humming` only; --bits 4 or --bits 8 keeps "
-    "to what every runtime takes."
+    "2- and 3-bit experts load in transformers, and in vLLM by `--moe-backend humming` only; --bits 4 or --bits 8 "
+    "keeps to what every runtime takes."
 )
 INCLUDE_NOTE = (
     "The estimated loss is that of the routed experts; what else is quantized has the bits that `part_bits` says, or "

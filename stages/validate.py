@@ -14,6 +14,7 @@ import torch
 
 from moepress import __version__
 from moepress.calibration.corpus import EvaluationCorpus, evaluation_windows
+from moepress.calibration.sources import Source as TextSource
 from moepress.calibration.sources import embedded_sources, parse_sources
 from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.pruning.plan import Plan, estimate_sizes
@@ -31,6 +32,7 @@ from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import prune_source
 from moepress.runs.output import check_writable, resolve_output
 from moepress.runs.rows import holds_journal
+from moepress.stages.answers import Answering, Asked, answers_section, asked
 from moepress.stages.groundwork import announce, load_tokenizer, opened_source, require_context
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
 from moepress.stages.shown import checks_section, environment, samples_section, subject_info
@@ -39,7 +41,8 @@ from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Elsewhere, Subject, measure, vocabulary_of
 from moepress.validation.quality.results import Throughput
 from moepress.validation.quality.routing import Kept, kept_in
-from moepress.validation.quality.thresholds import Outcome, Thresholds, judge
+from moepress.validation.quality.samples import require_room
+from moepress.validation.quality.thresholds import Outcome, Thresholds, judge, judge_answers
 from moepress.validation.report.files import JSON_NAME, foreign_files
 from moepress.validation.report.places import without_places
 from moepress.validation.report.schema import Report
@@ -71,6 +74,7 @@ class Evaluation:
         target: the GPU that the user aims at, as `target_of` takes it.
         thresholds: limits that are judged.
         tasks: what the models are asked besides, with a limit of its own; None: nothing.
+        answering: what the models are to answer; None: nothing.
     """
 
     data: tuple[str, ...] = ()
@@ -83,6 +87,7 @@ class Evaluation:
     target: str | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
     tasks: TaskRequest | None = None
+    answering: Answering | None = None
 
 
 def load_evaluation(
@@ -97,6 +102,11 @@ def load_evaluation(
     )
 
 
+def evaluation_sources(evaluation: Evaluation) -> tuple[TextSource, ...]:
+    """Where the text is from."""
+    return parse_sources(evaluation.data, evaluation.domains) or embedded_sources("evaluation")
+
+
 def evaluation_corpus(folder: Path, evaluation: Evaluation, *, context: int, vocabulary: int) -> EvaluationCorpus:
     """The windows that an evaluation describes, for a model of that context and vocabulary, tokenizer in `folder`."""
     require_context("--window", evaluation.window, context)
@@ -108,6 +118,27 @@ def evaluation_corpus(folder: Path, evaluation: Evaluation, *, context: int, voc
         max_windows=evaluation.max_windows,
         vocabulary=vocabulary,
     )
+
+
+def check_evaluation(folder: Path, evaluation: Evaluation, *, context: int, vocabulary: int) -> tuple[str, str | None]:
+    """Refuse text and prompts that can not be used, before any work.
+
+    Returns:
+        Digests of the windows and of the prompts, where there are some.
+    """
+    corpus = evaluation_corpus(folder, evaluation, context=context, vocabulary=vocabulary)
+    if evaluation.answering is None:
+        return corpus.digest, None
+    found = asked(
+        evaluation.answering,
+        folder,
+        load_tokenizer(folder),
+        evaluation_sources(evaluation),
+        corpus,
+        context=context,
+        vocabulary=vocabulary,
+    )
+    return corpus.digest, found.prompts.digest
 
 
 def open_subject(label: str, folder: Path) -> Subject:
@@ -273,6 +304,7 @@ def validate_stage(
     if evaluation.tasks is not None:
         place = Place(device=device, dtype=dtype, onnx_device=provider)
         exam = prepare_exam(subjects, tokenizer, evaluation.tasks, place, context=context)
+    to_answer = _asked(subjects, evaluation, tokenizer, corpus, device, dtype)
     window = int(corpus.windows.shape[1])
     quality = measure(
         subjects,
@@ -293,6 +325,12 @@ def validate_stage(
             subjects, corpus, load_tokenizer(tokenizer), device=device, dtype=dtype, onnx_device=provider
         )
         notes += lack
+    generation = None
+    if to_answer is not None:
+        notes += to_answer.notes
+        generation = answers_section(
+            subjects, to_answer, load_tokenizer(tokenizer), device=device, dtype=dtype, onnx_device=provider
+        )
     made = [
         (s.label, s.source.file if isinstance(s.source, GgufModel) else s.folder)  # others may lie beside a file
         for s in subjects[1:]
@@ -305,10 +343,15 @@ def validate_stage(
         subjects=tuple(subject_info(s) for s in subjects),
         quality=quality,
         throughput=timed,
-        thresholds=(*judge(evaluation.thresholds, quality.rows), *_judged_tasks(evaluation.tasks, tasks)),
+        thresholds=(
+            *judge(evaluation.thresholds, quality.rows),
+            *judge_answers(evaluation.thresholds, generation.rows if generation is not None else ()),
+            *_judged_tasks(evaluation.tasks, tasks),
+        ),
         tasks=tasks,
         targets=_gpus(subjects, targets, evaluation, device, timed),
         samples=samples,
+        generation=generation,
         checks=checks,
         notes=(*notes, *unchecked),
         environment=environment(device, onnx=bool(folders), llama=any(isinstance(o, GgufModel) for o in others)),
@@ -319,6 +362,30 @@ def validate_stage(
 
 def _judged_tasks(asked: TaskRequest | None, found: TaskResults | None) -> tuple[Outcome, ...]:
     return judge_tasks(asked.min_recovery, found.rows) if asked is not None and found is not None else ()
+
+
+def _asked(
+    subjects: Sequence[Subject],
+    evaluation: Evaluation,
+    tokenizer: Path,
+    corpus: EvaluationCorpus,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Asked | None:
+    """What the models are to answer, found before they are measured; refused where one does not fit into memory."""
+    if evaluation.answering is None:
+        return None
+    for subject in subjects:
+        require_room(subject, device, dtype, "to answer prompts (--generations)")
+    return asked(
+        evaluation.answering,
+        tokenizer,
+        load_tokenizer(tokenizer),
+        evaluation_sources(evaluation),
+        corpus,
+        context=min(map(_context, subjects)),
+        vocabulary=vocabulary_of(subjects[0].source),
+    )
 
 
 def _timed(subjects: Sequence[Subject], device: torch.device, provider: str) -> Throughput:

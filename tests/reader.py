@@ -39,6 +39,7 @@ SHORT = {
     "generate": ("--max-new-tokens", "4"),
     "calibration": ("--max-new-tokens", "8"),
 }
+FEW_ANSWERS = ("--generations", "2", "--max-new-tokens", "64")
 MADE_BEFORE = (
     "profile MODEL -o profile",
     "plan profile --keep 0.75 -o plan.json",
@@ -86,8 +87,10 @@ class Reader:
                 place.unlink()
         self._publish(words)
         short = SHORT.get(words[0], TEXT if "--repair" in words else ())
+        short += FEW_ANSWERS if {"--generations", "--prompts"} & set(words) else ()
         code, printed, errors = command(*words, *short)
-        allowed = {0} | ({3} if {"--max-ppl-increase", "--max-kl", "--min-recovery"} & set(words) else set())
+        limits = {"--max-ppl-increase", "--max-kl", "--max-loop-increase", "--min-recovery"}
+        allowed = {0} | ({3} if limits & set(words) else set())
         allowed |= {4} if words[0] == "check" and " does not work in " in errors else set()  # the demo is a small model
         assert code in allowed, f"`{line}` ended with {code}: {errors}"
         assert printed
@@ -125,6 +128,7 @@ def reader(folder: Path) -> Iterator[Reader]:
         shutil.copy(Path(__file__), folder / name)
     (folder / "prompts.txt").write_text("Where does the river come from?\nWhat is 7 plus 5?\n" * 4)
     (folder / "chats.jsonl").write_text('{"text": "How are you? Fine, and what about you?"}\n' * 60)
+    (folder / "my-prompts.jsonl").write_text('{"prompt": "What is 7 plus 5?"}\n{"prompt": "What is 8 plus 5?"}\n')
     shutil.copy(ROOT / "docs" / "examples" / "recipe.yaml", folder)
     with client(folder / "home") as hub, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

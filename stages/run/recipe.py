@@ -30,6 +30,7 @@ from moepress.models.storage.experts import mtp_layers
 from moepress.models.storage.mtp import Mtp
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 from moepress.runs.text import suggestion
+from moepress.stages.answers import LEAST_NEW_TOKENS, MAX_NEW_TOKENS, answering_of
 from moepress.stages.export import check_gguf, check_onnx, onnx_bits
 from moepress.stages.groundwork import gguf_weights, load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
@@ -39,7 +40,7 @@ from moepress.stages.repair import check_repair
 from moepress.stages.tasks import TaskRequest, check_request
 from moepress.stages.validate import (
     Evaluation,
-    evaluation_corpus,
+    check_evaluation,
 )
 from moepress.validation.quality.thresholds import Thresholds
 from moepress.validation.rules.check import notes_before
@@ -51,6 +52,7 @@ from moepress.validation.tasks.names import is_place
 LATE_FIELDS = (
     *("to", "data", "data_domain", "max_windows", "throughput", "max_ppl_increase", "max_kl"),
     *("tasks", "limit", "chat", "min_recovery"),
+    *("generations", "prompts", "max_new_tokens", "temperature", "generation_seed", "max_loop_increase"),
 )
 
 
@@ -119,6 +121,12 @@ class Recipe(BaseModel):
     limit: Count | None = None
     chat: bool = False
     min_recovery: Share | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
+    generations: Count | None = None
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, ge=LEAST_NEW_TOKENS, lt=1 << 40)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    generation_seed: int = Field(default=0, ge=0, lt=1 << 63)
+    max_loop_increase: float | None = Field(default=None, ge=0, le=1)
     device: str = "auto"
     dtype: str = "auto"
     max_memory: Bytes | None = None
@@ -379,7 +387,7 @@ def check_recipe(recipe: Recipe) -> tuple[Checkpoint, int, Criterion]:
     weights = domain_weights(corpus.domains, recipe.domain_weight)
     criterion = recipe.criterion or default_criterion(weights)
     protection_of(recipe).require(corpus.domains, weights)
-    evaluation_corpus(folder, evaluation_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
+    check_evaluation(folder, evaluation_of(recipe), context=shape.context, vocabulary=shape.vocabulary)
     return checkpoint, known.count, criterion
 
 
@@ -435,7 +443,7 @@ def _parts(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"include": tuple(known), "part_bits": {part: bits for part, bits in known.items() if bits is not None}}
 
 
-_PLACES = ("calibration", "domain", "data", "data_domain")
+_PLACES = ("calibration", "domain", "data", "data_domain", "prompts")
 """Fields that hold paths, `NAME=PATH` among them; a resume from another folder means the same files."""
 
 
@@ -515,7 +523,12 @@ def evaluation_of(recipe: Recipe) -> Evaluation:
         context=recipe.context,
         targets_file=_targets_file(recipe),
         target=recipe.target,
-        thresholds=Thresholds(max_ppl_increase=recipe.max_ppl_increase, max_kl=recipe.max_kl),
+        thresholds=Thresholds(
+            max_ppl_increase=recipe.max_ppl_increase,
+            max_kl=recipe.max_kl,
+            max_loop_increase=recipe.max_loop_increase,
+        ),
+        answering=answering_of(dict(recipe)),
         tasks=task_request(recipe),
     )
 

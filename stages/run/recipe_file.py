@@ -30,7 +30,7 @@ def load_recipe(file: Path) -> dict[str, Any]:
     )
 
 
-_PLACES = ("model", "calibration", "domain", "data", "data_domain", "targets_file")
+_PLACES = ("model", "calibration", "domain", "data", "data_domain", "prompts", "targets_file")
 
 
 def _tasks(found: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -71,8 +71,8 @@ from moepress.stages.run.recipe import (
 )
 from moepress.stages.tasks import files_digest
 from moepress.stages.validate import (
+    check_evaluation,
     elsewhere_subject,
-    evaluation_corpus,
     open_subject,
     pruned_subject,
     subject_of,
@@ -386,7 +386,9 @@ def _report(
         late["gguf"] = "after"
     original = opened(folder)
     shape, text = original.shape, evaluation_of(recipe)
-    late["text"] = evaluation_corpus(folder, text, context=shape.context, vocabulary=shape.vocabulary).digest
+    late["text"], prompts = check_evaluation(folder, text, context=shape.context, vocabulary=shape.vocabulary)
+    if prompts is not None:
+        late["asked"] = prompts
     if recipe.tasks:
         late["task_files"] = files_digest(recipe.tasks)
     done = run.done("report")

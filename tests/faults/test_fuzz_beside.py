@@ -15,8 +15,8 @@ from tiny_models import windows
 
 from moepress.converters.onnx.folder import open_onnx
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.generate import stop_tokens
 from moepress.stages.tokenizer import read_tokenizer
+from moepress.validation.quality.decoding import stop_tokens
 from moepress.validation.report.model_card import plain_card
 
 CARD = "---\nlicense: mit\nbase_model: a/b\ntags: [x, y]\nmodel-index: [{name: x}]\n---\n# Model\n"

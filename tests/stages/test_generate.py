@@ -32,8 +32,8 @@ from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages import generate
 from moepress.stages.export import export_stage
-from moepress.stages.generate import stop_tokens
 from moepress.stages.places import Output, model_folder
+from moepress.validation.quality.decoding import stop_tokens
 
 PROMPT = "def main():"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"

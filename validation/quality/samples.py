@@ -47,18 +47,18 @@ def write_samples(
         MoepressError: a model does not fit into memory, or can not be run.
     """
     for subject in subjects:
-        _require_room(subject, device, dtype)
+        require_room(subject, device, dtype, "to write text")
     prompts = _prompts(corpus)
     written = []
     with track("sample text", len(subjects) * len(prompts), unit="texts") as advance:
         for subject in subjects:
             stop = _stop_tokens(subject, tokenizer)
-            written.append(_write(_maker(subject, device, dtype, onnx_device), prompts, stop, advance))
+            written.append(_write(_decoders(subject, device, dtype, onnx_device), prompts, stop, advance))
             release_dense(device)
     rows = [
         Sample(
             domain=domain,
-            prompt=_text(tokenizer, (), ids),
+            prompt=text_of(tokenizer, (), ids),
             continuations=tuple(
                 _continuation(subject.label, tokenizer, ids, new[number], written[0][number])
                 for subject, new in zip(subjects, written, strict=True)
@@ -79,30 +79,40 @@ def _prompts(corpus: EvaluationCorpus) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _require_room(subject: Subject, device: torch.device, dtype: torch.dtype) -> None:
+def require_room(subject: Subject, device: torch.device, dtype: torch.dtype, why: str) -> None:
+    """Refuse a model that does not fit into the memory that is free.
+
+    Raises:
+        MoepressError: it does not.
+    """
     whole = isinstance(subject.source, Elsewhere)
     needed = subject.stored_bytes if whole else subject.parameters * dtype.itemsize
     free = free_memory_bytes(torch.device("cpu") if whole else device)
     if needed > free:
         raise MoepressError(
-            f"{subject.label} needs {needed / 2**30:.1f} GiB of memory to write text, and {free / 2**30:.1f} GiB are "
-            "free."
+            f"{subject.label} needs {needed / 2**30:.1f} GiB of memory {why}, and {free / 2**30:.1f} GiB are free."
         )
 
 
-def _maker(subject: Subject, device: torch.device, dtype: torch.dtype, onnx_device: str) -> Callable[[], Decoder]:
+def _decoders(subject: Subject, device: torch.device, dtype: torch.dtype, onnx_device: str) -> Callable[[], Decoder]:
     """Loads the model; what it gives makes decoders with nothing in their cache, and holds the model."""
-    if isinstance(subject.source, OnnxFolder):
-        session = open_session(subject.source, onnx_device)
-        return lambda: OnnxDecoder(session)
-    if isinstance(subject.source, GgufModel):
-        llama = open_llama(subject.source.file, context=min(subject.source.context, PROMPT_TOKENS + NEW_TOKENS))
-        return lambda: LlamaDecoder(llama)
-    if isinstance(subject.source, MlxFolder):
-        in_mlx = MlxSession(subject.source)
-        return lambda: MlxDecoder(in_mlx)
+    if isinstance(subject.source, Elsewhere):
+        return decoders_elsewhere(subject.source, onnx_device, PROMPT_TOKENS + NEW_TOKENS)
     model = load_dense(subject.source, device=device, dtype=dtype)
     return lambda: TorchDecoder(model)
+
+
+def decoders_elsewhere(source: Elsewhere, onnx_device: str, tokens: int) -> Callable[[], Decoder]:
+    """The same for what has a runtime of its own; one decoder at a time, of sequences of so many tokens at most."""
+    if isinstance(source, OnnxFolder):
+        session = open_session(source, onnx_device)
+        return lambda: OnnxDecoder(session)
+    if isinstance(source, GgufModel):
+        llama = open_llama(source.file, context=min(source.context, tokens))
+        return lambda: LlamaDecoder(llama)
+    assert isinstance(source, MlxFolder)
+    in_mlx = MlxSession(source)
+    return lambda: MlxDecoder(in_mlx)
 
 
 def _write(
@@ -131,9 +141,10 @@ def _continuation(
 ) -> Continuation:
     pairs = enumerate(zip(new, reference, strict=False))
     same = next((place for place, (one, other) in pairs if one != other), min(len(new), len(reference)))
-    return Continuation(subject=label, text=_text(tokenizer, prompt, new), tokens=len(new), same_tokens=same)
+    return Continuation(subject=label, text=text_of(tokenizer, prompt, new), tokens=len(new), same_tokens=same)
 
 
-def _text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+def text_of(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of some tokens, as it goes on behind those before it."""
     pieces = TextStream(tokenizer, before=before)
     return "".join([*map(pieces.push, ids), pieces.flush()])

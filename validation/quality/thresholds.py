@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moepress.errors import UsageError
+from moepress.validation.quality.generation import AnswerRow
 from moepress.validation.quality.results import Estimate, QualityRow
 
 SIGMAS = 2.0
 
-Measure = Literal["perplexity increase", "KL divergence", "recovery"]
+Measure = Literal["perplexity increase", "KL divergence", "recovery", "loop increase"]
 AT_LEAST: frozenset[Measure] = frozenset({"recovery"})
 """What is to be no less than the limit; of all else it is the most that is allowed."""
 State = Literal["kept", "exceeded within the error", "missed"]
@@ -27,10 +28,12 @@ class Thresholds:
     Attributes:
         max_ppl_increase: relative, 0.03 is 3 % more perplexity than the reference has.
         max_kl: mean KL(reference || subject), nats per token.
+        max_loop_increase: of the share of answers that loop, 0.02 is two more of a hundred.
     """
 
     max_ppl_increase: float | None = None
     max_kl: float | None = None
+    max_loop_increase: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +119,23 @@ def judge(thresholds: Thresholds, rows: Iterable[QualityRow]) -> tuple[Outcome, 
         )
         for measure, limit, found in limits:
             if limit is not None:
-                state = state_of(measure, found, limit)
-                outcomes.append(Outcome(subject=row.subject, measure=measure, limit=limit, found=found, state=state))
+                outcomes.append(held(row.subject, measure, limit, found))
     return tuple(outcomes)
+
+
+def judge_answers(thresholds: Thresholds, rows: Iterable[AnswerRow]) -> tuple[Outcome, ...]:
+    """Hold the limit on loops against every subject that answered after the reference."""
+    limit = thresholds.max_loop_increase
+    if limit is None:
+        return ()
+    return tuple(
+        held(row.subject, "loop increase", limit, row.more_loops.increase) for row in rows if row.more_loops is not None
+    )
+
+
+def held(subject: str, measure: Measure, limit: float, found: Estimate) -> Outcome:
+    """One limit held against what was measured of one subject."""
+    return Outcome(subject=subject, measure=measure, limit=limit, found=found, state=state_of(measure, found, limit))
 
 
 def state_of(measure: Measure, found: Estimate, limit: float) -> State:

@@ -7,6 +7,7 @@ from moepress.compress.gptq.include import parts_text
 from moepress.compress.gptq.kinds import kind_text, range_text
 from moepress.validation.quality.results import Samples
 from moepress.validation.report.cells import Table, prose_text, share_text, size_text
+from moepress.validation.report.generation import generation_tables
 from moepress.validation.report.heatmap import FULL_SHARE
 from moepress.validation.report.plots import bits_name, loss_text
 from moepress.validation.report.remarks import lettered
@@ -24,6 +25,8 @@ def contents(report: Report) -> tuple[Table, ...]:
     _insert(found, _parts(report), after=("Size",))
     if report.samples is not None:
         _insert(found, _samples(report.samples), after=("Divergence from the first model", "Perplexity"))
+    for table in reversed(generation_tables(report.generation)):
+        _insert(found, table, after=("Agreement with", "Divergence by", "Divergence from", "Perplexity"))
     _insert(found, _checks(report.checks), after=("Measured here", GPUS, "Quantization", "Pruning", "Throughput"))
     _insert(
         found, routing_table(report), after=("Quantization", "Pruning", "Throughput", "Divergence from the first model")

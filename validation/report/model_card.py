@@ -25,6 +25,7 @@ from moepress.models.storage.foreign import BLOCKS_METHOD
 from moepress.runs.parsing import parse_yaml
 from moepress.validation.quality.results import QualityRow
 from moepress.validation.report.cells import number_text, percent_text, share_text, size_text
+from moepress.validation.report.generation import generation_sentence
 from moepress.validation.report.markdown import plain_text
 from moepress.validation.report.schema import Report, SubjectInfo
 from moepress.validation.report.task_card import model_index, task_lines
@@ -133,6 +134,7 @@ def model_card(
         "## Before and after",
         _table(report, layout, stored_bytes),
         _remark(report, layout) + _measured(report),
+        *map(plain_text, generation_sentence(report.generation, _own(report, layout).label)),
         *task_lines(report.tasks),
         "Perplexity alone misses damage: test it on your own task.",
         "## How to load it",
@@ -290,19 +292,9 @@ def _remark(report: Report, layout: Format) -> str:
     return ""
 
 
-def _own(report: Report, layout: Format) -> SubjectInfo:
-    """The folder's own row; of layouts that hold the same codes and were not measured that of the canonical folder."""
-    plain = [s for s in report.subjects if not (s.onnx or s.gguf)]
-    others = {"onnx": [s for s in report.subjects if s.onnx], "gguf": [s for s in report.subjects if s.gguf]}
-    every = [*plain, *others.get(layout, ())]
-    own: SubjectInfo = every[-1]
-    return own
-
-
 def _table(report: Report, layout: Format, stored_bytes: int | None) -> str:
     rows = ["| Model | Size | Change | Perplexity | KL divergence | Same top-1 |", "|---|---:|---:|---:|---:|---:|"]
-    first, plain = report.subjects[0], [s for s in report.subjects if not (s.onnx or s.gguf)]
-    own = _own(report, layout)
+    first, plain, own = report.subjects[0], _plain(report), _own(report, layout)
     for subject in (*plain[:-1], own):
         size = stored_bytes if subject is own and stored_bytes is not None else subject.stored_bytes
         change = "–" if subject is first else percent_text(size / first.stored_bytes - 1, digits=0)
@@ -310,6 +302,16 @@ def _table(report: Report, layout: Format, stored_bytes: int | None) -> str:
         cells = [name, size_text(size), change, *_quality(report.overall(subject.label))]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _plain(report: Report) -> list[SubjectInfo]:
+    return [subject for subject in report.subjects if not (subject.onnx or subject.gguf)]
+
+
+def _own(report: Report, layout: Format) -> SubjectInfo:
+    """The row of the folder that the card lies in."""
+    exported = [s for s in report.subjects if (s.onnx and layout == "onnx") or (s.gguf and layout == "gguf")]
+    return (exported or _plain(report))[-1]
 
 
 def _quality(row: QualityRow) -> list[str]:

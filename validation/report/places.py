@@ -17,10 +17,11 @@ _PATH = re.compile(r"""(?<![^\s'"=(\[`,:<])(?:~|(?<!:)/[^\s'"`)\],:;<>/]+)/[^\s'
 
 def without_places(report: Report) -> Report:
     """The report with absolute paths cut to their last names, wherever they stand; what models wrote stays as it is."""
-    data = report.model_dump(mode="json", exclude={"samples"})
+    written = {"samples", "generation"}
+    data = report.model_dump(mode="json", exclude=written)
     known = sorted(set(_known(report)), key=len, reverse=True)
     cut = Report.model_validate(_mapped(data, known))
-    return cut.model_copy(update={"samples": report.samples})
+    return cut.model_copy(update={name: getattr(report, name) for name in written})
 
 
 def _known(report: Report) -> Iterator[str]:

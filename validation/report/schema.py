@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from moepress.compress.budget.mixes import CurvePoint
 from moepress.compress.budget.search import Alternative
 from moepress.compress.gptq.grid_rows import GridRow
+from moepress.validation.quality.generation import Generation
 from moepress.validation.quality.results import ALL_WINDOWS, Quality, QualityRow, Samples, Throughput
 from moepress.validation.quality.thresholds import Outcome
 from moepress.validation.speed.results import Targets
@@ -226,6 +227,7 @@ class Report(_Section):
         choice: what the plan was chosen from; None without a budget.
         samples: text that the first model and the result write; None where they were not run.
         tasks: what the first model and the result score at tasks; None where none were asked for.
+        generation: how many answers to many prompts loop or do not end; None where nobody was asked.
         checks: what the rules of the runtimes say of what was made.
         targets: which GPU holds the models that are folders of safetensors; projected.
         recipe: the recipe file's text.
@@ -249,6 +251,7 @@ class Report(_Section):
     targets: Targets | None = None
     samples: Samples | None = None
     tasks: TaskResults | None = None
+    generation: Generation | None = None
     checks: tuple[RuntimeCheck, ...] = ()
     notes: tuple[str, ...] = ()
     environment: Environment | None = None

@@ -18,6 +18,7 @@ from moepress.validation.report.cells import (
     text_kind,
     without_version,
 )
+from moepress.validation.report.generation import generation_in_short
 from moepress.validation.report.remarks import lettered
 from moepress.validation.report.schema import ExpertName, Report
 from moepress.validation.report.task_tables import short_tasks, task_tables
@@ -25,6 +26,8 @@ from moepress.validation.speed.projection import interval_text
 from moepress.validation.speed.results import TargetFit, Targets
 
 GPUS = "Which GPU holds it (projected)"
+_SHARES = ("perplexity increase", "loop increase", "recovery")
+"""Limits that are shown in per cent."""
 
 
 def tables(report: Report) -> tuple[Table, ...]:
@@ -48,8 +51,14 @@ def tables(report: Report) -> tuple[Table, ...]:
 
 def console_tables(report: Report) -> tuple[Table, ...]:
     """The few tables that a terminal of 80 columns shows; everything else is in the report's files."""
-    made = (_sizes(report), _quality_in_short(report), *short_tasks(report.tasks), _speed_in_short(report))
-    made += (_thresholds(report),)
+    made = (
+        _sizes(report),
+        _quality_in_short(report),
+        *generation_in_short(report.generation),
+        *short_tasks(report.tasks),
+        _speed_in_short(report),
+        _thresholds(report),
+    )
     return tuple(table for table in made if table.rows)
 
 
@@ -226,7 +235,7 @@ def _thresholds(report: Report) -> Table:
     rows = []
     for outcome in report.thresholds:
         found, limit = number_text(outcome.found, 4), f"{outcome.limit:.4g}"
-        if outcome.measure in ("perplexity increase", "recovery"):
+        if outcome.measure in _SHARES:
             error = outcome.found.error
             found = number_text(
                 Estimate(value=outcome.found.value * 100, error=None if error is None else error * 100), 2

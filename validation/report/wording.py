@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from moepress.validation.quality.results import Estimate
 from moepress.validation.report.cells import percent_text, share_text, size_text
+from moepress.validation.report.generation import generation_sentence
 from moepress.validation.report.losses import Judged, judged
 from moepress.validation.report.schema import Report, SubjectInfo
 
@@ -22,6 +23,7 @@ def plain_words(report: Report) -> tuple[str, ...]:
     return (
         _size(first, result),
         f"{places}; {_change(paired.perplexity_ratio)}.",
+        *generation_sentence(report.generation, result.label),
         *_domains(report, result.label, paired.perplexity_ratio),
     )
 
