@@ -12,7 +12,14 @@ import click
 from moepress.commands.completers import complete_targets
 from moepress.commands.console import emit, quiet_libraries
 from moepress.commands.options import json_option, model_argument, targets_file_option
-from moepress.commands.tables import human_bytes, plain_console, plain_table, print_estimates, rough_bytes
+from moepress.commands.tables import (
+    human_bytes,
+    plain_console,
+    plain_table,
+    print_estimates,
+    print_slack,
+    rough_bytes,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +41,8 @@ def inspect(
     expert counts that can stay and those to try first, time, memory and disk on this machine.
 
     Reads headers, and some weights to time the disk; writes nothing. All times are projected. Of a GGUF file it tells
-    what the file says of itself, its tensors by type, and what llama.cpp would do with it.
+    what the file says of itself, its tensors by type, and what llama.cpp would do with it. Of a folder of
+    `moepress profile` it tells what slack the model has: what cuts are likely to cost, before one is made.
 
     \b
     Example:  moepress inspect demo
@@ -42,6 +50,7 @@ def inspect(
               moepress inspect MODEL --target "RTX 4090"
               moepress inspect MODEL --targets-file my-gpus.toml
               moepress inspect FILE.gguf
+              moepress inspect profile
     """
     from moepress.hub.snapshot import headers_only
     from moepress.stages.places import model_place
@@ -54,8 +63,12 @@ def inspect(
         place = model_place(model)
     quiet_libraries()
     from moepress.converters.gguf.file import gguf_file
-    from moepress.stages.inspect import inspect_gguf, inspect_model
+    from moepress.stages.inspect import inspect_gguf, inspect_model, inspect_profile
 
+    if (place / "profile.json").is_file() and not (place / "config.json").exists():
+        slack = inspect_profile(place)
+        emit(slack) if as_json else _print_profile(slack)
+        return
     file = gguf_file(place)
     if file is not None:
         about = inspect_gguf(file)
@@ -64,6 +77,16 @@ def inspect(
     with headers_only():
         found = inspect_model(model, tokens=tokens, context=context, targets_file=targets_file, only=target)
     emit(found) if as_json else _print_inspection(found)
+
+
+def _print_profile(found: Mapping[str, Any]) -> None:
+    """What slack the model of a profile has."""
+    from moepress.compress.pruning.slack import Slack
+
+    console = plain_console()
+    console.print(f"{found['model']}: {found['family']}, a profile of {', '.join(found['domains'])}")
+    print_slack(Slack.model_validate(found["slack"]))
+    console.print(f"Next: moepress plan {found['profile']} --keep 0.75 -o plan.json")
 
 
 def _print_gguf(found: Mapping[str, Any]) -> None:

@@ -247,8 +247,8 @@ selection_options: Decorator = _stack(
     click.option(
         "--max-domain-loss",
         metavar="LIMIT",
-        help="What they may lose: 2x, twice what the other domains lose on average, or 10%, of the experts' output.  "
-        "[default: 2x]",
+        help="What they may lose: 2x, twice the mean damage of the other domains, or 10%, of their experts' weighted "
+        "output.  [default: 2x]",
     ),
     click.option(
         "--groups",

@@ -19,7 +19,7 @@ from moepress.commands.options import (
     targets_file_option,
 )
 from moepress.commands.requests import plan_of
-from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table
+from moepress.commands.tables import EMBEDDED_NOTE, human_bytes, plain_console, plain_table, print_slack
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +94,8 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
         console.print(
             f"stability: two halves of the calibration text agree on {plan.stability:.1%} of the kept experts"
         )
+    if plan.slack is not None:
+        print_slack(plan.slack)
     protected = sum(map(len, plan.protected.values()))
     if protected:
         console.print(f"protected: {protected} experts with outstanding activations are never pruned")
@@ -118,12 +120,15 @@ def _print_plan(plan: Plan, file: Path | None) -> None:
 
 def _print_losses(console: Console, plan: Plan) -> None:
     """What each domain loses, and which of them are protected."""
-    named = bool(plan.protected_domains)
-    table = plain_table("domain", "weight", "gate mass lost", "reap-sum mass lost", "output lost", *([""] * named))
+    from moepress.compress.pruning.domains import times_others
+
+    named, losses = bool(plan.protected_domains), {d: loss.reap_sum_mass for d, loss in plan.loss.items()}
+    table = plain_table("domain", "weight", "gate mass lost", "reap-sum mass lost", "to the others", *([""] * named))
     for domain, loss in plan.loss.items():
-        weight, output = f"{plan.domain_weights[domain]:.3g}", "" if loss.output is None else f"{loss.output:.1%}"
+        times = f"{times_others(losses, domain):.1f}x" if len(losses) > 1 else ""
         mark = ["protected" if domain in plan.protected_domains else ""] * named
-        table.add_row(domain, weight, f"{loss.gate_mass:.1%}", f"{loss.reap_sum_mass:.1%}", output, *mark)
+        weight = f"{plan.domain_weights[domain]:.3g}"
+        table.add_row(domain, weight, f"{loss.gate_mass:.1%}", f"{loss.reap_sum_mass:.1%}", times, *mark)
     console.print(table)
     if named:
         console.print(f"protected domains: {', '.join(plan.protected_domains)}, within {plan.max_domain_loss}")

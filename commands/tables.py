@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from moepress.compress.pruning.slack import Slack
+
 EMBEDDED_NOTE = "Note: the embedded demo text was used for calibration; give --calibration with your own text."
 _UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
@@ -85,6 +87,34 @@ def print_estimates(estimates: Mapping[str, Mapping[str, Any]]) -> None:
             console.print(f"{stage}, memory of the GPU: {rough_bytes(row['device_memory_bytes'])}")
     for note in dict.fromkeys(note for row in estimates.values() for note in row["notes"]):
         console.print(f"Note: {note}")
+
+
+def print_slack(slack: Slack) -> None:
+    """What cuts to three quarters and half of the experts are likely to cost: of this model, and of others."""
+    from moepress.compress.pruning.slack import kept_text
+
+    console = plain_console()
+    console.print(
+        f"slack (projected): the work is spread as over {slack.effective_experts:.1f} experts of {slack.experts} that "
+        "are used alike"
+    )
+    table = plain_table("cut", "experts", "reap-sum mass lost", "damage", "most in layer", "KL, nats a token")
+    for cut in slack.cuts:
+        low, high = cut.kl
+        table.add_row(
+            "this model, projected",
+            f"{cut.experts} of {slack.experts}",
+            f"{cut.reap_sum_mass:.1%}",
+            f"{cut.damage:.2f}",
+            f"{cut.worst_layer}: {cut.worst_mass:.1%}",
+            f"{low:.3f} to {high:.3f}",
+        )
+    for row in slack.measured:
+        name, experts = f"{row.model}, measured", f"{row.experts} of {row.before}"
+        table.add_row(name, experts, "", f"{row.damage:.2f}", "", f"{row.kl:.3f} (perplexity {row.perplexity:+.1%})")
+    console.print(table)
+    for line in kept_text(slack.published) or ["No published result of a like model is known here."]:
+        console.print(line)
 
 
 def _terms(terms: Mapping[str, float], text: Any) -> str:

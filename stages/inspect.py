@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from moepress.calibration.profile import load_profile
 from moepress.compress.budget.sizes import group_size_for, included_linears, part_sizes, settled_parts
 from moepress.compress.estimates.figures import Figures, figures_of, pressed_sizes
 from moepress.compress.estimates.footprint import Workload
@@ -21,6 +22,8 @@ from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.gptq.include import IN_LAYERS, Asked, Include, Included
 from moepress.compress.gptq.layer_bits import parts_text
+from moepress.compress.pruning.scoring import Selection, default_criterion, domain_weights
+from moepress.compress.pruning.slack import Published, kept_text, like_models, published, slack_of
 from moepress.converters.gguf.file import GgufModel, open_gguf
 from moepress.converters.safetensors.scheme import PER_CHANNEL, Scheme
 from moepress.errors import UnsupportedError
@@ -49,9 +52,8 @@ SHARES = (1.0, 0.75, 0.5, 0.25)
 # vLLM 0.33's router kernel for DeepSeek's newest models; its general one takes any count.
 ROUTER_COUNTS = frozenset({1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 576})
 QUALITY_NOTE = (
-    "Perplexity alone misses damage: by llm-compressor's REAP example, Moonlight-16B (DeepSeek-V3 architecture) keeps "
-    "80 % of its GSM8K score with a quarter of the experts pruned and 17 % with half of them, Qwen3-30B-A3B 99 % with "
-    "both. Measure your own task."
+    "What pruning costs differs much from model to model, and perplexity alone misses damage: measure your own task. "
+    "Published results of like models:"
 )
 
 
@@ -130,6 +132,7 @@ def inspect_model(
     return describe(checkpoint) | {
         "not_available": [refusal] if refusal else not_available(checkpoint),
         "recommended_expert_counts": advice,
+        "published": [row.model_dump(mode="json") for row in like_models(checkpoint.family.name, shape)],
         "calibration": calibration_advice(shape, work.tokens),
         "scheme": asdict(scheme),
         "part_bits": {part.value: bits for part, bits in include.items()},
@@ -259,7 +262,8 @@ def target_fits(
         "beside_experts": _beside_experts(checkpoint, figures, scheme, targets, cache, include),
     }
     said = answer(found, targets, _making_bytes(checkpoint, figures, scheme, include))
-    return found | {"answer": [*said, *context_notes(context, shape.context)]}
+    notes = quality_notes(like_models(checkpoint.family.name, shape))
+    return found | {"answer": [*said, *notes, *context_notes(context, shape.context)]}
 
 
 def pressed_load(
@@ -322,7 +326,7 @@ def answer(found: Mapping[str, Any], targets: Sequence[Target], making_bytes: in
             if card is not None and card != before:
                 rows.append(f"{count} experts fit into {card.memory_gib:g} GiB ({card.name})")
                 before = card
-        return [f"{at} {'; '.join(rows)}.", QUALITY_NOTE]
+        return [f"{at} {'; '.join(rows)}."]
     largest = cards[-1]
     cannot = (
         f"{'No gaming GPU' if len(targets) > 1 else f'No {largest.name}'} holds this model. {at} it needs "
@@ -343,7 +347,32 @@ def answer(found: Mapping[str, Any], targets: Sequence[Target], making_bytes: in
         f"attention, shared experts, dense layers, embeddings and KV cache: {places[0]}{packed_place}. Beside it lie "
         f"the experts: {experts}. Every token reads {_gib(packed['experts_bytes_per_token'])} of them."
     )
-    return [cannot, making, running, QUALITY_NOTE]
+    return [cannot, making, running]
+
+
+def quality_notes(rows: Sequence[Published]) -> list[str]:
+    """What pruning has cost like models; without any, the two that differ most."""
+    named = rows or tuple(row for row in published() if row.family in ("deepseek_v3", "qwen3_moe"))
+    note = QUALITY_NOTE if rows else QUALITY_NOTE.replace("of like models", "(none of a like model is known here)")
+    return [note, *(f"{line}." for line in kept_text(named))]
+
+
+def inspect_profile(folder: Path) -> dict[str, Any]:
+    """What slack the model of a profile has, as `plan` tells it: with the default criterion, all domains alike.
+
+    Raises:
+        InvalidInputError: the profile is not sound.
+    """
+    profile = load_profile(folder)
+    weights = domain_weights(profile.domains, {})
+    selection = Selection(criterion=default_criterion(weights), count=profile.shape.experts, weights=weights)
+    return {
+        "profile": str(folder),
+        "model": profile.model_name,
+        "family": profile.family,
+        "domains": list(profile.domains),
+        "slack": slack_of(profile, selection).model_dump(mode="json"),
+    }
 
 
 def _place(row: Mapping[str, Any], card: Target | None) -> str:

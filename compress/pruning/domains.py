@@ -1,17 +1,16 @@
 """What every domain loses with the experts that go, and keep sets under which no protected domain loses too much.
 
-The loss of a domain is the squared error of the routed output on its tokens, as a share of its square, as far as the
-profile tells it (docs/formulas.md: Domains). A limit is a share of that, or a multiple of what the other domains lose.
+What a domain loses is the share m of its experts' weighted output (reap-sum mass) that the experts have which go. Its
+damage is m / (1 - m), of all figures of a profile the one that agrees best with the KL divergence of domains, and grows
+as it does (docs/formulas.md: Domains). A limit is a share m, or a multiple of the other domains' mean damage.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from moepress.calibration.profile import Profile
-from moepress.compress.pruning.scoring import Groups, Selection, keep_sets
+from moepress.compress.pruning.scoring import Groups, Selection, keep_sets, removed_share
 from moepress.errors import ThresholdMissedError, UsageError
 from moepress.models.families.family import legal_counts
 
@@ -19,6 +18,7 @@ FACTOR = 2.0
 """Beyond so many times the mean of the other domains a domain is called lost, and a protected one is refused."""
 LEAST = 0.01
 """Means below it count as it: a domain that loses next to nothing is not lost because others lose still less."""
+_LEFT = 1e-3  # of a domain's output, for where nothing is left
 _DOUBLINGS, _HALVINGS = 12, 4  # of the weights of protected domains, until they lose little enough; and back
 
 
@@ -27,19 +27,19 @@ class Limit:
     """What a domain may lose at most.
 
     Attributes:
-        factor: so many times the mean loss of the other domains; None where a share is given.
-        share: of the squared routed output, 0 to 1; None where a factor is given.
+        factor: so many times the mean damage of the other domains; None where a share is given.
+        share: of the domain's weighted output, 0 to 1; None where a factor is given.
     """
 
     factor: float | None = None
     share: float | None = None
 
-    def allowed(self, losses: Mapping[str, float], domain: str) -> float:
-        """What that domain may lose, given what all of them do."""
+    def excess(self, losses: Mapping[str, float], domain: str) -> float:
+        """What that domain loses over what it may, given what all of them do: above 1 it is too much."""
         if self.share is not None:
-            return self.share
+            return losses[domain] / self.share if self.share else float("inf") if losses[domain] else 0.0
         assert self.factor is not None
-        return self.factor * mean_of_others(losses, domain)
+        return times_others(losses, domain) / self.factor
 
     @property
     def text(self) -> str:
@@ -48,7 +48,7 @@ class Limit:
 
 
 def parse_limit(text: str) -> Limit:
-    """`2x`: twice the mean loss of the other domains; `10%`: a share.
+    """`2x`: twice the mean damage of the other domains; `10%`: a share of the domain's weighted output.
 
     Raises:
         UsageError: it is neither.
@@ -60,8 +60,8 @@ def parse_limit(text: str) -> Limit:
     if found and found[2] == "%" and value <= 100:
         return Limit(share=value / 100)
     raise UsageError(
-        f"--max-domain-loss {text!r} is no limit; write 2x (twice what the other domains lose on average, 1x or more) "
-        "or 10% (of the experts' output)."
+        f"--max-domain-loss {text!r} is no limit; write 2x (twice the mean damage of the other domains, 1x or more) or "
+        "10% (of its experts' weighted output)."
     )
 
 
@@ -110,32 +110,30 @@ def protection(domains: Sequence[str], limit: str | None) -> Protection:
     return Protection(domains=tuple(domains), limit=parse_limit(limit))
 
 
-def mean_of_others(losses: Mapping[str, float], domain: str) -> float:
-    """What the other domains lose on average, at least `LEAST`; infinite where there are none."""
-    others = [loss for name, loss in losses.items() if name != domain]
-    return max(sum(others) / len(others), LEAST) if others else float("inf")
+def damage(loss: float) -> float:
+    """m / (1 - m): what goes over what stays."""
+    return loss / max(1 - loss, _LEFT)
+
+
+def times_others(losses: Mapping[str, float], domain: str) -> float:
+    """Damage of a domain over the mean damage of the others, which counts as `LEAST` at least; 0 without others."""
+    others = [damage(loss) for name, loss in losses.items() if name != domain]
+    return times_mean(damage(losses[domain]), others)
+
+
+def times_mean(value: float, others: Sequence[float]) -> float:
+    """A value over the mean of others, which counts as `LEAST` at least; 0 where there are none."""
+    return value / max(sum(others) / len(others), LEAST) if others else 0.0
 
 
 def domain_losses(profile: Profile, kept: Mapping[int, Sequence[int]]) -> dict[str, float]:
-    """Per domain: leave-one-out losses of the experts that go, over the squared routed output; mean over layers.
-
-    Where the profile has no leave-one-out losses, the squares of what the experts contribute take their place.
-    """
-    measured = any(bool(profile.statistics[n]["leave_one_out"].any()) for n in profile.layers)
-    name, losses = "leave_one_out" if measured else "weighted_norm_squared", np.zeros(len(profile.domains))
-    for layer in profile.layers:
-        found = profile.statistics[layer]
-        cost = found[name].sum(axis=1)
-        gone = np.maximum(cost.sum(axis=1) - cost.take(list(kept[layer]), axis=1).sum(axis=1), 0.0)
-        whole = found["routed_squared"].sum(axis=1)
-        losses += np.where(whole > 0, gone / np.maximum(whole, 1e-300), 0.0)
-    return {d: float(x) for d, x in zip(profile.domains, (losses / len(profile.layers)).tolist(), strict=True)}
+    """Per domain: m, the share of its weighted output that the removed experts have, mean over layers."""
+    return removed_share(profile, kept, "weighted_norm")
 
 
 def lost_domains(losses: Mapping[str, float], weights: Mapping[str, float], factor: float = FACTOR) -> tuple[str, ...]:
-    """Domains that lose beyond so many times the mean of the others, but for those given up by a weight below 1."""
-    beyond = [d for d, loss in losses.items() if loss > factor * mean_of_others(losses, d)]
-    return tuple(d for d in beyond if weights.get(d, 1.0) >= 1)
+    """Domains whose damage is beyond so many times the mean of the others, but for those given a weight below 1."""
+    return tuple(d for d in losses if times_others(losses, d) > factor and weights.get(d, 1.0) >= 1)
 
 
 def protected_selection(profile: Profile, selection: Selection, protection: Protection) -> Selection:
@@ -187,7 +185,7 @@ def _over(profile: Profile, selection: Selection, protection: Protection) -> tup
     if not protection.domains:
         return ()
     losses = domain_losses(profile, keep_sets(profile, selection))
-    return tuple(d for d in protection.domains if losses[d] > protection.limit.allowed(losses, d))
+    return tuple(d for d in protection.domains if protection.limit.excess(losses, d) > 1)
 
 
 def selections_of(
@@ -209,17 +207,18 @@ def selections_of(
 
 
 def lost_text(losses: Mapping[str, float], domain: str) -> str:
-    """`cs loses 41.2% of the experts' output, 3.1 times the mean of the other domains`."""
-    others = mean_of_others(losses, domain)
-    times = f", {losses[domain] / others:.1f} times the mean of the other domains" if others < float("inf") else ""
-    return f"{domain} loses {losses[domain]:.1%} of the experts' output{times}"
+    """`cs loses 41.2% of its experts' weighted output, 3.1 times the damage of the other domains`."""
+    beside = (
+        f", {times_others(losses, domain):.1f} times the mean damage of the other domains" if len(losses) > 1 else ""
+    )
+    return f"{domain} loses {losses[domain]:.1%} of its experts' weighted output{beside}"
 
 
 def _refusal(profile: Profile, selection: Selection, protection: Protection) -> ThresholdMissedError:
     """In a sentence: which domain loses what, and which count would do."""
     most = {d: w * 2**_DOUBLINGS if d in protection.domains else w for d, w in selection.weights.items()}
     losses = domain_losses(profile, keep_sets(profile, replace(selection, weights=most)))
-    worst = max(protection.domains, key=lambda d: losses[d] / protection.limit.allowed(losses, d))
+    worst = max(protection.domains, key=lambda d: protection.limit.excess(losses, d))
     enough = _enough(profile, selection, protection)
     return ThresholdMissedError(
         f"With {selection.count} of {profile.shape.experts} experts {lost_text(losses, worst)}, however much it "

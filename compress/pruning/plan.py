@@ -19,7 +19,6 @@ from moepress.compress.pruning.domains import (
     FACTOR,
     NO_PROTECTION,
     Protection,
-    domain_losses,
     lost_domains,
     lost_text,
     protected_selection,
@@ -37,6 +36,7 @@ from moepress.compress.pruning.scoring import (
     super_experts,
     unsupported,
 )
+from moepress.compress.pruning.slack import Slack, slack_of
 from moepress.converters.safetensors.scheme import FLOAT_GROUPS, SUPPORTED_BITS, Codes, Scheme
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape, require_legal
@@ -85,16 +85,12 @@ class Quantization(BaseModel):
 
 
 class DomainLoss(BaseModel):
-    """What a domain loses: the share of its mass that the removed experts carry (0..1, mean over layers).
-
-    `output` is its loss as limits take it, see `domains`; None in plans that were made before there was any.
-    """
+    """What a domain loses: the share of its mass that the removed experts carry (0..1, mean over layers)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gate_mass: float
     reap_sum_mass: float
-    output: float | None = None
 
 
 class Sizes(BaseModel):
@@ -134,6 +130,7 @@ class Plan(BaseModel):
     protected_domains: tuple[str, ...] = ()
     max_domain_loss: str | None = None
     lost_domains: tuple[str, ...] = ()
+    slack: Slack | None = None
     stability: float
     protected: dict[int, list[int]]
     unsupported: dict[int, list[int]]
@@ -215,8 +212,7 @@ def make_plan(
     selection = protected_selection(profile, asked, protection)
     kept = keep_sets(profile, selection)
     gate, reap = (removed_share(profile, kept, name) for name in ("gate", "weighted_norm"))
-    lost = domain_losses(profile, kept)
-    beyond = lost_domains(lost, every, protection.limit.factor or FACTOR)
+    beyond = lost_domains(reap, every, protection.limit.factor or FACTOR)
     few = unsupported(profile, every)
     prunes = count < shape.experts
     return Plan(
@@ -234,10 +230,11 @@ def make_plan(
         layer_bits=dict(layer_bits or {}),
         include=tuple(sorted(include)),
         part_bits={part: bits for part, bits in included(include).items() if bits is not None},
-        loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d], output=lost[d]) for d in profile.domains},
+        loss={d: DomainLoss(gate_mass=gate[d], reap_sum_mass=reap[d]) for d in profile.domains},
         protected_domains=protection.domains,
         max_domain_loss=protection.limit.text if protection.domains else None,
         lost_domains=beyond,
+        slack=slack_of(profile, asked) if prunes else None,
         stability=stability(profile, selection) if prunes else 1.0,
         protected={layer: found for layer, found in super_experts(profile).items() if found},
         unsupported=few,
@@ -245,7 +242,7 @@ def make_plan(
         calibration=dict(profile.calibration),
         notes=[
             *_notes(profile, chosen, few, prunes=prunes),
-            *(f"{lost_text(lost, d)}; --protect {d} would keep experts for it." for d in beyond),
+            *(f"{lost_text(reap, d)}; --protect {d} would keep experts for it." for d in beyond),
         ],
     )
 
@@ -277,7 +274,7 @@ def estimate_sizes(
 def plan_text(plan: Plan) -> str:
     """The plan as it is written to disk; keep lists have one layer a line so that diffs are readable."""
     data = plan.model_dump(mode="json")
-    for name in ("mtp_keep", "grids", "curve", "protected_domains", "max_domain_loss", "lost_domains"):
+    for name in ("mtp_keep", "grids", "curve", "protected_domains", "max_domain_loss", "lost_domains", "slack"):
         if not data[name]:
             del data[name]
     data["alternatives"] = [_row(row) for row in plan.alternatives]

@@ -1,6 +1,6 @@
 """Domains that a result has lost beside the others: what a mean over domains hides, for the headline."""
 
-from moepress.compress.pruning.domains import FACTOR, mean_of_others, parse_limit
+from moepress.compress.pruning.domains import FACTOR, parse_limit, times_mean
 from moepress.validation.quality.results import QualityRow
 from moepress.validation.report.cells import percent_text
 from moepress.validation.report.losses import Judged, judged
@@ -29,7 +29,8 @@ def _measured(report: Report, subject: str, rises: dict[str, float]) -> list[str
     return [
         domain
         for domain, rise in rises.items()
-        if rise > factor * mean_of_others(rises, domain) and _beyond(report.quality.row(subject, domain))
+        if times_mean(rise, [other for name, other in rises.items() if name != domain]) > factor
+        and _beyond(report.quality.row(subject, domain))
     ]
 
 

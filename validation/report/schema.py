@@ -56,14 +56,11 @@ class DomainLoss(_Section):
         domain: its name.
         gate_mass_lost: of the sum of combine weights.
         reap_mass_lost: of the sum of combine weight times output norm (`reap-sum`).
-        output_lost: what limits on domains go by, a share of the squared routed output that may exceed 1; None in
-            reports that were made before there was any.
     """
 
     domain: str
     gate_mass_lost: float
     reap_mass_lost: float
-    output_lost: float | None = None
 
 
 class Pruning(_Section):
@@ -78,7 +75,7 @@ class Pruning(_Section):
         protected: domains that were not to lose more than a limit.
         limit: that limit, as `--max-domain-loss` takes it; None where no domain was protected.
         given_up: domains that were given a weight below 1.
-        lost: domains that nobody gave up, which lose more than so many times the mean of the others (2, or the limit).
+        lost: domains that nobody gave up, with more than so many times the mean damage of the others (2, or the limit).
     """
 
     criterion: str

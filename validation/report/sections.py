@@ -28,9 +28,7 @@ def pruning_section(plan: Plan) -> Pruning:
         kept=plan.experts,
         total=plan.experts_before,
         domains=tuple(
-            DomainLoss(
-                domain=d, gate_mass_lost=loss.gate_mass, reap_mass_lost=loss.reap_sum_mass, output_lost=loss.output
-            )
+            DomainLoss(domain=d, gate_mass_lost=loss.gate_mass, reap_mass_lost=loss.reap_sum_mass)
             for d, loss in plan.loss.items()
         ),
         keep_set_stability=plan.stability,

@@ -260,17 +260,9 @@ def _pruning(report: Report) -> tuple[Table, ...]:
         )
     if pruning.protected:
         note += f" Protected: {', '.join(pruning.protected)}, within {pruning.limit}."
-    rows = [
-        (
-            d.domain,
-            share_text(d.gate_mass_lost),
-            share_text(d.reap_mass_lost),
-            NONE if d.output_lost is None else share_text(d.output_lost),
-        )
-        for d in pruning.domains
-    ]
-    header = ("Text", "Routing weight lost", "Weighted output lost", "Output lost, squared")
-    return (Table(title="Pruning", header=header, rows=tuple(rows) or ((NONE,) * 4,), note=note, numeric=3),)
+    rows = [(d.domain, share_text(d.gate_mass_lost), share_text(d.reap_mass_lost)) for d in pruning.domains]
+    header = ("Text", "Routing weight lost", "Weighted output lost")
+    return (Table(title="Pruning", header=header, rows=tuple(rows) or ((NONE,) * 3,), note=note, numeric=2),)
 
 
 def _quantization(report: Report) -> tuple[Table, ...]:

@@ -15,12 +15,13 @@ from moepress.compress.pruning.domains import (
     LEAST,
     Limit,
     Protection,
+    damage,
     domain_losses,
     lost_domains,
-    mean_of_others,
     parse_limit,
     protected_selection,
     protection,
+    times_others,
 )
 from moepress.compress.pruning.plan import load_plan, make_plan, plan_text
 from moepress.compress.pruning.scoring import Criterion, Selection, keep_sets
@@ -86,15 +87,12 @@ def test_a_limit_alone_protects_nobody() -> None:
         protection((), "2x")
 
 
-def test_the_loss_is_what_goes_over_the_squared_output_mean_over_layers() -> None:
+def test_the_loss_is_the_share_of_the_weighted_output_mean_over_layers() -> None:
     two = profile({0: APART.statistics[0], 1: statistics([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 8.0]], [4.0, 0.0])})
     found = domain_losses(two, {0: [0, 1, 3], 1: [0, 1]})
-    assert found == pytest.approx({"cs": (1 / 20 + 2 / 4) / 2, "de": (2 / 20 + 0) / 2})
-
-
-def test_without_leave_one_out_losses_the_squared_contributions_take_their_place() -> None:
-    bare = profile({0: APART.statistics[0] | {"leave_one_out": np.zeros((2, 8, 4))}})
-    assert domain_losses(bare, {0: [0, 1]}) == pytest.approx({"cs": 10 / 20, "de": 2 / 20})
+    assert found == pytest.approx({"cs": (1 / 10 + 2 / 4) / 2, "de": (2 / 10 + 1) / 2})
+    assert damage(0.2) == pytest.approx(0.25)
+    assert damage(1.0) == pytest.approx(1000)
 
 
 def test_keeping_all_experts_loses_nothing() -> None:
@@ -102,11 +100,12 @@ def test_keeping_all_experts_loses_nothing() -> None:
 
 
 def test_a_domain_is_lost_beyond_twice_the_mean_of_the_others_and_not_where_it_was_given_up() -> None:
-    losses = {"cs": 0.5, "de": 0.1, "python": 0.2}
-    assert mean_of_others(losses, "cs") == pytest.approx(0.15)
+    losses = {"cs": 0.5, "de": 0.2, "python": 0.2}
+    assert times_others(losses, "cs") == pytest.approx(1 / 0.25)
+    assert times_others(losses, "de") == pytest.approx(0.25 / ((1 + 0.25) / 2))
     assert lost_domains(losses, {}) == ("cs",)
     assert lost_domains(losses, {"cs": 0.0}) == ()
-    assert lost_domains(losses, {}, factor=4.0) == ()
+    assert lost_domains(losses, {}, factor=4.1) == ()
 
 
 def test_next_to_nothing_is_not_lost_because_others_lose_still_less() -> None:
@@ -122,18 +121,18 @@ def test_a_single_domain_has_no_others_to_be_compared_with() -> None:
 
 
 def test_weights_are_raised_no_further_than_the_limit_asks() -> None:
-    """Two of four stay: by equal weights cs's expert and one of de's, of which then more than half is lost."""
-    plain = select(2, cs=2.0, de=1.0)
+    """Two of four stay: as cs weighs, its two experts, of which de has a fifth."""
+    plain = select(2, cs=20.0, de=1.0)
     before = domain_losses(APART, keep_sets(APART, plain))
-    asked = Protection(domains=("de",), limit=Limit(share=0.15))
-    assert before["de"] > 0.15
+    asked = Protection(domains=("de",), limit=Limit(share=0.65))
+    assert before["de"] == pytest.approx(0.8)
     found = protected_selection(APART, plain, asked)
     losses = domain_losses(APART, keep_sets(APART, found))
-    assert losses["de"] <= 0.15
-    assert found.weights["cs"] == 2.0
+    assert losses["de"] <= 0.65
+    assert found.weights["cs"] == 20.0
     assert 1.0 < found.weights["de"] < 64
     less = replace(found, weights={**found.weights, "de": found.weights["de"] / 2})
-    assert domain_losses(APART, keep_sets(APART, less))["de"] > 0.15
+    assert domain_losses(APART, keep_sets(APART, less))["de"] > 0.65
     assert protected_selection(APART, plain, asked) == found
 
 
@@ -182,15 +181,15 @@ def test_a_plan_that_gives_up_a_domain_nobody_named_says_so(folder: Path) -> Non
 def test_a_protected_domain_stays_within_its_limit_and_the_file_says_all_of_it(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     plain = make_plan(load_profile(folder), count=8)
-    worst = max(plain.loss, key=lambda d: plain.loss[d].output or 0.0)
-    limit = 100 * 0.9 * (plain.loss[worst].output or 0.0)
+    worst = max(plain.loss, key=lambda d: plain.loss[d].reap_sum_mass)
+    limit = 100 * 0.9 * plain.loss[worst].reap_sum_mass
     asked = ("--protect", worst, "--max-domain-loss", f"{limit:.4f}%")
     code, out, err = command("plan", folder, "--experts", 8, "--group-size", 64, *asked, "-o", file)
     assert code == 0, err
     assert f"protected domains: {worst}, within" in out
     plan = load_plan(file)
     assert plan.protected_domains == (worst,)
-    assert 100 * (plan.loss[worst].output or 0.0) <= limit
+    assert 100 * plan.loss[worst].reap_sum_mass <= limit
     assert plan.domain_weights[worst] > 1
     assert plan.keep != plain.keep
     again = make_plan(load_profile(folder), count=8, criterion=plan.criterion, weights=plan.domain_weights)
@@ -200,10 +199,11 @@ def test_a_protected_domain_stays_within_its_limit_and_the_file_says_all_of_it(f
 def test_plans_without_these_fields_are_read(folder: Path, tmp_path: Path) -> None:
     data = json.loads(plan_text(make_plan(load_profile(folder), count=12)))
     assert "protected_domains" not in data
-    data["loss"] = {d: {k: v for k, v in loss.items() if k != "output"} for d, loss in data["loss"].items()}
-    data.pop("lost_domains", None)
+    for name in ("lost_domains", "slack"):
+        data.pop(name, None)
     (tmp_path / "old.json").write_text(json.dumps(data))
-    assert all(loss.output is None for loss in load_plan(tmp_path / "old.json").loss.values())
+    old = load_plan(tmp_path / "old.json")
+    assert (old.protected_domains, old.max_domain_loss, old.lost_domains, old.slack) == ((), None, (), None)
 
 
 def test_a_refused_plan_is_not_written_and_ends_with_3(folder: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_budget_chooses_no_count_that_breaks_the_limit(folder: Path) -> None:
     counts = {row["experts"] for row in found["alternatives"]}
     assert counts < {row["experts"] for row in plain["alternatives"]}
     assert any("no choice: a protected domain would lose more than 5%" in note for note in found["notes"])
-    assert found["loss"]["python"]["output"] <= 0.05
+    assert found["loss"]["python"]["reap_sum_mass"] <= 0.05
     code, _, err = command(*base[:2], "--budget", "2.6MiB", "--group-size", 64, *names, "0.001%")
     assert code == 2
     assert "no choice: a protected domain would lose more than 0.001%" in err
