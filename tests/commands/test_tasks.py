@@ -7,11 +7,16 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+import torch
+from completions_server import Completions, serving
 from huggingface_hub import ModelCard
 from jsonschema import Draft202012Validator
 from stage_runs import command
 from tasks_asked import write_choices, write_sums
 
+from moepress.models.forward.dense import load_dense
+from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.groundwork import load_tokenizer
 from moepress.stages.places import model_folder
 from moepress.validation.tasks import names
 
@@ -136,6 +141,25 @@ def test_tasks_of_a_file_through_the_harness(tmp_path: Path) -> None:
     for row in found["rows"]:
         assert row["before"] == row["after"]
         assert (row["flips"]["lost"], row["flips"]["won"], row["flips"]["p"]) == (0, 0, 1.0)
+
+
+@pytest.mark.skipif(not HARNESS, reason="lm-eval is not installed")
+def test_a_model_behind_a_server_is_asked_in_the_place_of_its_folder(tmp_path: Path) -> None:
+    demo = model_folder("demo")
+    dense = load_dense(open_checkpoint(demo), device=torch.device("cpu"), dtype=torch.float32)
+    answering = Completions(dense, load_tokenizer(demo), names=("served",))
+    tasks = ("--tasks", str(write_choices(tmp_path / "own")), "--limit", "3")
+    with serving(answering) as url:
+        code, printed, errors = command("validate", "demo", "demo", *QUICK, *tasks, "--endpoint", url, "--json")
+    assert code == 0, errors
+    found = json.loads(printed)["tasks"]
+    assert found["runtimes"]["before"].startswith("transformers ")
+    assert found["runtimes"]["after"] == "a server of OpenAI's API, model served"
+    assert found["rows"][0]["flips"] == {"lost": 0, "won": 0, "p": 1.0}
+    assert len(answering.asked) >= 12
+    code, _, errors = command("validate", "demo", "demo", *QUICK, *tasks, "--endpoint", url)
+    assert code == 1
+    assert "does not answer as one of OpenAI's API" in errors
 
 
 @pytest.mark.skipif(not HARNESS, reason="lm-eval is not installed")

@@ -119,7 +119,8 @@ def load_tasks(catalogue: Catalogue) -> Any:
     """
     _quiet()
     _seed()
-    with _at_rest(), _own_words("load"), tempfile.TemporaryDirectory(prefix="moepress-tasks-") as work:
+    folder = tempfile.TemporaryDirectory(prefix="moepress-tasks-", ignore_cleanup_errors=True)
+    with _at_rest(), _own_words("load"), folder as work:
         specs = [str(write_task(spec, Path(work))) if spec in OWN else spec for spec in catalogue.specs]
         loaded = catalogue.manager.load(specs)
     for name, task in loaded["tasks"].items():
@@ -152,6 +153,7 @@ def ask(
 
     loaded = load_tasks(catalogue)
     tasks = loaded["tasks"]
+    _seed()
     with _at_rest(), _own_words("ask"):
         found = lm_eval.evaluate(
             lm=model,

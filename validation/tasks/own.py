@@ -102,7 +102,11 @@ def write_task(name: str, folder: Path) -> Path:
     settings: dict[str, Any] = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}, "cache_dir": str((folder / "cache").resolve())},
+        "dataset_kwargs": {
+            "data_files": {"test": str(data.resolve())},
+            "cache_dir": str((folder / "cache").resolve()),  # and not among what the user has downloaded
+            "keep_in_memory": True,
+        },
         "test_split": "test",
         "doc_to_text": "{{context}}",
         "doc_to_target": "{{answer}}",
