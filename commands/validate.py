@@ -26,6 +26,7 @@ from moepress.commands.options import (
 )
 from moepress.commands.requests import machine_of, task_values, thresholds_of
 from moepress.errors import UsageError
+from moepress.runs.files import check_file
 
 if TYPE_CHECKING:
     from moepress.stages.validate import Evaluation
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument("before")
-@model_argument("after")
+@model_argument("after", required=False)
 @evaluation_options
 @task_options
 @endpoint_options
@@ -50,11 +51,25 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder for report.html, report.md, report.json, junit.xml and provenance.json.",
 )
+@click.option(
+    "--save-reference",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep BEFORE's predictions in FILE, about 550 bytes a token, so that others are compared with it where it is "
+    "not. AFTER may be left out.",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Compare the one model that is given with what FILE keeps, in place of BEFORE. KL divergences are then lower "
+    "bounds, all else is exact.",
+)
 @force_option
 @machine_options
 @talk_options
 @json_option
-def validate(before: str, after: str, output: Path | None, force: bool, as_json: bool, **options: Any) -> None:
+def validate(before: str, after: str | None, output: Path | None, as_json: bool, **options: Any) -> None:
     """Compare two models on the same text: perplexity per domain, bits per byte, KL divergence, same top-1, changes of
     routing, size, and tokens per second on this machine.
 
@@ -66,12 +81,15 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     Example:  moepress validate demo pressed --max-ppl-increase 3% -o report
               moepress validate pressed pressed-onnx --no-throughput
               moepress validate MODEL pressed --tasks gsm8k,my_tasks.yaml --limit 200 --min-recovery 95%
+              moepress validate demo --save-reference demo.safetensors
+              moepress validate pressed --reference demo.safetensors -o report
               moepress validate demo pressed --generations 500 --max-loop-increase 2%
     """
     from moepress.calibration.sources import parse_sources
     from moepress.stages.places import display_name, local_folders, model_place
 
-    inputs = local_folders(before, after, gguf=True)  # wrong paths are refused before anything heavy is imported
+    names = _models(before, after, options)
+    inputs = local_folders(*names.values(), gguf=True)  # wrong paths are refused before anything heavy is imported
     parse_sources(options["data"], options["data_domain"])
     asked = _tasks_of(options, inputs)
     check_prompt_files(options["prompts"])
@@ -79,22 +97,28 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     from moepress.models.storage.inside import watched
     from moepress.runs.inputs import require_unchanged
     from moepress.stages import validate
+    from moepress.stages.references import saved_subject
+    from moepress.validation.quality.reference_file import read_reference
     from moepress.validation.report.files import write_report
     from moepress.validation.report.provenance import provenance, write_provenance
 
     if output is not None:
-        validate.check_report_folder(output, inputs, force=force)
-    folders = [model_place(name) for name in (before, after)]
-    seen = [watched(folder) for folder in folders]
-    subjects = [validate.open_subject(n, f) for n, f in zip(("before", "after"), folders, strict=True)]
+        validate.check_report_folder(output, inputs, force=options["force"])
+    saved = None if options["reference"] is None else read_reference(options["reference"])
+    folders = {label: model_place(name) for label, name in names.items()}
+    seen = [watched(folder) for folder in folders.values()]
+    subjects = [] if saved is None else [saved_subject("before", saved)]
+    subjects += [validate.open_subject(label, folder) for label, folder in folders.items()]
+    titles = [display_name(folder, names[label]) for label, folder in folders.items()]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:
         report = validate.validate_stage(
             subjects,
-            validate.tokenizer_folder(folders),
+            validate.tokenizer_folder(list(folders.values())),
             _evaluation_of(options, asked),
             machine_of(options),
             Path(work),
-            title=" and ".join(map(display_name, folders, (before, after))),
+            keep=options["save_reference"],
+            title=" and ".join(titles if saved is None else [saved.about.model or "before", *titles]),
             commands=(shlex.join(["moepress", *sys.argv[1:]]),),
         )
     for stamps in seen:
@@ -102,8 +126,29 @@ def validate(before: str, after: str, output: Path | None, force: bool, as_json:
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_report(report, output)
-        write_provenance(output, provenance(report, dict(zip(("before", "after"), folders, strict=True)), {}))
+        write_provenance(output, provenance(report, folders, {}))
     show_report(report, output, as_json=as_json)
+
+
+def _models(before: str, after: str | None, options: Mapping[str, Any]) -> dict[str, str]:
+    """Names of models by their labels: both, or the one that is compared with a reference, or of which one is made.
+
+    Raises:
+        UsageError: they are not as many as that takes, or the file of a reference cannot be written.
+    """
+    reference, kept = options["reference"], options["save_reference"]
+    if reference is not None and (after is not None or kept is not None):
+        what = "BEFORE: give one model" if after is not None else "a model: --save-reference needs one"
+        raise UsageError(f"--reference takes the place of {what}, or leave --reference out.")
+    if options["tasks"] and after is None:
+        raise UsageError("--tasks asks two models; give BEFORE and AFTER, or leave --tasks out.")
+    if kept is not None:
+        check_file(kept, "--save-reference", force=options["force"])
+    if reference is not None:
+        return {"after": before}
+    if after is None and kept is None:
+        raise UsageError("Give AFTER, the model that BEFORE is compared with (or --save-reference, or --reference).")
+    return {"before": before} | ({} if after is None else {"after": after})
 
 
 def _tasks_of(options: Mapping[str, Any], models: Sequence[Path]) -> dict[str, Any]:

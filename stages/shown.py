@@ -20,6 +20,7 @@ from moepress.errors import MoepressError
 from moepress.hub.snapshot import origin_of
 from moepress.runs.text import one_line
 from moepress.validation.quality.measure import Elsewhere, Subject
+from moepress.validation.quality.reference_file import SavedReference
 from moepress.validation.quality.results import Samples
 from moepress.validation.quality.samples import write_samples
 from moepress.validation.report.schema import Environment, RuntimeCheck, SubjectInfo
@@ -38,6 +39,8 @@ def samples_section(
     onnx_device: str,
 ) -> tuple[Samples | None, tuple[str, ...]]:
     """What the first model and the one that the user takes home write; or None, and a note that says why not."""
+    if isinstance(subjects[0].source, SavedReference):
+        return None, ("There is no sample text: the first model is known by its predictions alone.",)
     others = [s for s in subjects[1:] if not isinstance(s.source, Elsewhere)] or list(subjects[1:])
     shown = [subjects[0], *others[-1:]]
     try:
@@ -65,7 +68,7 @@ def subject_info(subject: Subject) -> SubjectInfo:
     source = subject.source
     return SubjectInfo(
         label=subject.label,
-        folder=str(origin_of(subject.folder) or subject.folder.name) if subject.folder else None,
+        folder=_name_of(subject),
         stored_bytes=subject.stored_bytes,
         parameters=subject.parameters,
         experts_per_layer=_experts_of(subject),
@@ -76,8 +79,16 @@ def subject_info(subject: Subject) -> SubjectInfo:
     )
 
 
+def _name_of(subject: Subject) -> str | None:
+    if isinstance(subject.source, SavedReference):
+        return subject.source.about.model
+    return str(origin_of(subject.folder) or subject.folder.name) if subject.folder else None
+
+
 def _experts_of(subject: Subject) -> int | tuple[int, int] | None:
     source = subject.source
+    if isinstance(source, SavedReference):
+        return source.about.experts_per_layer
     if isinstance(source, OnnxFolder):
         return _onnx_experts(source)
     return source.experts if isinstance(source, GgufModel | MlxFolder) else source.outline.shape.experts

@@ -35,10 +35,12 @@ from moepress.runs.rows import holds_journal
 from moepress.stages.answers import Answering, Asked, answers_section, asked
 from moepress.stages.groundwork import announce, load_tokenizer, opened_source, require_context
 from moepress.stages.places import DEFAULT_WINDOW, Machine, context_notes
+from moepress.stages.references import about_of, require_same
 from moepress.stages.shown import checks_section, environment, samples_section, subject_info
 from moepress.stages.tasks import Place, TaskRequest, hold_exam, prepare_exam
 from moepress.stages.tokenizer import read_tokenizer
 from moepress.validation.quality.measure import Elsewhere, Subject, measure, vocabulary_of
+from moepress.validation.quality.reference_file import Keeper, SavedReference, write_reference
 from moepress.validation.quality.results import Throughput
 from moepress.validation.quality.routing import Kept, kept_in
 from moepress.validation.quality.samples import require_room
@@ -267,6 +269,7 @@ def validate_stage(
     onnx_device: str | None = None,
     also_timed: Sequence[Subject] = (),
     also_checked: Sequence[tuple[str, Path]] = (),
+    keep: Path | None = None,
     **sections: Any,
 ) -> Report:
     """Measure all subjects on the same text and make a report; the first one is the reference.
@@ -279,6 +282,7 @@ def validate_stage(
         work: folder for scratch files.
         onnx_device: `cpu`, `cuda` or `auto` for ONNX folders; None: as the machine says.
         also_timed: models that have rows of throughput and no others; they come after the reference.
+        keep: a file for what is to be kept of the reference's predictions; replaced where it is there.
         also_checked: folders by a label that `check` is asked about, beside those of the subjects after the first.
         sections: further fields of the report (title, pruning, quantization, calibration, notes, commands, recipe).
 
@@ -288,7 +292,7 @@ def validate_stage(
         MoepressError: an ONNX folder does not fit into memory.
     """
     provider, targets = onnx_device or machine.device, _targets(evaluation)
-    streamed = [s.source for s in subjects if not isinstance(s.source, Elsewhere)]
+    streamed = [s.source for s in subjects if not isinstance(s.source, Elsewhere | SavedReference)]
     others = [s.source for s in subjects if isinstance(s.source, Elsewhere)]
     device = choose_device(machine.device if streamed else "cpu")
     dtype = choose_dtype(machine.dtype if streamed else "float32", device)
@@ -299,13 +303,19 @@ def validate_stage(
         subjects = [_exact(subject) for subject in subjects]
     _require_memory(*others)
     context = min([_context(subjects[0]), *(other.context for other in others)])
-    corpus = evaluation_corpus(tokenizer, evaluation, context=context, vocabulary=vocabulary_of(subjects[0].source))
+    corpus = evaluation_corpus(
+        tokenizer,
+        _as_saved(evaluation, subjects[0]),
+        context=context,
+        vocabulary=vocabulary_of(subjects[0].source),
+    )
+    require_same(subjects[0], corpus, tokenizer)
     exam = None
     if evaluation.tasks is not None:
         place = Place(device=device, dtype=dtype, onnx_device=provider)
         exam = prepare_exam(subjects, tokenizer, evaluation.tasks, place, context=context)
     to_answer = _asked(subjects, evaluation, tokenizer, corpus, device, dtype)
-    window = int(corpus.windows.shape[1])
+    window, keeper = int(corpus.windows.shape[1]), None if keep is None else Keeper()
     quality = measure(
         subjects,
         corpus,
@@ -314,7 +324,18 @@ def validate_stage(
         limits=_limits(streamed, window, machine, device),
         scratch_folder=work,
         onnx_device=provider,
+        seen=keeper,
     )
+    if keep is not None and keeper is not None:
+        about = about_of(
+            subjects[0],
+            quality,
+            tokenizer,
+            max_windows=evaluation.max_windows,
+            context=_context(subjects[0]),
+            machine=environment(device, onnx=bool(folders)),
+        )
+        write_reference(keep, keeper.kept(), about)
     tasks = None if exam is None else hold_exam(exam)
     notes = (*sections.pop("notes", ()), *context_notes(evaluation.context, _context(subjects[0])))
     notes += tasks.notes if tasks is not None else ()
@@ -364,6 +385,14 @@ def _judged_tasks(asked: TaskRequest | None, found: TaskResults | None) -> tuple
     return judge_tasks(asked.min_recovery, found.rows) if asked is not None and found is not None else ()
 
 
+def _as_saved(evaluation: Evaluation, first: Subject) -> Evaluation:
+    """The windows that a saved reference was made on, where the user does not ask for other ones."""
+    if not isinstance(first.source, SavedReference):
+        return evaluation
+    about = first.source.about
+    return dataclasses.replace(evaluation, window=about.window, max_windows=evaluation.max_windows or about.max_windows)
+
+
 def _asked(
     subjects: Sequence[Subject],
     evaluation: Evaluation,
@@ -375,6 +404,8 @@ def _asked(
     """What the models are to answer, found before they are measured; refused where one does not fit into memory."""
     if evaluation.answering is None:
         return None
+    if isinstance(subjects[0].source, SavedReference):
+        raise UsageError("A reference keeps no answers, so --generations needs BEFORE itself; leave one of them out.")
     for subject in subjects:
         require_room(subject, device, dtype, "to answer prompts (--generations)")
     return asked(
@@ -403,7 +434,7 @@ def _gpus(
 ) -> Targets | None:
     """Which GPU holds them, the user's own marked."""
     return fits_section(
-        [(s.label, s.source) for s in subjects if s.folder is not None],
+        [(s.label, s.source) for s in subjects if s.folder is not None and not isinstance(s.source, SavedReference)],
         targets,
         evaluation.context,
         here=_gpu_here(device, targets),
@@ -437,6 +468,8 @@ def _exact(subject: Subject) -> Subject:
 
 def _context(subject: Subject) -> int:
     source = subject.source
+    if isinstance(source, SavedReference):
+        return source.about.context
     return source.context if isinstance(source, Elsewhere) else _shape(source).context
 
 

@@ -79,7 +79,7 @@ class Reader:
     def run(self, line: str) -> None:
         """Run a command of a document; where it makes something, as if for the first time."""
         words = shlex.split(re.split(r" >>? ", line)[0])[1:]  # whatever stdout is sent to, the test holds it
-        outputs = {"-o", "--output", "--timings"}
+        outputs = {"-o", "--output", "--timings", "--save-reference"}
         for place in (Path(words[n + 1]) for n, word in enumerate(words[:-1]) if word in outputs):
             if place.is_dir() and not {"--resume", "--force"} & set(words):
                 shutil.rmtree(place)

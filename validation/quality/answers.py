@@ -14,6 +14,7 @@ from moepress.validation.quality.batched import MOST, MOST_ON_GPU, seeded, write
 from moepress.validation.quality.decoding import Sampling, generate
 from moepress.validation.quality.generation import Example, Generation, answer_of, answer_rows, telling
 from moepress.validation.quality.measure import Elsewhere, Subject
+from moepress.validation.quality.reference_file import SavedReference
 from moepress.validation.quality.samples import decoders_elsewhere, require_room, text_of
 
 
@@ -107,6 +108,7 @@ def _answers(
     tokens = max(map(len, prompts)) + wanted.max_new_tokens
     limit, stop, sampling = wanted.max_new_tokens, wanted.stop, wanted.sampling
     if not isinstance(subject.source, Elsewhere):
+        assert not isinstance(subject.source, SavedReference), "who saves predictions alone answers nothing"
         model = load_dense(subject.source, device=device, dtype=dtype)
         caches = max(1, cache_bytes(subject.source.config, tokens) * dtype.itemsize // 2)
         together = max(1, min(MOST if device.type == "cpu" else MOST_ON_GPU, free_memory_bytes(device) // 4 // caches))

@@ -33,14 +33,27 @@ def token_kl(reference_RV: Tensor, subject_RV: Tensor) -> Tensor:
 
 def same_top1(reference_RV: Tensor, subject_RV: Tensor) -> Tensor:
     """Whether both hold the same token for the most likely one (the first of equals), bool [R]."""
-    return reference_RV.argmax(dim=1) == subject_RV.argmax(dim=1)
+    return likeliest(reference_RV) == likeliest(subject_RV)
+
+
+def likeliest(log_probabilities_RV: Tensor) -> Tensor:
+    """The most likely token of each position (the first of equals), int64 [R]."""
+    return log_probabilities_RV.argmax(dim=1)
+
+
+def five_likeliest(log_probabilities_RV: Tensor) -> Tensor:
+    """The five likeliest tokens (of fewer all), int64 [R, 5]."""
+    return log_probabilities_RV.topk(min(5, log_probabilities_RV.shape[1]), dim=1).indices
 
 
 def common_top5(reference_RV: Tensor, subject_RV: Tensor) -> Tensor:
     """How many of the reference's five likeliest tokens (of fewer all) are among the subject's five, uint8 [R]."""
-    count = min(5, reference_RV.shape[1])
-    first, second = (rows.topk(count, dim=1).indices for rows in (reference_RV, subject_RV))
-    return (first[:, :, None] == second[:, None]).any(dim=2).sum(dim=1).to(torch.uint8)
+    return in_five(five_likeliest(reference_RV), subject_RV)
+
+
+def in_five(tokens_R5: Tensor, subject_RV: Tensor) -> Tensor:
+    """How many of these tokens, [R, 5], are among the subject's five likeliest, uint8 [R]."""
+    return (tokens_R5[:, :, None] == five_likeliest(subject_RV)[:, None]).any(dim=2).sum(dim=1).to(torch.uint8)
 
 
 def tail_of(kl_NT: Tensor, domain_index_N: Tensor, weights: Sequence[float]) -> Tail:

@@ -23,9 +23,10 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Source
+from moepress.validation.quality.reference_file import SavedReference
 from moepress.validation.quality.results import Quality, QualityRow, RoutingRow
 from moepress.validation.quality.routing import Changes, Choices, Kept, Routers, same_experts
-from moepress.validation.quality.scores import Pass, Reader, TokenScores, quality_rows, score_tokens
+from moepress.validation.quality.scores import Pass, Reader, Reference, TokenScores, quality_rows, score_tokens
 
 CONVENTION = (
     'GPTQ papers: each domain\'s documents joined with "\\n\\n", one tokenizer call, windows that do not overlap, '
@@ -43,7 +44,7 @@ class Subject:
 
     Attributes:
         label: its name in the report, unique.
-        source: its weights, or what another runtime runs.
+        source: its weights, what another runtime runs, or (of the first alone) what was kept of its predictions.
         folder: where it lies as a folder that its runtime can load; None: only in memory, so no throughput.
         stored_bytes: size of its weights on disk.
         parameters: how many weights it has when dense.
@@ -52,7 +53,7 @@ class Subject:
     """
 
     label: str
-    source: Source | Elsewhere
+    source: Source | Elsewhere | SavedReference
     folder: Path | None
     stored_bytes: int
     parameters: int
@@ -69,6 +70,7 @@ def measure(
     limits: Limits,
     scratch_folder: Path,
     onnx_device: str = "auto",
+    seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Quality:
     """Measure all subjects on all windows; the first subject is the reference that the others are paired with.
 
@@ -84,6 +86,7 @@ def measure(
         limits: from `choose_limits`.
         scratch_folder: where buffers go that do not fit into memory; made if it is not there, left as it was.
         onnx_device: `cpu`, `cuda` or `auto`, for ONNX folders.
+        seen: is shown the log-probabilities [R, V] of the first subject, and the tokens [R] that follow in the text.
 
     Raises:
         UsageError: no subject, or two of the same label.
@@ -98,7 +101,7 @@ def measure(
     with torch.inference_mode(), tempfile.TemporaryDirectory(dir=scratch_folder, prefix="validate-") as name:
         folder = Path(name)
         with _passed(subjects[0], corpus, place, folder, choices) as before:
-            reference = _scores(subjects[0].label, before, None, corpus.windows)
+            reference = _scores(subjects[0].label, before, None, corpus.windows, seen=seen)
             rows += quality_rows(subjects[0].label, corpus, reference)
             runtimes = {subjects[0].label: before.runtime}
             for subject in subjects[1:]:
@@ -110,12 +113,23 @@ def measure(
                 runtimes[subject.label] = after.runtime
     quality = _quality(corpus, rows, vocabulary, device, dtype)
     notes = [note for subject in subjects for note in _onnx_notes(subject)]
-    return dataclasses.replace(quality, runtimes=runtimes, routing=tuple(routing), notes=(*quality.notes, *notes))
+    first = subjects[0].source
+    return dataclasses.replace(
+        quality,
+        runtimes=runtimes,
+        routing=tuple(routing),
+        notes=(*quality.notes, *notes),
+        saved=first.summary if isinstance(first, SavedReference) else None,
+    )
 
 
 def _routers(subject: Subject) -> Routers | None:
-    """Its routers, where they are seen: another runtime shows none."""
-    return None if isinstance(subject.source, Elsewhere) else Routers(source=subject.source, kept=subject.kept)
+    """Its routers, where they are seen: another runtime shows none, and nothing is kept of them."""
+    return (
+        None
+        if isinstance(subject.source, Elsewhere | SavedReference)
+        else Routers(source=subject.source, kept=subject.kept)
+    )
 
 
 def _choices(subjects: Sequence[Subject]) -> Choices | None:
@@ -169,9 +183,9 @@ def _common_vocabulary(subjects: Sequence[Subject]) -> int:
     return sizes[0]
 
 
-def vocabulary_of(source: Source | Elsewhere) -> int:
+def vocabulary_of(source: Source | Elsewhere | SavedReference) -> int:
     """Number of tokens that a model knows."""
-    if isinstance(source, Elsewhere):
+    if isinstance(source, Elsewhere | SavedReference):
         return source.vocabulary
     return source.outline.shape.vocabulary
 
@@ -187,8 +201,11 @@ class _Place:
 @contextmanager
 def _passed(
     subject: Subject, corpus: EvaluationCorpus, place: _Place, folder: Path, routers: Choices | Changes | None
-) -> Iterator[Pass]:
+) -> Iterator[Pass | SavedReference]:
     """A subject after its forward pass, seen by `routers`, or in its session; its buffers are freed at the end."""
+    if isinstance(subject.source, SavedReference):
+        yield subject.source
+        return
     if isinstance(subject.source, OnnxFolder):
         yield _onnx_pass(subject.source, corpus.windows, place.onnx_device)
         return
@@ -275,6 +292,15 @@ def _mlx_pass(folder: MlxFolder, windows_NT: Tensor) -> Pass:
 def _onnx_notes(subject: Subject) -> list[str]:
     """What the reader must know of an ONNX folder whose speed and quality are not those of the same arithmetic."""
     folder = subject.source
+    if isinstance(folder, SavedReference):
+        saved = folder.summary
+        return [
+            (
+                f"{subject.label} was not run: {saved.file} keeps the {saved.top} likeliest tokens of each position, "
+                f"and the others, {100 * saved.rest:.2g} % of the probability, as one. KL divergences are lower "
+                "bounds; all else is exact."
+            )
+        ]
     if isinstance(folder, GgufModel) and folder.rounds_activations:
         return [
             (
@@ -297,8 +323,16 @@ def _onnx_notes(subject: Subject) -> list[str]:
     return []
 
 
-def _scores(label: str, subject: Pass, reference: Pass | None, windows_NT: Tensor) -> TokenScores:
-    scores = score_tokens(subject, reference, windows_NT, title=f"{label}: scores")
+def _scores(
+    label: str,
+    subject: Pass | SavedReference,
+    reference: Reference | None,
+    windows_NT: Tensor,
+    seen: Callable[[Tensor, Tensor], None] | None = None,
+) -> TokenScores:
+    if isinstance(subject, SavedReference):
+        return TokenScores(nll=subject.nll, against=None)
+    scores = score_tokens(subject, reference, windows_NT, title=f"{label}: scores", seen=seen)
     if not bool(torch.isfinite(scores.nll).all()):
         raise InvalidInputError(f"{label} gives NaN or Inf logits; use --dtype float32, or check the model.")
     return scores

@@ -113,6 +113,30 @@ class RoutingRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A reference that was not run: what was kept of its predictions.
+
+    KL divergences of others against it are lower bounds, for all tokens that were not kept count as one.
+
+    Attributes:
+        file: name of the file.
+        model: name of the model's folder, or owner/name@commit of the hub; None where it had none.
+        sha256: of the file.
+        tool_version, created: what made the file, and when.
+        top: tokens that are kept of each position.
+        rest: mean probability (0 to 1) of those that are not.
+    """
+
+    file: str
+    model: str | None
+    sha256: str
+    tool_version: str
+    created: str
+    top: int
+    rest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     """All quality rows, and everything one has to know to compare them with other people's.
 
@@ -134,6 +158,7 @@ class Quality:
         runtimes: what computed each subject, by its label.
         routing: of the subjects whose routers could be compared with the reference's, layer by layer, then over all
             layers; another runtime shows no routers, and of some pruned models nobody knows which experts they have.
+        saved: what the first subject is known by, where it was not run; None where it was.
     """
 
     convention: str
@@ -152,6 +177,7 @@ class Quality:
     notes: tuple[str, ...] = ()
     runtimes: dict[str, str] = field(default_factory=dict)
     routing: tuple[RoutingRow, ...] = ()
+    saved: Saved | None = None
 
     def row(self, subject: str, domain: str = ALL_WINDOWS) -> QualityRow:
         """The row of a subject and a domain (or `ALL_WINDOWS`, `DOMAIN_MEAN`); KeyError if there is none."""

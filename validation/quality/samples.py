@@ -17,6 +17,7 @@ from moepress.validation.quality.llama_cpp import LlamaDecoder, open_llama
 from moepress.validation.quality.measure import Elsewhere, Subject
 from moepress.validation.quality.mlx_session import MlxDecoder, MlxSession
 from moepress.validation.quality.onnx_session import OnnxDecoder, open_session
+from moepress.validation.quality.reference_file import SavedReference
 from moepress.validation.quality.results import Continuation, Sample, Samples
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
@@ -98,6 +99,7 @@ def _decoders(subject: Subject, device: torch.device, dtype: torch.dtype, onnx_d
     """Loads the model; what it gives makes decoders with nothing in their cache, and holds the model."""
     if isinstance(subject.source, Elsewhere):
         return decoders_elsewhere(subject.source, onnx_device, PROMPT_TOKENS + NEW_TOKENS)
+    assert not isinstance(subject.source, SavedReference), "who saves predictions alone writes nothing"
     model = load_dense(subject.source, device=device, dtype=dtype)
     return lambda: TorchDecoder(model)
 
@@ -131,7 +133,9 @@ def _write(
 
 def _stop_tokens(subject: Subject, tokenizer: Any) -> frozenset[int]:
     """End-of-text tokens of the config and the tokenizer."""
-    stated = None if isinstance(subject.source, Elsewhere) else subject.source.config.get("eos_token_id")
+    stated = (
+        None if isinstance(subject.source, Elsewhere | SavedReference) else subject.source.config.get("eos_token_id")
+    )
     numbers = [*(stated if isinstance(stated, list) else [stated]), getattr(tokenizer, "eos_token_id", None)]
     return frozenset(number for number in numbers if isinstance(number, int))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,37 @@ Reader = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkScores:
+    """What some positions are scored by, against a reference, on the CPU.
+
+    Attributes:
+        before: fp32 [R], NLL of the reference, nats.
+        kl, reverse: fp32 [R], KL(reference || subject) and KL(subject || reference), nats.
+        same: bool [R], same most likely token.
+        common: uint8 [R], of `common_top5`.
+        top: how many tokens `common` is out of.
+    """
+
+    before: Tensor
+    kl: Tensor
+    reverse: Tensor
+    same: Tensor
+    common: Tensor
+    top: int
+
+
+Comparer = Callable[[Tensor, Tensor], ChunkScores]
+"""Compares the log-probabilities [R, V] of the next R positions, whose next tokens are the other [R], with its own."""
+
+
+class Reference(Protocol):
+    """What a model is compared with: one that gives its logits, or what was kept of one."""
+
+    def comparer(self) -> Comparer:
+        """Begins at the first position, each time it is called."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
     """A model that is ready to give its logits.
 
@@ -41,6 +73,23 @@ class Pass:
 
     reader: Callable[[], Reader]
     runtime: str
+
+    def comparer(self) -> Comparer:
+        """See `Reference`."""
+        read = self.reader()
+
+        def compare(log_probabilities: Tensor, wanted: Tensor) -> ChunkScores:
+            before = torch.log_softmax(read(len(wanted)), dim=-1).to(log_probabilities.device)
+            return ChunkScores(
+                before=token_nll(before, wanted).cpu(),
+                kl=token_kl(before, log_probabilities).cpu(),
+                reverse=token_kl(log_probabilities, before).cpu(),
+                same=same_top1(before, log_probabilities).cpu(),
+                common=common_top5(before, log_probabilities).cpu(),
+                top=min(_TOP, before.shape[1]),
+            )
+
+        return compare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +107,12 @@ class TokenScores:
 
 def score_tokens(
     subject: Pass,
-    reference: Pass | None,
+    reference: Reference | None,
     windows_NT: Tensor,
     *,
     logits_bytes: int = LOGITS_BYTES,
     title: str = "scores",
+    seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> TokenScores:
     """Read the logits of a few positions at a time and keep a few numbers for each.
 
@@ -72,13 +122,14 @@ def score_tokens(
         windows_NT: int64 [N, T], the tokens; position t predicts token t + 1.
         logits_bytes: bound for all arrays with the vocabulary's length.
         title: of the progress bar.
+        seen: is shown the log-probabilities [R, V] of the subject, and the tokens [R] that follow.
     """
     windows, length = windows_NT.shape
     shape, total = (windows, length - 1), windows * (length - 1)
     nll, before_nll, kl, reverse = (torch.empty(total) for _ in range(4))
     same, common, top = torch.empty(total, dtype=torch.bool), torch.empty(total, dtype=torch.uint8), _TOP
     targets, start = windows_NT[:, 1:].reshape(-1), 0
-    read, read_reference = subject.reader(), reference.reader() if reference is not None else None
+    read, compare = subject.reader(), reference.comparer() if reference is not None else None
     step = 1  # the first row tells the size of the vocabulary
     with track(title, total, unit="tokens") as advance:
         while start < total:
@@ -87,14 +138,12 @@ def score_tokens(
             log_probabilities = torch.log_softmax(read(count), dim=-1)
             wanted = targets[chunk].to(log_probabilities.device)
             nll[chunk] = token_nll(log_probabilities, wanted).cpu()
-            if read_reference is not None:
-                before = torch.log_softmax(read_reference(count), dim=-1).to(log_probabilities.device)
-                before_nll[chunk] = token_nll(before, wanted).cpu()
-                kl[chunk] = token_kl(before, log_probabilities).cpu()
-                reverse[chunk] = token_kl(log_probabilities, before).cpu()
-                same[chunk] = same_top1(before, log_probabilities).cpu()
-                common[chunk] = common_top5(before, log_probabilities).cpu()
-                top = min(_TOP, before.shape[1])
+            if seen is not None:
+                seen(log_probabilities, wanted)
+            if compare is not None:
+                found = compare(log_probabilities, wanted)
+                before_nll[chunk], kl[chunk], reverse[chunk] = found.before, found.kl, found.reverse
+                same[chunk], common[chunk], top = found.same, found.common, found.top
             start += count
             advance(count)
             step = max(1, logits_bytes // (4 * _ARRAYS * log_probabilities.shape[1]))

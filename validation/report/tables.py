@@ -76,7 +76,7 @@ def _quality_in_short(report: Report) -> Table:
     overall = [report.quality.row(label) for label in labels]
     kl = [NONE if row.paired is None else number_text(Estimate(value=row.paired.kl.value), 4) for row in overall]
     same = [NONE if row.paired is None else share_text(row.paired.same_top1.value) for row in overall]
-    rows += [("KL divergence", *kl), ("same top-1", *same)]
+    rows += [(_kl_name(report), *kl), ("same top-1", *same)]
     return Table(title="Perplexity", header=("Text", *labels), rows=tuple(rows), numeric=len(labels))
 
 
@@ -145,9 +145,14 @@ def _divergence(report: Report) -> Table:
         "often both models hold the same token for the most likely one. Bits per byte: lower is better, and comparable "
         "between models with different tokenizers."
     )
-    header = ("Model", "Text", "KL divergence", "Same top-1", "Δ NLL (nats)", "Bits per byte")
+    header = ("Model", "Text", _kl_name(report), "Same top-1", "Δ NLL (nats)", "Bits per byte")
     title = "Divergence from the first model" if compared else "Bits per byte"
     return Table(title=title, header=header, rows=tuple(rows), note=note, numeric=4)
+
+
+def _kl_name(report: Report) -> str:
+    """Against what was kept of a model divergences are lower bounds."""
+    return "KL divergence" if report.quality.saved is None else "KL divergence, at least"
 
 
 def _divergence_row(row: QualityRow) -> tuple[str, ...]:
@@ -196,7 +201,7 @@ def _agreement(report: Report) -> Table:
         "top-5: how many of the first model's five likeliest tokens are among this one's. RMS Δp: how far the "
         "probability of the token that follows in the text has moved."
     )
-    header = ("Model", "Text", "Reverse KL", "Same top-5", "RMS Δp")
+    header = ("Model", "Text", _kl_name(report).replace("KL divergence", "Reverse KL"), "Same top-5", "RMS Δp")
     return Table(title="Agreement with the first model", header=header, rows=tuple(rows), note=note, numeric=3)
 
 
