@@ -78,8 +78,9 @@ def _passes_over_padding(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
     if "position_ids" in signature(model.forward).parameters:  # as `generate` gives them
         given["position_ids"] = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
     with torch.inference_mode():
-        padded = model(tokens_BT.to(model.device), **{n: t.to(model.device) for n, t in given.items()}).logits[0, -1]
-        alone = model(torch.tensor([list(shortest)] * 2).to(model.device)).logits[0, -1]
+        beside = {name: tensor.to(model.device) for name, tensor in given.items()}
+        padded = model(tokens_BT.to(model.device), logits_to_keep=1, **beside).logits[0, -1]
+        alone = model(torch.tensor([list(shortest)] * 2).to(model.device), logits_to_keep=1).logits[0, -1]
     apart, spread = (padded - alone).float().square().mean().sqrt(), alone.float().std()
     return bool(apart < _SAME * spread)
 

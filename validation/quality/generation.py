@@ -84,7 +84,6 @@ class Generation:
         seed: of the draws.
         rows: a row for each model, the first one first.
         examples: a few prompts, those first where the first model is fine and the other loops.
-        runtimes: what wrote the answers of each model.
     """
 
     prompts: int

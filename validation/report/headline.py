@@ -1,6 +1,8 @@
 """The report in its first lines, and what a reader should know beside the figures."""
 
+from moepress.validation.quality.generation import RECOMMENDED
 from moepress.validation.report.cells import percent_text, size_change, size_text, three_figures
+from moepress.validation.report.generation import visible_text
 from moepress.validation.report.losses import Judged, judged
 from moepress.validation.report.lost import lost_text
 from moepress.validation.report.schema import Report
@@ -49,6 +51,8 @@ def warnings(report: Report) -> tuple[str, ...]:
             f"{count} {'expert was' if count == 1 else 'experts were'} rounded to nearest: no tokens came there, or "
             "the solver failed."
         )
+    if report.generation is not None and report.generation.prompts < RECOMMENDED and len(report.generation.rows) > 1:
+        found.append(visible_text(report.generation))
     if len(report.subjects) > 1:
         found.append(BLINDNESS)
     if any(row.scope == "domain" and row.windows < 2 for row in report.quality.rows):

@@ -16,13 +16,14 @@ from moepress.converters.gguf.runtime import llama_version
 from moepress.converters.mlx.folder import MlxFolder, mlx_version
 from moepress.converters.onnx.folder import OnnxFolder
 from moepress.converters.onnx.runtime import require_onnxruntime
-from moepress.errors import InvalidInputError
+from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.dense import load_dense, release_dense
 from moepress.validation.quality.decoding import Decoder, Sampling, generate
 from moepress.validation.quality.llama_cpp import LlamaDecoder, LlamaSession, open_llama
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.mlx_session import MlxDecoder, MlxSession
 from moepress.validation.quality.onnx_session import Decoding, OnnxDecoder, open_session
+from moepress.validation.quality.reference_file import SavedReference
 
 _CHUNK = 256  # tokens that go through a session together
 _BATCH_TOKENS = 4096  # of inputs that go through a model in torch together
@@ -236,9 +237,14 @@ def open_runner(subject: Subject, *, device: torch.device, dtype: torch.dtype, o
         onnx_device: `cpu`, `cuda` or `auto`, for ONNX folders.
 
     Raises:
+        UsageError: it is a saved reference.
         MoepressError: it does not fit into memory, or can not be run.
     """
     source = subject.source
+    if isinstance(source, SavedReference):
+        raise UsageError(
+            f"{subject.label} is a saved reference, which can not be asked; compare with the model itself."
+        )
     if isinstance(source, OnnxFolder):
         return SessionRunner(_onnx(source, onnx_device))
     if isinstance(source, GgufModel):
