@@ -30,7 +30,7 @@ REPAIRS: Mapping[str, frozenset[Repair]] = {
     "none": frozenset(),
     "gain": frozenset({Repair.GAIN}),
     "bias": frozenset({Repair.BIAS}),
-    "gain+bias": frozenset(Repair),
+    "gain+bias": frozenset({Repair.GAIN, Repair.BIAS}),
 }
 WINDOW = 512
 
@@ -126,31 +126,35 @@ def count_of(base: Checkpoint, share: float) -> int:
     return count - count % base.shape.groups
 
 
-def profile_of(seed: int, setting: Setting, work: Path) -> Profile:
-    """The model's profile for a seed: made once in a folder, for both parts."""
+def profile_of(seed: int, setting: Setting, work: Path, model: Path | None = None) -> Profile:
+    """The model's profile for a seed: made once in a folder, for both parts. Without `model` of the bench model."""
     folder = work / f"profile-{seed}"
     if not folder.exists():
         given = calibration(seed, setting.tokens)
-        profile_stage(str(bench_model()), Output(folder=folder), given, Machine(), bit_losses=False)
+        profile_stage(str(model or bench_model()), Output(folder=folder), given, Machine(), bit_losses=False)
     return load_profile(folder)
 
 
-def repairs_of(plan: Plan, parts: frozenset[Repair], seed: int, setting: Setting, work: Path) -> Repairs:
+def repairs_of(
+    plan: Plan, parts: frozenset[Repair], seed: int, setting: Setting, work: Path, model: Path | None = None
+) -> Repairs:
     folder = work / "repair"
     work.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     given = calibration(seed, setting.repair_tokens)
-    return repair_stage(str(bench_model()), Output(folder=folder), plan, parts, given, Machine())
+    return repair_stage(str(model or bench_model()), Output(folder=folder), plan, parts, given, Machine())
 
 
 def subject(label: str, source: Source, size: int = 0) -> Subject:
     return Subject(label=label, source=source, folder=None, stored_bytes=size, parameters=0)
 
 
-def measured(base: Source, subjects: Sequence[Subject], setting: Setting, work: Path) -> Quality:
+def measured(
+    base: Source, subjects: Sequence[Subject], setting: Setting, work: Path, model: Path | None = None
+) -> Quality:
     """Quality on held-out text: of the original, which all others are paired with, and of the subjects."""
     corpus = load_evaluation(
-        bench_model(),
+        model or bench_model(),
         (),
         texts("test"),
         window=WINDOW,
@@ -191,6 +195,7 @@ def over_seeds(
     work: Path,
     file: Path | None,
     jobs: int,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """A part's results of all seeds; a seed that is done is written, and not done again.
 
@@ -201,8 +206,9 @@ def over_seeds(
         work: folder for what is made on the way.
         file: where results are kept; None: nowhere.
         jobs: processes at once; with one the seeds are measured in this process.
+        model: what is measured, where it is not the bench model.
     """
-    given, here = json.loads(json.dumps(asdict(setting))), machine()
+    given, here = json.loads(json.dumps(asdict(setting))), machine() | ({"model": model} if model else {})
     before = read_results(file).get(part, {}) if file else {}
     same = before.get("setting") == given and before["machine"]["model"] == here["model"]
     seeds: dict[str, Any] = before["seeds"] if same else {}

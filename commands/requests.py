@@ -101,10 +101,10 @@ def repair_of(options: Mapping[str, Any]) -> frozenset[Repair]:
 
     found = [part.strip() for part in (options["repair"] or "").split(",") if part.strip()]
     if not found:
-        raise UsageError(f"--repair names no part; give {', '.join(Repair)}, or both with a comma.")
+        raise UsageError(f"--repair names no part; give {', '.join(Repair)}, or several with commas.")
     for part in found:
         if part not in list(Repair):
-            raise UsageError(f"--repair {part} is not there; give {', '.join(Repair)}, or both with a comma.")
+            raise UsageError(f"--repair {part} is not there; give {', '.join(Repair)}, or several with commas.")
     return frozenset(Repair(part) for part in found)
 
 

@@ -161,7 +161,9 @@ def not_available(checkpoint: Checkpoint) -> list[str]:
     """What can not be done with a model of this family, and why; a sentence each."""
     family, found = checkpoint.family, list[str]()
     if family.rule is None:
-        found.append("criterion loo, --budget and --mixed-bits: how its router makes weights was not found out")
+        found.append(
+            "criterion loo, --repair router, --budget and --mixed-bits: how its router makes weights was not found out"
+        )
     if family.rule is None or not family.rule.bias:
         found.append("--repair bias: its routers have no correction bias that is known")
     if not family.loads_single:

@@ -16,16 +16,19 @@ from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.estimates.repair import estimate_repair
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repair import Repair
-from moepress.compress.pruning.repair_walk import collect_repairs, drop_walk
-from moepress.compress.pruning.repaired import Repairs, parse_repairs
+from moepress.compress.pruning.repair_walk import collect_repairs, collected_rows, drop_walk
+from moepress.compress.pruning.repaired import Repairs, RouterRows, parse_repairs
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries, prune
 from moepress.errors import InvalidInputError, UnsupportedError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.models.storage.experts import prune_source
+from moepress.models.storage.experts import prune_source, router_disk_names
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import read_tensor, tensor_entry
+from moepress.models.storage.writer import write_shard
 from moepress.runs.files import put, read_text
 from moepress.runs.journal import Run
 from moepress.runs.output import check_output
@@ -33,6 +36,9 @@ from moepress.stages.groundwork import checked_plan, load_corpus, model_run, ope
 from moepress.stages.places import Calibration, Machine, Output, model_folder
 
 REPAIR_FILE = "repair.json"
+ROWS_FILE = "router.safetensors"
+PLAIN = frozenset({"BF16", "F16", "F32"})
+"""Dtypes in which a router's rows can be replaced."""
 
 
 def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair]) -> None:
@@ -40,6 +46,7 @@ def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair])
 
     Raises:
         UsageError: every expert stays, or the routers have no correction bias.
+        UnsupportedError: the experts or the routers are stored so that they can not be changed.
     """
     if experts >= checkpoint.shape.experts:
         raise UsageError("--repair mends what pruning changes, and here every expert stays; leave --repair out.")
@@ -52,6 +59,29 @@ def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair])
         raise UsageError(
             f"--repair bias: the routers of {checkpoint.family.name} models have no correction bias; use --repair gain."
         )
+    if Repair.ROUTER in parts:
+        _check_routers(checkpoint)
+
+
+def _check_routers(checkpoint: Checkpoint) -> None:
+    """Refuse routers whose rule is not known, or whose rows are stored as codes or fp8.
+
+    Raises:
+        UnsupportedError: either.
+    """
+    if checkpoint.family.rule is None:
+        raise UnsupportedError(
+            f"--repair router: how the router of {checkpoint.family.name} models makes weights was not found out; use "
+            "--repair gain."
+        )
+    for layer in checkpoint.outline.moe_layers:
+        name = router_disk_names(checkpoint, layer)[0]
+        stored = checkpoint.stored.get(name)
+        if stored is None or checkpoint.stored_names(name) != (name,) or stored.dtype not in PLAIN:
+            raise UnsupportedError(
+                f"--repair router: {name} is not stored as a plain weight ({', '.join(sorted(PLAIN))}), so that its "
+                "rows can not be replaced; use --repair gain."
+            )
 
 
 def prune_repaired_stage(
@@ -77,7 +107,7 @@ def prune_repaired_stage(
     corpus = _corpus(checkpoint, calibration)
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
     rates = measure_rates(checkpoint, work.device, work.dtype) if dry_run else None
-    estimate = estimate_repair(figures_of(checkpoint), work, rates)
+    estimate = estimate_repair(figures_of(checkpoint), work, rates, router=Repair.ROUTER in parts)
     if dry_run:
         return {"repair": asdict(estimate), "prune": asdict(estimate_prune(size, rates))}
     require_room(output, size + estimate.disk_bytes)
@@ -99,15 +129,22 @@ def repair_stage(
     calibration: Calibration,
     machine: Machine,
 ) -> Repairs:
-    """Find the repairs without writing a pruned model: a folder with `repair.json`, for `quantize_stage` to use."""
+    """Find the repairs without writing a pruned model: a folder for `quantize_stage` to use.
+
+    It has `repair.json`, and with refitted routers `router.safetensors`.
+    """
     checkpoint, inputs = _opened(model_name, output, plan, parts)
     corpus = _corpus(checkpoint, calibration)
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
-    require_room(output, estimate_repair(figures_of(checkpoint), work).disk_bytes)
+    estimate = estimate_repair(figures_of(checkpoint), work, router=Repair.ROUTER in parts)
+    require_room(output, estimate.disk_bytes)
     streams = _streams(checkpoint, plan, machine)
     settings = _settings("repair", plan, parts, calibration)
     with model_run(output, streams[0], corpus, machine, settings, inputs) as (run, limits):
         repairs = _find(streams, plan, parts, corpus, calibration, run, limits)
+        if repairs.rows.by_layer:
+            entries = [tensor_entry(str(layer), rows) for layer, rows in repairs.rows.by_layer.items()]
+            write_shard(run.folder / ROWS_FILE, entries)
         put(run.folder / REPAIR_FILE, (repairs.model_dump_json(indent=1) + "\n").encode())
         run.require_ready()
         drop_walk(run)
@@ -129,7 +166,7 @@ def _opened(
 
 
 def load_repairs(folder: Path) -> Repairs:
-    """Read `repair.json` of a folder that `repair_stage` has made.
+    """Read `repair.json`, and what belongs to it, of a folder that `repair_stage` has made.
 
     Raises:
         InvalidInputError: there is none, or it is not valid.
@@ -139,7 +176,12 @@ def load_repairs(folder: Path) -> Repairs:
         text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"Cannot read {file} ({error}); repair again.") from error
-    return parse_repairs(text, file)
+    repairs = parse_repairs(text, file)
+    if not any(layer.router is not None and layer.router.taken for layer in repairs.layers.values()):
+        return repairs
+    stored = read_header(folder / ROWS_FILE)
+    rows = {int(name): read_tensor(entry) for name, entry in stored.items() if name.isdigit()}
+    return repairs.model_copy(update={"rows": RouterRows(by_layer=rows)})
 
 
 def _corpus(checkpoint: Checkpoint, calibration: Calibration) -> Corpus:
@@ -172,10 +214,12 @@ def _find(
     run: Run,
     limits: Limits,
 ) -> Repairs:
+    layers = collect_repairs(*streams, plan.keep, parts, corpus, run, limits)
     return Repairs(
         model=plan.model,
         experts=plan.experts,
         parts=sorted(parts),
-        layers=collect_repairs(*streams, plan.keep, parts, corpus, run, limits),
+        layers=layers,
         calibration=describe_corpus(corpus, calibration.seed),
+        rows=collected_rows(run, layers),
     )

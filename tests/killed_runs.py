@@ -52,7 +52,7 @@ def prepared(folder: Path, tiny_model: Callable[..., Path]) -> Work:
     arguments["quantize"] = ["quantize", str(model), "--plan", str(folder / "plan.json"), "--include", "shared", *text]
     finish([*arguments["quantize"], "-o", str(folder / "quantize")])
     finish([*arguments["prune"], "-o", str(folder / "prune")])
-    arguments["repair"] = [*arguments["prune"], "--repair", "gain,bias", *text]
+    arguments["repair"] = [*arguments["prune"], "--repair", "gain,bias,router", *text]
     finish([*arguments["repair"], "-o", str(folder / "repair")])
     arguments["export"] = ["export", str(folder / "quantize"), "--to", "gptq"]
     finish([*arguments["export"], "-o", str(folder / "export")])

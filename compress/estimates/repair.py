@@ -4,20 +4,35 @@ from dataclasses import replace
 
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import Figures
-from moepress.compress.estimates.footprint import Workload
+from moepress.compress.estimates.footprint import Workload, limits_of
 from moepress.compress.estimates.profile import estimate_profile
 from moepress.compress.estimates.rates import Rates
 
 _ONCE = {"start", "read"}  # experts are read once for both streams
+_REREAD = 1.5  # where a router is refitted: at most those that stay are read once more
+ROUNDS, PART_TOKENS = 12, 8192  # as in compress.pruning.refit
 _TWICE = ("token buffers", "mapped files", "layer")
 
 
-def estimate_repair(figures: Figures, work: Workload, rates: Rates | None = None) -> Estimate:
-    """Twice a profile's forward pass; every expert is read once, and of K outputs a token K are kept for the second."""
+def estimate_repair(figures: Figures, work: Workload, rates: Rates | None = None, *, router: bool = False) -> Estimate:
+    """Twice a profile's forward pass; every expert is read once, and of K outputs a token K are kept for the second.
+
+    A refitted router takes more: 2K outputs a token, their inner products, the inputs' squares and rounds over them.
+    """
     profile = estimate_profile(figures, work, rates, leave_one_out=True, bit_losses=False)
     time = {term: seconds * (1 if term in _ONCE else 2) for term, seconds in profile.time.items()}
     memory = {term: size * (2 if term in _TWICE else 1) for term, size in profile.memory.items()}
     disk = {term: 0 if term in {"output", "statistics by layer"} else 2 * size for term, size in profile.disk.items()}
+    if router:
+        fit = _refit_bytes(figures, work)
+        limits = limits_of(figures, work)
+        inside = fit["inner products"] <= limits.memory_bytes // 4
+        memory |= {"router": fit["router"], "inner products": fit["inner products"] if inside else 0}
+        disk |= {"experts' outputs": 2 * disk.get("experts' outputs", 0)}
+        disk |= {"inner products": 0 if inside else fit["inner products"], "router rows": fit["rows"]}
+        if rates is not None:
+            time = {term: seconds * (_REREAD if term in {"read", "load"} else 1) for term, seconds in time.items()}
+            time |= {"router": _refit_seconds(figures, work, rates)}
     more = sum(memory.values()) - sum(profile.memory.values())
     return replace(
         profile,
@@ -30,3 +45,24 @@ def estimate_repair(figures: Figures, work: Workload, rates: Rates | None = None
         memory=memory,
         disk=disk,
     )
+
+
+def _refit_bytes(figures: Figures, work: Workload) -> dict[str, int]:
+    """What refitting one layer's router holds, and the rows of all layers on disk."""
+    shape = figures.shape
+    logits = 4 * shape.experts * work.tokens
+    squares = 3 * 8 * shape.hidden**2  # the inputs' squares, their factor, and one to make it
+    slots = 2 * shape.top_k
+    return {
+        "router": squares + 3 * logits + 40 * slots * work.tokens + 5 * PART_TOKENS * 8 * shape.hidden,
+        "inner products": 4 * work.tokens * slots * (slots + 1),
+        "rows": 4 * shape.experts * shape.hidden * figures.moe_layers,
+    }
+
+
+def _refit_seconds(figures: Figures, work: Workload, rates: Rates) -> float:
+    """The inputs' squares and their factor, in fp64, and the rounds: three products of inputs and rows, two errors."""
+    shape = figures.shape
+    squares = 2 * (2.0 * work.tokens * shape.hidden**2 + shape.hidden**3 / 3)
+    rounds = ROUNDS * 2.0 * work.tokens * shape.hidden * shape.experts * 6
+    return figures.moe_layers * (squares + rounds) / rates.solver_flops

@@ -1,5 +1,7 @@
 """Repair after pruning, the arithmetic: a gain for every kept expert, and a router bias that evens the loads out.
 
+A router's rows are refitted in `refit`.
+
 Pure functions on tensors. T tokens, K experts that a token gets, E experts that were kept, D hidden size.
 
 The pruned layer's routed output of a token is sum_e w'_te f_te, over the experts that the pruned router chooses. Let
@@ -31,6 +33,7 @@ class Repair(StrEnum):
 
     GAIN = "gain"
     BIAS = "bias"
+    ROUTER = "router"
 
 
 @dataclass(slots=True, kw_only=True)

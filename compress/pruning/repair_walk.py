@@ -3,90 +3,37 @@
 Both see the same calibration tokens. In an MoE layer the pruned model gives the outputs of its experts for the tokens
 as they come to it, behind layers that are pruned and mended already. The target is what they would have to add to its
 stream for the layer's output to be the original's. Bias and gains are found from these, and the mended output goes on.
-Every expert is read once a layer, for both.
+Every expert is read once a layer, for both; where a router is refitted some are read again (`repair_router`).
 
-Shapes: T tokens, K experts a token, J slots of a token (K, or 2K where two routings are compared), E kept experts.
+Shapes: T tokens, K experts a token, J slots of a token (`slots_of`), E kept experts.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moepress.calibration.corpus import Corpus
-from moepress.compress.pruning.repair import Repair, balanced_bias, loads, no_equations, solve_gains
-from moepress.compress.pruning.repaired import LayerRepair
+from moepress.compress.pruning.repair import Repair, balanced_bias, no_equations, solve_gains
+from moepress.compress.pruning.repair_router import refit_router, with_next
+from moepress.compress.pruning.repair_streams import Routing, Walk, chunks, distance, outputs_of, slots_of, wanted_loads
+from moepress.compress.pruning.repaired import LayerRepair, RouterRefit, RouterRows
 from moepress.errors import UnsupportedError
 from moepress.models.families.router import router_of
 from moepress.models.families.routing import route, scores
-from moepress.models.forward.costs import expert_flops
-from moepress.models.forward.scratch import Rows
-from moepress.models.forward.streamed import StreamedModel, apply_expert, require_finite_hidden, tokens_of
-from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, last_step, open_stream, read_ahead
-from moepress.models.storage.experts import Expert
+from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
+from moepress.models.forward.walk import Limits, Scratch, first_step, last_step, open_stream, read_ahead
 from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import read_tensor, tensor_entry
 from moepress.models.storage.writer import write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase
 from moepress.runs.progress import track
 
-ROWS_AT_ONCE = 2048
-CHUNK_BYTES = 16 << 20
 _PIECES = ("hidden-", "repair-")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Walk:
-    """Both streams, and the buffers of a layer.
-
-    Attributes:
-        original: the model that was pruned.
-        pruned: the same seen through the keep list.
-        keep: layer -> experts kept, ascending, by their old numbers.
-        parts: what is repaired.
-        routed: the original's routed output, fp32 [T, D].
-        table: the kept experts' outputs, T * J rows.
-    """
-
-    original: Stream
-    pruned: Stream
-    keep: Mapping[int, Sequence[int]]
-    parts: frozenset[Repair]
-    routed: Tensor
-    table: Rows
-
-    @property
-    def slots(self) -> int:
-        """J."""
-        return self.table.count // self.original.tokens
-
-    def target(self, rows: slice) -> Tensor:
-        """What some tokens lack, before the routed experts, for the original's layer output: fp32 [T, D]."""
-        return self.original.flat()[rows].float() + self.routed[rows] - self.pruned.flat()[rows].float()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Routing:
-    """Which kept experts' outputs are known of every token, and how a routing weighs them.
-
-    Attributes:
-        slots: expert numbers, int64 [T, J]; E where a slot is empty.
-        weights: of the pruned router as it is, fp32 [T, J], 0 in slots that it does not choose.
-        other: of the router with another bias, likewise; None where the bias stays.
-        bias: that other bias.
-        load_before, load_after: distance of the loads from those wanted.
-    """
-
-    slots: Tensor
-    weights: Tensor
-    other: Tensor | None = None
-    bias: Tensor | None = None
-    load_before: float | None = None
-    load_after: float | None = None
 
 
 def collect_repairs(
@@ -150,7 +97,8 @@ def _open(
         open_stream(model, corpus.windows, buffers, limits, observe=model is pruned)
         for model, buffers in zip((original, pruned), scratch, strict=True)
     )
-    slots = pruned.shape.top_k * (2 if Repair.BIAS in parts else 1)
+    slots = slots_of(parts, pruned.shape.top_k)
+    refitted = Repair.ROUTER in parts
     return Walk(
         original=first,
         pruned=second,
@@ -158,6 +106,8 @@ def _open(
         parts=parts,
         routed=scratch[0].tensor("routed", (first.tokens, original.shape.hidden), torch.float32),
         table=scratch[1].rows("outputs", first.tokens * slots, original.shape.hidden, pruned.dtype),
+        gram=scratch[1].tensor("gram", (first.tokens, slots, slots), torch.float32) if refitted else None,
+        moment=scratch[1].tensor("moment", (first.tokens, slots), torch.float32) if refitted else None,
     )
 
 
@@ -174,10 +124,17 @@ def _repair_layer(walk: Walk, layer: int, run: Run) -> None:
         stream.model.load_layer(layer)
         routed = first_step(stream, layer)
     if routed:
-        routing = _routing(walk, layer)
+        routing, refit = _routing(walk, layer), None
+        if Repair.ROUTER in walk.parts:
+            routing = with_next(walk, layer, routing)
         _run_experts(walk, layer, routing)
+        if Repair.ROUTER in walk.parts:
+            routing, refit, rows = refit_router(walk, layer, routing)
+            if rows is not None:
+                entries = [tensor_entry("rows", rows)]
+                run.write(f"repair-rows-{layer}", f"repair-{layer:05d}.safetensors", lambda p: write_shard(p, entries))
         with phase("repair"):
-            repair, gains, weights = _solve(walk, routing)
+            repair, gains, weights = _solve(walk, routing, refit)
             _advance(walk, routing, gains, weights)
         run.write(f"repair-{layer}", f"repair-{layer:05d}.json", lambda path: _write(path, repair))
     for stream in streams:
@@ -202,7 +159,7 @@ def _routing(walk: Walk, layer: int) -> Routing:
         wanted = wanted_loads(walk.original.chosen, walk.keep[layer], walk.original.model.shape.experts)
         bias = balanced_bias(router, scores(router, stream.logits), before, wanted)
         chosen, weights = route(router, stream.logits, bias)
-        found = [0.5 * float((loads(c, experts) - wanted).abs().sum()) for c in (stream.chosen, chosen)]
+        found = [distance(c, wanted) for c in (stream.chosen, chosen)]
         same_TKK = stream.chosen[:, :, None] == chosen[:, None, :]
         extra = ~same_TKK.any(dim=1)  # chosen now and not before
         shared = (same_TKK * weights[:, None, :]).sum(dim=2)
@@ -216,12 +173,6 @@ def _routing(walk: Walk, layer: int) -> Routing:
         )
 
 
-def wanted_loads(chosen_TK: Tensor, kept: Sequence[int], experts: int) -> Tensor:
-    """The kept experts' loads in the original, as shares of their sum, fp64 [E]; each gets one choice more."""
-    counts = torch.bincount(chosen_TK.reshape(-1), minlength=experts)[torch.tensor(list(kept))].double() + 1
-    return counts / counts.sum()
-
-
 def _run_experts(walk: Walk, layer: int, routing: Routing) -> None:
     """Read every expert once: its part of the original's output, and if it stays its outputs for the other stream."""
     original, pruned = walk.original, walk.pruned
@@ -233,44 +184,18 @@ def _run_experts(walk: Walk, layer: int, routing: Routing) -> None:
     wanted = [old for old in range(len(before)) if len(before[old][0]) or len(places[old][0])]
     walk.routed.zero_()
     for old, matrices in read_ahead(original.model, layer, wanted):
-        for tokens, slots, output in _outputs(original, matrices, layer, before[old]):
+        for tokens, slots, output in outputs_of(original, matrices, layer, before[old]):
             weights = original.weights[tokens, slots, None]
             walk.routed.index_add_(0, tokens, output.float() * weights)
-        for tokens, slots, output in _outputs(pruned, matrices, layer, places[old]):
+        for tokens, slots, output in outputs_of(pruned, matrices, layer, places[old]):
             walk.table.put(tokens * walk.slots + slots, output)
 
 
-def _outputs(
-    stream: Stream, matrices: Expert, layer: int, places: tuple[Tensor, Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """An expert's outputs for a stream's tokens, a part at a time: tokens, slots, outputs on the CPU."""
-    gating = stream.model.gating(layer)
-    for tokens, slots in zip(*(part.split(ROWS_AT_ONCE) for part in places), strict=True):
-        if not len(tokens):
-            continue
-        with phase("forward", flops=expert_flops(matrices, len(tokens))):
-            output = apply_expert(matrices, stream.inputs[tokens].to(stream.model.device), gating).to("cpu")
-        stream.touch(len(tokens))
-        yield tokens, slots, output
-
-
-def _chunks(walk: Walk, routing: Routing) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """All tokens in chunks: rows, slots int64 [T, J] and outputs fp32 [T, J, D], with zeros in empty slots."""
-    width, slots = walk.table.width, walk.slots
-    size, experts = max(1, CHUNK_BYTES // (4 * width * slots)), walk.pruned.model.shape.experts
-    for start in range(0, walk.pruned.tokens, size):
-        rows = slice(start, min(start + size, walk.pruned.tokens))
-        chosen = routing.slots[rows]
-        empty = chosen == experts
-        outputs = walk.table.get(rows.start * slots, rows.stop * slots).float().view(-1, slots, width)
-        yield rows, chosen.masked_fill(empty, 0), outputs.masked_fill(empty[:, :, None], 0.0)
-
-
-def _solve(walk: Walk, routing: Routing) -> tuple[LayerRepair, Tensor, Tensor]:
+def _solve(walk: Walk, routing: Routing, refit: RouterRefit | None) -> tuple[LayerRepair, Tensor, Tensor]:
     """The layer's repair, the gains fp32 [E], and the weights of the routing that is taken."""
     experts = walk.pruned.model.shape.experts
     plain, other = no_equations(experts), no_equations(experts)
-    for rows, chosen, outputs in _chunks(walk, routing):
+    for rows, chosen, outputs in chunks(walk, routing):
         target = walk.target(rows)
         plain.add(chosen, routing.weights[rows], outputs, target)
         if routing.other is not None:
@@ -285,6 +210,7 @@ def _solve(walk: Walk, routing: Routing) -> tuple[LayerRepair, Tensor, Tensor]:
         error_after=taken.error(gains),
         load_before=routing.load_before,
         load_after=routing.load_after,
+        router=refit,
     )
     return repair, gains, weights
 
@@ -292,13 +218,20 @@ def _solve(walk: Walk, routing: Routing) -> tuple[LayerRepair, Tensor, Tensor]:
 def _advance(walk: Walk, routing: Routing, gains_E: Tensor, weights_TJ: Tensor) -> None:
     """Add the original's routed output to its stream, and the mended one to the pruned model's."""
     original, pruned = walk.original.flat(), walk.pruned.flat()
-    for rows, chosen, outputs in _chunks(walk, routing):
+    for rows, chosen, outputs in chunks(walk, routing):
         factors = weights_TJ[rows] * gains_E[chosen]
         mended = torch.bmm(factors[:, None], outputs).squeeze(1)
         original[rows] = (original[rows].float() + walk.routed[rows]).to(original.dtype)
         pruned[rows] = (pruned[rows].float() + mended).to(pruned.dtype)
         walk.original.touch(len(chosen))
         walk.pruned.touch(len(chosen))
+
+
+def collected_rows(run: Run, layers: Mapping[int, LayerRepair]) -> RouterRows:
+    """The routers' rows that were refitted, once all layers are done."""
+    found = {layer: run.done(f"repair-rows-{layer}") for layer in layers}
+    pieces = {layer: piece for layer, piece in found.items() if piece is not None}
+    return RouterRows(by_layer={n: read_tensor(read_header(run.path(piece))["rows"]) for n, piece in pieces.items()})
 
 
 def _write(path: Path, repair: LayerRepair) -> None:

@@ -1,22 +1,45 @@
-"""What a repair changes in a pruned model: down projections that are scaled, router biases that are replaced.
+"""What a repair changes in a pruned model: down projections are scaled, router biases and router rows replaced.
 
-`Repairs` is the record of one (in `moepress.json`, and as `repair.json` in a run's folder). A `RepairedSource` shows a
-pruned source with it applied; `Edits` name the same changes for a folder that is being written.
+`Repairs` is the record of one (in `moepress.json`, and as `repair.json` in a run's folder, the rows beside it). A
+`RepairedSource` shows a pruned source with it applied; `Edits` name the same changes for a folder that is being
+written.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 from torch import Tensor
 
 from moepress.compress.pruning.repair import Repair
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import Source, SourceView
-from moepress.models.storage.experts import bias_names, experts_by_layer, is_fused, router_disk_names
+from moepress.models.storage.experts import bias_names, experts_by_layer, is_fused, router_axis, router_disk_names
+from moepress.models.storage.tensors import tensor_bytes
+
+
+class RouterRefit(BaseModel):
+    """What came of the refit of one layer's router.
+
+    Errors are those of `LayerRepair`, before any gain, on calibration tokens that the refit did not learn from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    error_before: float
+    error_after: float
+    tokens: int
+    rounds: int
+    change: float
+    sha256: str | None
+
+    @property
+    def taken(self) -> bool:
+        """Whether the rows are other ones; else the refit lowered no error, and the router stays as it was."""
+        return self.sha256 is not None
 
 
 class LayerRepair(BaseModel):
@@ -35,12 +58,35 @@ class LayerRepair(BaseModel):
     error_after: float
     load_before: float | None = None
     load_after: float | None = None
+    router: RouterRefit | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RouterRows:
+    """Rows of routers, by layer: [E, D] in the dtype in which the router is stored."""
+
+    by_layer: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same bytes."""
+        return isinstance(other, RouterRows) and self.digests() == other.digests()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def digests(self) -> dict[int, str]:
+        """Layer -> `rows_digest`."""
+        return {layer: rows_digest(rows) for layer, rows in self.by_layer.items()}
+
+
+def rows_digest(rows_ED: Tensor) -> str:
+    """SHA-256 of a router's rows as they are stored, in hex."""
+    return hashlib.sha256(bytes(tensor_bytes(rows_ED.contiguous()))).hexdigest()
 
 
 class Repairs(BaseModel):
     """Repairs of all MoE layers of a model that was pruned by one plan."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     schema_version: Literal["1.0"] = "1.0"
     model: str
@@ -48,6 +94,7 @@ class Repairs(BaseModel):
     parts: list[Repair]
     layers: dict[int, LayerRepair]
     calibration: dict[str, Any]
+    rows: SkipValidation[RouterRows] = Field(default_factory=RouterRows, exclude=True, repr=False)
 
     @property
     def digest(self) -> str:
@@ -56,7 +103,7 @@ class Repairs(BaseModel):
 
 
 def parse_repairs(text: str, where: object) -> Repairs:
-    """Read the JSON of a `Repairs`.
+    """Read the JSON of a `Repairs`; rows of routers are not in it.
 
     Raises:
         InvalidInputError: it is none.
@@ -91,7 +138,7 @@ def edits_of(pruned: Source, repairs: Repairs) -> Edits:
     """The changes that repairs mean for a pruned source, or for a folder of that layout.
 
     Raises:
-        InvalidInputError: the repairs are for other layers or for another number of experts.
+        InvalidInputError: the repairs are for other layers or for another number of experts, or lack a router's rows.
     """
     factors, tensors = dict[str, tuple[float, ...]](), dict[str, Tensor]()
     counts = experts_by_layer(pruned)
@@ -105,7 +152,28 @@ def edits_of(pruned: Source, repairs: Repairs) -> Edits:
             own = pruned.family.correction and pruned.family.at(pruned.family.correction, layer)
             bias = own or next(name for name in routers if name.endswith("bias"))
             tensors[bias] = torch.tensor(repair.bias, dtype=torch.float32).reshape(pruned.shapes[bias])
+        if repair.router is not None and repair.router.taken:
+            rows = repairs.rows.by_layer.get(layer)
+            if rows is None or len(rows) != experts or rows_digest(rows) != repair.router.sha256:
+                raise InvalidInputError(
+                    f"The rows of layer {layer}'s router are not those of its repair; repair again."
+                )
+            tensors[routers[0]] = with_rows(pruned, routers[0], rows)
     return Edits(factors=factors, tensors=tensors)
+
+
+def router_rows(source: Source, layer: int) -> Tensor:
+    """The rows of a layer's router, one for each expert [E, D], as they are stored."""
+    name = router_disk_names(source, layer)[0]
+    weight = source.read(name).movedim(router_axis(source.family, 0), 0)
+    return weight[: len(weight) - source.family.router_extra]
+
+
+def with_rows(source: Source, name: str, rows_ED: Tensor) -> Tensor:
+    """A router's weight with other rows for its experts; shape, dtype and what belongs to no expert stay."""
+    weight = source.read(name).clone()
+    weight.movedim(router_axis(source.family, 0), 0)[: len(rows_ED)] = rows_ED.to(weight.dtype)
+    return weight
 
 
 def _gains(pruned: Source, layer: int, gains: Sequence[float]) -> dict[str, tuple[float, ...]]:

@@ -19,6 +19,7 @@ from moepress.compress.estimates.repair import estimate_repair
 from moepress.compress.gptq.block_choice import MIX_TYPES, PLANNED, nearest_scheme
 from moepress.compress.gptq.options import solver_of
 from moepress.compress.pruning.plan import estimate_sizes, load_plan
+from moepress.compress.pruning.repair import Repair
 from moepress.models.forward.inventory import inventory
 from moepress.models.forward.walk import default_memory
 from moepress.models.storage.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     rates = measure_rates(checkpoint, work.device, work.dtype)
     stages = {"profile": _profile_estimate(full, figures, work, rates)}
     if full.repair:
-        stages["repair"] = estimate_repair(figures, work, rates)
+        stages["repair"] = estimate_repair(figures, work, rates, router=Repair.ROUTER in full.repair)
     include = on_grid(checkpoint, full.grid, known.include)
     linears = included_linears(checkpoint, include)
     sizes = estimate_sizes(

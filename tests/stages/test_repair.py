@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from stage_runs import add_tokenizer, command, content, plan_of
+import torch
+from stage_runs import add_tokenizer, command, content, keep_of, plan_of
 
 from moepress.compress.pruning.plan import plan_text
 from moepress.compress.pruning.repair import Repair
@@ -15,7 +16,8 @@ from moepress.compress.pruning.repaired import Repairs
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import open_checkpoint
-from moepress.stages.places import Calibration, Machine, Output
+from moepress.models.storage.experts import prune_source, router_disk_names
+from moepress.stages.places import Calibration, Machine, Output, model_folder
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
 from moepress.stages.repair import load_repairs, prune_repaired_stage, repair_stage
 from moepress.stages.run.recipe import make_recipe
@@ -42,12 +44,13 @@ def text(tmp_path: Path) -> Path:
 def test_the_command_leaves_a_folder_that_says_what_was_mended(model: Path, text: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(plan_text(plan_of(open_checkpoint(model), KEEP)))
-    given = ["prune", model, "--plan", plan, "--repair", "gain,bias", "--domain", f"one={text}"]
+    given = ["prune", model, "--plan", plan, "--repair", "gain,bias,router", "--domain", f"one={text}"]
     given += ["--tokens", "512", "--window", "16"]
     code, printed, errors = command(*given, "-o", tmp_path / "out")
     assert code == 0, errors
     assert "8 of 16 experts stay" in printed
     assert "unrepaired" in printed
+    assert "of 2 layers" in printed
     report = json.loads((tmp_path / "out" / "moepress.json").read_text())
     repairs = Repairs.model_validate(report["repair"])
     assert sorted(repairs.layers) == [1, 2]
@@ -67,7 +70,7 @@ def test_the_command_leaves_a_folder_that_says_what_was_mended(model: Path, text
     [
         ("mixtral", [0, 1, 2, 5], ["--repair", "bias"], "no correction bias; use --repair gain"),
         ("mixtral", list(range(8)), ["--repair", "gain"], "here every expert stays"),
-        ("mixtral", [0, 1, 2, 5], ["--repair", "gain,shine"], "--repair shine is not there; give gain, bias"),
+        ("mixtral", [0, 1, 2, 5], ["--repair", "gain,shine"], "--repair shine is not there; give gain, bias, router"),
         ("mixtral", [0, 1, 2, 5], ["--repair", ","], "--repair names no part"),
         ("mixtral", [0, 1, 2, 5], ["--tokens", "64"], "go with --repair only"),
     ],
@@ -90,9 +93,9 @@ def test_quantizing_with_a_repair_is_quantizing_the_repaired_folder(model: Path,
     parts, machine = frozenset(Repair), Machine(memory_bytes=1 << 30)
     repairs = repair_stage(str(model), Output(folder=tmp_path / "repair"), plan, parts, calibration, machine)
     assert load_repairs(tmp_path / "repair") == repairs
-    assert [p.name for p in (tmp_path / "repair").iterdir()] == ["repair.json"]
+    assert {p.name for p in (tmp_path / "repair").iterdir()} <= {"repair.json", "router.safetensors"}
     made = prune_repaired_stage(str(model), Output(folder=tmp_path / "pruned"), plan, parts, calibration, machine)
-    assert Repairs.model_validate(made["repair"]) == repairs
+    assert Repairs.model_validate(made["repair"]).layers == repairs.layers
     request = QuantizeRequest(scheme=Scheme(bits=4, group_size=32))
     for name, folder, chosen, mended in (("a", model, plan, repairs), ("b", tmp_path / "pruned", None, None)):
         quantize_stage(
@@ -105,6 +108,28 @@ def test_quantizing_with_a_repair_is_quantizing_the_repaired_folder(model: Path,
     told = json.loads(ours["moepress.json"])["repair"]
     assert told["layers"]["1"]["gains"] == repairs.layers[1].gains
     assert json.loads(theirs["moepress.json"])["repair"] is None
+
+
+def test_refitted_routers_come_to_what_is_quantized(tmp_path: Path) -> None:
+    demo = open_checkpoint(model_folder("demo"))
+    plan, machine = plan_of(demo, keep_of(demo, 8)), Machine(memory_bytes=1 << 30)
+    calibration, parts = Calibration(tokens=2048, window=128), frozenset({Repair.ROUTER})
+    repairs = repair_stage("demo", Output(folder=tmp_path / "repair"), plan, parts, calibration, machine)
+    assert {p.name for p in (tmp_path / "repair").iterdir()} == {"repair.json", "router.safetensors"}
+    assert load_repairs(tmp_path / "repair") == repairs
+    prune_repaired_stage("demo", Output(folder=tmp_path / "pruned"), plan, parts, calibration, machine)
+    request = QuantizeRequest(scheme=Scheme(bits=8, group_size=64))
+    quantize_stage("demo", Output(folder=tmp_path / "a"), plan, request, calibration, machine, repairs=repairs)
+    mended, pressed = open_checkpoint(tmp_path / "pruned"), open_checkpoint(tmp_path / "a")
+    pruned = prune_source(demo, plan.keep)
+    assert repairs.rows.by_layer
+    for layer in repairs.rows.by_layer:
+        name = router_disk_names(mended, layer)[0]
+        assert torch.equal(pressed.read(name), mended.read(name))
+        assert not torch.equal(pressed.read(name), pruned.read(name))
+    (tmp_path / "repair" / "router.safetensors").unlink()
+    with pytest.raises(InvalidInputError, match=r"router.safetensors"):
+        load_repairs(tmp_path / "repair")
 
 
 def test_a_run_mends_before_it_quantizes(tmp_path: Path) -> None:

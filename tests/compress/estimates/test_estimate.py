@@ -19,6 +19,7 @@ from stage_runs import keep_of, pruned_folder
 from moepress.calibration.hessian import gram, gram_flops
 from moepress.calibration.observe import _open_buffers
 from moepress.compress.budget.sizes import part_sizes
+from moepress.compress.estimates import repair
 from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import Figures, figures_of, included_matrices, pressed_sizes
 from moepress.compress.estimates.footprint import (
@@ -34,6 +35,7 @@ from moepress.compress.estimates.prune import estimate_prune
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import ASSUMED_READ, Rates, matmul_rate, measure_rates, read_rate
 from moepress.compress.gptq.include import Include
+from moepress.compress.pruning import refit
 from moepress.compress.pruning.plan import estimate_sizes
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import MoepressError
@@ -311,6 +313,24 @@ def test_what_is_kept_of_the_outputs_is_what_a_profile_allocates(
     in_files = sum(path.stat().st_size for path in scratch.files.values())
     scratch.close()
     assert in_files == outside + kept.mapped + kept.table
+
+
+def test_a_refitted_router_costs_time_memory_and_disk(figures: Figures) -> None:
+    assert (repair.ROUNDS, repair.PART_TOKENS) == (refit.ROUNDS, refit.PART_TOKENS)
+    work = Workload(tokens=4096, window=64, device=CPU, dtype=torch.float32)
+    plain, more = (repair.estimate_repair(figures, work, RATES, router=router) for router in (False, True))
+    shape, slots = figures.shape, 2 * figures.shape.top_k
+    assert more.memory["inner products"] == 4 * 4096 * slots * (slots + 1)
+    assert more.memory["router"] > 3 * 8 * shape.hidden**2
+    assert more.peak_memory_bytes == plain.peak_memory_bytes + more.memory["inner products"] + more.memory["router"]
+    assert more.disk_bytes - plain.disk_bytes == 4 * shape.experts * shape.hidden * figures.moe_layers
+    assert plain.seconds is not None
+    assert more.seconds is not None
+    assert more.time["router"] > 0
+    assert more.seconds > plain.seconds + more.time["router"]
+    small = repair.estimate_repair(figures, replace(work, memory_bytes=1 << 20), RATES, router=True)
+    assert small.memory["inner products"] == 0
+    assert small.disk["inner products"] == more.memory["inner products"]
 
 
 def test_too_little_memory_is_said_with_the_least(model: Checkpoint, figures: Figures) -> None:

@@ -38,7 +38,7 @@ from moepress.models.storage.safetensors_file import read_bytes
 from moepress.models.storage.tensors import read_tensor
 from moepress.runs.journal import open_run
 
-GAIN, BOTH = frozenset({Repair.GAIN}), frozenset(Repair)
+GAIN, BOTH = frozenset({Repair.GAIN}), frozenset({Repair.GAIN, Repair.BIAS})
 Keep = Mapping[int, Sequence[int]]
 
 
