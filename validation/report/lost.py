@@ -19,7 +19,9 @@ def lost_text(report: Report, subject: str) -> str:
     rises = {row.domain: _rise(row) for row in report.quality.rows if row.scope == "domain" and row.subject == subject}
     found = [d for d in _measured(report, subject, rises) if d not in given_up]
     planned = [] if pruning is None else [d for d in pruning.lost if d not in found]
-    named = [f"{d} ({percent_text(rises[d])})" if d in rises else f"{d} (by the profile)" for d in (*found, *planned)]
+    shown = {d: f"{percent_text(rise)}, " for d, rise in rises.items()}
+    named = [f"{d} ({percent_text(rises[d])})" for d in found]
+    named += [f"{d} ({shown.get(d, '')}by the profile)" for d in planned]
     return f"; lost: {', '.join(named)}" if named else ""
 
 

@@ -164,7 +164,10 @@ def test_a_domain_that_is_lost_beside_the_others_is_named_in_the_headline(qualit
         (pruning(given_up=(first,)), ""),
         (pruning(limit="20x", protected=(second,)), ""),
         (pruning(limit="2x", protected=(first,)), f"; lost: {first} (+30.0 %)"),
-        (pruning(lost=(second, "czech")), f"; lost: {first} (+30.0 %), {second} (+2.0 %), czech (by the profile)"),
+        (
+            pruning(lost=(second, "czech")),
+            f"; lost: {first} (+30.0 %), {second} (+2.0 %, by the profile), czech (by the profile)",
+        ),
     ):
         line = headlines(report.model_copy(update={"pruning": section}))[0]
         assert line.partition("; lost")[1] == ("; lost" if said else "")
