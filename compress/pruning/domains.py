@@ -6,7 +6,7 @@ as it does (docs/formulas.md: Domains). A limit is a share m, or a multiple of t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moepress.calibration.profile import Profile
@@ -19,7 +19,8 @@ FACTOR = 2.0
 LEAST = 0.01
 """Means below it count as it: a domain that loses next to nothing is not lost because others lose still less."""
 _LEFT = 1e-3  # of a domain's output, for where nothing is left
-_DOUBLINGS, _HALVINGS = 12, 4  # of the weights of protected domains, until they lose little enough; and back
+_STEPS, _HALVINGS = 24, 4  # with which weights of protected domains are raised until they lose little enough; and back
+_LEAST_STEP, _MOST_STEP, _MOST = 1.2, 2.0, 4096.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +140,8 @@ def lost_domains(losses: Mapping[str, float], weights: Mapping[str, float], fact
 def protected_selection(profile: Profile, selection: Selection, protection: Protection) -> Selection:
     """The selection with the weights of protected domains raised until none of them loses more than the limit.
 
-    Weights are doubled for domains that lose too much until none does, and then the last step is halved a few times, so
-    that others give up no more than has to be. Deterministic.
+    The weights of domains that lose too much are multiplied by their excess until none does, and then the last step is
+    halved a few times, so that others give up no more than has to be. Deterministic.
 
     Raises:
         UsageError: see `Protection.require`.
@@ -156,11 +157,14 @@ def try_protected(profile: Profile, selection: Selection, protection: Protection
     """`protected_selection`, or None where no weights are enough."""
     protection.require(profile.domains, selection.weights)
     weights = before = {d: selection.weights.get(d, 1.0) for d in profile.domains}
-    for _ in range(_DOUBLINGS + 1):
+    for _ in range(_STEPS + 1):
         over = _over(profile, replace(selection, weights=weights), protection)
         if not over:
             break
-        before, weights = weights, {d: 2 * w if d in over else w for d, w in weights.items()}
+        if before is weights and _never(profile, selection, protection, over):
+            return None
+        steps = {d: min(max(excess, _LEAST_STEP), _MOST_STEP) for d, excess in over.items()}
+        before, weights = weights, {d: w * steps.get(d, 1.0) for d, w in weights.items()}
     else:
         return None
     if before is weights:
@@ -180,12 +184,24 @@ def _between(one: Mapping[str, float], other: Mapping[str, float], share: float)
     return {d: w if w == other[d] else w * (other[d] / w) ** share for d, w in one.items()}
 
 
-def _over(profile: Profile, selection: Selection, protection: Protection) -> tuple[str, ...]:
-    """Protected domains that lose too much."""
+def _over(profile: Profile, selection: Selection, protection: Protection) -> dict[str, float]:
+    """Protected domains that lose too much, and so many times what they may."""
     if not protection.domains:
-        return ()
+        return {}
     losses = domain_losses(profile, keep_sets(profile, selection))
-    return tuple(d for d in protection.domains if protection.limit.excess(losses, d) > 1)
+    excesses = {d: protection.limit.excess(losses, d) for d in protection.domains}
+    return {d: excess for d, excess in excesses.items() if excess > 1}
+
+
+def _never(profile: Profile, selection: Selection, protection: Protection, domains: Iterable[str]) -> bool:
+    """Whether one of these domains loses more than a share even where experts are chosen for it alone."""
+    if protection.limit.share is None:
+        return False
+    alone = ({d: float(d == domain) for d in profile.domains} for domain in domains)
+    return any(
+        _over(profile, replace(selection, weights=weights), replace(protection, domains=(domain,)))
+        for domain, weights in zip(domains, alone, strict=True)
+    )
 
 
 def selections_of(
@@ -216,7 +232,7 @@ def lost_text(losses: Mapping[str, float], domain: str) -> str:
 
 def _refusal(profile: Profile, selection: Selection, protection: Protection) -> ThresholdMissedError:
     """In a sentence: which domain loses what, and which count would do."""
-    most = {d: w * 2**_DOUBLINGS if d in protection.domains else w for d, w in selection.weights.items()}
+    most = {d: w * _MOST if d in protection.domains else w for d, w in selection.weights.items()}
     losses = domain_losses(profile, keep_sets(profile, replace(selection, weights=most)))
     worst = max(protection.domains, key=lambda d: protection.limit.excess(losses, d))
     enough = _enough(profile, selection, protection)
