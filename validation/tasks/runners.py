@@ -243,7 +243,7 @@ def open_runner(subject: Subject, *, device: torch.device, dtype: torch.dtype, o
     source = subject.source
     if isinstance(source, SavedReference):
         raise UsageError(
-            f"{subject.label} is a saved reference, which can not be asked; compare with the model itself."
+            f"{subject.label} is a saved reference and can not be asked; give the model itself."
         )
     if isinstance(source, OnnxFolder):
         return SessionRunner(_onnx(source, onnx_device))
