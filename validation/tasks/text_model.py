@@ -15,7 +15,7 @@ from moepress.calibration.records import Conversation
 from moepress.calibration.templates import ChatTemplate, Refused
 from moepress.errors import InvalidInputError, UsageError
 from moepress.runs.progress import track
-from moepress.validation.tasks.runners import Input, Runner, require_finite
+from moepress.validation.tasks.runner import Input, Runner, require_finite
 
 _MOST_BYTES = 8  # tokens beyond a stop's own bytes that may be looked at to find it
 

@@ -20,7 +20,8 @@ from moepress.stages.places import Output, model_folder
 from moepress.stages.validate import elsewhere_subject, subject_of
 from moepress.validation.quality.measure import Subject
 from moepress.validation.rules.gguf_files import runnable_gguf
-from moepress.validation.tasks.runners import Input, open_runner
+from moepress.validation.tasks.runner import Input
+from moepress.validation.tasks.runners import open_runner
 from moepress.validation.tasks.text_model import TextModel, Writing
 
 CPU = torch.device("cpu")
