@@ -5,10 +5,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from moepress.calibration.corpus import EvaluationCorpus
@@ -16,6 +16,7 @@ from moepress.errors import InvalidInputError
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.runs.files import put, sha256_of
 from moepress.runs.parsing import parse_json
+from moepress.runs.text import printable
 from moepress.validation.quality.reference import TOP, Kept, compare_kept, keep_top
 from moepress.validation.quality.results import Saved
 from moepress.validation.quality.scores import ChunkScores, Comparer
@@ -23,6 +24,10 @@ from moepress.validation.quality.scores import ChunkScores, Comparer
 KIND = "moepress reference"
 _DTYPES = {"ids": "I32", "log_probabilities": "F32", "rest": "F32", "nll": "F32", "top1": "I32", "top5": "I32"}
 _ROUNDING = 1e-3  # log-probabilities of fp32 may exceed 0 by less
+
+
+_Words = Annotated[str, AfterValidator(printable)]
+"""Text that is shown: nothing in it that a terminal would obey."""
 
 
 class About(BaseModel):
@@ -48,10 +53,10 @@ class About(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal["1.0"] = "1.0"
-    tool_version: str
-    created: str
-    model: str | None
-    runtime: str
+    tool_version: _Words
+    created: _Words
+    model: _Words | None
+    runtime: _Words
     versions: dict[str, str]
     digest: str
     tokenizer: str
@@ -59,12 +64,12 @@ class About(BaseModel):
     window: int
     windows: int
     max_windows: int | None
-    domains: tuple[str, ...]
+    domains: tuple[_Words, ...]
     embedded: bool
     context: int
     stored_bytes: int
     parameters: int
-    parts: dict[str, int] = {}
+    parts: dict[_Words, int] = {}
     experts_per_layer: int | tuple[int, int] | None = None
 
 

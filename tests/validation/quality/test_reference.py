@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,27 @@ def put(value: float) -> Any:
 def test_a_spoiled_file_is_refused(saved: SavedReference, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidInputError, match=said):
         read_reference(spoiled(saved, tmp_path, **changes))
+
+
+def test_names_in_a_file_are_nothing_that_a_terminal_obeys(saved: SavedReference, tmp_path: Path) -> None:
+    found = read_reference(spoiled(saved, tmp_path, about={"model": "x\x1b[2Jy", "domains": ["a\nb"]}))
+    assert found.about.model is not None
+    assert "\x1b" not in found.about.model
+    assert "\n" not in found.about.domains[0]
+
+
+def test_random_damage_is_noticed_or_harmless(saved: SavedReference, tmp_path: Path) -> None:
+    data, drawn, refused = saved.file.read_bytes(), random.Random(0), 0
+    head = 8 + int.from_bytes(data[:8], "little")
+    for number in range(150):
+        place = drawn.randrange(head if number % 2 else len(data))
+        file = tmp_path / "damaged"
+        file.write_bytes(data[:place] + bytes([drawn.randrange(256)]) + data[place + 1 :])
+        try:
+            read_reference(file)
+        except InvalidInputError:
+            refused += 1
+    assert refused > 30
 
 
 def test_what_is_cut_off_or_no_such_file_is_refused(saved: SavedReference, tmp_path: Path) -> None:
