@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -208,6 +211,47 @@ def test_a_server_gives_the_answers_of_the_model_that_it_runs(
     assert set(served.keys) == {"Bearer secret"}
     assert {request["model"] for request in served.asked} == {"served"}
     assert "secret" not in there.read_text()
+
+
+LLAMA_SERVER = """
+import sys, time
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), 256, 1
+params.chat_template, params.warmup, params.cpuparams.n_threads = "chatml", False, 1
+server = xllamacpp.Server(params)
+print("address", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Iterator[str]:
+    """The address of llama.cpp's own server, with the demo in it."""
+    pytest.importorskip("xllamacpp")
+    file = tmp_path / "demo.gguf"
+    assert command("export", "demo", "--to", "gguf", "-o", file)[0] == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", LLAMA_SERVER, str(file), str(port)], text=True, **pipes) as child:
+        assert child.stdout is not None
+        address = next((line.split()[1] for line in child.stdout if line.startswith("address ")), None)
+        assert address is not None, "llama.cpp's server does not start"
+        yield f"{address}/v1"
+        child.kill()
+
+
+def test_the_server_of_llama_cpp_is_understood(llama: str, prompts: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    code, out, err = make("demo", prompts, file, "--endpoint", llama, "--json")
+    assert code == 0, err
+    assert json.loads(out)["tokens"] == 18
+    assert [row["messages"][0]["content"] for row in lines(file)] == prompts.read_text().splitlines()
+    assert all(row["messages"][1]["content"].strip() for row in lines(file))
+    assert {row["made"]["stopped"] for row in lines(file)} == {"length"}
 
 
 def test_what_passes_by_itself_is_tried_again_and_a_refusal_keeps_what_is_whole(
