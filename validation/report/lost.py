@@ -8,7 +8,7 @@ from moepress.validation.report.schema import Report
 
 
 def lost_text(report: Report, subject: str) -> str:
-    """`; lost: python (+29 %)`, or nothing.
+    """`; worst hit: python (+29 %)`, or nothing.
 
     A domain is lost where its perplexity rises by more than so many times the mean of the other domains, and beyond the
     error of that, or where the plan says so by the profile. The factor is 2, or that of the plan's limit; a mean below
@@ -22,7 +22,7 @@ def lost_text(report: Report, subject: str) -> str:
     shown = {d: f"{percent_text(rise)}, " for d, rise in rises.items()}
     named = [f"{d} ({percent_text(rises[d])})" for d in found]
     named += [f"{d} ({shown.get(d, '')}by the profile)" for d in planned]
-    return f"; lost: {', '.join(named)}" if named else ""
+    return f"; worst hit: {', '.join(named)}" if named else ""
 
 
 def _measured(report: Report, subject: str, rises: dict[str, float]) -> list[str]:

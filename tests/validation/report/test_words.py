@@ -159,18 +159,18 @@ def test_a_domain_that_is_lost_beside_the_others_is_named_in_the_headline(qualit
     first, second, *_ = quality.domains
     found = ratios(quality, 0.02, error=0.001) | {first: Estimate(value=1.3, error=0.01)}
     report = report_of(quality, Estimate(value=1.1, error=0.01), found)
-    assert headlines(report)[0].endswith(f"; lost: {first} (+30.0 %)")
+    assert headlines(report)[0].endswith(f"; worst hit: {first} (+30.0 %)")
     for section, said in (
         (pruning(given_up=(first,)), ""),
         (pruning(limit="20x", protected=(second,)), ""),
-        (pruning(limit="2x", protected=(first,)), f"; lost: {first} (+30.0 %)"),
+        (pruning(limit="2x", protected=(first,)), f"; worst hit: {first} (+30.0 %)"),
         (
             pruning(lost=(second, "czech")),
-            f"; lost: {first} (+30.0 %), {second} (+2.0 %, by the profile), czech (by the profile)",
+            f"; worst hit: {first} (+30.0 %), {second} (+2.0 %, by the profile), czech (by the profile)",
         ),
     ):
         line = headlines(report.model_copy(update={"pruning": section}))[0]
-        assert line.partition("; lost")[1] == ("; lost" if said else "")
+        assert ("; worst hit: " in line) == bool(said)
         assert line.endswith(said)
 
 
@@ -182,4 +182,4 @@ def test_a_domain_that_is_lost_beside_the_others_is_named_in_the_headline(qualit
 def test_no_domain_is_called_lost_for_little(quality: Quality, worst: float, error: float) -> None:
     others = 0.03 if worst == 1.04 else 0.001
     found = ratios(quality, others, error=0.0001) | {quality.domains[0]: Estimate(value=worst, error=error)}
-    assert "lost" not in headlines(report_of(quality, Estimate(value=1.01, error=0.001), found))[0]
+    assert "worst hit" not in headlines(report_of(quality, Estimate(value=1.01, error=0.001), found))[0]
