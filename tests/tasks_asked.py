@@ -1,9 +1,11 @@
 """What the tests of tasks ask, and a model to be asked."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -24,6 +26,15 @@ CHOICES = [
     ("On the Earth most volcanoes lie along", ["the margins", "def", "9 * 4", "der"], 0),
 ]
 SUMS = [(f"Question: What is {n} + {n + 1}?\nAnswer: {n} + {n + 1} =", str(2 * n + 1)) for n in range(2, 10)]
+
+
+def cache_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the library `datasets` keep what it reads in a folder of the test, and not at home."""
+    if importlib.util.find_spec("datasets") is None:
+        return
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
 
 
 def ask_text_model(demo: Checkpoint, source: Any = None, *, label: str = "demo", longest: int = 512) -> TextModel:

@@ -1,17 +1,17 @@
-"""A model to ask, and no network: tasks of these tests lie in files."""
+"""A model to ask; tasks of these tests lie in files."""
 
-import os
+from pathlib import Path
 
 import pytest
-from tasks_asked import ask_text_model
+from tasks_asked import ask_text_model, cache_in
 
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.validation.tasks.text_model import TextModel
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _no_network(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets"))}
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache_in(tmp_path / "cache", monkeypatch)
 
 
 @pytest.fixture(scope="session")
