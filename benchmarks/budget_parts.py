@@ -23,11 +23,11 @@ from moepress.compress.pruning.plan import Plan
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.evaluation import load_evaluation
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.plan import BudgetRequest, Wish, plan_within
 from moepress.stages.profile import profile_stage
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
-from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN
 

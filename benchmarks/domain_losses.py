@@ -31,9 +31,9 @@ from moepress.compress.pruning.scoring import Criterion, Selection, domain_weigh
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.stages.evaluation import load_evaluation
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.profile import profile_stage
-from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 
 WINDOW, TOKENS, WINDOWS = 512, 16_384, 4

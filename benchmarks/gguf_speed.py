@@ -24,7 +24,7 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.stages.export import gguf_stage, onnx_stage
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
-from moepress.stages.validate import elsewhere_subject, open_subject
+from moepress.stages.subjects import elsewhere_subject, open_subject
 from moepress.validation.speed.throughput import measure_throughput
 from moepress.validation.speed.timing import Bench
 

@@ -38,9 +38,9 @@ from moepress.compress.gptq.options import EFFORTS, SolverOptions
 from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import open_checkpoint
+from moepress.stages.evaluation import load_evaluation
 from moepress.stages.places import Calibration, Machine, Output, model_folder
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
-from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN, Quality
 

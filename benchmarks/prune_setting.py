@@ -19,10 +19,10 @@ from moepress.compress.pruning.repaired import Repairs
 from moepress.compress.pruning.scoring import Criterion
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, Source, SourceView
+from moepress.stages.evaluation import load_evaluation
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.profile import profile_stage
 from moepress.stages.repair import repair_stage
-from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN, Quality
 

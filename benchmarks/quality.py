@@ -25,9 +25,9 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, SourceView, open_checkpoint
+from moepress.stages.evaluation import load_evaluation
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
-from moepress.stages.validate import load_evaluation
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import DOMAIN_MEAN
 

@@ -29,7 +29,7 @@ from moepress.errors import UsageError
 from moepress.runs.files import check_file
 
 if TYPE_CHECKING:
-    from moepress.stages.validate import Evaluation
+    from moepress.stages.evaluation import Evaluation
 
 
 @click.command()
@@ -96,24 +96,25 @@ def validate(before: str, after: str | None, output: Path | None, as_json: bool,
     quiet_libraries()
     from moepress.models.storage.inside import watched
     from moepress.runs.inputs import require_unchanged
-    from moepress.stages import validate
     from moepress.stages.references import saved_subject
+    from moepress.stages.subjects import check_report_folder, open_subject, tokenizer_folder
+    from moepress.stages.validate import validate_stage
     from moepress.validation.quality.reference_file import read_reference
     from moepress.validation.report.files import write_report
     from moepress.validation.report.provenance import provenance, write_provenance
 
     if output is not None:
-        validate.check_report_folder(output, inputs, force=options["force"])
+        check_report_folder(output, inputs, force=options["force"])
     saved = None if options["reference"] is None else read_reference(options["reference"])
     folders = {label: model_place(name) for label, name in names.items()}
     seen = [watched(folder) for folder in folders.values()]
     subjects = [] if saved is None else [saved_subject("before", saved)]
-    subjects += [validate.open_subject(label, folder) for label, folder in folders.items()]
+    subjects += [open_subject(label, folder) for label, folder in folders.items()]
     titles = [display_name(folder, names[label]) for label, folder in folders.items()]
     with tempfile.TemporaryDirectory(prefix="moepress-") as work:
-        report = validate.validate_stage(
+        report = validate_stage(
             subjects,
-            validate.tokenizer_folder(list(folders.values())),
+            tokenizer_folder(list(folders.values())),
             _evaluation_of(options, asked),
             machine_of(options),
             Path(work),
@@ -168,8 +169,8 @@ def _tasks_of(options: Mapping[str, Any], models: Sequence[Path]) -> dict[str, A
 def _evaluation_of(options: Mapping[str, Any], asked: Mapping[str, Any]) -> Evaluation:
     """The evaluation that --data, --max-windows, --tasks, --generations and the thresholds describe."""
     from moepress.stages.answers import answering_of
+    from moepress.stages.evaluation import Evaluation
     from moepress.stages.tasks import TaskRequest
-    from moepress.stages.validate import Evaluation
     from moepress.validation.quality.thresholds import Thresholds
 
     return Evaluation(

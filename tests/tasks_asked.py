@@ -12,7 +12,7 @@ import yaml
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.stages.groundwork import load_tokenizer
 from moepress.stages.places import model_folder
-from moepress.stages.validate import subject_of
+from moepress.stages.subjects import subject_of
 from moepress.validation.quality.measure import Subject
 from moepress.validation.tasks.runners import open_runner
 from moepress.validation.tasks.text_model import TextModel

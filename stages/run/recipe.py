@@ -31,6 +31,7 @@ from moepress.models.storage.mtp import Mtp
 from moepress.runs.byte_sizes import parse_bytes, parse_share
 from moepress.runs.text import suggestion
 from moepress.stages.answers import LEAST_NEW_TOKENS, MAX_NEW_TOKENS, answering_of
+from moepress.stages.evaluation import Evaluation, check_evaluation
 from moepress.stages.export import check_gguf, check_onnx, onnx_bits
 from moepress.stages.groundwork import gguf_weights, load_corpus, opened
 from moepress.stages.places import DEFAULT_TOKENS, DEFAULT_WINDOW, EMBEDDED_TOKENS, Calibration, model_folder
@@ -38,10 +39,6 @@ from moepress.stages.plan import BudgetRequest, Wish, budget_of, loadable, possi
 from moepress.stages.quantize import block_choice, on_grid
 from moepress.stages.repair import check_repair
 from moepress.stages.tasks import TaskRequest, check_request
-from moepress.stages.validate import (
-    Evaluation,
-    check_evaluation,
-)
 from moepress.validation.quality.thresholds import Thresholds
 from moepress.validation.rules.check import notes_before
 from moepress.validation.rules.findings import Runtime

@@ -44,6 +44,7 @@ from moepress.runs.journal import Run, open_run
 from moepress.runs.output import check_output, is_ours
 from moepress.runs.progress import note, stage
 from moepress.runs.rows import first_settings
+from moepress.stages.evaluation import check_evaluation
 from moepress.stages.export import export_stage, gguf_stage, onnx_stage
 from moepress.stages.groundwork import load_corpus, opened, opened_artifact, opened_source
 from moepress.stages.places import Machine, Output, model_folder
@@ -69,15 +70,9 @@ from moepress.stages.run.recipe import (
     settled,
     wish_of,
 )
+from moepress.stages.subjects import elsewhere_subject, open_subject, pruned_subject, subject_of
 from moepress.stages.tasks import files_digest
-from moepress.stages.validate import (
-    check_evaluation,
-    elsewhere_subject,
-    open_subject,
-    pruned_subject,
-    subject_of,
-    validate_stage,
-)
+from moepress.stages.validate import validate_stage
 from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance

@@ -12,9 +12,9 @@ from moepress.calibration import templates
 from moepress.calibration.templates import RenderLimits
 from moepress.errors import UsageError
 from moepress.stages import groundwork
+from moepress.stages.evaluation import Evaluation, evaluation_corpus
 from moepress.stages.groundwork import load_corpus
 from moepress.stages.places import Calibration, context_notes
-from moepress.stages.validate import Evaluation, evaluation_corpus
 
 TinyFactory = Callable[..., Path]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

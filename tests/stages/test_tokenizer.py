@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.stages.groundwork import load_corpus, load_tokenizer
 from moepress.stages.places import Calibration
+from moepress.stages.subjects import tokenizer_folder
 from moepress.stages.tokenizer import read_tokenizer
-from moepress.stages.validate import tokenizer_folder
 
 TEXT = "In 1234567 years of 2026, 20000 leagues\n\n    def f(x): return x+12345  # don't"
 PATTERN = r"\p{N}{1,3}| ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"  # digits in threes

@@ -16,7 +16,7 @@ from moepress.converters.safetensors.artifact import open_artifact
 from moepress.errors import InvalidInputError
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.stages.validate import elsewhere_subject, open_subject, subject_of, tokenizer_folder
+from moepress.stages.subjects import elsewhere_subject, open_subject, subject_of, tokenizer_folder
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.onnx_session import Decoding, open_session, read_logits
 from moepress.validation.quality.results import Quality

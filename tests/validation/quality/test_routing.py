@@ -16,7 +16,7 @@ from moepress.models.forward.dense import load_dense
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, Source, SourceView, open_checkpoint
 from moepress.models.storage.experts import prune_source, router_disk_names
-from moepress.stages.validate import subject_of
+from moepress.stages.subjects import subject_of
 from moepress.validation.quality.measure import Subject, measure
 from moepress.validation.quality.results import Quality, RoutingRow
 from moepress.validation.quality.routing import Kept, Routers, chosen_again, kept_in, same_experts

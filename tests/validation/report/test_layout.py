@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moepress.stages.run.recipe import Recipe, evaluation_of
-from moepress.stages.validate import subject_of
+from moepress.stages.subjects import subject_of
 from moepress.validation.quality.results import (
     Continuation,
     Estimate,

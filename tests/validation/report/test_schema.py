@@ -9,8 +9,10 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.storage.checkpoint import Checkpoint
+from moepress.stages.evaluation import Evaluation
 from moepress.stages.places import Machine
-from moepress.stages.validate import Evaluation, subject_of, validate_stage
+from moepress.stages.subjects import subject_of
+from moepress.stages.validate import validate_stage
 from moepress.validation.quality.thresholds import Thresholds
 from moepress.validation.report.schema import schema_text
 

@@ -9,8 +9,10 @@ from moepress.converters.safetensors.artifact import Artifact, open_artifact
 from moepress.models.families.family import Part
 from moepress.models.forward.inventory import cache_bytes, weigh
 from moepress.models.storage.checkpoint import Checkpoint
+from moepress.stages.evaluation import Evaluation
 from moepress.stages.places import Machine
-from moepress.stages.validate import Evaluation, subject_of, validate_stage
+from moepress.stages.subjects import subject_of
+from moepress.stages.validate import validate_stage
 from moepress.validation.report.markdown import markdown
 from moepress.validation.report.schema import Report
 from moepress.validation.speed.fits import fits_section, weights_of

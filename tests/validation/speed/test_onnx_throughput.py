@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from moepress.converters.onnx.folder import OnnxFolder, open_onnx
 from moepress.converters.safetensors.artifact import open_artifact
-from moepress.stages.validate import elsewhere_subject, subject_of
+from moepress.stages.subjects import elsewhere_subject, subject_of
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.onnx_session import Decoding, open_session
 from moepress.validation.quality.results import Throughput, ThroughputRow

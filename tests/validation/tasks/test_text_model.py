@@ -17,7 +17,7 @@ from moepress.models.storage.checkpoint import Checkpoint
 from moepress.stages.export import gguf_stage
 from moepress.stages.groundwork import load_tokenizer
 from moepress.stages.places import Output, model_folder
-from moepress.stages.validate import elsewhere_subject, subject_of
+from moepress.stages.subjects import elsewhere_subject, subject_of
 from moepress.validation.quality.measure import Subject
 from moepress.validation.rules.gguf_files import runnable_gguf
 from moepress.validation.tasks.runner import Input
