@@ -23,6 +23,9 @@ from moepress.compress.pruning.domains import (
     lost_text,
     protected_selection,
 )
+from moepress.compress.pruning.domains import (
+    protection as protection_of,
+)
 from moepress.compress.pruning.scoring import (
     Criterion,
     Groups,
@@ -42,6 +45,7 @@ from moepress.errors import InvalidInputError, UsageError
 from moepress.models.families.family import Shape, require_legal
 from moepress.models.storage.folder import read_json
 from moepress.models.storage.inside import require_own
+from moepress.runs.text import cut
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 COLLAPSE_NOTE = (
@@ -322,10 +326,21 @@ def load_plan(file: Path) -> Plan:
                 f"{file}: layer {layer} keeps {len(kept)} experts and the plan says {plan.experts}; no runtime takes "
                 "counts that differ by layer."
             )
+    _check_limit(file, plan)
     _check_floats(file, plan)
     _check_layer_bits(file, plan)
     _check_grids(file, plan)
     return plan
+
+
+def _check_limit(file: Path, plan: Plan) -> None:
+    """Refuse a limit on domains that is none: reports go by it."""
+    try:
+        protection_of(plan.protected_domains, plan.max_domain_loss)
+    except UsageError as error:
+        raise InvalidInputError(
+            f"{file}: max_domain_loss is {cut(plan.max_domain_loss)}; it must be 2x or 10%, beside protected_domains."
+        ) from error
 
 
 def _check_floats(file: Path, plan: Plan) -> None:

@@ -25,7 +25,7 @@ from moepress.compress.pruning.domains import (
 )
 from moepress.compress.pruning.plan import load_plan, make_plan, plan_text
 from moepress.compress.pruning.scoring import Criterion, Selection, keep_sets
-from moepress.errors import ThresholdMissedError, UsageError
+from moepress.errors import InvalidInputError, ThresholdMissedError, UsageError
 from moepress.models.families.family import Shape
 from moepress.stages.places import Calibration, Machine, Output
 from moepress.stages.profile import profile_stage
@@ -204,6 +204,14 @@ def test_plans_without_these_fields_are_read(folder: Path, tmp_path: Path) -> No
     (tmp_path / "old.json").write_text(json.dumps(data))
     old = load_plan(tmp_path / "old.json")
     assert (old.protected_domains, old.max_domain_loss, old.lost_domains, old.slack) == ((), None, (), None)
+
+
+@pytest.mark.parametrize("more", [{"max_domain_loss": "2"}, {"max_domain_loss": "2x", "protected_domains": []}])
+def test_a_plan_with_a_limit_that_is_none_is_refused(folder: Path, tmp_path: Path, more: dict[str, object]) -> None:
+    data = json.loads(plan_text(make_plan(load_profile(folder), count=12)))
+    (tmp_path / "plan.json").write_text(json.dumps(data | {"protected_domains": ["python"]} | more))
+    with pytest.raises(InvalidInputError, match="it must be 2x or 10%, beside protected_domains"):
+        load_plan(tmp_path / "plan.json")
 
 
 def test_a_refused_plan_is_not_written_and_ends_with_3(folder: Path, tmp_path: Path) -> None:
