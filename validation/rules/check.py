@@ -23,8 +23,10 @@ __all__ = ["MADE_FOR", "RULES", "Checked", "Rule", "check_folder", "findings", "
 _SERVERS = (sources.VLLM, sources.SGLANG)
 _VLLM, _SGLANG, _TRANSFORMERS = (sources.VLLM,), (sources.SGLANG,), (sources.TRANSFORMERS,)
 _VLLM_RAN, _GPTQMODEL = (sources.VLLM_RAN,), (sources.GPTQMODEL,)
+_IN_VLLM = (sources.VLLM_RAN, sources.TRANSFORMERS)
 _LOADERS = (*_SERVERS, sources.CONVERTER)
 _ALL = (*_LOADERS, sources.TRANSFORMERS)
+_ALL_RAN = (*_IN_VLLM, sources.SGLANG, sources.CONVERTER)
 _SIGNS = (
     *sources.said("vLLM's issue 48905", Runtime.VLLM),
     *(sources.AUTOGPTQ, sources.GPTQMODEL, sources.TRANSFORMERS, sources.ONNXRUNTIME, sources.LLAMA_CPP_RAN),
@@ -33,7 +35,7 @@ _SIGNS = (
 _KINDS = sources.said("what each runtime's loader is for")
 _STATED = sources.said("bug reports (sglang 7593, 23841), and how such loaders work")
 _REGISTRIES = (*_SERVERS, *sources.said("what llama.cpp's users report", Runtime.LLAMA_CPP))
-_HEADS = (*_VLLM, *sources.said("how such loaders work", Runtime.SGLANG, Runtime.LLAMA_CPP), *_TRANSFORMERS)
+_HEADS = (sources.VLLM_RAN, *sources.said("how such loaders work", Runtime.SGLANG, Runtime.LLAMA_CPP), *_TRANSFORMERS)
 _ORT_CUDA = sources.said("ONNX Runtime's documents of July 2026 for CUDA", Runtime.ONNXRUNTIME)
 _ORT = (sources.ONNXRUNTIME,)
 
@@ -66,18 +68,18 @@ RULES: tuple[Rule, ...] = (
     _rule("layout", quantized.layout, _KINDS),
     _rule("mlx-layout", quantized.mlx, (sources.MLX,)),
     _rule("one-set-of-weights", stated.one_set, _TRANSFORMERS),
-    _rule("tensor-names", stated.tensor_names, _TRANSFORMERS),
+    _rule("tensor-names", stated.tensor_names, _IN_VLLM),
     _rule("quantization-stated", stated.quantization, _STATED),
     _rule("architectures", stated.architectures, _REGISTRIES),
     _rule("tied-head", stated.tied_head, _HEADS),
-    _rule("index", presence.index, _ALL),
-    _rule("experts-complete", presence.experts_complete, _ALL),
-    _rule("expert-names", experts.expert_names, _TRANSFORMERS),
-    _rule("tensors-complete", presence.all_tensors, _TRANSFORMERS),
-    _rule("expert-count-in-config", experts.count_in_config, _TRANSFORMERS),
-    _rule("expert-count-by-layer", experts.equal_counts, _ALL),
+    _rule("index", presence.index, _ALL_RAN),
+    _rule("experts-complete", presence.experts_complete, _ALL_RAN),
+    _rule("expert-names", experts.expert_names, _IN_VLLM),
+    _rule("tensors-complete", presence.all_tensors, _IN_VLLM),
+    _rule("expert-count-in-config", experts.count_in_config, _IN_VLLM),
+    _rule("expert-count-by-layer", experts.equal_counts, _ALL_RAN),
     _rule("router-groups", experts.whole_groups, _ALL),
-    _rule("expert-count-legal", experts.legal_count, _TRANSFORMERS),
+    _rule("expert-count-legal", experts.legal_count, _IN_VLLM),
     _rule("expert-limit", experts.llama_cpp_limit, (sources.CONVERTER,)),
     _rule("llama-cpp-model", experts.llama_cpp_model, (sources.LLAMA_CPP, sources.LLAMA_CPP_RAN)),
     _rule("expert-power-of-two", experts.fast_router, _SGLANG),
@@ -87,28 +89,28 @@ RULES: tuple[Rule, ...] = (
     _rule("correction-bias-fp32", experts.float32_bias, _GPTQMODEL),
     _rule("gptq-in-transformers", quantized.gptq_in_transformers, _TRANSFORMERS),
     _rule("experts-in-transformers", quantized.single_in_transformers, _TRANSFORMERS),
-    _rule("gptqmodel-names", quantized.gptqmodel_names, (sources.GPTQMODEL_NAMES,)),
-    _rule("bits", quantized.kernel_bits, _SERVERS),
-    _rule("group-size", quantized.group_size, _VLLM),
-    _rule("group-size-in-width", quantized.whole_shards, _VLLM),
+    _rule("gptqmodel-names", quantized.gptqmodel_names, (sources.GPTQMODEL_RAN,)),
+    _rule("bits", quantized.kernel_bits, (sources.VLLM_RAN, sources.SGLANG)),
+    _rule("group-size", quantized.group_size, _VLLM_RAN),
+    _rule("group-size-in-width", quantized.whole_shards, _VLLM_RAN),
     _rule("marlin-shapes", quantized.marlin, _VLLM),
-    _rule("symmetric", quantized.symmetric, _ALL),
+    _rule("symmetric", quantized.symmetric, (*_ALL_RAN, sources.GPTQMODEL_RAN)),
     _rule("divided-scales", quantized.divided_scales, _TRANSFORMERS),
     _rule("negative-scales", quantized.negative_scales, _SIGNS),
-    _rule("desc-act", quantized.activation_order, _VLLM),
+    _rule("desc-act", quantized.activation_order, _VLLM_RAN),
     _rule("mixed-bits-by-layer", quantized.mixed_by_layer, _ALL),
     _rule("mixed-bits-by-part", quantized.mixed_by_part, (*_TRANSFORMERS, sources.CONVERTER)),
-    _rule("mixed-bits-in-layer", quantized.mixed_in_layer, _ALL),
-    _rule("router-unquantized", quantized.plain_router, _ALL),
-    _rule("router-excluded", quantized.excluded_router, _VLLM),
-    _rule("linears-excluded", quantized.excluded_linears, (*_TRANSFORMERS, *_VLLM)),
+    _rule("mixed-bits-in-layer", quantized.mixed_in_layer, _ALL_RAN),
+    _rule("router-unquantized", quantized.plain_router, _ALL_RAN),
+    _rule("router-excluded", quantized.excluded_router, _VLLM_RAN),
+    _rule("linears-excluded", quantized.excluded_linears, _IN_VLLM),
     _rule("kv-b-proj-unquantized", quantized.kv_b_proj, _SGLANG),
-    _rule("embeddings-unquantized", quantized.plain_embeddings, _TRANSFORMERS),
-    _rule("fused-linears", quantized.fused_alike, _VLLM),
-    _rule("fp8-beside-gptq", quantized.fp8_beside_gptq, _VLLM),
-    _rule("config-keys", quantized.config_keys, (*_TRANSFORMERS, *_GPTQMODEL)),
+    _rule("embeddings-unquantized", quantized.plain_embeddings, _IN_VLLM),
+    _rule("fused-linears", quantized.fused_alike, _VLLM_RAN),
+    _rule("fp8-beside-gptq", quantized.fp8_beside_gptq, _VLLM_RAN),
+    _rule("config-keys", quantized.config_keys, (*_IN_VLLM, *_GPTQMODEL)),
     _rule("gptq-configs", quantized.same_configs, _GPTQMODEL),
-    _rule("codes-complete", presence.complete_codes, (*_TRANSFORMERS, sources.COMPRESSED)),
+    _rule("codes-complete", presence.complete_codes, (*_IN_VLLM, sources.COMPRESSED)),
     _rule("onnx-places", graphs.places, _ORT),
     _rule("onnx-bits", graphs.expert_bits, _ORT),
     _rule("onnx-interleaved-rows", graphs.interleaved_rows, _ORT),

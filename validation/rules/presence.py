@@ -149,7 +149,10 @@ def complete_codes(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             what=first(wrong, 1),
             happens=dict.fromkeys(_FOLDERS, (Effect.REFUSES, "has no place for a tensor of that shape"))
-            | {Runtime.TRANSFORMERS: (Effect.WRONG, "spreads scales that are too few, or ends with an error")},
+            | {
+                Runtime.VLLM: (Effect.WRONG, "of an expert loads what is too short, the rest is whatever memory held"),
+                Runtime.TRANSFORMERS: (Effect.WRONG, "spreads scales that are too few, or ends with an error"),
+            },
             mend=_COPY,
         )
 

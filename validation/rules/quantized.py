@@ -214,6 +214,7 @@ def symmetric(facts: Facts) -> Iterator[Problem]:
         happens |= {Runtime.VLLM: (_REFUSES, "has kernels for experts with zero points at 4 bits only")}
     if facts.kind is Kind.GPTQ:
         happens = dict.fromkeys((Runtime.VLLM, Runtime.SGLANG), (_REFUSES, "takes symmetric GPTQ experts only"))
+        happens |= {Runtime.GPTQMODEL: (_REFUSES, "takes zero points only of folders that say that it made them")}
     yield Problem(what="codes are asymmetric", happens=happens, mend=f"{_AGAIN}, without --asymmetric")
 
 
@@ -225,7 +226,7 @@ def activation_order(facts: Facts) -> Iterator[Problem]:
     if facts.quantization.get("desc_act") is True and grouped:
         yield Problem(
             what="desc_act is true, with groups",
-            happens={Runtime.VLLM: (_REFUSES, "rejects it for experts, whose g_idx it discards")},
+            happens={Runtime.VLLM: (_REFUSES, "refuses activation order, which it no longer has")},
             mend=f"{_AGAIN}: its groups are static, whatever order the codes are solved in",
         )
 
@@ -322,7 +323,7 @@ def mixed_in_layer(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             what=f"the experts of layer {mixed[0]} differ in bits or groups",
             happens={
-                Runtime.VLLM: (_WRONG, "looks at the first expert and takes the others for the same"),
+                Runtime.VLLM: (_REFUSES, "wants one scheme for all matrices of a layer's experts"),
                 Runtime.SGLANG: (_REFUSES, "has one width for a layer's experts"),
                 Runtime.TRANSFORMERS: (_WRONG, "loads several config groups wrong, without an error"),
                 Runtime.LLAMA_CPP: (_REFUSES, "its converter takes one config group"),
@@ -344,19 +345,18 @@ def plain_router(facts: Facts) -> Iterator[Problem]:
 
 
 def excluded_router(facts: Facts) -> Iterator[Problem]:
-    """The config says of every router that it is not quantized."""
-    if not facts.is_quantized:
+    """The config says of every router that it is not quantized; of GPTQ vLLM sees that in the tensors."""
+    if facts.kind is not Kind.COMPRESSED:
         return
     excluded = facts.excluder()
     open_ = [m for m in facts.plain_linears() if _part(facts, m) is Part.ROUTER and not excluded(m)]
     if open_:
-        where = "ignore" if facts.kind is Kind.COMPRESSED else "dynamic"
         yield Problem(
-            what=f"quantization_config.{where} does not name the router {first(open_, 1)}",
+            what=f"quantization_config.ignore does not name the router {first(open_, 1)}",
             happens={
                 Runtime.VLLM: (_REFUSES, "builds the gate of some families (qwen3_moe) quantized, without weights")
             },
-            mend=f"name every router in quantization_config.{where}",
+            mend="name every router in quantization_config.ignore",
         )
 
 
@@ -367,13 +367,13 @@ def excluded_linears(facts: Facts) -> Iterator[Problem]:
     excluded = facts.excluder()
     plain = [m for m in facts.plain_linears() if _part(facts, m) not in (Part.ROUTER, Part.NORMS, Part.MTP)]
     open_ = [m for m in plain if not excluded(m)]
+    in_vllm: Happens = {}
+    if any(m != facts.family.head.removesuffix(".weight") for m in open_):  # whose codes vLLM wants by name
+        in_vllm = {Runtime.VLLM: (_REFUSES, "builds it quantized and has no place for plain weights")}
     if open_:
         yield Problem(
             what=f"{first(open_, 1)} has plain weights, and quantization_config.ignore does not name it",
-            happens={
-                Runtime.TRANSFORMERS: (_REFUSES, "looks for its codes and ends with an error"),
-                Runtime.VLLM: (_REFUSES, "builds it quantized and has no place for plain weights"),
-            },
+            happens={Runtime.TRANSFORMERS: (_REFUSES, "looks for its codes and ends with an error"), **in_vllm},
             mend="name it in quantization_config.ignore",
         )
     shut = [m for m in facts.modules() if excluded(m)]

@@ -100,7 +100,7 @@ def test_asymmetric_codes(copy: Copies) -> None:
     edit_quantization(compressed, lambda q: weights_of(q).update(symmetric=False))
     edit_quantization(gptq, lambda q: q.update(sym=False))
     assert found(compressed, "symmetric") == {TRANSFORMERS: REFUSES}
-    assert found(gptq, "symmetric") == {VLLM: REFUSES, SGLANG: REFUSES}
+    assert found(gptq, "symmetric") == {VLLM: REFUSES, SGLANG: REFUSES, GPTQMODEL: REFUSES}
 
 
 def test_zero_points_that_the_config_does_not_speak_of(copy: Copies) -> None:
@@ -141,7 +141,7 @@ def test_bits_that_differ_in_a_layer(copy: Copies) -> None:
     folder = copy("compressed")
     mix(folder, r"re:.*layers\.1\..*\.down_proj")
     assert found(folder, "mixed-bits-in-layer") == {
-        VLLM: WRONG,
+        VLLM: REFUSES,
         SGLANG: REFUSES,
         TRANSFORMERS: WRONG,
         LLAMA_CPP: REFUSES,
@@ -158,6 +158,8 @@ def test_a_quantized_router(copy: Copies) -> None:
 def test_a_plain_linear_that_the_config_does_not_leave_out(copy: Copies) -> None:
     folder = copy("compressed")
     edit_quantization(folder, lambda q: q["ignore"].remove("lm_head"))
+    assert found(folder, "linears-excluded") == {TRANSFORMERS: REFUSES}
+    become_plain(folder, "model.layers.1.self_attn.o_proj")
     assert found(folder, "linears-excluded") == {TRANSFORMERS: REFUSES, VLLM: REFUSES}
 
 
@@ -230,7 +232,7 @@ def replace(folder: Path, part: str, change: Callable[[Tensor], Tensor]) -> None
 def test_codes_that_do_not_fit_their_scales(copy: Copies, layout: str, part: str, change: Any) -> None:
     folder = copy(layout)
     replace(folder, part, change)
-    assert found(folder, "codes-complete") == dict.fromkeys(FOLDERS, REFUSES) | {TRANSFORMERS: WRONG}
+    assert found(folder, "codes-complete") == dict.fromkeys(FOLDERS, REFUSES) | {VLLM: WRONG, TRANSFORMERS: WRONG}
 
 
 @pytest.mark.parametrize("bits", [None, 0, -4, 1 << 40, 4.0])
@@ -241,16 +243,16 @@ def test_codes_of_no_matrix_are_found_whatever_the_config_says_of_their_bits(
     folder = copy("compressed")
     replace(folder, part, lambda t: t.reshape(-1))
     edit_quantization(folder, lambda q: q["config_groups"]["group_0"]["weights"].update(num_bits=bits))
-    assert found(folder, "codes-complete")[VLLM] is REFUSES
+    assert found(folder, "codes-complete")[VLLM] is WRONG
 
 
 def test_codes_that_no_group_of_the_config_is_for(copy: Copies) -> None:
     folder = copy("compressed")
     edit_quantization(folder, lambda q: q["config_groups"]["group_0"].update(targets=["re:.*none"]))
-    assert found(folder, "codes-complete")[VLLM] is REFUSES
+    assert found(folder, "codes-complete")[VLLM] is WRONG
 
 
 def test_a_part_of_codes_besides_the_experts_that_is_missing(copy: Copies) -> None:
     folder = copy("compressed")
     tiny_models.rewrite(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.weight_shape"))
-    assert found(folder, "codes-complete")[VLLM] is REFUSES
+    assert found(folder, "codes-complete")[VLLM] is WRONG
