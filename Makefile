@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 INSTALL_INPUTS := pyproject.toml setup.py compress/gptq/loops.cpp constraints.txt __init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test gates unit test-slow test-faults test-families clean
+.PHONY: help venv dev demo test gates unit test-slow test-faults test-families test-runtimes clean
 
 help:
 	@echo "make demo       run moepress on its embedded model, from profile to report, into demo-out"
 	@echo "make test       all gates (ruff, mypy, import-linter) and the tests"
 	@echo "make test-slow  the tests that take longer      make test-faults   10,000 spoiled inputs and kills"
 	@echo "make test-families   every mixture-of-experts model of transformers, against transformers (10 minutes)"
+	@echo "make test-runtimes   vLLM, GPTQModel, mlx-lm and others load our outputs (makes their environments: 10 minutes, 8 GB)"
 	@echo "make gates      the gates alone        make unit   the tests alone"
 	@echo "make venv       install moepress into .venv   make dev   with the tools for tests"
 	@echo "make clean      remove all that these made"
@@ -60,6 +61,11 @@ test-slow: dev
 # All model types that the installed transformers has; `make test` has ten of them.
 test-families: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/models/test_families.py -m "slow or not slow"
+
+# Each runtime in an environment of its own, in ~/.cache/moepress-runtimes; those that are there stay.
+test-runtimes: dev
+	@for name in mlx gptqmodel vllm; do tests/runtimes/environments.sh $$name "" $(PYTHON) >/dev/null || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/runtimes -m "slow or not slow"
 
 # Ten thousand spoiled inputs of a seed that is printed, and the kills; `make test` has a short part of a fixed seed.
 test-faults: dev
