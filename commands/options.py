@@ -375,8 +375,8 @@ effort_option: Decorator = click.option(
     default="normal",
     show_default=True,
     help="How long codes are looked for. normal fits every scale to its codes once. fast does not, and --match auto is "
-    "then own: half of the time or less, a fifth to a third more divergence. high lets codes leave what a descent ends in, by "
-    "annealed sweeps: up to 1.5 times as long, a few per cent less. max asks what errors cost at the end of the "
+    "then own: half of the time or less, a fifth to a third more divergence. high lets codes leave what a descent ends "
+    "in, by annealed sweeps: up to 1.5 times as long, a few per cent less. max asks what errors cost at the end of the "
     "network, by a backward pass through the model before: about twice as long, a fifth to a quarter less.",
 )
 
