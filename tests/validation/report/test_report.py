@@ -15,6 +15,7 @@ from moepress.validation.quality.results import Estimate, Quality, Throughput, T
 from moepress.validation.quality.thresholds import Thresholds, judge
 from moepress.validation.report.files import write_report
 from moepress.validation.report.html import html
+from moepress.validation.report.lost import lost_text
 from moepress.validation.report.markdown import markdown
 from moepress.validation.report.schema import (
     Calibration,
@@ -293,7 +294,7 @@ def test_markdown_begins_with_a_sentence_for_everybody(report: Report) -> None:
     first = markdown(report).splitlines()[0]
     assert first == (
         f"# demo &lt;model&gt;: 9.3 MB → 3.1 MB (−67 %), perplexity +{(after / before - 1) * 100:.1f} % "
-        f"({before:.1f} → {after:.1f})"
+        f"({before:.1f} → {after:.1f}){lost_text(report, 'pruned')}"
     )
 
 
