@@ -9,6 +9,7 @@ estimates with the KL divergences, and of pairs at nearly equal bytes how many a
 
 import argparse
 import tempfile
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moepress.calibration.hessian import hessian_for
 from moepress.calibration.profile import Profile
 from moepress.compress.budget.damage import PRUNING_WEIGHT, space_of
 from moepress.compress.pruning.plan import Plan
-from moepress.compress.pruning.scoring import Selection
+from moepress.compress.pruning.scoring import Selection, keep_sets
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.models.families.family import legal_counts
 from moepress.models.forward.walk import Limits
@@ -77,7 +78,8 @@ def pruning_losses(profile: Profile, plans: list[Plan]) -> dict[int, float]:
     """What of the estimates is by the experts that go, by count."""
     selection = Selection(criterion=plans[0].criterion, count=1, weights=plans[0].domain_weights)
     counts = sorted({plan.experts for plan in plans})
-    return dict(space_of(profile, selection, counts=counts, widths=(None,), group_size=-1).pruned)
+    kept = {count: keep_sets(profile, replace(selection, count=count)) for count in counts}
+    return dict(space_of(profile, kept, weights=selection.weights, widths=(None,), group_size=-1).pruned)
 
 
 def main() -> None:
