@@ -36,7 +36,7 @@ dev: .venv/.installed-dev
 
 demo: venv
 	$(BIN)/moepress run demo -o demo-out --keep 0.75 --bits 4 --group-size 64 --to gptq,onnx,gguf \
-		--tasks moepress_continuation,moepress_sums --force
+		--tasks moepress_continuation,moepress_sums --generations 64 --max-new-tokens 64 --force
 	@echo
 	@echo "The report is $(CURDIR)/demo-out/report.html (and report.md, report.json beside it)."
 

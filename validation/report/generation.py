@@ -106,15 +106,15 @@ def _pairs(shift: Shift) -> str:
 
 def _examples(found: Generation) -> Table:
     labels = [answer.subject for answer in found.examples[0].answers] if found.examples else []
-    rows = [
-        (prose_text(_cut(example.prompt)), *(f"[{_end(one)}]\n{prose_text(_cut(one.text))}" for one in example.answers))
-        for example in found.examples
-    ]
+    rows = []
+    for number, example in enumerate(found.examples, start=1):
+        answers = [f"[{_end(one)}]\n{prose_text(_cut(one.text))}" for one in example.answers]
+        rows.append((str(number), prose_text(_cut(example.prompt)), *answers))
     note = (
         "First those where the first model is fine and the other loops, then others that differ. Of long texts the "
         "beginning and the end are shown."
     )
-    return Table(title=EXAMPLES, header=("Prompt", *labels), rows=tuple(rows), note=note, prose=True)
+    return Table(title=EXAMPLES, header=("Number", "Prompt", *labels), rows=tuple(rows), note=note, prose=True)
 
 
 def _end(answer: Answer) -> str:

@@ -68,7 +68,8 @@ def test_the_table_has_counts_intervals_and_pairs() -> None:
     assert "up to 60 tokens" in counts.note
     assert "3 times or more, over 32 tokens or more" in counts.note
     assert "less than 2.9 percentage points are not told from chance." in counts.note
-    ((prompt, fine, looping),) = examples.rows
+    ((number, prompt, fine, looping),) = examples.rows
+    assert number == "1"
     assert prompt == "Why?\n\n| <b>"
     assert fine == "[ended, 3 tokens]\nbecause of /tmp/some/place"
     assert looping.startswith("[loops: a phrase of 2 tokens 30 times]\nha ha")
