@@ -26,6 +26,8 @@ from moepress.stages.places import model_folder
 
 NOT_RUN = {
     r"make (demo|test)$": "installs packages from the network; continuous integration runs `make test`",
+    r"make test-runtimes$|tests/runtimes/environments.sh ": "installs runtimes from the network, gigabytes of them",
+    r"\.venv/bin/pytest tests/runtimes$": "these are tests already",
     r"pip install ": "installs packages from the network",
 }
 """Lines that no test runs, and why."""
@@ -87,7 +89,8 @@ class Reader:
                 place.unlink()
         self._publish(words)
         short = SHORT.get(words[0], TEXT if "--repair" in words else ())
-        short += FEW_ANSWERS if {"--generations", "--prompts"} & set(words) else ()
+        if words[0] in ("run", "validate") and {"--generations", "--prompts"} & set(words):
+            short += FEW_ANSWERS
         code, printed, errors = command(*words, *short)
         limits = {"--max-ppl-increase", "--max-kl", "--max-loop-increase", "--min-recovery"}
         allowed = {0} | ({3} if limits & set(words) else set())

@@ -323,7 +323,7 @@ def test_from_profile_to_a_folder_that_fits(demo: Path, tmp_path: Path) -> None:
         (["--budget", "lots"], "--budget 'lots' is not a size"),
         (["--budget", "1MiB"], "The smallest possible result, 8 experts at 2 bits, takes"),
         (["--budget", "4MiB", "--target", "rtx-3090"], "Give either --budget"),
-        (["--keep", "0.5", "--context", "100"], "--context and --mixed-bits go with --budget"),
+        (["--keep", "0.5", "--context", "100"], "--context, --mixed-bits and --runtime go with --budget"),
         (["--budget", "4MiB", "--mixed-bits", "--bits", "4"], "leave out --bits"),
         (["--keep", "0.5", "--no-quantization", "--include", "attention"], "leave it out with --no-quantization"),
         (["--budget", "4MiB", "--keep", "0.5", "--experts", "8"], "both --keep and --experts"),

@@ -53,6 +53,7 @@ def statistics(domains: int = 1, experts: int = 4, **rows: Any) -> dict[str, Sta
     """Accumulators [S, 8, E]: each row (or one per domain) is spread over the shards so that it is their sum."""
     out = {name: torch.zeros(domains, 8, experts, dtype=torch.float64) for name in ACCUMULATORS}
     out["count"] += 100 / 8
+    out["routed_squared"] = torch.ones(domains, 8, dtype=torch.float64)
     for name, row in rows.items():
         value = torch.tensor(row, dtype=torch.float64).reshape(-1, experts).expand(domains, experts)
         share = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.float64) / 36
