@@ -19,7 +19,7 @@ from moepress.runs.memory import kept_bytes
 
 ROWS_AT_ONCE = 8192
 """Tokens of an expert that pass through it together."""
-_LATER_BYTES = 96 << 20  # model code, thread pools and the like, which a run loads after it was estimated
+_LATER_BYTES = 128 << 20  # model code (scipy with it, where that is), thread pools: loaded after a run was estimated
 _TABLE_BYTES = 1 << 28  # as in models.forward
 _CHECKED = 1.0  # copies of a tensor alive while it is read, tested and cast
 _MATH_ATTENTION = 2.5  # copies of the scores where torch's attention forms them
