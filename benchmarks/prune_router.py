@@ -1,21 +1,23 @@
-"""What a refit of the routers gives back after pruning, beside gains, and with both.
+"""What a refit of the routers gives back after pruning, beside gains, and with both; and one of down projections.
 
-    python benchmarks/prune_router.py [--models bench wide] [--quick] [--jobs 1] [--tables]
+    python benchmarks/prune_router.py [--models bench wide] [--refit down] [--quick] [--jobs 1] [--tables]
 
 Three calibration seeds, `reap`, 25 % and 50 % of the experts removed, held-out text: perplexity, KL divergence from the
 unpruned model, and how often both predict the same token. A share given back is that of the KL divergence that pruning
 alone has with the same seed.
 
-The results are parts of benchmarks/results/prune_quality.json, `router MODEL`; a seed that is done is not done again.
+The results are parts of benchmarks/results/prune_quality.json, `router MODEL`, `down MODEL` and `router+down MODEL`; a
+seed that is done is not done again.
 """
 
 import argparse
 import functools
+import itertools
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -50,6 +52,13 @@ WAYS: Mapping[str, frozenset[Repair]] = {
     "gain": frozenset({Repair.GAIN}),
     "router": frozenset({Repair.ROUTER}),
     "gain+router": frozenset({Repair.GAIN, Repair.ROUTER}),
+    "down": frozenset({Repair.DOWN}),
+    "router+down": frozenset({Repair.ROUTER, Repair.DOWN}),
+}
+REFITS: Mapping[str, tuple[str, ...]] = {
+    "router": ("gain", "router", "gain+router"),
+    "down": ("down",),
+    "router+down": ("router+down",),
 }
 
 
@@ -66,7 +75,7 @@ class RouterSetting(Setting):
     rounds: tuple[str, ...] = ()
     random: int = 0
     pressed: tuple[Any, ...] = ()
-    ways: tuple[str, ...] = tuple(WAYS)
+    ways: tuple[str, ...] = REFITS["router"]
 
 
 QUICK = RouterSetting(seeds=(0, 1), tokens=4096, repair_tokens=2048, windows=2, shares=(0.5,))
@@ -87,7 +96,7 @@ def router_seed(name: str, seed: int, setting: RouterSetting, work: Path) -> dic
             row: dict[str, Any] = {"criterion": plan.criterion.value, "keep": share, "repair": way, "seed": seed}
             source, start = pruned, time.perf_counter()
             if way != NONE:
-                found = repairs_of(plan, WAYS[way], seed, setting, own, folder)
+                found = repairs_of(plan, WAYS[way], seed, setting, own / str(len(rows)), folder)
                 source = repaired_source(pruned, found)
                 row |= {"layers": told(found), "seconds": time.perf_counter() - start}
             subjects.append(subject(str(len(rows)), source))
@@ -108,6 +117,7 @@ def told(repairs: Repairs) -> dict[str, Any]:
         str(number): {
             "error": [layer.error_before, layer.error_after],
             "held_out": layer.router and [layer.router.error_before, layer.router.error_after],
+            "down": layer.down and [layer.down.error_before, layer.down.error_after, layer.down.taken],
         }
         for number, layer in repairs.layers.items()
     }
@@ -144,27 +154,41 @@ def line(name: str, rows: Sequence[Mapping[str, Any]], left: Sequence[float]) ->
     return "| " + " | ".join(cells) + " |"
 
 
-def part_of(name: str) -> str:
-    return f"router {name}"
+def part_of(refit: str, name: str) -> str:
+    return f"{refit} {name}"
+
+
+def joined(name: str, held: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's seeds with the rows of all its parts; what is pruned alone is the same in all."""
+    seeds: dict[str, Any] = {}
+    for refit in REFITS:
+        for seed, found in held.get(part_of(refit, name), {"seeds": {}})["seeds"].items():
+            rows = seeds.setdefault(seed, {"rows": []})["rows"]
+            there = {(row["keep"], row["repair"]) for row in rows}
+            rows += [row for row in found["rows"] if (row["keep"], row["repair"]) not in there]
+    return seeds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=TRAINED, default=["bench", "wide"])
+    parser.add_argument("--refit", nargs="+", choices=REFITS, default=list(REFITS), help="what is refitted")
     parser.add_argument("--quick", action="store_true", help="a test of the script: few tokens, few rows, not written")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once, a process of one thread each")
     parser.add_argument("--tables", action="store_true", help="measure nothing; print the last results as Markdown")
     given = parser.parse_args()
     if given.tables:
         held = read_results(FILE)
-        print("\n".join(markdown({n: held[part_of(n)]["seeds"] for n in TRAINED if part_of(n) in held})))
+        print("\n".join(markdown({name: seeds for name in TRAINED if (seeds := joined(name, held))})))
         return
-    setting, parts = QUICK if given.quick else RouterSetting(), {}
+    parts, file = dict[str, Any](), None if given.quick else FILE
     with tempfile.TemporaryDirectory() as work:
-        for name in given.models:
-            seed, file = functools.partial(router_seed, name), None if given.quick else FILE
-            parts[name] = over_seeds(part_of(name), seed, setting, Path(work), file, given.jobs, model=name)
-    print("\n".join(markdown(parts)))
+        for refit, name in itertools.product(given.refit, given.models):
+            setting = replace(QUICK if given.quick else RouterSetting(), ways=REFITS[refit])
+            part, seed = part_of(refit, name), functools.partial(router_seed, name)
+            seeds = over_seeds(part, seed, setting, Path(work), file, given.jobs, model=name)
+            parts[part] = {"seeds": seeds}
+    print("\n".join(markdown({name: joined(name, parts) for name in given.models})))
 
 
 if __name__ == "__main__":

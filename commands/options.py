@@ -407,9 +407,10 @@ mtp_option: Decorator = click.option(
 repair_option: Decorator = click.option(
     "--repair",
     metavar="PARTS",
-    shell_complete=complete_list("gain", "bias", "router"),
+    shell_complete=complete_list("gain", "bias", "router", "down"),
     help="Mend what pruning changes, with calibration text: gain (a factor for every expert that stays), bias (the "
-    "correction bias of sigmoid routers), router (the routers' rows), or several with commas.  [default: nothing]",
+    "correction bias of sigmoid routers), router (the routers' rows), down (the down projections of the experts that "
+    "stay; without gain), or several with commas.  [default: nothing]",
 )
 
 task_options: Decorator = _stack(

@@ -163,3 +163,7 @@ def _show_pruned(result: Mapping[str, Any], output: Path, options: Mapping[str, 
         if refitted:
             taken = sum(row["sha256"] is not None for row in refitted)
             say(f"Routers: refitted in {taken} of {len(refitted)} layers; in the others it lowered no error")
+        downs = [row["down"] for row in layers if row["down"] is not None]
+        if downs:
+            taken, of = sum(row["taken"] for row in downs), result["experts"] * len(downs)
+            say(f"Down projections: {taken} of {of} refitted; the others lowered no error")

@@ -10,20 +10,23 @@ from typing import Any
 
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.profile import describe_corpus
+from moepress.compress.estimates.estimate import Estimate
 from moepress.compress.estimates.figures import figures_of
+from moepress.compress.estimates.footprint import Workload
 from moepress.compress.estimates.prune import estimate_prune
-from moepress.compress.estimates.rates import measure_rates
+from moepress.compress.estimates.rates import Rates, measure_rates
 from moepress.compress.estimates.repair import estimate_repair
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.repair import Repair
-from moepress.compress.pruning.repair_walk import collect_repairs, collected_rows, drop_walk
+from moepress.compress.pruning.repair_walk import collect_repairs, collected_downs, collected_rows, drop_walk
 from moepress.compress.pruning.repaired import Repairs, RouterRows, parse_repairs
+from moepress.compress.pruning.repaired_down import DownFiles, down_file, downs_digest, open_downs
 from moepress.compress.pruning.rewrite import mtp_keep, planned_bytes, planned_entries, prune
 from moepress.errors import InvalidInputError, UnsupportedError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint
-from moepress.models.storage.experts import prune_source, router_disk_names
+from moepress.models.storage.experts import is_fused, prune_source, router_disk_names
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp
 from moepress.models.storage.safetensors_file import read_header
@@ -38,18 +41,20 @@ from moepress.stages.places import Calibration, Machine, Output, model_folder
 REPAIR_FILE = "repair.json"
 ROWS_FILE = "router.safetensors"
 PLAIN = frozenset({"BF16", "F16", "F32"})
-"""Dtypes in which a router's rows can be replaced."""
+"""Dtypes in which a router's rows, or down projections, can be replaced."""
 
 
 def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair]) -> None:
     """Refuse a repair that has nothing to mend.
 
     Raises:
-        UsageError: every expert stays, or the routers have no correction bias.
+        UsageError: every expert stays, the routers have no correction bias, or gains are to scale what is refitted.
         UnsupportedError: the experts or the routers are stored so that they can not be changed.
     """
     if experts >= checkpoint.shape.experts:
         raise UsageError("--repair mends what pruning changes, and here every expert stays; leave --repair out.")
+    if {Repair.GAIN, Repair.DOWN} <= parts:
+        raise UsageError("--repair down refits what gain scales; leave gain out.")
     if Repair.GAIN in parts and checkpoint.packed:
         raise UnsupportedError(
             f"--repair gain: the experts are stored as {checkpoint.pressed_as or 'fp8 of another kind'}, whose scales "
@@ -61,6 +66,27 @@ def check_repair(checkpoint: Checkpoint, experts: int, parts: frozenset[Repair])
         )
     if Repair.ROUTER in parts:
         _check_routers(checkpoint)
+    if Repair.DOWN in parts:
+        _check_downs(checkpoint)
+
+
+def _check_downs(checkpoint: Checkpoint) -> None:
+    """Refuse down projections that are stored as codes or fp8.
+
+    Raises:
+        UnsupportedError: one is.
+    """
+    family = checkpoint.family
+    for layer in checkpoint.outline.moe_layers:
+        fused, experts = is_fused(checkpoint, layer), range(checkpoint.shape.experts)
+        names = family.fused_names(layer)[1:2] if fused else [family.expert_names(layer, e)[-1] for e in experts]
+        for name in names:
+            stored = checkpoint.stored.get(name)
+            if stored is None or checkpoint.stored_names(name) != (name,) or stored.dtype not in PLAIN:
+                raise UnsupportedError(
+                    f"--repair down: {name} is not stored as a plain weight ({', '.join(sorted(PLAIN))}), so that it "
+                    "can not be refitted without rounding again; use --repair router, or none."
+                )
 
 
 def _check_routers(checkpoint: Checkpoint) -> None:
@@ -107,7 +133,7 @@ def prune_repaired_stage(
     corpus = _corpus(checkpoint, calibration)
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
     rates = measure_rates(checkpoint, work.device, work.dtype) if dry_run else None
-    estimate = estimate_repair(figures_of(checkpoint), work, rates, router=Repair.ROUTER in parts)
+    estimate = _estimate(checkpoint, work, plan, parts, rates)
     if dry_run:
         return {"repair": asdict(estimate), "prune": asdict(estimate_prune(size, rates))}
     require_room(output, size + estimate.disk_bytes)
@@ -131,12 +157,13 @@ def repair_stage(
 ) -> Repairs:
     """Find the repairs without writing a pruned model: a folder for `quantize_stage` to use.
 
-    It has `repair.json`, and with refitted routers `router.safetensors`.
+    It has `repair.json`, with refitted routers `router.safetensors`, and with refitted down projections a file of each
+    layer's.
     """
     checkpoint, inputs = _opened(model_name, output, plan, parts)
     corpus = _corpus(checkpoint, calibration)
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
-    estimate = estimate_repair(figures_of(checkpoint), work, router=Repair.ROUTER in parts)
+    estimate = _estimate(checkpoint, work, plan, parts)
     require_room(output, estimate.disk_bytes)
     streams = _streams(checkpoint, plan, machine)
     settings = _settings("repair", plan, parts, calibration)
@@ -149,7 +176,16 @@ def repair_stage(
         run.require_ready()
         drop_walk(run)
         run.finish()
+    if Repair.DOWN in parts:  # the files have moved
+        return repairs.model_copy(update={"downs": _downs(output.folder, repairs)})
     return repairs
+
+
+def _estimate(
+    checkpoint: Checkpoint, work: Workload, plan: Plan, parts: frozenset[Repair], rates: Rates | None = None
+) -> Estimate:
+    down = plan.experts if Repair.DOWN in parts else 0
+    return estimate_repair(figures_of(checkpoint), work, rates, router=Repair.ROUTER in parts, down=down)
 
 
 def _opened(
@@ -177,11 +213,27 @@ def load_repairs(folder: Path) -> Repairs:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"Cannot read {file} ({error}); repair again.") from error
     repairs = parse_repairs(text, file)
+    repairs = repairs.model_copy(update={"downs": _downs(folder, repairs, check=True)})
     if not any(layer.router is not None and layer.router.taken for layer in repairs.layers.values()):
         return repairs
     stored = read_header(folder / ROWS_FILE)
     rows = {int(name): read_tensor(entry) for name, entry in stored.items() if name.isdigit()}
     return repairs.model_copy(update={"rows": RouterRows(by_layer=rows)})
+
+
+def _downs(folder: Path, repairs: Repairs, *, check: bool = False) -> DownFiles:
+    """The refitted down projections of such a folder; `check` reads them all and holds them against their digests.
+
+    Raises:
+        InvalidInputError: a file is not there, or is not that of the repair.
+    """
+    found = {}
+    for layer, repair in repairs.layers.items():
+        if repair.down is not None:
+            found[layer] = open_downs(folder / down_file(layer))
+            if check and downs_digest(found[layer]) != repair.down.sha256:
+                raise InvalidInputError(f"{folder / down_file(layer)} is not that of its repair; repair again.")
+    return DownFiles(by_layer=found)
 
 
 def _corpus(checkpoint: Checkpoint, calibration: Calibration) -> Corpus:
@@ -222,4 +274,5 @@ def _find(
         layers=layers,
         calibration=describe_corpus(corpus, calibration.seed),
         rows=collected_rows(run, layers),
+        downs=collected_downs(run, layers),
     )

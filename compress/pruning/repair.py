@@ -1,6 +1,6 @@
 """Repair after pruning, the arithmetic: a gain for every kept expert, and a router bias that evens the loads out.
 
-A router's rows are refitted in `refit`.
+A router's rows are refitted in `refit`, down projections in `refit_down`.
 
 Pure functions on tensors. T tokens, K experts that a token gets, E experts that were kept, D hidden size.
 
@@ -34,6 +34,7 @@ class Repair(StrEnum):
     GAIN = "gain"
     BIAS = "bias"
     ROUTER = "router"
+    DOWN = "down"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -43,6 +43,7 @@ class Walk:
         table: the kept experts' outputs, T * J rows.
         gram: their inner products, fp32 [T, J, J], where routers are refitted.
         moment: those with the target, fp32 [T, J], likewise.
+        lacking: what the pruned routed output lacks, fp32 [T, D], where down projections are refitted.
     """
 
     original: Stream
@@ -53,6 +54,7 @@ class Walk:
     table: Rows
     gram: Tensor | None = None
     moment: Tensor | None = None
+    lacking: Tensor | None = None
 
     @property
     def slots(self) -> int:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from moepress.calibration.corpus import Corpus
 from moepress.compress.pruning.repair import Repair, balanced_bias, no_equations, solve_gains
+from moepress.compress.pruning.repair_down import refit_downs
 from moepress.compress.pruning.repair_router import refit_router, with_next
 from moepress.compress.pruning.repair_streams import Routing, Walk, chunks, distance, outputs_of, slots_of, wanted_loads
 from moepress.compress.pruning.repaired import LayerRepair, RouterRefit, RouterRows
+from moepress.compress.pruning.repaired_down import DownFiles, down_piece, open_downs
 from moepress.errors import UnsupportedError
 from moepress.models.families.router import router_of
 from moepress.models.families.routing import route, scores
@@ -77,9 +79,12 @@ def collect_repairs(
     return {layer: _read(run, layer) for layer in sorted(original.moe_layers)}
 
 
-def drop_walk(run: Run) -> None:
-    """Remove what only a resume needed. Hidden states first: without them a resume begins anew, as it then must."""
-    for prefix in _PIECES:
+def drop_walk(run: Run, *, downs: bool = False) -> None:
+    """Remove what only a resume needed. Hidden states first: without them a resume begins anew, as it then must.
+
+    `downs`: refitted down projections too, once they are in the model.
+    """
+    for prefix in (*_PIECES, *(("down-",) if downs else ())):
         for piece in sorted(name for name in run.pieces if name.startswith(prefix)):
             run.drop(piece)
 
@@ -108,15 +113,19 @@ def _open(
         table=scratch[1].rows("outputs", first.tokens * slots, original.shape.hidden, pruned.dtype),
         gram=scratch[1].tensor("gram", (first.tokens, slots, slots), torch.float32) if refitted else None,
         moment=scratch[1].tensor("moment", (first.tokens, slots), torch.float32) if refitted else None,
+        lacking=scratch[1].tensor("lacking", (first.tokens, original.shape.hidden), torch.float32)
+        if Repair.DOWN in parts
+        else None,
     )
 
 
 def _repair_layer(walk: Walk, layer: int, run: Run) -> None:
     model = walk.original.model
-    if Repair.GAIN in walk.parts and layer in model.moe_layers and model.gating(layer).after is not None:
+    scaled = sorted(walk.parts & {Repair.GAIN, Repair.DOWN})
+    if scaled and layer in model.moe_layers and model.gating(layer).after is not None:
         raise UnsupportedError(
-            f"--repair gain: {model.family.name} models have a norm behind each expert, which undoes gains; use "
-            "--repair bias, or none."
+            f"--repair {scaled[0]}: {model.family.name} models have a norm behind each expert, which "
+            f"{'undoes gains' if scaled[0] is Repair.GAIN else 'no linear fit sees'}; use --repair bias, or none."
         )
     streams = (walk.original, walk.pruned)
     routed = False
@@ -135,6 +144,8 @@ def _repair_layer(walk: Walk, layer: int, run: Run) -> None:
                 run.write(f"repair-rows-{layer}", f"repair-{layer:05d}.safetensors", lambda p: write_shard(p, entries))
         with phase("repair"):
             repair, gains, weights = _solve(walk, routing, refit)
+            if Repair.DOWN in walk.parts:
+                repair = _with_downs(walk, layer, routing, repair, run)
             _advance(walk, routing, gains, weights)
         run.write(f"repair-{layer}", f"repair-{layer:05d}.json", lambda path: _write(path, repair))
     for stream in streams:
@@ -215,6 +226,15 @@ def _solve(walk: Walk, routing: Routing, refit: RouterRefit | None) -> tuple[Lay
     return repair, gains, weights
 
 
+def _with_downs(walk: Walk, layer: int, routing: Routing, repair: LayerRepair, run: Run) -> LayerRepair:
+    """The layer's repair once its down projections are refitted."""
+    found, experts = refit_downs(walk, layer, routing, run), walk.pruned.model.shape.experts
+    after, weights = no_equations(experts), routing.weights if routing.other is None else routing.other
+    for rows, chosen, outputs in chunks(walk, routing):
+        after.add(chosen, weights[rows], outputs, walk.target(rows))
+    return repair.model_copy(update={"down": found, "error_after": after.error(torch.ones(experts))})
+
+
 def _advance(walk: Walk, routing: Routing, gains_E: Tensor, weights_TJ: Tensor) -> None:
     """Add the original's routed output to its stream, and the mended one to the pruned model's."""
     original, pruned = walk.original.flat(), walk.pruned.flat()
@@ -232,6 +252,12 @@ def collected_rows(run: Run, layers: Mapping[int, LayerRepair]) -> RouterRows:
     found = {layer: run.done(f"repair-rows-{layer}") for layer in layers}
     pieces = {layer: piece for layer, piece in found.items() if piece is not None}
     return RouterRows(by_layer={n: read_tensor(read_header(run.path(piece))["rows"]) for n, piece in pieces.items()})
+
+
+def collected_downs(run: Run, layers: Mapping[int, LayerRepair]) -> DownFiles:
+    """The down projections that were refitted, once all layers are done."""
+    found = {layer: run.done(down_piece(layer)) for layer in layers}
+    return DownFiles(by_layer={n: open_downs(run.path(piece)) for n, piece in found.items() if piece is not None})
 
 
 def _write(path: Path, repair: LayerRepair) -> None:

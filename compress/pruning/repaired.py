@@ -1,6 +1,6 @@
-"""What a repair changes in a pruned model: down projections are scaled, router biases and router rows replaced.
+"""What a repair changes in a pruned model: down projections are scaled or replaced, router biases and rows replaced.
 
-`Repairs` is the record of one (in `moepress.json`, and as `repair.json` in a run's folder, the rows beside it). A
+`Repairs` is the record of one (in `moepress.json`, and as `repair.json` in a run's folder, the values beside it). A
 `RepairedSource` shows a pruned source with it applied; `Edits` name the same changes for a folder that is being
 written.
 """
@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationErr
 from torch import Tensor
 
 from moepress.compress.pruning.repair import Repair
+from moepress.compress.pruning.repaired_down import DownFiles, downs_by_name
 from moepress.errors import InvalidInputError
 from moepress.models.storage.checkpoint import Source, SourceView
 from moepress.models.storage.experts import bias_names, experts_by_layer, is_fused, router_axis, router_disk_names
-from moepress.models.storage.tensors import tensor_bytes
+from moepress.models.storage.safetensors_file import Stored
+from moepress.models.storage.tensors import read_row, read_tensor, tensor_bytes
 
 
 class RouterRefit(BaseModel):
@@ -42,6 +44,23 @@ class RouterRefit(BaseModel):
         return self.sha256 is not None
 
 
+class DownRefit(BaseModel):
+    """What came of the refit of one layer's down projections.
+
+    Errors are those of `LayerRepair` on calibration tokens that are held out: before, and less what the test fits took
+    off, which did not learn from them. `taken` of the layer's experts have other values, fitted to all tokens; the rest
+    stay. The digest is `downs_digest`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    error_before: float
+    error_after: float
+    tokens: int
+    taken: int
+    sha256: str
+
+
 class LayerRepair(BaseModel):
     """One layer's repair; experts by their new numbers.
 
@@ -59,6 +78,7 @@ class LayerRepair(BaseModel):
     load_before: float | None = None
     load_after: float | None = None
     router: RouterRefit | None = None
+    down: DownRefit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,6 +115,13 @@ class Repairs(BaseModel):
     layers: dict[int, LayerRepair]
     calibration: dict[str, Any]
     rows: SkipValidation[RouterRows] = Field(default_factory=RouterRows, exclude=True, repr=False)
+    downs: SkipValidation[DownFiles] = Field(default_factory=DownFiles, exclude=True, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same and hold the same bytes; where those of down projections lie does not count."""
+        return isinstance(other, Repairs) and (self.digest, self.rows) == (other.digest, other.rows)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def digest(self) -> str:
@@ -128,19 +155,21 @@ class Edits:
     Attributes:
         factors: down projection -> factor; of a fused tensor one for every expert, of others one.
         tensors: what takes the place of a tensor.
+        stored: likewise, where that lies in files; of a fused tensor a row for every expert, of others one whole.
     """
 
-    factors: Mapping[str, tuple[float, ...]]
-    tensors: Mapping[str, Tensor]
+    factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
 
 
 def edits_of(pruned: Source, repairs: Repairs) -> Edits:
     """The changes that repairs mean for a pruned source, or for a folder of that layout.
 
     Raises:
-        InvalidInputError: the repairs are for other layers or for another number of experts, or lack a router's rows.
+        InvalidInputError: the repairs are for other layers or another number of experts, or lack what belongs to them.
     """
-    factors, tensors = dict[str, tuple[float, ...]](), dict[str, Tensor]()
+    factors, tensors, stored = dict[str, tuple[float, ...]](), dict[str, Tensor](), dict[str, tuple[Stored, ...]]()
     counts = experts_by_layer(pruned)
     for layer, repair in repairs.layers.items():
         routers, experts = router_disk_names(pruned, layer), counts.get(layer, 0)
@@ -159,7 +188,9 @@ def edits_of(pruned: Source, repairs: Repairs) -> Edits:
                     f"The rows of layer {layer}'s router are not those of its repair; repair again."
                 )
             tensors[routers[0]] = with_rows(pruned, routers[0], rows)
-    return Edits(factors=factors, tensors=tensors)
+        if repair.down is not None:
+            stored |= downs_by_name(pruned, layer, repairs.downs.by_layer.get(layer, ()), experts)
+    return Edits(factors=factors, tensors=tensors, stored=stored)
 
 
 def router_rows(source: Source, layer: int) -> Tensor:
@@ -205,6 +236,9 @@ class RepairedSource(SourceView):
         """One tensor, repaired."""
         if name in self.edits.tensors:
             return self.edits.tensors[name].clone()
+        if name in self.edits.stored:
+            rows = [read_tensor(entry) for entry in self.edits.stored[name]]
+            return torch.stack(rows) if len(self.shapes[name]) > rows[0].dim() else rows[0]
         tensor, factors = self.base.read(name), self.edits.factors.get(name)
         if factors is None:
             return tensor
@@ -216,6 +250,10 @@ class RepairedSource(SourceView):
         """`read(name)[row]`, reading nothing else."""
         if name in self.edits.tensors:
             return self.edits.tensors[name][row].clone()
+        if name in self.edits.stored:
+            stored = self.edits.stored[name]
+            fused = len(self.shapes[name]) > len(stored[0].shape)
+            return read_tensor(stored[row]) if fused else read_row(stored[0], row)
         tensor, factors = self.base.read_row(name, row), self.edits.factors.get(name)
         if factors is None:
             return tensor

@@ -1,6 +1,7 @@
 """Rewrite a checkpoint by a plan: copy, rename, slice. Nothing is dequantized; memory is one chunk of one tensor.
 
-A repair scales down projections as they are copied (of fp8 weights their block scales) and replaces router biases.
+A repair scales down projections as they are copied (of fp8 weights their block scales), or copies refitted ones in
+their place, and replaces routers' biases and rows.
 """
 
 import functools
@@ -30,7 +31,7 @@ from moepress.runs.phases import phase
 from moepress.runs.progress import track
 
 CHUNK_BYTES = 32 << 20
-_NOTHING = Edits(factors={}, tensors={})
+_NOTHING = Edits()
 _SCALES = "_scale_inv"
 
 
@@ -95,7 +96,7 @@ def prune(
     )
     if repairs is not None:
         run.require_ready()
-        drop_walk(run)
+        drop_walk(run, downs=True)
     run.finish()
     return result
 
@@ -204,6 +205,8 @@ def _entry(
     name = stored.name
     if name in edits.tensors:
         return tensor_entry(name, edits.tensors[name])
+    if name in selected and name in edits.stored:
+        return _refitted_entry(stored, name, selected[name].shape(stored.shape), edits.stored[name])
     if name in selected:
         return _cut_entry(stored, selected[name], checkpoint.allow_nonfinite, edits.factors.get(name))
     found = checkpoint.family.expert_of(name)
@@ -211,11 +214,23 @@ def _entry(
         if found[1] not in positions[found[0]]:
             return None
         name = checkpoint.family.renumber(found[0], positions[found[0]][found[1]], found[2])
+        if name in edits.stored:
+            return _refitted_entry(stored, name, stored.shape, edits.stored[name])
     # Of an fp8 weight it is the block scales that take the factor, and its own bytes stay.
     scales = stored.dtype != "F8_E4M3"
     factors = edits.factors.get(name.removesuffix(_SCALES)) if scales else None
     data = functools.partial(_copy, stored, [(0, stored.bytes)], checkpoint.allow_nonfinite, factors)
     return Entry(name=name, dtype=stored.dtype, shape=stored.shape, bytes=stored.bytes, data=data)
+
+
+def _refitted_entry(stored: Stored, name: str, shape: tuple[int, ...], parts: Sequence[Stored]) -> Entry:
+    """A tensor whose values lie in other files, one behind the other."""
+
+    def data() -> Iterator[Chunk]:
+        for part in parts:
+            yield from _copy(part, [(0, part.bytes)], allow_nonfinite=False, factors=None)
+
+    return Entry(name=name, dtype=stored.dtype, shape=shape, bytes=sum(part.bytes for part in parts), data=data)
 
 
 def _selected(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> dict[str, Cut]:

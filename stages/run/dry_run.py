@@ -91,7 +91,13 @@ def estimate_recipe(recipe: Recipe, out: Path, *, resume: bool = False) -> RunEs
     rates = measure_rates(checkpoint, work.device, work.dtype)
     stages = {"profile": _profile_estimate(full, figures, work, rates)}
     if full.repair:
-        stages["repair"] = estimate_repair(figures, work, rates, router=Repair.ROUTER in full.repair)
+        stages["repair"] = estimate_repair(
+            figures,
+            work,
+            rates,
+            router=Repair.ROUTER in full.repair,
+            down=known.count if Repair.DOWN in full.repair else 0,
+        )
     include = on_grid(checkpoint, full.grid, known.include)
     linears = included_linears(checkpoint, include)
     sizes = estimate_sizes(

@@ -33,15 +33,30 @@ def test_what_is_given_back_is_paired_by_seed(benchmark: ModuleType) -> None:
     assert router.endswith("| 15.0 ± 5.0 % | 2 of 2 |")
 
 
+def test_rows_of_both_parts_come_together_by_seed(benchmark: ModuleType) -> None:
+    held = {
+        "router bench": {"seeds": {"0": {"rows": [row(0, "none", 0.1), row(0, "router", 0.08)]}}},
+        "down bench": {"seeds": {"0": {"rows": [row(0, "none", 0.1), row(0, "down", 0.06)]}}},
+    }
+    seeds = benchmark.joined("bench", held)
+    assert [r["repair"] for r in seeds["0"]["rows"]] == ["none", "router", "down"]
+    assert benchmark.joined("wide", held) == {}
+    *_, down = benchmark.markdown({"bench": seeds})
+    assert down.endswith("| 40.0 | 1 of 1 |")
+
+
 def test_a_seed_is_measured_on_the_embedded_model(benchmark: ModuleType, tmp_path: Path) -> None:
     setting = dataclasses.replace(
-        benchmark.QUICK, tokens=2048, repair_tokens=4096, windows=1, ways=("router", "gain+router")
+        benchmark.QUICK, tokens=2048, repair_tokens=4096, windows=1, ways=("router", "router+down")
     )
     found = benchmark.router_seed("demo", 0, setting, tmp_path)
-    assert [r["repair"] for r in found["rows"]] == ["none", "router", "gain+router"]
+    assert [r["repair"] for r in found["rows"]] == ["none", "router", "router+down"]
     for r in found["rows"]:
         assert r["kl"] > 0
         assert 0 < r["same_top1"] < 1
     layers = found["rows"][1]["layers"].values()
     assert all(after <= before for layer in layers for before, after in [layer["held_out"]])
+    downs = [layer["down"] for layer in found["rows"][2]["layers"].values()]
+    assert all((after < before) == (taken > 0) for before, after, taken in downs)
+    assert any(taken for *_, taken in downs)
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """--repair in `prune` and `run`: what is refused, what is left behind, and that quantizing sees the same model."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -13,17 +14,20 @@ from stage_runs import add_tokenizer, command, content, keep_of, plan_of
 from moepress.compress.pruning.plan import plan_text
 from moepress.compress.pruning.repair import Repair
 from moepress.compress.pruning.repaired import Repairs
+from moepress.compress.pruning.repaired_down import down_places
 from moepress.converters.safetensors.scheme import Scheme
-from moepress.errors import InvalidInputError
+from moepress.errors import InvalidInputError, UnsupportedError
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import prune_source, router_disk_names
 from moepress.stages.places import Calibration, Machine, Output, model_folder
 from moepress.stages.quantize import QuantizeRequest, quantize_stage
-from moepress.stages.repair import load_repairs, prune_repaired_stage, repair_stage
+from moepress.stages.repair import check_repair, load_repairs, prune_repaired_stage, repair_stage
 from moepress.stages.run.recipe import make_recipe
 from moepress.stages.run.run import run_recipe
 from moepress.validation.report.schema import Report
 
+GAINS = frozenset({Repair.GAIN, Repair.BIAS, Repair.ROUTER})
+ALL = frozenset({Repair.DOWN, Repair.BIAS, Repair.ROUTER})
 KEEP = {1: [0, 1, 4, 6, 8, 9, 12, 15], 2: [2, 3, 5, 6, 9, 11, 12, 13]}
 
 
@@ -44,7 +48,7 @@ def text(tmp_path: Path) -> Path:
 def test_the_command_leaves_a_folder_that_says_what_was_mended(model: Path, text: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(plan_text(plan_of(open_checkpoint(model), KEEP)))
-    given = ["prune", model, "--plan", plan, "--repair", "gain,bias,router", "--domain", f"one={text}"]
+    given = ["prune", model, "--plan", plan, "--repair", "down,bias,router", "--domain", f"one={text}"]
     given += ["--tokens", "512", "--window", "16"]
     code, printed, errors = command(*given, "-o", tmp_path / "out")
     assert code == 0, errors
@@ -54,7 +58,8 @@ def test_the_command_leaves_a_folder_that_says_what_was_mended(model: Path, text
     report = json.loads((tmp_path / "out" / "moepress.json").read_text())
     repairs = Repairs.model_validate(report["repair"])
     assert sorted(repairs.layers) == [1, 2]
-    assert set(repairs.parts) == set(Repair)
+    assert set(repairs.parts) == ALL
+    assert "Down projections: " in printed
     assert repairs.calibration["tokens"] == 512
     tiny_models.reference(tmp_path / "out")
     code, printed, errors = command(*given, "-o", tmp_path / "dry", "--dry-run", "--json")
@@ -70,7 +75,14 @@ def test_the_command_leaves_a_folder_that_says_what_was_mended(model: Path, text
     [
         ("mixtral", [0, 1, 2, 5], ["--repair", "bias"], "no correction bias; use --repair gain"),
         ("mixtral", list(range(8)), ["--repair", "gain"], "here every expert stays"),
-        ("mixtral", [0, 1, 2, 5], ["--repair", "gain,shine"], "--repair shine is not there; give gain, bias, router"),
+        (
+            "mixtral",
+            [0, 1, 2, 5],
+            ["--repair", "gain,shine"],
+            "--repair shine is not there; give gain, bias, router, down",
+        ),
+        ("mixtral", list(range(8)), ["--repair", "down"], "here every expert stays"),
+        ("mixtral", [0, 1, 2, 5], ["--repair", "down,gain"], "--repair down refits what gain scales; leave gain out"),
         ("mixtral", [0, 1, 2, 5], ["--repair", ","], "--repair names no part"),
         ("mixtral", [0, 1, 2, 5], ["--tokens", "64"], "go with --repair only"),
     ],
@@ -87,13 +99,18 @@ def test_a_repair_of_nothing_is_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_quantizing_with_a_repair_is_quantizing_the_repaired_folder(model: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [GAINS, ALL], ids=["gain", "down"])
+def test_quantizing_with_a_repair_is_quantizing_the_repaired_folder(
+    model: Path, text: Path, tmp_path: Path, parts: frozenset[Repair]
+) -> None:
     plan = plan_of(open_checkpoint(model), KEEP)
     calibration = Calibration(domains=(f"one={text}",), tokens=512, window=16)
-    parts, machine = frozenset(Repair), Machine(memory_bytes=1 << 30)
+    machine = Machine(memory_bytes=1 << 30)
     repairs = repair_stage(str(model), Output(folder=tmp_path / "repair"), plan, parts, calibration, machine)
     assert load_repairs(tmp_path / "repair") == repairs
-    assert {p.name for p in (tmp_path / "repair").iterdir()} <= {"repair.json", "router.safetensors"}
+    downs = {"down-00001.safetensors", "down-00002.safetensors"} if Repair.DOWN in parts else set()
+    left = {p.name for p in (tmp_path / "repair").iterdir()} - {"router.safetensors"}
+    assert left == {"repair.json"} | downs
     made = prune_repaired_stage(str(model), Output(folder=tmp_path / "pruned"), plan, parts, calibration, machine)
     assert Repairs.model_validate(made["repair"]).layers == repairs.layers
     request = QuantizeRequest(scheme=Scheme(bits=4, group_size=32))
@@ -164,3 +181,27 @@ def test_a_damaged_repair_is_refused(tmp_path: Path) -> None:
     (tmp_path / "repair.json").write_text('{"schema_version": "1.0"}')
     with pytest.raises(InvalidInputError, match="holds no valid repair: model"):
         load_repairs(tmp_path)
+
+
+def test_changed_down_projections_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    plan, parts = plan_of(open_checkpoint(model), KEEP), frozenset({Repair.DOWN})
+    calibration = Calibration(domains=(f"one={text}",), tokens=512, window=16)
+    repair_stage(str(model), Output(folder=tmp_path / "repair"), plan, parts, calibration, Machine())
+    file = tmp_path / "repair" / "down-00001.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(InvalidInputError, match=r"down-00001.safetensors is not that of its repair; repair again"):
+        load_repairs(tmp_path / "repair")
+    file.unlink()
+    with pytest.raises(InvalidInputError, match=r"down-00001.safetensors"):
+        load_repairs(tmp_path / "repair")
+
+
+def test_down_projections_that_are_codes_are_refused() -> None:
+    demo = open_checkpoint(model_folder("demo"))
+    check_repair(demo, 8, frozenset({Repair.DOWN}))
+    place = down_places(demo, min(demo.outline.moe_layers), 1)[0]
+    coded = {**demo.stored, place.name: dataclasses.replace(demo.stored[place.name], dtype="F8_E4M3")}
+    with pytest.raises(UnsupportedError, match="is not stored as a plain weight"):
+        check_repair(dataclasses.replace(demo, stored=coded), 8, frozenset({Repair.DOWN}))

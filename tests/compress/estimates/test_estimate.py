@@ -333,6 +333,26 @@ def test_a_refitted_router_costs_time_memory_and_disk(figures: Figures) -> None:
     assert small.disk["inner products"] == more.memory["inner products"]
 
 
+def test_refitted_down_projections_cost_time_memory_and_disk(figures: Figures) -> None:
+    work = Workload(tokens=4096, window=64, device=CPU, dtype=torch.float32)
+    plain, more, twice = (repair.estimate_repair(figures, work, RATES, down=kept) for kept in (0, 4, 8))
+    shape, routed = figures.shape, figures.parts[Part.ROUTED]
+    size = 4 * figures.moe_layers * shape.expert_width * shape.hidden * routed.bytes // routed.parameters
+    assert more.disk_bytes - plain.disk_bytes == size
+    assert twice.disk_bytes - plain.disk_bytes == 2 * size
+    assert more.memory["what is lacking"] == 4 * 4096 * shape.hidden
+    assert more.peak_memory_bytes == (
+        plain.peak_memory_bytes + more.memory["what is lacking"] + more.memory["down projections"]
+    )
+    assert plain.seconds is not None
+    assert more.seconds is not None
+    assert twice.seconds is not None
+    assert plain.seconds < more.seconds < twice.seconds
+    small = repair.estimate_repair(figures, replace(work, memory_bytes=1 << 20), RATES, down=4)
+    assert small.memory["what is lacking"] == 0
+    assert small.disk["what is lacking"] == more.memory["what is lacking"]
+
+
 def test_too_little_memory_is_said_with_the_least(model: Checkpoint, figures: Figures) -> None:
     small = quantizing(model, figures, memory_bytes=64 << 20)
     assert any("--max-memory 64.0 MiB is too little" in note for note in small.notes)

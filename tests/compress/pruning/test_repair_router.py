@@ -43,7 +43,7 @@ from moepress.stages.repair import check_repair
 ROUTER, GAINS_TOO, ALL = (
     frozenset({Repair.ROUTER}),
     frozenset({Repair.ROUTER, Repair.GAIN}),
-    frozenset(Repair),
+    frozenset({Repair.GAIN, Repair.BIAS, Repair.ROUTER}),
 )
 Keep = Mapping[int, Sequence[int]]
 
