@@ -26,8 +26,8 @@ from torch import Tensor
 
 from moepress.calibration.corpus import Corpus, sampled
 from moepress.models.forward.backward import Gradients, backward_head, backward_layer, open_gradients
-from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
-from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, last_step, open_stream
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits, Scratch, Stream, go_through, open_stream
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.tensors import read_tensor, tensor_entry
 from moepress.models.storage.writer import Entry, write_shard
@@ -159,17 +159,9 @@ def _restore(run: Run, stream: Stream, layer: int) -> None:
 
 
 def _forward(run: Run, stream: Stream, layer: int) -> None:
-    model = stream.model
     _keep(run, stream, layer)
-    model.load_layer(layer)
-    if first_step(stream, layer):
-        add_experts(stream, layer)
-        last_step(stream, layer)
-    model.unload_layer(layer)
-    require_finite_hidden(stream.hidden, layer)
-    stream.forget()
-    release_memory()
-    if layer == model.shape.layers - 1:
+    go_through(stream, layer)
+    if layer == stream.model.shape.layers - 1:
         _keep(run, stream, layer + 1)
 
 

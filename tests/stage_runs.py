@@ -28,11 +28,13 @@ from moepress.compress.pruning.scoring import Criterion, Groups
 from moepress.converters.safetensors.artifact import Artifact
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.inventory import inventory
+from moepress.models.forward.proof import proven_family
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, Scratch, forward
 from moepress.models.storage.checkpoint import Checkpoint, Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
 from moepress.models.storage.mtp import Mtp
+from moepress.models.storage.safetensors_file import read_bytes
 from moepress.runs.journal import open_run
 from moepress.stages.places import model_folder
 
@@ -346,3 +348,14 @@ def command(*arguments: object) -> tuple[int, str, str]:
 def in_torch(profile: Profile) -> dict[int, dict[str, torch.Tensor]]:
     """A profile's statistics as tensors."""
     return {n: {k: torch.from_numpy(v) for k, v in row.items()} for n, row in profile.statistics.items()}
+
+
+def opened(folder: Path) -> Checkpoint:
+    """A model whose family has proved itself."""
+    source = open_checkpoint(folder)
+    return replace(source, family=proven_family(source.family, source.config))
+
+
+def stored(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor of a folder."""
+    return {n: (e.dtype, e.shape, bytes(read_bytes(e))) for n, e in checkpoint.stored.items()}

@@ -373,15 +373,21 @@ def forward(
     stream = open_stream(model, windows_NT, scratch, limits, observe=False)
     with track(title, model.shape.layers, unit="layers") as advance, torch.inference_mode():
         for layer in range(model.shape.layers):
-            model.load_layer(layer)
-            if first_step(stream, layer):
-                if chose is not None:
-                    chose(layer, stream.chosen)
-                add_experts(stream, layer)
-                last_step(stream, layer)
-            model.unload_layer(layer)
-            require_finite_hidden(stream.hidden, layer)
-            stream.forget()
-            release_memory()
+            go_through(stream, layer, chose)
             advance(1)
     return stream.hidden
+
+
+def go_through(stream: Stream, layer: int, chose: Callable[[int, Tensor], None] | None = None) -> None:
+    """One layer of `forward`, loaded and given back: the stream's hidden states become those behind it."""
+    model = stream.model
+    model.load_layer(layer)
+    if first_step(stream, layer):
+        if chose is not None:
+            chose(layer, stream.chosen)
+        add_experts(stream, layer)
+        last_step(stream, layer)
+    model.unload_layer(layer)
+    require_finite_hidden(stream.hidden, layer)
+    stream.forget()
+    release_memory()

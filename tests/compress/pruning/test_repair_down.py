@@ -1,6 +1,5 @@
 """Down projections that were refitted, in whole models: the folder is the model that was walked."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from stage_runs import (
     expert_outputs,
     keep_of,
     logits_of,
+    opened,
     plan_of,
+    stored,
     streamed_logits,
     watched,
 )
@@ -32,12 +33,10 @@ from moepress.compress.pruning.repaired import Repairs, repaired_source
 from moepress.compress.pruning.repaired_down import DownFiles, down_places
 from moepress.compress.pruning.rewrite import prune
 from moepress.errors import InvalidInputError
-from moepress.models.forward.proof import proven_family
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import prune_source
-from moepress.models.storage.safetensors_file import read_bytes
 from moepress.runs.journal import open_run
 from moepress.stages.places import model_folder
 
@@ -52,15 +51,6 @@ Keep = Mapping[int, Sequence[int]]
 
 class StoppedError(Exception):
     """Stands for a kill."""
-
-
-def opened(folder: Path) -> Checkpoint:
-    source = open_checkpoint(folder)
-    return dataclasses.replace(source, family=proven_family(source.family, source.config))
-
-
-def stored(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {n: (e.dtype, e.shape, bytes(read_bytes(e))) for n, e in checkpoint.stored.items()}
 
 
 def repaired(

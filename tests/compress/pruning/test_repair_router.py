@@ -18,8 +18,10 @@ from stage_runs import (
     demo_windows,
     keep_of,
     logits_of,
+    opened,
     plan_of,
     pruned_folder,
+    stored,
     streamed_logits,
 )
 from torch import Tensor
@@ -30,12 +32,10 @@ from moepress.compress.pruning.repair_walk import collect_repairs, collected_row
 from moepress.compress.pruning.repaired import Repairs, RouterRows, repaired_source
 from moepress.compress.pruning.rewrite import prune
 from moepress.errors import InvalidInputError, UnsupportedError
-from moepress.models.forward.proof import proven_family
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
 from moepress.models.storage.experts import experts_by_layer, prune_source, router_disk_names
-from moepress.models.storage.safetensors_file import read_bytes
 from moepress.runs.journal import open_run
 from moepress.stages.places import model_folder
 from moepress.stages.repair import check_repair
@@ -46,11 +46,6 @@ ROUTER, GAINS_TOO, ALL = (
     frozenset({Repair.GAIN, Repair.BIAS, Repair.ROUTER}),
 )
 Keep = Mapping[int, Sequence[int]]
-
-
-def opened(folder: Path) -> Checkpoint:
-    source = open_checkpoint(folder)
-    return dataclasses.replace(source, family=proven_family(source.family, source.config))
 
 
 def repaired(
@@ -79,10 +74,6 @@ def repaired(
         if write:
             prune(source, plan, run, repairs=repairs)
     return repairs
-
-
-def stored(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {n: (e.dtype, e.shape, bytes(read_bytes(e))) for n, e in checkpoint.stored.items()}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from stage_runs import (
     logits_of,
     plan_of,
     pruned_folder,
+    stored,
     streamed_logits,
     watched,
 )
@@ -32,9 +33,8 @@ from moepress.compress.pruning.rewrite import prune
 from moepress.errors import InvalidInputError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits
-from moepress.models.storage.checkpoint import Checkpoint, open_checkpoint
+from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.models.storage.experts import prune_source
-from moepress.models.storage.safetensors_file import read_bytes
 from moepress.models.storage.tensors import read_tensor
 from moepress.runs.journal import open_run
 
@@ -119,10 +119,6 @@ def test_gains_are_those_of_brute_force_on_transformers_layers(
         assert repair.error_after == pytest.approx(expected[layer]["after"], rel=1e-3)
         assert repair.error_after < repair.error_before
         assert (gains - 1).abs().max() > 0.01
-
-
-def stored(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {n: (e.dtype, e.shape, bytes(read_bytes(e))) for n, e in checkpoint.stored.items()}
 
 
 @pytest.mark.parametrize(
