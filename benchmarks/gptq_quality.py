@@ -79,6 +79,8 @@ VARIANTS = (
     Variant(name="match original", hessian={"asymmetry": 1.0}),
     Variant(name="match original, effort high", hessian={"asymmetry": 1.0}, solver=HIGH),
     Variant(name="match original, effort max", hessian=MAX, solver={"annealed": EFFORTS["max"].annealed}),
+    Variant(name="independent layers", hessian={"asymmetry": 1.0, "independent": True}),
+    Variant(name="independent layers, match own", hessian={"independent": True}),
     Variant(name="match original, refits 4", hessian={"asymmetry": 1.0}, solver={"refits": 4}),
     Variant(name="positive scales", solver={"signed": False}),
     Variant(name="int4 g32", request={"scheme": Scheme(bits=4, group_size=32)}),

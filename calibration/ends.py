@@ -34,6 +34,7 @@ from moepress.models.storage.writer import Entry, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase
+from moepress.runs.pieces import Pieces
 from moepress.runs.progress import Advance, track
 
 Groups = Mapping[int, Sequence[Sequence[str]]]
@@ -299,7 +300,7 @@ def _entry(name: str, side_RR: Tensor) -> Entry:
     return tensor_entry(name, side_RR.clamp(-_LARGEST, _LARGEST).half().cpu())
 
 
-def read_side(run: Run, layer: int, name: str = _METRIC) -> tuple[Tensor, ...] | None:
+def read_side(run: Pieces, layer: int, name: str = _METRIC) -> tuple[Tensor, ...] | None:
     """B of a group of Linears by the name on disk of the first, or the metric, fp32 [R, R] down the diagonal.
 
     Each block has a mean diagonal of 1. None where nothing is known: an MTP layer, a part that no gradient reached.

@@ -44,6 +44,8 @@ class HessianOptions:
         end_tokens: tokens of the text whose gradients say what errors of outputs cost at the end of the network
             (`calibration.ends`); 0 for none, and then errors of all outputs of a matrix count alike.
         end_floor: so many times the identity is added to what they say, whose mean diagonal is 1.
+        independent: every layer is solved on what reaches it in the *original* model, so that no layer waits for
+            another; `asymmetry` then draws a matrix to what the original ones of its own expert give.
     """
 
     weight_power: int = 0
@@ -53,6 +55,7 @@ class HessianOptions:
     asymmetry: float = 0.0
     end_tokens: int = 0
     end_floor: float = 0.3
+    independent: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.asymmetry <= 1:

@@ -369,6 +369,13 @@ match_option: Decorator = click.option(
     "auto takes original for 4 bits and fewer, but with --effort fast.",
 )
 
+independent_option: Decorator = click.option(
+    "--independent-layers",
+    is_flag=True,
+    help="Solve every layer on what reaches it in the original model, so that no layer waits for another: for many "
+    "machines (see docs/scale.md). What earlier layers lost is then not mended by later ones.",
+)
+
 effort_option: Decorator = click.option(
     "--effort",
     type=click.Choice(["fast", "normal", "high", "max"]),

@@ -18,6 +18,7 @@ from moepress.commands.options import (
     float_option,
     grid_option,
     include_option,
+    independent_option,
     json_option,
     machine_options,
     match_option,
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 @include_option
 @match_option
 @effort_option
+@independent_option
 @positive_option
 @asymmetric_option
 @mtp_option
@@ -278,7 +280,8 @@ def _hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, 
     """How tokens are weighed in Hessians, with the targets that --match names for so many bits."""
     from moepress.calibration.hessian import hessian_for
 
-    return hessian_for(options["match"], bits, layer_bits, options["effort"])
+    found = hessian_for(options["match"], bits, layer_bits, options["effort"])
+    return replace(found, independent=options["independent_layers"])
 
 
 def _print_quantized(result: Mapping[str, Any], folder: Path) -> None:

@@ -1,13 +1,26 @@
 """Finished pieces as a journal tells of them: a file, or a stage's folder with the digests of its files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moepress.errors import InvalidInputError
 from moepress.runs.files import contents, remove_listed, sha256_of
 from moepress.runs.rows import damaged
+
+
+class Pieces(Protocol):
+    """Where pieces are made and found again: a `journal.Run`, or what a task of a shared run has of it."""
+
+    def done(self, piece: str) -> "Piece | None":
+        """The finished piece of that id, or None."""
+
+    def path(self, piece: "Piece") -> Path:
+        """Where a finished piece lies."""
+
+    def write(self, piece: str, name: str, write: Callable[[Path], Mapping[str, Any] | None]) -> "Piece":
+        """Make a piece: `write` fills a file and may return a note."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ _NAMES = {
     "batch_windows": "the number of windows at once (it follows from --max-memory)",
     "scheme.codes": "--scheme",
     "hessian.asymmetry": "--match (auto follows --bits)",
+    "hessian.independent": "--independent-layers",
     "hessian.end_tokens": "--effort (tokens of the backward pass)",
     "solver.refits": "--effort (how often scales are refitted)",
     "solver.annealed": "--effort (annealed sweeps)",

@@ -182,6 +182,7 @@ def model_run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "memory_bytes": limits.memory_bytes,
         "batch_windows": limits.batch_windows,
+        "shard_windows": limits.shard_windows,
         **settings,
     }
     with open_run(output.folder, every, resume=output.resume, force=output.force, inputs=inputs) as run:

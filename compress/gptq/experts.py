@@ -288,7 +288,15 @@ def solve_experts(
     def of_middles(index: int, out: Tensor) -> Moments:
         expert = experts[index]
         found, middle = _down_moments(
-            inputs, layer, seen[expert], sample_PD, coded[index], weights[expert], out, keep=middles is not None
+            inputs,
+            layer,
+            seen[expert],
+            sample_PD,
+            coded[index],
+            weights[expert],
+            out,
+            chose=len(positions[expert][0]),
+            keep=middles is not None,
         )
         if middles is not None and middle is not None:
             middles[index] = middle[: len(positions[expert][0])]
@@ -497,6 +505,20 @@ def _slices(tokens: int) -> list[slice]:
     return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, tokens, _ROWS_AT_ONCE)]
 
 
+def _slices_of(stream: Stream, tokens: Tensor, chose: int) -> list[list[slice]]:
+    """The same, of parts that are multiplied each by itself: of tokens that chose the expert those of `Stream.parts`,
+    of others, with which it was topped up, any."""
+    parts = stream.parts(tokens[:chose])
+    parts += [slice(chose + some.start, min(chose + some.stop, len(tokens))) for some in _slices(len(tokens) - chose)]
+    together: list[list[slice]] = []
+    for part in parts:
+        if together and part.stop - together[-1][0].start <= _ROWS_AT_ONCE:
+            together[-1].append(part)
+        else:
+            together.append([part])
+    return together
+
+
 def _mass(weights: Tensor | None, tokens: int) -> float:
     return float(tokens) if weights is None else float(weights.sum())
 
@@ -542,15 +564,18 @@ def _down_moments(
     original: Expert,
     out_FF: Tensor | None = None,
     *,
+    chose: int,
     keep: bool,
 ) -> tuple[Moments, Tensor | None]:
     """Like `_input_moments`, of the intermediate that the quantized gate and up give, and that the original ones do.
 
     The hidden units of different experts have nothing in common, so the pooled Hessian is that of a sample of the
-    layer's tokens sent through this expert. What the quantized ones give, [T, F], is returned too, to be kept.
+    layer's tokens sent through this expert. What the quantized ones give, [T, F], is returned too, to be kept: of the
+    first `chose` tokens, which chose this expert, in the very products in which `walk.add_output` would form it.
     """
     model, tokens, options, originals = inputs.stream.model, len(position[0]), inputs.options, inputs.originals
-    streams, gating = 1 if originals is None else 2, model.gating(layer)
+    crossed = originals is not None or (options.independent and options.asymmetry > 0)
+    streams, gating = 2 if crossed else 1, model.gating(layer)
     picked = picked_tokens(len(sample_PD), tokens)
     flops = 2.0 * streams * (tokens + len(picked)) * sum(m.codes.numel() for m in gate_up if m is not None)
     with phase("Hessian", flops=flops):
@@ -562,18 +587,22 @@ def _down_moments(
         own, rest = shares(tokens, _mass(weights, tokens), options.shrinkage_tokens)
         width = original.down.shape[1]
         nothing = torch.zeros(width, width, device=model.device) if out_FF is None else out_FF.zero_()
-        found = Moments(hessian=nothing, cross=torch.zeros_like(nothing) if originals else None)
+        found = Moments(hessian=nothing, cross=torch.zeros_like(nothing) if crossed else None)
 
-        def gather(inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None, scale: float) -> Tensor:
-            aim = None if originals_TD is None else gating.intermediate(whole, originals_TD)
-            got = gating.intermediate(quantized, inputs_TD)
+        def gather(
+            inputs_TD: Tensor, originals_TD: Tensor | None, weights_T: Tensor | None, scale: float, sizes: Sequence[int]
+        ) -> Tensor:
+            aimed_TD = inputs_TD if options.independent else originals_TD
+            aim = None if aimed_TD is None or not crossed else gating.intermediate(whole, aimed_TD)
+            got = torch.cat([gating.intermediate(quantized, part) for part in inputs_TD.split(sizes)])
             found.gather(got, aim, weights_T, scale=scale)
             return got
 
         pooled = sample_PD[picked], originals.sample[picked] if originals else None
-        gather(*pooled, None, rest / max(len(picked), 1))
-        for rows in _slices(tokens):
-            got = gather(*inputs.rows(position[0], weights, rows), own)
+        gather(*pooled, None, rest / max(len(picked), 1), [len(picked)])
+        for parts in _slices_of(inputs.stream, position[0], chose):
+            rows = slice(parts[0].start, parts[-1].stop)
+            got = gather(*inputs.rows(position[0], weights, rows), own, [part.stop - part.start for part in parts])
             if keep:
                 kept.append(got)
         return found.complete(), torch.cat(kept) if len(kept) > 1 else next(iter(kept), None)

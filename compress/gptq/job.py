@@ -1,26 +1,25 @@
 """A quantizing run in the making, and its matrices as pieces hold them: packed, plain, and read back."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from moepress.compress.gptq.block_solver import BlockCoded
-from moepress.compress.gptq.experts import Coded, CodedExpert, FloatCoded, Matrix, QuantizeOptions
-from moepress.compress.gptq.include import Included, LinearGroup
-from moepress.compress.gptq.pieces import Allowance
-from moepress.compress.gptq.reference import (
-    Reference,
-)
+from moepress.compress.gptq.experts import Coded, CodedExpert, FloatCoded, Matrix, QuantizeOptions, experts_at_once
+from moepress.compress.gptq.include import Include, Included, LinearGroup, included, part_bits
+from moepress.compress.gptq.layer_bits import check_scheme
+from moepress.compress.gptq.pieces import Allowance, piece_names, plan_chunks
+from moepress.compress.gptq.reference import Reference, open_reference
 from moepress.converters.safetensors import compressed_tensors, compressed_tensors_config, floats
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.families.family import Part, part_of
 from moepress.models.forward.costs import stored_bytes
-from moepress.models.forward.walk import (
-    Stream,
-)
+from moepress.models.forward.predicting import add_predicting
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits, Scratch, Stream, open_stream
 from moepress.models.storage.block_types import BLOCK_SUFFIXES
 from moepress.models.storage.blocks import pack, unpack
 from moepress.models.storage.experts import bias_names
@@ -28,33 +27,154 @@ from moepress.models.storage.mtp import prefix_of, twin_of
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import DTYPE_NAMES, read_tensor, tensor_bytes, tensor_entry
 from moepress.models.storage.writer import Entry
-from moepress.runs.journal import Run
 from moepress.runs.phases import phase
-from moepress.runs.pieces import Piece
+from moepress.runs.pieces import Piece, Pieces
 
 _FP8_PARTS = {Part.ATTENTION, Part.SHARED, Part.DENSE, Part.MTP}  # besides the experts; an fp32 router stays fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """All that stays the same during one run of `quantize`; `predicting` are MTP layers that are walked too."""
+class Frame:
+    """What of a run of `quantize` follows from the model and the options, whoever works on it and on which windows.
 
-    stream: Stream
-    reference: Reference | None
-    run: Run
+    Attributes:
+        model: the streamed model that calibration flows through.
+        options: scheme, Hessians, solver, with the bits of every layer and part.
+        include: parts besides the routed experts, with their bits where they have their own.
+        predicting: MTP layers that are walked too.
+        chunks: layer -> which of its experts share a piece.
+        piece_names: piece -> its file.
+    """
+
+    model: StreamedModel
     options: QuantizeOptions
     include: Included
+    predicting: tuple[int, ...]
     chunks: Mapping[int, Sequence[Sequence[int]]]
     piece_names: Mapping[str, str]
-    names: Mapping[int | None, Sequence[str]]
+
+    @property
+    def layers(self) -> int:
+        """How many are walked."""
+        return self.model.shape.layers + len(self.predicting)
+
+    @property
+    def names(self) -> Mapping[int | None, Sequence[str]]:
+        """Tensors on disk by layer."""
+        return self.model.source.outline.names_by_layer
+
+    @property
+    def twice(self) -> bool:
+        """The original's stream is walked beside."""
+        return self.options.hessian.asymmetry > 0 and not self.options.hessian.independent
+
+
+def frame_of(model: StreamedModel, options: QuantizeOptions, include: Iterable[Include], *, mtp: bool) -> Frame:
+    """The frame of a run.
+
+    Args:
+        model: its MTP layers are put behind its last, where they are to stay.
+        options: without what follows from `include`.
+        include: parts besides the routed experts, with their bits where they have their own (`include.Included`).
+        mtp: MTP layers stay.
+
+    Raises:
+        UsageError: a matrix does not fit the scheme.
+    """
+    include = included(include)
+    options = replace(options, part_bits=part_bits(include))
+    check_scheme(model.source, options.scheme, include, options.blocks)
+    predicting = add_predicting(model) if mtp else ()
+    if options.layer_bits:  # they have what most layers have
+        options = replace(options, layer_bits={**options.layer_bits, **dict.fromkeys(predicting, options.scheme.bits)})
+    counts = dict.fromkeys((*model.moe_layers, *predicting), model.shape.experts)
+    chunks = plan_chunks(model.source, model.shape.layers + len(predicting), counts, options)
+    return Frame(
+        model=model,
+        options=options,
+        include=include,
+        predicting=predicting,
+        chunks=chunks,
+        piece_names=piece_names(chunks),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Somebody's part in a run of `quantize`.
+
+    Attributes:
+        frame: of the run.
+        stream: of all windows, or a shard of them.
+        reference: the original's, likewise.
+        run: where pieces are.
+        at_once: experts that are solved together.
+        allowance: pieces that may yet be made.
+        moves: experts' outputs are added to the streams; otherwise they are only solved.
+    """
+
+    frame: Frame
+    stream: Stream
+    reference: Reference | None
+    run: Pieces
     at_once: int
     allowance: Allowance
-    predicting: tuple[int, ...] = ()
+    moves: bool = True
+
+    @property
+    def options(self) -> QuantizeOptions:
+        """Of the frame."""
+        return self.frame.options
+
+    @property
+    def names(self) -> Mapping[int | None, Sequence[str]]:
+        """Tensors on disk by layer."""
+        return self.frame.names
+
+    @property
+    def independent(self) -> bool:
+        """What goes on to the next layer is what the original one gives."""
+        return self.options.hessian.independent
 
     @property
     def originals(self) -> Stream | None:
         """The original model's stream, if it is walked."""
         return None if self.reference is None else self.reference.stream
+
+
+def open_job(
+    frame: Frame,
+    windows_NT: Tensor,
+    run: Pieces,
+    scratch: Scratch,
+    limits: Limits,
+    *,
+    max_pieces: int | None = None,
+) -> Job:
+    """A job on these windows, which are embedded.
+
+    Args:
+        frame: of the run.
+        windows_NT: int64, all of the calibration text.
+        run: where pieces are.
+        scratch: for what memory does not hold.
+        limits: memory and batch size.
+        max_pieces: how many may be made; None for all.
+    """
+    with phase("embed"):
+        ranks = frame.options.hessian.least_tokens > 0
+        stream = open_stream(frame.model, windows_NT, scratch, limits, observe=False, logits=ranks)
+        reference = open_reference(stream, frame.include) if frame.twice else None
+    if reference is not None and frame.predicting:
+        add_predicting(reference.stream.model)
+    return Job(
+        frame=frame,
+        stream=stream,
+        reference=reference,
+        run=run,
+        at_once=experts_at_once(frame.model, limits.memory_bytes),
+        allowance=Allowance(left=max_pieces),
+    )
 
 
 def expert_tensors(job: Job, layer: int, expert: int, coded: CodedExpert) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""GPTQ for the Linears besides the routed experts: each on what reaches it once those before it are quantized."""
+"""GPTQ for the Linears besides the routed experts: each on what reaches it once those before it are quantized, or, of
+independent layers, on what reaches it in the original model."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from moepress.compress.gptq.two_sided import Side
 from moepress.models.families.family import Part
 from moepress.models.forward.costs import stored_bytes
 from moepress.models.forward.stepping import Stepping, held_bytes
-from moepress.models.forward.walk import Stream
+from moepress.models.forward.walk import Stream, batches_of
 from moepress.models.storage.block_types import BlockType
 from moepress.runs.phases import phase
 
@@ -33,8 +34,8 @@ def solve_head(stream: Stream, options: QuantizeOptions, reference: Stream | Non
     """Quantize lm_head on the hidden states after the last layer; its matrix and relative error."""
     model, total = stream.model, None
     with phase("forward"):
-        for start in range(0, len(stream.hidden), stream.limits.batch_windows):
-            rows = slice(start, start + stream.limits.batch_windows)
+        for batch in batches_of(stream):
+            rows = slice(batch.start, batch.stop)
             found = [
                 s.model.head_inputs(s.hidden[rows].to(model.device)).flatten(0, 1)
                 for s in (stream, reference)
@@ -71,9 +72,9 @@ def solve_linears(
     """
     coded: dict[str, Matrix] = {}
     errors: dict[str, float] = {}
-    model = stream.model
+    model, independent = stream.model, options.hessian.independent
     for group in groups:
-        model.load_layer(layer, {name: matrix.dense() for name, matrix in coded.items()})
+        model.load_layer(layer, {} if independent else {name: matrix.dense() for name, matrix in coded.items()})
         total = _captured_moments(stream, reference, layer, _place(stream, layer, group.names[0]))
         own = options.of_part(group.part)
         matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens), side_of(group))
@@ -123,7 +124,7 @@ def solve_stepping(
             matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens), side_of(group))
             coded |= dict(zip(group.names, matrices, strict=True))
             errors |= dict(zip(group.names, losses, strict=True))
-            for place, matrix in zip(places, matrices, strict=True):
+            for place, matrix in () if options.hessian.independent else zip(places, matrices, strict=True):
                 steppings[0].replace(place, matrix.dense().to(model.device, model.dtype))
         with phase("forward"):
             routed = [steps.finish() for steps in steppings]
@@ -142,8 +143,8 @@ class _CapturedError(Exception):
 def _captured_moments(stream: Stream, reference: Stream | None, layer: int, inner: str) -> Moments:
     """Sums of a Linear's inputs over all windows."""
     total = None
-    for start in range(0, len(stream.hidden), stream.limits.batch_windows):
-        rows = slice(start, start + stream.limits.batch_windows)
+    for batch in batches_of(stream):
+        rows = slice(batch.start, batch.stop)
         with phase("forward"):  # FLOP are not counted: how much of the layer runs depends on the Linear
             found = [_captured(s, layer, inner, rows) for s in (stream, reference) if s is not None]
         total = _added(total, moments(*found))

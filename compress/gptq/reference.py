@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moepress.compress.gptq.include import Include
-from moepress.models.forward.streamed import StreamedModel, require_finite_hidden, tokens_of
+from moepress.models.forward.streamed import StreamedModel, require_finite_hidden
 from moepress.models.forward.walk import Stream, add_output, first_step, last_step
 from moepress.models.storage.experts import Expert
 from moepress.models.storage.safetensors_file import read_header
@@ -87,16 +87,10 @@ def finish_original(reference: Reference, layer: int) -> None:
         reference.stream.model.unload_layer(layer)
 
 
-def positions_of(reference: Reference) -> list[tuple[Tensor, Tensor]]:
-    """Which tokens chose which expert, in the original: `tokens_of`."""
-    return tokens_of(reference.stream.chosen, reference.stream.model.shape.experts)
-
-
 def add_originals(
-    reference: Reference, layer: int, experts: Mapping[int, Expert], positions: Sequence[tuple[Tensor, Tensor]]
+    stream: Stream, layer: int, experts: Mapping[int, Expert], positions: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Add the outputs of original experts (in any dtype) to the tokens that chose them in the original."""
-    stream = reference.stream
+    """Add the outputs of original experts (in any dtype) to the tokens that chose them in the original's stream."""
     for expert, weights in experts.items():
         tokens, slots = positions[expert]
         if len(tokens):

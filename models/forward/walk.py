@@ -1,6 +1,7 @@
 """Walk a streamed model layer by layer over many windows, within a memory limit."""
 
 import functools
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from moepress.runs.progress import track
 
 _BATCH_WINDOWS_LIMIT = 16
 _CPU_BATCH_TOKENS = 4096  # products of more are no faster there, and what they leave falls out of every cache
+_SHARD_TOKENS = 16384
+_ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +40,13 @@ class Limits:
     Attributes:
         memory_bytes: what `--max-memory` allows.
         batch_windows: windows that go through a layer together.
+        shard_windows: no product has rows of two shards of so many windows, so that whoever has one shard alone gets
+            the same bits.
     """
 
     memory_bytes: int
     batch_windows: int
+    shard_windows: int = sys.maxsize
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,7 +92,8 @@ def choose_limits(
     if device is None or device.type == "cpu":
         most = min(most, _CPU_BATCH_TOKENS // window)
     fitting = max(1, min(most, memory // 8 // per_window))
-    return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting)
+    shard = max(1, _SHARD_TOKENS // window)
+    return Limits(memory_bytes=memory, batch_windows=batch_windows or fitting, shard_windows=shard)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,6 +136,10 @@ class Stream:
     def tokens(self) -> int:
         """Number of tokens in all windows."""
         return self.hidden.shape[0] * self.hidden.shape[1]
+
+    def parts(self, tokens: Tensor) -> list[slice]:
+        """Rows that are multiplied together, of ascending token numbers: at most 8192, and of one shard."""
+        return parts_of(tokens, self.limits.shard_windows * self.hidden.shape[1])
 
     def flat(self) -> Tensor:
         """What the experts' outputs are added to, [N * T, D]: the hidden states, the same memory, or `sums`."""
@@ -241,9 +252,33 @@ def first_step(stream: Stream, layer: int) -> bool:
 
 
 def batches_of(stream: Stream) -> list[range]:
-    """Windows that go through a layer together."""
-    count, size = len(stream.hidden), stream.limits.batch_windows
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+    """Windows that go through a layer together: none of two shards."""
+    limits, size = stream.limits, stream.limits.batch_windows
+    return [
+        range(start, min(start + size, shard.stop))
+        for shard in shards_of(len(stream.hidden), limits.shard_windows)
+        for start in range(shard.start, shard.stop, size)
+    ]
+
+
+def shards_of(windows: int, shard_windows: int) -> list[range]:
+    """So many windows in shards; the last may be smaller."""
+    size = min(shard_windows, max(windows, 1))
+    return [range(start, min(start + size, windows)) for start in range(0, windows, size)]
+
+
+def parts_of(tokens: Tensor, shard_tokens: int) -> list[slice]:
+    """See `Stream.parts`; shards have so many tokens."""
+    if not len(tokens):
+        return []
+    edges = torch.arange(1, int(tokens[-1]) // shard_tokens + 1) * shard_tokens
+    ends = [*torch.searchsorted(tokens.contiguous(), edges).tolist(), len(tokens)]
+    starts = [0, *ends[:-1]]
+    return [
+        slice(start, min(start + _ROWS_AT_ONCE, stop))
+        for first, stop in zip(starts, ends, strict=True)
+        for start in range(first, stop, _ROWS_AT_ONCE)
+    ]
 
 
 def _run_windows(stream: Stream, layer: int, windows: Sequence[int]) -> list[tuple[slice, Returned, Routed | None]]:
@@ -346,12 +381,12 @@ def add_output(
     model = stream.model
     flops = expert_flops(expert, len(tokens)) if middle is None else 2.0 * len(tokens) * expert.down.numel()
     with phase("forward", flops=flops):
-        for part in range(0, len(tokens), 8192):
-            rows, columns = tokens[part : part + 8192], slots[part : part + 8192]
+        for part in stream.parts(tokens):
+            rows, columns = tokens[part], slots[part]
             if middle is None:
                 output = apply_expert(expert, stream.inputs[rows].to(model.device), model.gating(layer))
             else:
-                output = model.gating(layer).output(expert, middle[part : part + 8192])
+                output = model.gating(layer).output(expert, middle[part])
             weighted = output.float() * stream.weights[rows, columns, None].to(model.device)
             flat.index_add_(0, rows.to(flat.device), weighted.to(flat.device, flat.dtype))
             stream.touch(len(rows))
