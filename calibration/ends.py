@@ -34,7 +34,7 @@ from moepress.models.storage.writer import Entry, write_shard
 from moepress.runs.journal import Run
 from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase
-from moepress.runs.pieces import Pieces
+from moepress.runs.pieces import Piece, Pieces
 from moepress.runs.progress import Advance, track
 
 Groups = Mapping[int, Sequence[Sequence[str]]]
@@ -314,6 +314,11 @@ def read_side(run: Pieces, layer: int, name: str = _METRIC) -> tuple[Tensor, ...
         with phase("read", size=entry.bytes):
             blocks.append(read_tensor(entry).float())
     return tuple(blocks) or None
+
+
+def factor_pieces(run: Run) -> list[Piece]:
+    """The factors of all layers."""
+    return [piece for name, piece in run.pieces.items() if name.startswith(_factors(0).removesuffix("0"))]
 
 
 def drop_ends(run: Run, layer: int) -> None:

@@ -98,6 +98,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in said)
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had at once; where the system does not tell, what it has now."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            high = next(line for line in status if line.startswith("VmHWM:"))
+        return int(high.split()[1]) << 10
+    except (OSError, StopIteration, ValueError):
+        return int(memory.rss)
+
+
 def in_halves(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], what: str) -> Sequence[Result]:
     """What `work` gives for a batch; where memory runs out it is called once more for each half.
 

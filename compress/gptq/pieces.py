@@ -62,6 +62,11 @@ def piece_names(chunks: Mapping[int, Sequence[Sequence[int]]]) -> dict[str, str]
     return {piece: f"model-{n:05d}-of-{len(ids):05d}.safetensors" for n, piece in enumerate(ids, start=1)}
 
 
+def piece_file(piece: str) -> str:
+    """A piece's file before it has its place among all."""
+    return f"{piece}.safetensors"
+
+
 def layer_report(pieces: Iterable[Piece]) -> dict[str, Any]:
     """Per layer: mean relative error, experts without tokens, experts that were rounded to nearest."""
     errors: dict[int, list[float]] = {}

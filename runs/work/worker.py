@@ -1,0 +1,191 @@
+"""One worker of a shared run: it takes whatever task can be done and nobody does, until all are done.
+
+There is no coordinator. Workers come and go; what one leaves is taken by another once its lease is over.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from moepress.errors import MoepressError, StoreError
+from moepress.runs.memory import is_out_of_memory, peak_bytes
+from moepress.runs.progress import Advance, note
+from moepress.runs.work.desk import Desk
+from moepress.runs.work.leases import Leases
+from moepress.runs.work.shared import Shared
+from moepress.runs.work.tasks import Done, Made, Task
+
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 2.0
+_MOST_ATTEMPTS = 12
+_MOST_ERRORS = 3
+
+
+class Perform(Protocol):
+    """Does a task: reads its inputs from the desk, and leaves outputs and note there."""
+
+    def __call__(self, task: Task, desk: Desk, *, smaller: bool) -> None:
+        """With `smaller` in as little memory as it can, because an attempt before this one did not come back."""
+
+
+class FailedError(MoepressError):
+    """A task cannot be done by anybody; what it says is the task's own error."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Worker:
+    """One of them.
+
+    Attributes:
+        shared: the run.
+        leases: this worker's, within their context.
+        desk: its files.
+        perform: how a task is done.
+        share: I of N: it begins with the tasks whose number is I modulo N, and goes on with those of others.
+        only: ids of tasks that it may do; None for all.
+    """
+
+    shared: Shared
+    leases: Leases
+    desk: Desk
+    perform: Perform
+    share: tuple[int, int] = (0, 1)
+    did: list[str] = field(default_factory=list)
+    _known_failures: frozenset[str] = frozenset()
+    _later: dict[str, float] = field(default_factory=dict)
+    _last: Task | None = None
+
+    def work(self, advance: Advance) -> None:
+        """Until all is done.
+
+        Args:
+            advance: told of tasks that anybody has done.
+
+        Raises:
+            FailedError: a task was given up, by this worker or another.
+            MoepressError: what a task raises that would be raised anywhere.
+        """
+        self._known_failures = frozenset(self.shared.failures())
+        told, pause = 0, _PAUSE_SECONDS
+        while True:
+            done = {task.id for task in self.shared.tasks} & self.shared.look()
+            advance(len(done) - told, self._remark())
+            told = len(done)
+            if told == len(self.shared.tasks):
+                return
+            if any(self._try(task) for task in self._ready(done)):
+                pause = _PAUSE_SECONDS
+                continue
+            self._heed_failures()
+            self.leases.tell({"doing": None, "did": len(self.did)})
+            time.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+
+    def _remark(self) -> str:
+        return self._last.id if self._last is not None else ""
+
+    def _ready(self, done: set[str]) -> Iterator[Task]:
+        """Tasks that can be done now, in the order in which this worker would take them."""
+        mine, of = self.share
+        now = time.monotonic()
+        ready = [
+            (number, task)
+            for number, task in enumerate(self.shared.tasks)
+            if task.id not in done and done.issuperset(task.needs) and self._later.get(task.id, 0) <= now
+        ]
+        last = None if self._last is None else (self._last.kind, self._last.at[:1])
+        # One like the last first, whose inputs are still here; of equal ones this worker's own share.
+        ready.sort(key=lambda row: ((row[1].kind, row[1].at[:1]) != last, row[0] % of != mine, row[0]))
+        return (task for _, task in ready)
+
+    def _try(self, task: Task) -> bool:
+        """Do a task unless somebody does, or has."""
+        attempt = self.leases.claim(task.id)
+        if attempt is None:
+            self._later[task.id] = time.monotonic() + min(1.0, self.leases.term_seconds / 8)
+            return False
+        if self.shared.done(task.id) is not None:
+            self.leases.release(task.id, attempt)
+            return False
+        if attempt >= _MOST_ATTEMPTS:
+            self._give_up(task, attempt, f"{attempt} workers began it and none came back")
+        self.leases.tell({"doing": task.id, "attempt": attempt, "did": len(self.did), "since": time.time()})
+        self._last = task
+        try:
+            self._do(task, attempt)
+        except StoreError:
+            if self.shared.done(task.id) is None:  # otherwise somebody was faster, and cleared away what it needs
+                raise
+        except MoepressError as error:
+            self.shared.fail(task.id, attempt, str(error), final=True)
+            raise
+        except Exception as error:
+            self._failed(task, attempt, error)
+        finally:
+            self.desk.end()
+            self.leases.release(task.id, attempt)
+        return True
+
+    def _do(self, task: Task, attempt: int) -> None:
+        began = time.monotonic()
+        self.desk.begin(task)
+        self.perform(task, self.desk, smaller=attempt > 0)
+        seconds = time.monotonic() - began
+
+        def marker(files: Mapping[str, Made]) -> Done:
+            return Done(
+                task=task.id,
+                attempt=attempt,
+                worker=self.leases.worker,
+                seconds=seconds,
+                peak_bytes=peak_bytes(),
+                files=files,
+                note=self.desk.note,
+            )
+
+        _, won = self.shared.finish(marker, self.desk.made, give=True)
+        if won:
+            self.did.append(task.id)
+            self.shared.clear(task)
+
+    def _failed(self, task: Task, attempt: int, error: Exception) -> None:
+        """An error that another attempt may not have: memory that ran out, or a bug that hangs on chance."""
+        text = "".join(traceback.format_exception(error))
+        errors = [row for row in self.shared.failures().items() if self._counts(*row, task)]
+        if len(errors) + 1 >= (2 if is_out_of_memory(error) else _MOST_ERRORS):
+            self._give_up(task, attempt, text)
+        self.shared.fail(task.id, attempt, text, final=False)
+        note(f"{task.id} failed ({type(error).__name__}: {error}) and is tried again, in less memory.")
+
+    def _counts(self, name: str, row: Mapping[str, Any], task: Task) -> bool:
+        return name not in self._known_failures and row.get("task") == task.id
+
+    def _give_up(self, task: Task, attempt: int, text: str) -> None:
+        self.shared.fail(task.id, attempt, text, final=True)
+        raise FailedError(_given_up(task.id, text))
+
+    def _heed_failures(self) -> None:
+        """End where another worker has found that a task cannot be done."""
+        for name, row in self.shared.failures().items():
+            if name not in self._known_failures and row.get("final"):
+                raise FailedError(_given_up(str(row.get("task")), str(row.get("error"))))
+
+
+def _given_up(task: str, text: str) -> str:
+    lines = text.strip().splitlines() or ["no reason is known"]
+    return f"The task {task} was given up: {lines[-1]}; mend that, and start workers again: what is done stays."
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """I/N, as of `--shard`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise ValueError(text)
+    return int(first), int(second)
+
+
