@@ -1,6 +1,7 @@
 """Every error that moepress raises on purpose, with the exit code it stands for.
 
     MoepressError              1   the base: the user can do something about it
+    ├── StoreError             1   a store (bucket, shared folder) does not answer, refuses, or cannot do what is needed
     ├── UsageError             2   an option, or a request that is not legal (an expert count that groups forbid, ...)
     ├── ThresholdMissedError   3   a quality threshold given on the command line was missed
     ├── InvalidInputError      4   a file or folder is corrupt, incomplete, or not what it says it is
@@ -17,6 +18,10 @@ class MoepressError(Exception):
     """Something the user can mend; `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+
+class StoreError(MoepressError):
+    """A store does not answer, refuses, or cannot do what is needed of it."""
 
 
 class UsageError(MoepressError):

@@ -1,0 +1,1 @@
+"""Stores: a folder or a bucket that several machines read and write."""
