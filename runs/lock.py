@@ -53,7 +53,7 @@ def _mine() -> dict[str, Any]:
 
 
 def _require_dead(folder: Path, held: dict[str, Any] | None) -> None:
-    if held is not None and (held.get("host") != _mine()["host"] or _alive(held.get("pid"))):
+    if held is not None and (held.get("host") != _mine()["host"] or alive(held.get("pid"))):
         raise OutputLockedError(
             f"{folder} is being written by process {held.get('pid')} on {held.get('host')}; wait for it, or delete "
             f"{folder / LOCK} if that process is gone."
@@ -73,7 +73,8 @@ def _holder(lock: Path) -> dict[str, Any] | None:
     return None
 
 
-def _alive(pid: Any) -> bool:
+def alive(pid: Any) -> bool:
+    """Whether a process of this host is there."""
     if not isinstance(pid, int) or pid <= 0:
         return False
     try:
