@@ -21,12 +21,15 @@ from moepress.commands.export import export
 from moepress.commands.generate import generate
 from moepress.commands.inspect import inspect
 from moepress.commands.plan import plan
+from moepress.commands.plan_work import plan_work
 from moepress.commands.profile import profile
 from moepress.commands.prune import prune
 from moepress.commands.quantize import quantize
 from moepress.commands.run import run
+from moepress.commands.status import status
 from moepress.commands.targets import targets
 from moepress.commands.validate import validate
+from moepress.commands.work import work
 from moepress.errors import MoepressError
 from moepress.runs.progress import Level, set_level
 from moepress.runs.text import printable
@@ -126,7 +129,7 @@ def _interrupt(_number: int, _frame: Any) -> None:
 
 for _command in (
     *(run, inspect, targets, doctor, profile, plan, prune, quantize, export),
-    *(check, validate, generate, calibration, completion),
+    *(check, validate, generate, calibration, plan_work, work, status, completion),
 ):
     cli.add_command(_command)
 

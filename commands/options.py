@@ -369,6 +369,10 @@ match_option: Decorator = click.option(
     "auto takes original for 4 bits and fewer, but with --effort fast.",
 )
 
+store_option: Decorator = click.option(
+    "--store", required=True, metavar="URL", help="A folder that all workers see, or s3://, gs://, az:// BUCKET/PATH."
+)
+
 independent_option: Decorator = click.option(
     "--independent-layers",
     is_flag=True,

@@ -48,28 +48,45 @@ if TYPE_CHECKING:
     from moepress.calibration.hessian import HessianOptions
     from moepress.compress.gptq.include import Asked
     from moepress.compress.pruning.plan import Plan
-    from moepress.stages.quantize import QuantizeRequest
+    from moepress.stages.quantize import By, QuantizeRequest
+
+
+def quantize_options(function: Any) -> Any:
+    """What is asked of quantizing, whoever does it: the plan, codes, Hessians."""
+    plan = click.option(
+        "--plan",
+        "plan_file",
+        type=click.Path(path_type=Path),
+        help="Prune by this plan, with its bits unless --grid is given.",
+    )
+    options = (
+        plan,
+        scheme_options,
+        float_option,
+        grid_option,
+        include_option,
+        match_option,
+        effort_option,
+        independent_option,
+        positive_option,
+        asymmetric_option,
+        mtp_option,
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 @click.command()
 @model_argument()
 @output_options("Folder for the quantized model.")
+@quantize_options
 @click.option(
-    "--plan",
-    "plan_file",
-    type=click.Path(path_type=Path),
-    help="Prune by this plan, with its bits unless --grid is given.",
+    "--workers",
+    type=click.IntRange(1),
+    help="Quantize by so many processes of this machine, each with its share of the threads and with --max-memory. "
+    "The bytes are the same. For several machines see `moepress plan-work -h`.",
 )
-@scheme_options
-@float_option
-@grid_option
-@include_option
-@match_option
-@effort_option
-@independent_option
-@positive_option
-@asymmetric_option
-@mtp_option
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
 @machine_options
@@ -114,7 +131,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
     from moepress.stages.quantize import quantize_stage
 
     made = load_plan(plan_file) if plan_file else None
-    request = _request_of(made, options)
+    request = request_of(made, options)
     with timed("quantize", options["timings"], device=options["device"]):
         result = quantize_stage(
             model,
@@ -126,6 +143,7 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
             mtp=mtp_of(options),
             max_pieces=options["max_pieces"],
             dry_run=options["dry_run"],
+            by=_by(model, options),
         )
     if options["dry_run"]:
         show_estimates({"quantize": result}, as_json=options["as_json"])
@@ -135,7 +153,22 @@ def quantize(model: str, output: Path, resume: bool, force: bool, plan_file: Pat
         upload(push, output, model, as_json=options["as_json"])
 
 
-def _request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
+def _by(model: str, options: Mapping[str, Any]) -> By | None:
+    """Who does the work.
+
+    Raises:
+        UsageError: it is to be done in sittings too.
+    """
+    if options["workers"] is None:
+        return None
+    if options["max_pieces"] is not None:
+        raise UsageError("--max-pieces is for one process; leave it out with --workers, which can be stopped any time.")
+    from moepress.stages.workers import by_workers
+
+    return by_workers(options["workers"], machine_of(options), model, calibration_of(options).seed)
+
+
+def request_of(plan: Plan | None, options: Mapping[str, Any]) -> QuantizeRequest:
     """What is asked of `quantize`: the plan's bits and parts, unless options name others, of which a note tells."""
     from moepress.compress.gptq.options import solver_of
     from moepress.converters.safetensors.scheme import Scheme

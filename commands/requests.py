@@ -39,6 +39,18 @@ def thresholds_of(options: Mapping[str, Any]) -> dict[str, float]:
     return given
 
 
+def share_of(text: str) -> tuple[int, int]:
+    """I and N of --shard I/N.
+
+    Raises:
+        UsageError: it is none.
+    """
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise UsageError(f"--shard {text} is no share; give I/N with I from 0 to N - 1, such as 0/4.")
+    return int(first), int(second)
+
+
 def task_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """What --tasks, --limit, --chat and --min-recovery set, as a recipe names it; nothing where none is given.
 

@@ -9,6 +9,7 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -101,12 +102,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def peak_bytes() -> int:
     """The most memory that this process has had at once; where the system does not tell, what it has now."""
     memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return int(memory.peak_wset)
+    high: int | None = getattr(memory, "peak_wset", None)  # Windows
+    if high is not None:
+        return high
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            high = next(line for line in status if line.startswith("VmHWM:"))
-        return int(high.split()[1]) << 10
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) << 10
     except (OSError, StopIteration, ValueError):
         return int(memory.rss)
 

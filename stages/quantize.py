@@ -1,7 +1,8 @@
 """quantize: GPTQ over the model, pruned by a plan where there is one, to a compressed-tensors folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from moepress.calibration.corpus import Corpus
@@ -28,11 +29,14 @@ from moepress.converters.gguf.placed import column_runs
 from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.errors import UnsupportedError, UsageError
 from moepress.models.families.hf_config import hf_config
+from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.tensor_check import check_mtp
+from moepress.models.forward.walk import Limits
 from moepress.models.storage.checkpoint import Checkpoint, Source
 from moepress.models.storage.experts import mtp_layers, prune_source
 from moepress.models.storage.inside import watched
 from moepress.models.storage.mtp import Mtp, mtp_note
+from moepress.runs.journal import Run
 from moepress.runs.output import check_output
 from moepress.runs.progress import note
 from moepress.stages.groundwork import (
@@ -70,27 +74,49 @@ class QuantizeRequest:
     mix: tuple[GridRow, ...] = ()
 
 
-def quantize_stage(
-    model_name: str,
-    output: Output,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A model that is to be quantized, all that was asked for settled.
+
+    Attributes:
+        folder: of the model.
+        checkpoint: as it is there.
+        plan: by which it is pruned.
+        request: with the bits and parts that this model can have.
+        predicting: MTP layers that stay, and which of their experts.
+        model: pruned and repaired, to be walked.
+        options: scheme, Hessians, solver.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    plan: Plan | None
+    request: QuantizeRequest
+    predicting: Mapping[int, list[int]]
+    model: StreamedModel
+    options: QuantizeOptions
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of MTP layers that stay."""
+        return _mtp_notes(self.checkpoint, self.plan, self.predicting)
+
+
+def prepare(
+    folder: Path,
     plan: Plan | None,
     request: QuantizeRequest,
-    calibration: Calibration,
     machine: Machine,
     *,
     mtp: Mtp = Mtp.KEEP,
     repairs: Repairs | None = None,
-    max_pieces: int | None = None,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Quantize the model, pruned by the plan where there is one, to a compressed-tensors folder.
+) -> Prepared:
+    """Open a model and settle what is asked of it; notes go to stderr.
 
-    With `max_pieces` it stops after so many new pieces: the result then says `"finished": False` and how far it is,
-    there is no folder yet, and a resume goes on. `repairs` were made for the same plan, see `repair.repair_stage`.
+    Raises:
+        InvalidInputError, UnsupportedError: it cannot be walked.
+        UsageError: the plan is not for it, or what is asked for does not fit.
     """
-    folder = model_folder(model_name)
-    check_output(output.folder, [folder], resume=output.resume, force=output.force)
-    inputs = watched(folder)
     checkpoint = opened(folder)
     announce(checkpoint)
     if checkpoint.pressed_as == Codes.MXFP4 and request.scheme.codes is Codes.MXFP4:
@@ -106,7 +132,7 @@ def quantize_stage(
         asked, included_linears(source, IN_LAYERS), request.scheme.group_size, floats=request.scheme.floats
     )
     note(*notes)
-    request = replace(request, include=on_grid(checkpoint, request.grid, parts))
+    request = replace(request, include=on_grid(checkpoint, request.grid, parts), auto=False)
     if request.grid is None:
         scheme, layer_bits, parts = settle_bits(source, request.scheme, request.layer_bits, parts)
         request = replace(request, scheme=scheme, layer_bits=layer_bits, include=parts)
@@ -116,42 +142,110 @@ def quantize_stage(
     check_scheme(source, options.scheme, request.include, options.blocks)
     if options.blocks is not None and (others := fallback_text(source, request.include, options.blocks)):
         note(f"{options.blocks.main} has blocks of 256 columns; as in llama.cpp there is {others}.")
-    shape = checkpoint.shape
-    corpus = load_corpus(folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
-    model = streamed(source, machine)
-    estimate = _estimate(checkpoint, plan, options, request, corpus, machine, predicting, timed=dry_run)
-    if dry_run:
-        return asdict(estimate)
-    require_room(output, estimate.disk_bytes)
-    warn_of_memory(estimate)
-    digest = fingerprint(checkpoint) if plan is None else plan.model
-    settings = {"command": "quantize", "model": digest, **_settings(plan, options, request, repairs, calibration.seed)}
-    settings["mtp"] = {str(layer): kept for layer, kept in predicting.items()}
-    summary = {
-        "model": digest,
-        "model_name": display_name(folder, model_name),
-        "source_notes": list(checkpoint.notes),
-        "calibration": describe_corpus(corpus, calibration.seed),
+    return Prepared(
+        folder=folder,
+        checkpoint=checkpoint,
+        plan=plan,
+        request=request,
+        predicting=predicting,
+        model=streamed(source, machine),
+        options=options,
+    )
+
+
+def corpus_for(prepared: Prepared, calibration: Calibration) -> Corpus:
+    """The calibration text as the model's windows; raises as `load_corpus`."""
+    shape = prepared.checkpoint.shape
+    return load_corpus(prepared.folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+
+
+def settings_of(prepared: Prepared, seed: int, repairs: Repairs | None = None) -> dict[str, Any]:
+    """All that the result depends on besides the text and the machine."""
+    plan, predicting = prepared.plan, prepared.predicting
+    return {
+        "command": "quantize",
+        "model": fingerprint(prepared.checkpoint) if plan is None else plan.model,
+        **_settings(plan, prepared.options, prepared.request, repairs, seed),
+        "mtp": {str(layer): kept for layer, kept in predicting.items()},
+    }
+
+
+def summary_of(
+    prepared: Prepared,
+    model_name: str,
+    corpus: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    repairs: Repairs | None = None,
+) -> dict[str, Any]:
+    """What moepress.json says of the model, the plan and the text (`describe_corpus`)."""
+    plan, shape = prepared.plan, prepared.checkpoint.shape
+    return {
+        "model": settings["model"],
+        "model_name": display_name(prepared.folder, model_name),
+        "source_notes": list(prepared.checkpoint.notes),
+        "calibration": corpus,
         "experts_before": shape.experts,
         "experts": plan.experts if plan else shape.experts,
         "repair": None if repairs is None else repairs.model_dump(mode="json", exclude={"calibration"}),
         "hessian": settings["hessian"],
         "solver": settings["solver"],
     }
-    with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
-        result = quantize(
-            model,
-            corpus,
-            run,
-            limits,
-            options=options,
-            include=request.include,
-            companions=folder,
-            summary=summary | {"plan": None if plan is None else plan_summary(plan)},
-            mtp_notes=_mtp_notes(checkpoint, plan, predicting),
-            max_pieces=max_pieces,
-        )
-    return {"bytes_before": checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}
+
+
+By = Callable[[Prepared, Corpus, Run, Limits], dict[str, Any]]
+"""Makes a run's output of a prepared model and its text, and finishes the run; returns as `pipeline.quantize`."""
+
+
+def quantize_stage(
+    model_name: str,
+    output: Output,
+    plan: Plan | None,
+    request: QuantizeRequest,
+    calibration: Calibration,
+    machine: Machine,
+    *,
+    mtp: Mtp = Mtp.KEEP,
+    repairs: Repairs | None = None,
+    max_pieces: int | None = None,
+    dry_run: bool = False,
+    by: By | None = None,
+) -> dict[str, Any]:
+    """Quantize the model, pruned by the plan where there is one, to a compressed-tensors folder.
+
+    With `max_pieces` it stops after so many new pieces: the result then says `"finished": False` and how far it is,
+    there is no folder yet, and a resume goes on. `repairs` were made for the same plan, see `repair.repair_stage`.
+    `by` are others who do the work, with the same bytes (`stages.workers`).
+    """
+    folder = model_folder(model_name)
+    check_output(output.folder, [folder], resume=output.resume, force=output.force)
+    inputs = watched(folder)
+    prepared = prepare(folder, plan, request, machine, mtp=mtp, repairs=repairs)
+    corpus = corpus_for(prepared, calibration)
+    estimate = _estimate(prepared, corpus, machine, timed=dry_run)
+    if dry_run:
+        return asdict(estimate)
+    require_room(output, estimate.disk_bytes)
+    warn_of_memory(estimate)
+    settings = settings_of(prepared, calibration.seed, repairs)
+    summary = summary_of(prepared, model_name, describe_corpus(corpus, calibration.seed), settings, repairs)
+    summary_and_plan = summary | {"plan": None if plan is None else plan_summary(plan)}
+    with model_run(output, prepared.model, corpus, machine, settings, inputs) as (run, limits):
+        if by is not None:
+            result = by(prepared, corpus, run, limits)
+        else:
+            result = quantize(
+                prepared.model,
+                corpus,
+                run,
+                limits,
+                options=prepared.options,
+                include=prepared.request.include,
+                companions=folder,
+                summary=summary_and_plan,
+                mtp_notes=prepared.notes,
+                max_pieces=max_pieces,
+            )
+    return {"bytes_before": prepared.checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}
 
 
 def _predicting(checkpoint: Checkpoint, plan: Plan | None, mtp: Mtp) -> dict[int, list[int]]:
@@ -239,32 +333,23 @@ def block_choice(
     )
 
 
-def _estimate(
-    checkpoint: Checkpoint,
-    plan: Plan | None,
-    options: QuantizeOptions,
-    request: QuantizeRequest,
-    corpus: Corpus,
-    machine: Machine,
-    predicting: Iterable[int],
-    *,
-    timed: bool,
-) -> Estimate:
+def _estimate(prepared: Prepared, corpus: Corpus, machine: Machine, *, timed: bool) -> Estimate:
     work = workload(machine, tokens=corpus.windows.numel(), window=corpus.windows.shape[1])
+    checkpoint, plan, request = prepared.checkpoint, prepared.plan, prepared.request
     return estimate_quantize(
         checkpoint,
         figures_of(checkpoint),
         plan.experts if plan else checkpoint.shape.experts,
-        options.scheme,
+        prepared.options.scheme,
         work,
         measure_rates(checkpoint, work.device, work.dtype) if timed else None,
         include=request.include,
-        layer_bits=options.layer_bits,
-        original_targets=request.hessian.asymmetry > 0,
+        layer_bits=prepared.options.layer_bits,
+        original_targets=request.hessian.asymmetry > 0 and not request.hessian.independent,
         balanced=request.hessian.least_tokens > 0,
         solver=request.solver,
         end_tokens=request.hessian.end_tokens,
-        predicting=predicting,
+        predicting=prepared.predicting,
     )
 
 

@@ -1,5 +1,6 @@
 """The last of `quantize`: what lies beside the shards of weights."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from moepress.models.storage.mtp import mtp_note
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.writer import copy_companions, write_index, write_json
 from moepress.runs.journal import Run
+
+SHARED = "work"
+"""Where in a run's work folder its tasks lie, when several workers do them (`stages.workers`)."""
 
 
 def finish(
@@ -70,5 +74,7 @@ def finish(
     for name in [p for p in run.pieces if p.startswith("hidden-")]:
         run.drop(name)
     drop_all_ends(run)
+    if (run.folder / SHARED).is_dir():  # what workers had, of this sitting or one before
+        shutil.rmtree(run.folder / SHARED)
     run.finish()
     return result

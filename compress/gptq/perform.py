@@ -4,10 +4,9 @@ Everything that a task takes from another is a file of tensors, exactly as that 
 together does not depend on who does it (`walk.Limits.shard_windows`). So the bytes are those of the plain run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.ends import factor_pieces, gather_ends
 from moepress.compress.gptq.ends import end_groups, metric_of
-from moepress.compress.gptq.experts import Matrix, Originals, pooled_inputs
+from moepress.compress.gptq.experts import Matrix, Originals
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.job import Frame, Job, open_job, packed, read_coded
 from moepress.compress.gptq.layer import (
@@ -35,7 +34,7 @@ from moepress.compress.gptq.reference import load_original
 from moepress.compress.gptq.tasks import Extent, behind, piece_of, task_of
 from moepress.models.forward.card import on_card
 from moepress.models.forward.shards import fill_hidden, fill_routed, hidden_entries, routed_entries
-from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, last_step, shards_of
+from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, shards_of
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import read_tensor, tensor_entry
 from moepress.models.storage.writer import Entry, write_shard
@@ -259,7 +258,8 @@ class _Pieces:
 
     def write(self, piece: str, name: str, write: Callable[[Path], Mapping[str, Any] | None]) -> Piece:
         """Make the task's own piece."""
-        assert self.desk.task is not None and piece_of(self.desk.task) == piece
+        assert self.desk.task is not None
+        assert piece_of(self.desk.task) == piece
         path = self.desk.output(piece_file(piece))
         self.desk.note |= dict(write(path) or {})
         return Piece(id=piece, name=str(path), bytes=path.stat().st_size, sha256="", note=self.desk.note)

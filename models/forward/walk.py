@@ -139,7 +139,7 @@ class Stream:
 
     def parts(self, tokens: Tensor) -> list[slice]:
         """Rows that are multiplied together, of ascending token numbers: at most 8192, and of one shard."""
-        return parts_of(tokens, self.limits.shard_windows * self.hidden.shape[1])
+        return parts_of(tokens, min(self.limits.shard_windows, len(self.hidden)) * self.hidden.shape[1])
 
     def flat(self) -> Tensor:
         """What the experts' outputs are added to, [N * T, D]: the hidden states, the same memory, or `sums`."""

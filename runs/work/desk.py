@@ -1,6 +1,5 @@
 """What a worker has before it while it does a task: the files that the task needs, and room for those that it makes."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from moepress.errors import StoreError
 from moepress.runs.files import make_folders, sha256_of
 from moepress.runs.work.shared import Shared
-from moepress.runs.work.tasks import Made, Task
+from moepress.runs.work.tasks import Done, Made, Task
 
 
 class Desk:
@@ -74,7 +73,7 @@ class Desk:
         size, digest = self.shared.work["given"][name]
         return self._here(f"given/{name}", size, digest)
 
-    def _done(self, task: str) -> Any:
+    def _done(self, task: str) -> Done:
         found = self.shared.done(task)
         if found is None:
             raise StoreError(f"{task} was done and its marker is gone from {self.shared.store.url}; was it deleted?")
@@ -108,4 +107,4 @@ class Desk:
                 return
             path = self._fetched.pop(name)
             held -= path.stat().st_size
-            os.unlink(path)
+            path.unlink()

@@ -44,8 +44,9 @@ def begin_shared(store: Store, work: Mapping[str, Any], tasks: Sequence[Task], g
         UsageError: another run is there.
     """
     rows = {name: [path.stat().st_size, sha256_of(path)] for name, path in given.items()}
-    text, graph = _text({**work, "given": rows}), tasks_text(tasks)
-    stated = json.dumps({"work": json.loads(text), "tasks": hashlib.sha256(graph).hexdigest()}, indent=1, sort_keys=True)
+    graph = tasks_text(tasks)
+    whole = {"work": {**work, "given": rows}, "tasks": hashlib.sha256(graph).hexdigest()}
+    stated = json.dumps(whole, indent=1, sort_keys=True)
     before = store.get(WORK)
     if before is None:
         for name, path in given.items():
@@ -61,10 +62,6 @@ def begin_shared(store: Store, work: Mapping[str, Any], tasks: Sequence[Task], g
             "options to go on with that."
         )
     return False
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 def open_shared(store: Store) -> "Shared":

@@ -5,7 +5,7 @@ There is no coordinator. Workers come and go; what one leaves is taken by anothe
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,11 +56,12 @@ class Worker:
     _later: dict[str, float] = field(default_factory=dict)
     _last: Task | None = None
 
-    def work(self, advance: Advance) -> None:
+    def work(self, advance: Advance, stop: Callable[[], bool] = lambda: False) -> None:
         """Until all is done.
 
         Args:
             advance: told of tasks that anybody has done.
+            stop: asked between tasks; True ends the work before.
 
         Raises:
             FailedError: a task was given up, by this worker or another.
@@ -68,7 +69,7 @@ class Worker:
         """
         self._known_failures = frozenset(self.shared.failures())
         told, pause = 0, _PAUSE_SECONDS
-        while True:
+        while not stop():
             done = {task.id for task in self.shared.tasks} & self.shared.look()
             advance(len(done) - told, self._remark())
             told = len(done)
@@ -175,17 +176,3 @@ class Worker:
 def _given_up(task: str, text: str) -> str:
     lines = text.strip().splitlines() or ["no reason is known"]
     return f"The task {task} was given up: {lines[-1]}; mend that, and start workers again: what is done stays."
-
-
-def share_of(text: str) -> tuple[int, int]:
-    """I/N, as of `--shard`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    first, slash, second = text.partition("/")
-    if not (slash and first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-        raise ValueError(text)
-    return int(first), int(second)
-
-

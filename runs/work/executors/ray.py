@@ -1,0 +1,84 @@
+"""Workers as actors of a Ray cluster: Ray finds them machines and GPUs, and starts them anew where they die.
+
+Files go through the store and none through Ray's object store, so that it has nothing to spill.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moepress.errors import MoepressError, UnsupportedError
+
+
+def work_on_ray(
+    work: Callable[[int], Any], count: int | None, *, cpus: float, gpus: float, address: str | None = None
+) -> list[Any]:
+    """Run workers on a Ray cluster until each has returned.
+
+    Args:
+        work: what a worker does, given its number; importable on the cluster's machines.
+        count: how many workers; None for as many as the cluster has room for.
+        cpus, gpus: what Ray sets aside for each.
+        address: of the cluster; None for that of RAY_ADDRESS or of this machine, and where there is none a new one of
+            this machine alone, which ends with this process.
+
+    Raises:
+        UnsupportedError: Ray is not installed.
+        MoepressError: the cluster has no room for a single worker, or a worker's own error.
+    """
+    ray = _ray()
+    _connect(ray, address)
+    try:
+        total = ray.cluster_resources()
+        room = min(total.get("CPU", 0) / cpus if cpus else 1e9, total.get("GPU", 0) / gpus if gpus else 1e9)
+        wanted = count or int(room)
+        if wanted < 1 or room < 1:
+            raise MoepressError(
+                f"The Ray cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs, and a worker "
+                f"wants {cpus:g} and {gpus:g}; give fewer --threads, or add machines."
+            )
+        actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Actor)
+        actors = [actor.remote() for _ in range(wanted)]
+        return _all(ray, [each.work.remote(work, number) for number, each in enumerate(actors)])
+    finally:
+        ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise UnsupportedError("Ray is not installed; install it with: pip install 'moepress[ray]'.") from error
+    return ray
+
+
+class _Actor:
+    """Runs in a process of its own on some machine of the cluster."""
+
+    def work(self, work: Callable[[int], Any], number: int) -> Any:
+        """A worker, until all tasks are done; begun anew where the process died, since its leases are over then."""
+        return work(number)
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    quiet = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
+    try:
+        ray.init(address=address or "auto", logging_level="ERROR", log_to_driver=False)
+    except ConnectionError as error:
+        if address is not None:
+            raise MoepressError(f"No Ray cluster answers at {address}; see `ray status` there.") from error
+        ray.init(**quiet)
+
+
+def _all(ray: Any, futures: Sequence[Any]) -> list[Any]:
+    try:
+        return list(ray.get(list(futures)))
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MoepressError):
+            raise cause from error
+        raise MoepressError(f"A worker on Ray failed: {cause}; repeat the command: what is done stays.") from error
+    except ray.exceptions.RayError as error:
+        what = type(error).__name__
+        raise MoepressError(
+            f"The Ray cluster failed ({what}); start it again and repeat the command: what is done stays."
+        ) from error

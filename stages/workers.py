@@ -1,0 +1,74 @@
+"""Several workers from one command: quantizing by processes of this machine, and workers on a Ray cluster."""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moepress.calibration.corpus import Corpus
+from moepress.compress.gptq.finish import SHARED
+from moepress.models.forward.walk import Limits, default_memory
+from moepress.runs.journal import Run
+from moepress.runs.store.store import open_store
+from moepress.runs.work.executors.local import LocalWorkers, worker_commands
+from moepress.runs.work.executors.ray import work_on_ray
+from moepress.runs.work.shared import open_shared
+from moepress.stages.places import Machine
+from moepress.stages.plan_work import frame_for, share
+from moepress.stages.quantize import By, Prepared
+from moepress.stages.work import Place, gather, work_stage
+
+
+def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
+    """Quantize by so many processes of this machine, for `quantize_stage`; the tasks lie in the run's work folder.
+
+    Args:
+        count: how many.
+        machine: its `memory_bytes` is for each of them.
+        model_name, seed: as they were given to the stage.
+    """
+
+    def work(prepared: Prepared, corpus: Corpus, run: Run, limits: Limits) -> dict[str, Any]:
+        store = open_store(str(run.folder / SHARED))
+        share(store, prepared, corpus, limits, model_name, seed)
+        shared = open_shared(store)
+        if any(run.done(piece) is None for piece in frame_for(prepared).piece_names):
+            threads = max(1, torch.get_num_threads() // count)
+            memory = machine.memory_bytes or default_memory() // count
+            options = ["--threads", str(threads), "--max-memory", str(memory), "--device", machine.device]
+            LocalWorkers(
+                shared=shared,
+                commands=worker_commands(store.url, count, options),
+                logs=run.folder / SHARED / "logs",
+                environment={"OMP_NUM_THREADS": str(threads)},
+            ).work()
+        return gather(shared, prepared, run)
+
+    return work
+
+
+def ray_stage(
+    url: str, machine: Machine, place: Place, *, workers: int | None, address: str | None = None
+) -> dict[str, Any]:
+    """`work_stage` by workers on a Ray cluster, which all see the store and the model.
+
+    Args:
+        url: of the store.
+        machine: of each worker; with a CUDA device each gets a GPU.
+        place: of each; with `threads` each gets so many CPUs, else one.
+        workers: how many; None for as many as the cluster has room for.
+        address: of the cluster; None for the usual ways to find one.
+    """
+    threads = place.threads or 1
+    gpus = 1.0 if machine.device.startswith("cuda") else 0.0
+    work: Callable[[int], Any] = functools.partial(_on_ray, url, machine, replace(place, threads=threads), workers or 1)
+    found = work_on_ray(work, workers, cpus=float(threads), gpus=gpus, address=address)
+    return {"did": sum(each["did"] for each in found), "tasks": found[0]["tasks"], "workers": len(found)}
+
+
+def _on_ray(url: str, machine: Machine, place: Place, count: int, number: int) -> dict[str, Any]:
+    os.environ.setdefault("OMP_NUM_THREADS", str(place.threads))
+    return work_stage(url, machine, replace(place, share=(number % count, count)))
