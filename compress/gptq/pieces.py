@@ -84,8 +84,13 @@ def layer_report(pieces: Iterable[Piece]) -> dict[str, Any]:
             if fell_back:
                 rounded.setdefault(str(layer), []).append(int(expert))
         errors.setdefault(layer, []).extend(error for _, error in sorted(piece.note["linears"].items()))
-    means = {str(layer): sum(found) / len(found) for layer, found in sorted(errors.items()) if found}
+    means = {str(layer): _figure(sum(found) / len(found)) for layer, found in sorted(errors.items()) if found}
     return {"layer_error": means, "experts_without_tokens": without, "experts_rounded": rounded}
+
+
+def _figure(value: float) -> float:
+    """Six digits: sums of losses differ in the tenth with the number of threads, and a report is to be the same."""
+    return float(f"{value:.6g}")
 
 
 def _expert_number(row: tuple[str, Any]) -> int:
