@@ -55,6 +55,7 @@ class Done:
         peak_bytes: the most memory that the worker had taken until then.
         files: by the names that the task gave them.
         note: for those who need it, JSON-able.
+        phases: what the time went to (`runs.phases`): phase -> seconds, FLOP, bytes.
     """
 
     task: str
@@ -64,6 +65,7 @@ class Done:
     peak_bytes: int
     files: Mapping[str, Made]
     note: Mapping[str, Any] = field(default_factory=dict)
+    phases: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def tasks_text(tasks: Sequence[Task]) -> bytes:

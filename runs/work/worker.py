@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from moepress.errors import MoepressError, StoreError
 from moepress.runs.memory import is_out_of_memory, peak_bytes
+from moepress.runs.phases import recording
 from moepress.runs.progress import Advance, note
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.leases import Leases
@@ -131,7 +132,8 @@ class Worker:
     def _do(self, task: Task, attempt: int) -> None:
         began = time.monotonic()
         self.desk.begin(task)
-        self.perform(task, self.desk, smaller=attempt > 0)
+        with recording() as clock:
+            self.perform(task, self.desk, smaller=attempt > 0)
         seconds = time.monotonic() - began
 
         def marker(files: Mapping[str, Made]) -> Done:
@@ -143,6 +145,7 @@ class Worker:
                 peak_bytes=peak_bytes(),
                 files=files,
                 note=self.desk.note,
+                phases={row["phase"]: (row["seconds"], row["flops"], row["bytes"]) for row in clock.rows()},
             )
 
         _, won = self.shared.finish(marker, self.desk.made, give=True)
