@@ -150,8 +150,9 @@ def open_job(
     limits: Limits,
     *,
     max_pieces: int | None = None,
+    embed: bool = True,
 ) -> Job:
-    """A job on these windows, which are embedded.
+    """A job on these windows, which are embedded unless their hidden states are to come from elsewhere.
 
     Args:
         frame: of the run.
@@ -163,8 +164,8 @@ def open_job(
     """
     with phase("embed"):
         ranks = frame.options.hessian.least_tokens > 0
-        stream = open_stream(frame.model, windows_NT, scratch, limits, observe=False, logits=ranks)
-        reference = open_reference(stream, frame.include) if frame.twice else None
+        stream = open_stream(frame.model, windows_NT, scratch, limits, observe=False, logits=ranks, embed=embed)
+        reference = open_reference(stream, frame.include, embed=embed) if frame.twice else None
     if reference is not None and frame.predicting:
         add_predicting(reference.stream.model)
     return Job(

@@ -39,7 +39,7 @@ from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import read_tensor, tensor_entry
 from moepress.models.storage.writer import Entry, write_shard
 from moepress.runs.journal import open_run
-from moepress.runs.memory import release_memory
+from moepress.runs.memory import release_memory, settle
 from moepress.runs.phases import in_layer, phase
 from moepress.runs.pieces import Piece
 from moepress.runs.work.desk import Desk
@@ -81,6 +81,7 @@ class Performer:
     limits: Limits
     extent: Extent
     _held: "_Held | None" = None
+    _settled: bool = False
 
     def __call__(self, task: Task, desk: Desk, *, smaller: bool) -> None:
         """See `runs.work.worker.Perform`."""
@@ -95,6 +96,12 @@ class Performer:
                     act(task, desk, smaller)
         release_memory()
 
+    def _settle(self) -> None:
+        """Once: it looks through all that lives, which takes longer than a small task."""
+        if not self._settled:
+            settle(self.limits.memory_bytes)
+            self._settled = True
+
     def forget(self) -> None:
         """Give back what is held of a layer."""
         if self._held is not None:
@@ -103,7 +110,7 @@ class Performer:
 
     def _begin(self, task: Task, desk: Desk, smaller: bool) -> None:
         (layer,) = task.at
-        with self._job(desk, self.corpus.windows, smaller) as job:
+        with self._job(desk, self.corpus.windows, smaller, embed=layer == 0) as job:
             for shard, rows in enumerate(self._shards):
                 self._enter(job, desk, layer, shard, rows)
             coded, errors, routed = first_half(job, layer)
@@ -149,7 +156,7 @@ class Performer:
     def _forward(self, task: Task, desk: Desk, smaller: bool) -> None:
         layer, shard = task.at
         rows = self._shards[shard]
-        with self._job(desk, self.corpus.windows[rows.start : rows.stop], smaller) as job:
+        with self._job(desk, self.corpus.windows[rows.start : rows.stop], smaller, embed=layer == 0) as job:
             self._enter(job, desk, layer, shard, range(len(rows)))
             begin(job, layer)
             job.stream.model.load_layer(layer)
@@ -197,10 +204,11 @@ class Performer:
             load_original(job.reference, layer)
 
     @contextmanager
-    def _job(self, desk: Desk, windows_NT: Tensor, smaller: bool) -> Iterator[Job]:
+    def _job(self, desk: Desk, windows_NT: Tensor, smaller: bool, *, embed: bool = False) -> Iterator[Job]:
+        self._settle()
         scratch = Scratch(desk.scratch(), self.limits.memory_bytes)
         try:
-            job = open_job(self.frame, windows_NT, _Pieces(desk), scratch, self.limits)
+            job = open_job(self.frame, windows_NT, _Pieces(desk), scratch, self.limits, embed=embed)
             yield replace(job, at_once=1) if smaller else job
         finally:
             scratch.close()
@@ -210,7 +218,8 @@ class Performer:
         if self._held is None or self._held.layer != layer:
             self.forget()
             scratch = Scratch(desk.folder, self.limits.memory_bytes, f"layer-{layer}")
-            job = replace(open_job(self.frame, self.corpus.windows, _Pieces(desk), scratch, self.limits), moves=False)
+            given = self.frame, self.corpus.windows, _Pieces(desk), scratch, self.limits
+            job = replace(open_job(*given, embed=False), moves=False)
             for shard, rows in enumerate(self._shards):
                 stored = read_header(desk.input(f"begin-{layer}", shard_file(shard)))
                 for name, stream in _streams(job):

@@ -33,8 +33,8 @@ class Reference:
     apart: bool
 
 
-def open_reference(stream: Stream, include: Iterable[Include]) -> Reference:
-    """Buffers as large as those of `stream`, whose windows are embedded."""
+def open_reference(stream: Stream, include: Iterable[Include], *, embed: bool = True) -> Reference:
+    """Buffers as large as those of `stream`, whose windows are embedded; without `embed` nothing is copied."""
     model, scratch, apart = stream.model, stream.scratch, is_apart(include)
     if apart:
         model = StreamedModel(model.source, device=model.device, dtype=model.dtype)
@@ -54,7 +54,7 @@ def open_reference(stream: Stream, include: Iterable[Include]) -> Reference:
         weights=like("weights", stream.weights),
         sums=None if stream.sums is None else like("sums", stream.sums),
     )
-    for window, other in zip(reference.hidden, stream.hidden, strict=True):
+    for window, other in zip(reference.hidden, stream.hidden, strict=True) if embed else ():
         window.copy_(other)
         reference.touch(2 * len(window))
     stream.forget()

@@ -203,12 +203,15 @@ def open_stream(
     *,
     observe: bool,
     logits: bool = False,
+    embed: bool = True,
 ) -> Stream:
     """Allocate buffers and embed the windows.
 
-    `observe` also keeps the residual stream and the router's logits, `logits` only these.
+    `observe` also keeps the residual stream and the router's logits, `logits` only these. Without `embed` the hidden
+    states are undefined, for a walk that goes on from others; the process has settled then (`runs.memory.settle`).
     """
-    settle(limits.memory_bytes)
+    if embed:
+        settle(limits.memory_bytes)
     windows, length = windows_NT.shape
     tokens, shape = windows * length, model.shape
     routed = bool(model.moe_layers)
@@ -226,7 +229,7 @@ def open_stream(
         logits=scratch.tensor("logits", (rows, shape.experts), torch.float32) if observe or logits else None,
         sums=None if model.family.additive else scratch.tensor("sums", (rows, shape.hidden), torch.float32),
     )
-    batches = torch.split(windows_NT, limits.batch_windows)
+    batches = torch.split(windows_NT, limits.batch_windows) if embed else ()
     start = 0
     for embedded in model.embed_all(iter(batches)):
         stream.hidden[start : start + embedded.shape[0]] = embedded.to("cpu")
