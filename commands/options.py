@@ -369,6 +369,13 @@ match_option: Decorator = click.option(
     "auto takes original for 4 bits and fewer, but with --effort fast.",
 )
 
+workers_option: Decorator = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Quantize by so many processes of this machine, each with its share of the threads and of --max-memory. The "
+    "bytes are the same. For several machines see `moepress plan-work -h`.",
+)
+
 store_option: Decorator = click.option(
     "--store", required=True, metavar="URL", help="A folder that all workers see, or s3://, gs://, az:// BUCKET/PATH."
 )

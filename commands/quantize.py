@@ -30,6 +30,7 @@ from moepress.commands.options import (
     scheme_options,
     talk_options,
     timings_option,
+    workers_option,
 )
 from moepress.commands.requests import (
     all_default,
@@ -81,12 +82,7 @@ def quantize_options(function: Any) -> Any:
 @model_argument()
 @output_options("Folder for the quantized model.")
 @quantize_options
-@click.option(
-    "--workers",
-    type=click.IntRange(1),
-    help="Quantize by so many processes of this machine, each with its share of the threads and with --max-memory. "
-    "The bytes are the same. For several machines see `moepress plan-work -h`.",
-)
+@workers_option
 @click.option("--max-pieces", type=click.IntRange(1), help="Stop after so many new pieces; --resume goes on.")
 @calibration_options
 @machine_options

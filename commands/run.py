@@ -39,6 +39,7 @@ from moepress.commands.options import (
     targets_file_option,
     task_options,
     timings_option,
+    workers_option,
 )
 from moepress.commands.requests import all_default, asked_of, push_of, repair_of, task_values, thresholds_of
 from moepress.errors import UsageError
@@ -97,6 +98,7 @@ _RECIPE_OPTIONS = (
     help="Further formats, with commas between them: gptq, onnx, gguf.",
 )
 @machine_options
+@workers_option
 @push_options
 @timings_option
 @dry_run_option
@@ -143,7 +145,7 @@ def run(model: str | None, output: Path, resume: bool, force: bool, recipe_file:
         if not inputs:
             check_recipe(recipe)  # all that can be refused is, before a model of the hub is downloaded
     with timed("run", options["timings"], device=recipe.device):
-        report = run_recipe(recipe, output, resume=resume, force=force)
+        report = run_recipe(recipe, output, resume=resume, force=force, workers=options["workers"])
     if push is not None and any(outcome.state == "missed" for outcome in report.thresholds):
         note(f"Nothing is pushed to {push.repo}, for a threshold was missed.")
     show_report(report, output, as_json=options["as_json"])

@@ -10,7 +10,7 @@ import torch
 
 from moepress.calibration.corpus import Corpus
 from moepress.compress.gptq.finish import SHARED
-from moepress.models.forward.walk import Limits, default_memory
+from moepress.models.forward.walk import Limits
 from moepress.runs.journal import Run
 from moepress.runs.store.store import open_store
 from moepress.runs.work.executors.local import LocalWorkers, worker_commands
@@ -27,7 +27,7 @@ def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
 
     Args:
         count: how many.
-        machine: its `memory_bytes` is for each of them.
+        machine: each gets its share of the memory.
         model_name, seed: as they were given to the stage.
     """
 
@@ -37,7 +37,7 @@ def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
         shared = open_shared(store)
         if any(run.done(piece) is None for piece in frame_for(prepared).piece_names):
             threads = max(1, torch.get_num_threads() // count)
-            memory = machine.memory_bytes or default_memory() // count
+            memory = limits.memory_bytes // count
             options = ["--threads", str(threads), "--max-memory", str(memory), "--device", machine.device]
             LocalWorkers(
                 shared=shared,

@@ -73,6 +73,7 @@ from moepress.stages.run.recipe import (
 from moepress.stages.subjects import elsewhere_subject, open_subject, pruned_subject, subject_of
 from moepress.stages.tasks import files_digest
 from moepress.stages.validate import validate_stage
+from moepress.stages.workers import by_workers
 from moepress.validation.report.files import JSON_NAME, write_report
 from moepress.validation.report.model_card import CARD_NAME, Format, model_card
 from moepress.validation.report.provenance import files_below, provenance, write_provenance
@@ -95,6 +96,7 @@ class _Setup:
     count: int
     scheme: Scheme | None
     machine: Machine
+    workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,13 +116,17 @@ class _Exports:
     notes: tuple[str, ...] = ()
 
 
-def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False) -> Report:
-    """Run all stages.
+def run_recipe(
+    recipe: Recipe, out: Path, *, resume: bool = False, force: bool = False, workers: int | None = None
+) -> Report:
+    """Run all stages; the model is quantized by so many processes, with the same bytes.
 
     Raises:
         UsageError: an option or the expert count is not legal, or the output is taken.
         InvalidInputError: model or text are not sound.
     """
+    if workers and recipe.repair:
+        raise UsageError("--workers does not go with --repair yet; leave one of them out.")
     before = first_settings(out) if resume else {}
     recipe = as_before(recipe, before)
     check_output(out, [model_folder(recipe.model)], resume=resume, force=force, in_place=True)
@@ -139,7 +145,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, force: bool =
     corpus = load_corpus(checkpoint.folder, text, context=shape.context, vocabulary=shape.vocabulary)
     settings["corpus"] = corpus.digest  # a text may change under its name; the stages that read it may be finished
     machine = Machine(device=recipe.device, dtype=recipe.dtype, memory_bytes=recipe.max_memory)
-    setup = _Setup(recipe=recipe, out=out, count=count, scheme=settled(recipe, checkpoint).scheme, machine=machine)
+    scheme = settled(recipe, checkpoint).scheme
+    setup = _Setup(recipe=recipe, out=out, count=count, scheme=scheme, machine=machine, workers=workers)
     with open_run(out, settings, resume=resume, force=force, in_place=True, inputs=inputs) as run:
         write_atomically(out / "recipe.yaml", recipe_text(recipe, asked, out))
         number, of = itertools.count(1), 3 + bool(recipe.repair) + bool(recipe.to)  # a plan is made in no time
@@ -265,6 +272,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
             setup.machine,
             mtp=recipe.mtp,
             repairs=repairs,
+            by=by_workers(setup.workers, setup.machine, recipe.model, recipe.seed) if setup.workers else None,
         )
     note(*(text for text in result["notes"] if "multi-token" in text))
     kept = ("layer_error", "experts_without_tokens", "experts_rounded", "calibration")
