@@ -36,6 +36,7 @@ TEXT = ("--tokens", "512", "--window", "32")
 SHORT = {
     "profile": TEXT,
     "quantize": TEXT,
+    "plan-work": TEXT,
     "run": (*TEXT, "--max-windows", "1", "--no-throughput"),
     "validate": ("--max-windows", "1", "--no-throughput"),
     "generate": ("--max-new-tokens", "4"),
