@@ -62,15 +62,16 @@ def prepared(folder: Path, tiny_model: Callable[..., Path]) -> Work:
 
 
 def with_more(work: Work) -> Work:
-    """And those that take seconds each: an export to ONNX, and all stages in one."""
+    """And those that take seconds each: another repair, an export to ONNX, and all stages in one."""
     folder, arguments = work.folder, dict(work.arguments)
+    arguments["down"] = ["down" if word == "gain,bias,router" else word for word in arguments["repair"]]
     arguments["onnx"] = ["export", str(folder / "quantize"), "--to", "onnx", "--no-check"]
     data = ["--data-domain", f"one={folder / 'one.txt'}", "--window", "16", "--max-windows", "1", "--no-throughput"]
     plain = [word for word in arguments["profile"][1:] if word not in ("--window", "16")]
     arguments["run"] = ["run", *plain, *data, "--experts", "12", "--bits", "4", "--group-size", "32", "--to", "gptq"]
-    for name in ("onnx", "run"):
+    for name in ("down", "onnx", "run"):
         finish([*arguments[name], "-o", str(folder / name)])
-    whole = work.whole | {name: result(folder / name) for name in ("onnx", "run")}
+    whole = work.whole | {name: result(folder / name) for name in ("down", "onnx", "run")}
     return Work(folder=folder, model=work.model, arguments=arguments, whole=whole)
 
 

@@ -17,7 +17,7 @@ from moepress.runs.files import JOURNAL
 from moepress.runs.output import partial_folder
 
 pytestmark = pytest.mark.slow
-COMMANDS = ("profile", "prune", "repair", "quantize", "export", "onnx", "run")
+COMMANDS = ("profile", "prune", "repair", "down", "quantize", "export", "onnx", "run")
 TIMES = 20
 STAGES = ("profile", "model", "exports")
 # What has reached the disk, noted as it does, in a file of the test's: inode and size of every file and folder that was
@@ -84,6 +84,15 @@ def wait_for(process: Child, out: Path, draw: random.Random, *, is_run: bool) ->
     while process.poll() is None and lines(out) < at_line:
         time.sleep(0.0005)
     time.sleep(draw.uniform(0, 0.03))  # about as long as a piece of these takes
+
+
+def weights(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+
+def test_the_repair_of_down_projections_that_is_killed_changes_weights(work: Work) -> None:
+    """Else its kills would show no more than those of `prune`."""
+    assert weights(work.whole["down"]) != weights(work.whole["prune"])
 
 
 @pytest.mark.parametrize("how", ["kill", "power cut"])
