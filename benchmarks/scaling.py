@@ -274,9 +274,8 @@ def print_rows(report: Mapping[str, Any]) -> None:
         for row in report["r1"]["tasks"]:
             print(f"| {row['task']} | {row['seconds']:.1f} | {row['peak_bytes'] / 2**20:.0f} |")
     if "simulation" in report:
-        print(
-            "\nR1 whole, projected:\n\n| layers | workers | time | busy | files | limit |\n|---|---:|---:|---:|---:|---|"
-        )
+        print("\nR1 whole, projected:\n\n| layers | workers | time | busy | files | limit |")
+        print("|---|---:|---:|---:|---:|---|")
         for row in report["simulation"]:
             order = "independent" if row["independent"] else "in turn"
             cells = f"{span_text(row['seconds'])} | {row['busy']:.0%} | {row['files']:.0%} | {row['limit']}"

@@ -19,6 +19,8 @@ END_TOKENS = 8192
 """What `--effort max` takes for `HessianOptions.end_tokens`: of 32,768 a quarter keeps nine tenths of the gain."""
 END_BITS = 8
 """With so many bits, errors are too small for it to matter which outputs they are in."""
+MOST_END_WEIGHT = 1000
+"""Of `HessianOptions.end_weight`: with more, other tokens no longer count."""
 _ROWS_AT_ONCE = 8192
 _CPU = torch.device("cpu")
 _NARROW = 1024  # columns; narrower Hessians are formed in narrower strips
@@ -46,6 +48,9 @@ class HessianOptions:
         end_floor: so many times the identity is added to what they say, whose mean diagonal is 1.
         independent: every layer is solved on what reaches it in the *original* model, so that no layer waits for
             another; `asymmetry` then draws a matrix to what the original ones of its own expert give.
+        end_weight: how many times a token near the end of an answer or of reasoning counts (`calibration.answer_ends`);
+            1: as any other.
+        end_marks: the tokens that are such ends.
     """
 
     weight_power: int = 0
@@ -56,6 +61,8 @@ class HessianOptions:
     end_tokens: int = 0
     end_floor: float = 0.3
     independent: bool = False
+    end_weight: float = 1.0
+    end_marks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.asymmetry <= 1:
@@ -64,6 +71,8 @@ class HessianOptions:
             raise ValueError(f"{self}: need least_tokens >= 0.")
         if self.end_tokens < 0 or self.end_floor <= 0:
             raise ValueError(f"{self}: need end_tokens >= 0 and end_floor > 0.")
+        if not 1 <= self.end_weight <= MOST_END_WEIGHT:
+            raise ValueError(f"{self}: need 1 <= end_weight <= {MOST_END_WEIGHT}.")
 
 
 def matches_original(match: str, bits: int, layer_bits: Mapping[int, int], effort: str = "normal") -> bool:
@@ -79,12 +88,16 @@ def matches_original(match: str, bits: int, layer_bits: Mapping[int, int], effor
     return match == "original" or (match == "auto" and few and effort != "fast")
 
 
-def hessian_for(match: str, bits: int, layer_bits: Mapping[int, int], effort: str = "normal") -> HessianOptions:
-    """The options for `--match` and `--effort`, all else as by default; arguments as of `matches_original`."""
+def hessian_for(
+    match: str, bits: int, layer_bits: Mapping[int, int], effort: str = "normal", end_weight: float = 1.0
+) -> HessianOptions:
+    """The options for `--match`, `--effort` and `--end-weight`; other arguments as of `matches_original`."""
     original = matches_original(match, bits, layer_bits, effort)
     few = min([bits, *layer_bits.values()]) < END_BITS
     return HessianOptions(
-        asymmetry=ORIGINAL_ASYMMETRY if original else 0.0, end_tokens=END_TOKENS if few and effort == "max" else 0
+        asymmetry=ORIGINAL_ASYMMETRY if original else 0.0,
+        end_tokens=END_TOKENS if few and effort == "max" else 0,
+        end_weight=end_weight,
     )
 
 

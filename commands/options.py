@@ -17,6 +17,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 CRITERIA = ("reap", "reap-sum", "easy-ep", "frequency", "gate", "ean", "man", "loo")
 PARTS = ("attention", "shared", "dense", "lm_head")
 NOTHING = "none"
+MOST_END_WEIGHT = 1000
+"""As in `calibration.hessian`, which needs torch."""
 INCLUDES = ("auto", NOTHING, *PARTS)
 
 
@@ -396,6 +398,24 @@ effort_option: Decorator = click.option(
     "then own: half of the time or less, a fifth to a third more divergence. high lets codes leave what a descent ends "
     "in, by annealed sweeps: up to 1.5 times as long, a few per cent less. max asks what errors cost at the end of the "
     "network, by a backward pass through the model before: about twice as long, a fifth to a quarter less.",
+)
+
+
+def _end_weight(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if not 1 <= value <= MOST_END_WEIGHT:  # neither is NaN
+        raise UsageError(f"--end-weight {value:g} is not possible; give a number from 1 (off) to {MOST_END_WEIGHT}.")
+    return value
+
+
+end_weight_option: Decorator = click.option(
+    "--end-weight",
+    type=float,
+    default=1.0,
+    show_default=True,
+    callback=_end_weight,
+    help="How many times tokens around the ends of reasoning and of answers in the calibration text count in the "
+    "Hessians, from 1 (as any other) to 1000; give text with such ends, as `calibration make` writes. That it helps "
+    "was not measured.",
 )
 
 positive_option: Decorator = click.option(

@@ -15,6 +15,7 @@ from moepress.commands.options import (
     calibration_options,
     dry_run_option,
     effort_option,
+    end_weight_option,
     float_option,
     grid_option,
     include_option,
@@ -68,6 +69,7 @@ def quantize_options(function: Any) -> Any:
         include_option,
         match_option,
         effort_option,
+        end_weight_option,
         independent_option,
         positive_option,
         asymmetric_option,
@@ -309,7 +311,7 @@ def _hessian_of(options: Mapping[str, Any], bits: int, layer_bits: Mapping[int, 
     """How tokens are weighed in Hessians, with the targets that --match names for so many bits."""
     from moepress.calibration.hessian import hessian_for
 
-    found = hessian_for(options["match"], bits, layer_bits, options["effort"])
+    found = hessian_for(options["match"], bits, layer_bits, options["effort"], options["end_weight"])
     return replace(found, independent=options["independent_layers"])
 
 

@@ -18,6 +18,7 @@ from moepress.commands.options import (
     calibration_options,
     dry_run_option,
     effort_option,
+    end_weight_option,
     evaluation_options,
     float_option,
     grid_option,
@@ -58,6 +59,7 @@ _RECIPE_OPTIONS = (
         "include",
         "match",
         "effort",
+        "end_weight",
         "mtp",
     ),
     *("positive_scales", "asymmetric", "max_domain_loss"),
@@ -84,6 +86,7 @@ _RECIPE_OPTIONS = (
 @include_option
 @match_option
 @effort_option
+@end_weight_option
 @positive_option
 @asymmetric_option
 @mtp_option

@@ -34,6 +34,7 @@ _NAMES = {
     "hessian.asymmetry": "--match (auto follows --bits)",
     "hessian.independent": "--independent-layers",
     "hessian.end_tokens": "--effort (tokens of the backward pass)",
+    "hessian.end_marks": "what ends answers (its tokens follow from --end-weight and the model's folder)",
     "solver.refits": "--effort (how often scales are refitted)",
     "solver.annealed": "--effort (annealed sweeps)",
     "part_bits": "the bits of parts (--bits)",

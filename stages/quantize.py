@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moepress.calibration.answer_ends import end_marks, end_notes
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import describe_corpus, fingerprint
@@ -43,6 +44,7 @@ from moepress.stages.groundwork import (
     announce,
     checked_plan,
     load_corpus,
+    load_tokenizer,
     model_run,
     opened,
     require_room,
@@ -51,6 +53,7 @@ from moepress.stages.groundwork import (
     workload,
 )
 from moepress.stages.places import Calibration, Machine, Output, display_name, model_folder
+from moepress.validation.quality.decoding import stop_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,7 @@ def prepare(
         request = replace(request, scheme=scheme, layer_bits=layer_bits, include=parts)
     if request.scheme.floats or not request.scheme.symmetric:  # all scales are positive, which files of the result say
         request = replace(request, solver=replace(request.solver, signed=False))
+    request = replace(request, hessian=_with_marks(folder, request.hessian))
     options = _options(source, request)
     check_scheme(source, options.scheme, request.include, options.blocks)
     if options.blocks is not None and (others := fallback_text(source, request.include, options.blocks)):
@@ -156,7 +160,8 @@ def prepare(
 def corpus_for(prepared: Prepared, calibration: Calibration) -> Corpus:
     """The calibration text as the model's windows; raises as `load_corpus`."""
     shape = prepared.checkpoint.shape
-    return load_corpus(prepared.folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+    corpus = load_corpus(prepared.folder, calibration, context=shape.context, vocabulary=shape.vocabulary)
+    return replace(corpus, notes=(*corpus.notes, *end_notes(corpus.windows, prepared.options.hessian)))
 
 
 def settings_of(prepared: Prepared, seed: int, repairs: Repairs | None = None) -> dict[str, Any]:
@@ -246,6 +251,14 @@ def quantize_stage(
                 max_pieces=max_pieces,
             )
     return {"bytes_before": prepared.checkpoint.total_bytes, **result, **summary, "scheme": settings["scheme"]}
+
+
+def _with_marks(folder: Path, hessian: HessianOptions) -> HessianOptions:
+    """The same with the tokens that end answers and reasoning, where they count more."""
+    if hessian.end_weight == 1 or hessian.end_marks:
+        return hessian
+    tokenizer = load_tokenizer(folder)
+    return replace(hessian, end_marks=end_marks(tokenizer, stop_tokens(folder, tokenizer)))
 
 
 def _predicting(checkpoint: Checkpoint, plan: Plan | None, mtp: Mtp) -> dict[int, list[int]]:

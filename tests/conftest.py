@@ -26,7 +26,7 @@ TinyFactory = Callable[..., Path]
 LONG = (
     *("test_recipe", "test_doc_commands_guides", "test_doc_commands", "test_estimate", "test_push", "test_balance"),
     *("test_resume", "test_dry_run", "test_export", "test_generate", "test_pipeline", "test_examples"),
-    *("test_float_schemes", "test_generations"),
+    *("test_float_schemes", "test_generations", "test_end_weight"),
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import HessianOptions, Moments, add_cross, add_gram, mirror, shares
+from moepress.compress.gptq import counting
 from moepress.compress.gptq.asymmetry import Step, against_original, move_target
 from moepress.compress.gptq.balance import topped_up
 from moepress.compress.gptq.block_choice import BlockChoice
@@ -28,7 +29,7 @@ from moepress.models.storage.block_types import BlockType
 from moepress.models.storage.experts import Expert
 from moepress.runs.phases import phase
 
-_ROWS_AT_ONCE = 8192
+_ROWS_AT_ONCE, _POOLED_AT_ONCE = 8192, 65536
 _EXPERTS_A_THREAD = 4
 
 
@@ -185,21 +186,29 @@ def experts_that_fit(shape: Shape, memory_bytes: int, device: torch.device) -> i
 
 def pooled_inputs(stream: Stream, options: HessianOptions) -> Tensor:
     """A fixed, evenly spread sample of the layer's tokens [P, D], for Hessians of experts with few tokens."""
-    count, window = min(options.pooled_tokens, stream.tokens), stream.hidden.shape[1]
-    rows = torch.arange(count) * stream.tokens // max(count, 1)
-    if (step := stream.tokens // max(count, 1)) > window:  # domains take turns, window by window: no step is to follow
-        rows += (torch.arange(count, dtype=torch.float64).mul((5**0.5 - 1) / 2).frac() * step).long()
+    rows = pooled_rows(stream, options)
     with phase("Hessian"):
         return stream.inputs[rows].to(stream.model.device)
 
 
+def pooled_rows(stream: Stream, options: HessianOptions) -> Tensor:
+    """Which of the layer's tokens these are, int64 [P]."""
+    count, window = min(options.pooled_tokens, stream.tokens), stream.hidden.shape[1]
+    rows = torch.arange(count) * stream.tokens // max(count, 1)
+    if (step := stream.tokens // max(count, 1)) > window:  # domains take turns, window by window: no step is to follow
+        rows += (torch.arange(count, dtype=torch.float64).mul((5**0.5 - 1) / 2).frac() * step).long()
+    return rows
+
+
 def pooled_hessian(stream: Stream) -> Tensor:
-    """Mean of x x^T over all tokens of the layer, fp32 [D, D] on the device."""
+    """Mean of x x^T over all tokens of the layer, weighted where some count more, fp32 [D, D] on the device."""
     device = stream.model.device
     total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
     with phase("Hessian"):
-        for part in stream.inputs.split(65536):
-            add_gram(total, part.to(device))
+        for start in range(0, stream.tokens, _POOLED_AT_ONCE):
+            rows = slice(start, start + _POOLED_AT_ONCE)
+            part, weights = stream.inputs[rows].to(device), counting.of_tokens(stream, rows)
+            add_gram(total, part, None if weights is None else weights.to(device))
             stream.touch(len(part))
         return mirror(total).div_(max(stream.tokens, 1))
 
@@ -224,8 +233,11 @@ def originals_of(stream: Stream, reference: Stream, options: HessianOptions) -> 
     device = stream.model.device
     total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
     with phase("Hessian"):
-        for part, original in zip(stream.inputs.split(65536), reference.inputs.split(65536), strict=True):
-            add_cross(total, part.to(device), original.to(device))
+        for start in range(0, stream.tokens, _POOLED_AT_ONCE):
+            rows = slice(start, start + _POOLED_AT_ONCE)
+            part, weights = stream.inputs[rows].to(device), counting.of_tokens(stream, rows)
+            original = reference.inputs[rows].to(device)
+            add_cross(total, part, original, None if weights is None else weights.to(device))
             stream.touch(2 * len(part))
         total /= max(stream.tokens, 1)
     return Originals(stream=reference, pooled=total, sample=pooled_inputs(reference, options))
@@ -495,9 +507,11 @@ def _split(both: Matrix, *, gated: bool) -> tuple[Matrix | None, Matrix]:
 
 def token_weights(stream: Stream, position: tuple[Tensor, Tensor], options: HessianOptions) -> Tensor | None:
     """a_t of an expert's tokens, or None for 1."""
+    counted = counting.of_tokens(stream, position[0])
     if options.weight_power == 0:
-        return None
-    return stream.weights[position[0], position[1]].pow(options.weight_power)
+        return counted
+    combined = stream.weights[position[0], position[1]].pow(options.weight_power)
+    return combined if counted is None else combined * counted.to(combined.device)
 
 
 def _slices(tokens: int) -> list[slice]:
@@ -599,7 +613,9 @@ def _down_moments(
             return got
 
         pooled = sample_PD[picked], originals.sample[picked] if originals else None
-        gather(*pooled, None, rest / max(len(picked), 1), [len(picked)])
+        counted = counting.of_tokens(inputs.stream, pooled_rows(inputs.stream, options)[picked])
+        rest /= _mass(counted, len(picked)) or 1.0
+        gather(*pooled, None if counted is None else counted.to(model.device), rest, [len(picked)])
         for parts in _slices_of(inputs.stream, position[0], chose):
             rows = slice(parts[0].start, parts[-1].stop)
             got = gather(*inputs.rows(position[0], weights, rows), own, [part.stop - part.start for part in parts])

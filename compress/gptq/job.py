@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moepress.calibration.answer_ends import importance
 from moepress.compress.gptq.block_solver import BlockCoded
 from moepress.compress.gptq.experts import Coded, CodedExpert, FloatCoded, Matrix, QuantizeOptions, experts_at_once
 from moepress.compress.gptq.include import Include, Included, LinearGroup, included, part_bits
@@ -165,6 +166,7 @@ def open_job(
     with phase("embed"):
         ranks = frame.options.hessian.least_tokens > 0
         stream = open_stream(frame.model, windows_NT, scratch, limits, observe=False, logits=ranks, embed=embed)
+        stream.importance = importance(windows_NT, frame.options.hessian)
         reference = open_reference(stream, frame.include, embed=embed) if frame.twice else None
     if reference is not None and frame.predicting:
         add_predicting(reference.stream.model)

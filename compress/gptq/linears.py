@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moepress.calibration.hessian import Moments, moments
+from moepress.compress.gptq import counting
 from moepress.compress.gptq.asymmetry import move_target
 from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_stacked
 from moepress.compress.gptq.include import LinearGroup
@@ -36,12 +37,8 @@ def solve_head(stream: Stream, options: QuantizeOptions, reference: Stream | Non
     with phase("forward"):
         for batch in batches_of(stream):
             rows = slice(batch.start, batch.stop)
-            found = [
-                s.model.head_inputs(s.hidden[rows].to(model.device)).flatten(0, 1)
-                for s in (stream, reference)
-                if s is not None
-            ]
-            total = _added(total, moments(*found))
+            found = [s.model.head_inputs(s.hidden[rows].to(model.device)) for s in (stream, reference) if s is not None]
+            total = _added(total, _moments(stream, rows, found))
     assert total is not None
     own = options.of_part(Part.LM_HEAD)
     (matrix,), errors = _solve_stack(stream, own, [model.family.head], total.over(stream.tokens))
@@ -113,12 +110,14 @@ def solve_stepping(
         steppings = [stack.enter_context(Stepping(s, layer, stops)) for s in streams]
         for group, places in zip(groups, stops, strict=True):
             total, parts = None, zip(*(steps.inputs() for steps in steppings), strict=True)
+            batches = iter(batches_of(stream))
             while True:
                 with phase("forward"):  # FLOP are not counted: how much of the layer runs depends on the Linear
                     found = next(parts, None)
                 if found is None:
                     break
-                total = _added(total, moments(*(part.flatten(0, -2) for part in found)))
+                batch = next(batches)
+                total = _added(total, _moments(stream, slice(batch.start, batch.stop), found))
             assert total is not None
             own = options.of_part(group.part)
             matrices, losses = _solve_stack(stream, own, group.names, total.over(stream.tokens), side_of(group))
@@ -147,17 +146,24 @@ def _captured_moments(stream: Stream, reference: Stream | None, layer: int, inne
         rows = slice(batch.start, batch.stop)
         with phase("forward"):  # FLOP are not counted: how much of the layer runs depends on the Linear
             found = [_captured(s, layer, inner, rows) for s in (stream, reference) if s is not None]
-        total = _added(total, moments(*found))
+        total = _added(total, _moments(stream, rows, found))
     assert total is not None
     return total
 
 
+def _moments(stream: Stream, windows: slice, found: Sequence[Tensor]) -> Moments:
+    """Sums over a batch of windows, of a Linear's inputs [..., I], and of the original's where those are there too."""
+    weights = counting.of_rows(stream, windows, found[0])
+    inputs, *originals = (part.flatten(0, -2) for part in found)
+    return moments(inputs, next(iter(originals), None), weights)
+
+
 def _captured(stream: Stream, layer: int, inner: str, windows: slice) -> Tensor:
-    """Inputs [T, I] of a loaded layer's Linear; the layer stops as soon as the Linear is reached."""
+    """Inputs [..., I] of a loaded layer's Linear; the layer stops as soon as the Linear is reached."""
     seen: list[Tensor] = []
 
     def hook(_module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.append(arguments[0].flatten(0, -2))
+        seen.append(arguments[0])
         raise _CapturedError
 
     handle = stream.model.layer(layer).get_submodule(inner).register_forward_pre_hook(hook)

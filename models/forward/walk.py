@@ -114,6 +114,7 @@ class Stream:
         sums: [N * T, D] fp32, what the routed experts give; None where it is added to `hidden` right away.
         states: what layers hand on besides hidden states, by its place in what they return: [N, ...].
         form: how many values they return; 0 for hidden states alone, not in a tuple.
+        importance: [N * T] fp32, how much tokens count in Hessians, on average 1; None where all count alike.
     """
 
     model: StreamedModel
@@ -131,6 +132,7 @@ class Stream:
     sums: Tensor | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
     form: int = 0
+    importance: Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from moepress.calibration.hessian import MOST_END_WEIGHT
 from moepress.compress.budget.search import most_common
 from moepress.compress.budget.sizes import included_linears, predicting_bytes, settled_parts
 from moepress.compress.gptq.block_choice import PLANNED, PRESETS, nearest_scheme
@@ -103,6 +104,7 @@ class Recipe(BaseModel):
     part_bits: dict[Include, int] = {}
     match: Literal["auto", "own", "original"] = "auto"
     effort: Literal["fast", "normal", "high", "max"] = "normal"
+    end_weight: float = Field(default=1.0, ge=1, le=MOST_END_WEIGHT, allow_inf_nan=False)
     positive_scales: bool = False
     asymmetric: bool = False
     repair: tuple[Repair, ...] = ()

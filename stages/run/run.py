@@ -263,7 +263,7 @@ def _quantize(setup: _Setup, run: Run, plan: Plan, repairs: Repairs | None) -> M
                 scheme=scheme,
                 layer_bits=plan.layer_bits,
                 include=asked_of(recipe).parts if recipe.grid is not None else plan.included,
-                hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits, recipe.effort),
+                hessian=hessian_for(recipe.match, scheme.bits, plan.layer_bits, recipe.effort, recipe.end_weight),
                 solver=solver_of(recipe.effort, positive=recipe.positive_scales),
                 grid=recipe.grid,
                 mix=plan.grids,

@@ -16,7 +16,7 @@ BEFORE: dict[str, Any] = {
     "scheme": {"bits": 4, "group_size": 128},
     "layer_bits": None,
     "include": ["attention"],
-    "hessian": {"asymmetry": 0.0, "least_tokens": 0},
+    "hessian": {"asymmetry": 0.0, "least_tokens": 0, "end_weight": 1.0},
     "memory_bytes": 1 << 30,
     "batch_windows": 8,
     "leave_one_out": True,
@@ -41,6 +41,7 @@ BEFORE: dict[str, Any] = {
         ({"include": ["attention", "dense"]}, "--include was attention, now attention dense"),
         ({"memory_bytes": 100 << 20}, "--max-memory was 1.0 GiB, now 100.0 MiB"),
         ({"batch_windows": 4}, "the number of windows at once (it follows from --max-memory) was 8, now 4"),
+        ({"hessian": BEFORE["hessian"] | {"end_weight": 4.0}}, "--end-weight was 1.0, now 4.0"),
         ({"leave_one_out": False}, "--no-loo was not given, now given"),
         ({"allow_nonfinite": True}, "--allow-nonfinite was not given, now given"),
         ({"groups": "degroup"}, "--groups was balanced, now degroup"),
@@ -65,7 +66,10 @@ def test_a_setting_is_named_as_it_was_typed(now: dict[str, Any], said: str) -> N
 
 
 def test_what_follows_from_another_option_comes_last() -> None:
-    now = {"scheme": {"bits": 3, "group_size": 128}, "hessian": {"asymmetry": 1.0, "least_tokens": 0}}
+    now = {
+        "scheme": {"bits": 3, "group_size": 128},
+        "hessian": {"asymmetry": 1.0, "least_tokens": 0, "end_weight": 1.0},
+    }
     assert changes(BEFORE, BEFORE | now) == [
         "--bits was 4, now 3",
         "--match (auto follows --bits) was own, now original",
