@@ -44,7 +44,7 @@ from moepress.errors import UsageError
 @click.option(
     "--workers", type=click.IntRange(1), help="How many, with --ray (default: what the cluster has room for)."
 )
-@click.option("--parent", type=int, hidden=True)
+@click.option("--parent", type=int, hidden=True, help="End, after a task, when this process is gone.")
 @machine_options
 @talk_options
 @json_option

@@ -19,6 +19,7 @@ from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, forward, open_stream
 from moepress.models.storage.checkpoint import Source, open_checkpoint
 from moepress.models.storage.experts import prune_source
+from moepress.runs.journal import Run
 
 WINDOWS = tiny_models.windows(256, count=12, length=24)
 ORIGINAL = HessianOptions(asymmetry=1.0)
@@ -52,11 +53,11 @@ def test_the_second_stream_is_the_original_model_s(
     seen: list[Tensor] = []
     save = pipeline._save
 
-    def watch(job: pipeline.Job, layer: int, **options: bool) -> None:
+    def watch(run: Run, job: pipeline.Job, layer: int, **options: bool) -> None:
         assert job.originals is not None
         seen.append(job.originals.hidden.clone())
         assert not torch.equal(seen[-1], job.stream.hidden) or layer == 0
-        save(job, layer, **options)
+        save(run, job, layer, **options)
 
     monkeypatch.setattr(pipeline, "_save", watch)
     keep = keep_of(open_checkpoint(folder), 8)
