@@ -5,11 +5,12 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3_server
 import tiny_models
 import torch
 
@@ -26,7 +27,7 @@ TinyFactory = Callable[..., Path]
 LONG = (
     *("test_recipe", "test_doc_commands_guides", "test_doc_commands", "test_estimate", "test_push", "test_balance"),
     *("test_resume", "test_dry_run", "test_export", "test_generate", "test_pipeline", "test_examples"),
-    *("test_float_schemes", "test_generations", "test_end_weight"),
+    *("test_float_schemes", "test_generations", "test_end_weight", "test_objects", "test_leases", "test_store"),
 )
 
 
@@ -67,6 +68,20 @@ def tiny_copy(tiny_model: TinyFactory, tmp_path: Path) -> TinyFactory:
         return folder
 
     return get
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3 server, in a process of its own."""
+    with s3_server.running() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket; the environment says where it is, and has the credentials."""
+    s3_server.tell_environment(s3, monkeypatch)
+    return s3_server.new_bucket(s3)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

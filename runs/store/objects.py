@@ -237,7 +237,7 @@ class ObjectStore:
         if not isinstance(error, self._errors.BaseError | OSError) or isinstance(error, lasting):
             return False
         status = _status(error)
-        if status is not None and 400 <= status < 500 and status not in _AGAIN:
+        if status is not None and (status < 500 or status == 501) and status not in _AGAIN:
             return False
         return again + 1 < _TRIES and time.monotonic() - begun < self._patience_seconds
 
@@ -297,7 +297,7 @@ def _why(error: Exception) -> str:
         code = re.search(r"<Code>([A-Za-z]{1,60})</Code>", text)
         return f"the server answers {status[1].strip()}" + (f" ({code[1]})" if code else "")
     for sign, words in (
-        ("timed out", "the server does not answer in time"),
+        ("kind: Timeout", "the server does not answer in time"),
         ("onnection refused", "nothing answers at its address"),
         ("dns error", "its address is not known"),
         ("error sending request", "the connection fails or is cut"),

@@ -13,6 +13,7 @@ outputs under names of its attempt, and a task is done by who creates `done/<tas
 """
 
 import json
+import math
 import re
 import threading
 import time
@@ -170,7 +171,7 @@ class Leases:
         if is_gone(lease) or self.store.get(_lease(task, attempt, ".released")) is not None:
             return True
         asked = _now()  # before: the answer may be late, and then it is old
-        beat = _parsed(self.store.get(f"beats/{_checked(str(lease.get('worker') or 'unknown'))}.json"))
+        beat = self._beat_of(lease.get("worker"))
         ours = beat if beat.get("id") == lease.get("id") else {}  # a worker of that name may have begun anew
         if ours.get("ended"):
             return True
@@ -180,7 +181,15 @@ class Leases:
             self._seen[key] = _Seen(count, _now())
             return False
         term = lease.get("term seconds")
-        return asked - seen.since_seconds > (term if isinstance(term, int | float) else self.term_seconds)
+        if not isinstance(term, int | float) or not math.isfinite(term):
+            term = self.term_seconds
+        return asked - seen.since_seconds > term
+
+    def _beat_of(self, worker: Any) -> dict[str, Any]:
+        """A worker's last sign of life; {} where there is none."""
+        if not isinstance(worker, str) or not _NAME.fullmatch(worker):
+            return {}
+        return _parsed(self.store.get(f"beats/{worker}.json"))
 
     def _beat_on(self) -> None:
         while not self._stop.wait(self.term_seconds / 4):
