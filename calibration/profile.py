@@ -26,9 +26,9 @@ from moepress.models.storage.folder import read_json
 from moepress.models.storage.inside import check_files
 from moepress.models.storage.safetensors_file import Stored, read_array, read_header
 from moepress.models.storage.writer import array_entry, write_json, write_shard
-from moepress.runs.files import open_plain, sha256_of
 from moepress.runs.phases import phase
 from moepress.runs.progress import waiting
+from moepress.runs.store.remote import open_file, pieces, size_of
 from moepress.runs.text import cut
 
 if TYPE_CHECKING:
@@ -102,21 +102,21 @@ def _digest(checkpoint: "Checkpoint | Artifact") -> str:
         digest.update(f"{name} {entry.dtype} {entry.shape} {entry.begin}".encode())
     for shard in checkpoint.shards:
         path = checkpoint.folder / shard
-        size = path.stat().st_size
+        size = size_of(path)
         if size <= _HASHED_WHOLE_BYTES:
             digest.update(_whole_digest(path, size, path.stat().st_mtime_ns).encode())
             continue
-        with open_plain(path) as stream:
-            for index in range(256):
-                stream.seek(size * index // 256)
-                digest.update(stream.read(4096))
+        places = [size * index // 256 for index in range(256)]
+        for piece in pieces(path, [(place, place + 4096) for place in places]):
+            digest.update(piece)
     return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=4096)
 def _whole_digest(path: Path, _size: int, _mtime_ns: int) -> str:
     """SHA-256 of a file, remembered within the process: `run` asks for the same model at every stage."""
-    return sha256_of(path)
+    with open_file(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def describe_corpus(corpus: "Corpus", seed: int) -> dict[str, Any]:

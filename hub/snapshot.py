@@ -129,13 +129,14 @@ def _listing(model: HubModel) -> Listing:
     return Listing(commit=info.sha, sizes={name: size for name, size in files.items() if "/" not in name})
 
 
-def needed_files(repo: str, names: Mapping[str, Any], index: Path | None) -> list[str]:
+def needed_files(repo: str, names: Mapping[str, Any], index: Path | None, *, where: str = " on the hub") -> list[str]:
     """The files at a repository's root that moepress reads.
 
     Args:
         repo: for messages.
         names: what is there.
         index: the downloaded index of a sharded model.
+        where: for messages, behind `repo`.
 
     Raises:
         InvalidInputError: there are no safetensors and no ONNX model, or two sets of safetensors.
@@ -145,7 +146,7 @@ def needed_files(repo: str, names: Mapping[str, Any], index: Path | None) -> lis
         shards = _shards(index)
         if SINGLE in names and shards != {SINGLE}:
             raise InvalidInputError(
-                f"{repo} on the hub holds two sets of weights, {SINGLE} and the shards that {INDEX} names: "
+                f"{repo}{where} holds two sets of weights, {SINGLE} and the shards that {INDEX} names: "
                 "transformers loads the one, vLLM and SGLang the other; download the right one and give its folder."
             )
         weights = [INDEX, *(name for name in shards if name in names)]
@@ -159,7 +160,7 @@ def needed_files(repo: str, names: Mapping[str, Any], index: Path | None) -> lis
         what = f"only GGUF files ({files[0]})" if files else "no weights"
         what = f"only pickles ({pickles[0]}), which can run code and are refused" if pickles else what
         raise InvalidInputError(
-            f"{repo} on the hub has {what}; name a repository with {SINGLE}, {INDEX} or {GRAPH} at its root."
+            f"{repo}{where} has {what}; name a repository or a folder with {SINGLE}, {INDEX} or {GRAPH} at its root."
         )
     return sorted({name for name in (*beside, *weights) if not name.endswith(_NEVER)})
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moepress.errors import InvalidInputError, MoepressError, UnsupportedError
 from moepress.hub.snapshot import HubModel, hub_model, origin_of, snapshot
+from moepress.hub.stored import is_url, stored_folder
 from moepress.models.storage.misnamed import misnamed
 from moepress.runs.files import open_plain
 
@@ -59,12 +60,15 @@ class Output:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: a path, `demo` for the embedded one, or an id on the hub, downloaded where it has to be.
+    """The folder of a model: a path, `demo` for the embedded one, an id on the hub, downloaded where it has to be, or a
+    store's URL, whose shards are read in place.
 
     Raises:
         InvalidInputError: there is no such model.
-        MoepressError: it is on the hub and cannot be downloaded.
+        MoepressError: it is on the hub and cannot be downloaded, or in a store that does not answer.
     """
+    if is_url(name):
+        return stored_folder(name)
     found = _place(name)
     return found if isinstance(found, Path) else snapshot(found)
 
@@ -90,6 +94,7 @@ def local_folders(*names: str, gguf: bool = False) -> list[Path]:
     Raises:
         InvalidInputError: there is no such model.
     """
+    names = tuple(name for name in names if not is_url(name))
     files = [Path(name) for name in names if gguf and names_gguf(Path(name)) and Path(name).is_file()]
     places = (_place(name) for name in names if Path(name) not in files)
     return [*files, *(found for found in places if isinstance(found, Path))]
@@ -110,8 +115,8 @@ def _place(name: str) -> Path | HubModel:
     model = hub_model(name)
     if model is None or folder.exists():
         raise InvalidInputError(
-            f"{name} is not a folder; give the folder of a Hugging Face model, its id on the hub (owner/name), or "
-            "`demo`."
+            f"{name} is not a folder; give the folder of a Hugging Face model, its id on the hub (owner/name), its URL "
+            "in a store (s3://bucket/path), or `demo`."
         )
     return model
 

@@ -37,6 +37,7 @@ class Proxy:
         url: the proxy's address.
         trouble: kind -> probability; may be changed at any time.
         met: how often each kind was met.
+        passed_bytes: of bodies that the server sent.
         gone: every connection is closed without an answer.
     """
 
@@ -44,6 +45,7 @@ class Proxy:
         self.server, self.url, self.gone = urlsplit(server), url, False
         self.trouble = dict(trouble)
         self.met: Counter[str] = Counter()
+        self.passed_bytes = 0
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._listings: dict[str, tuple[int, list[tuple[str, str]], bytes]] = {}
 
@@ -59,6 +61,11 @@ class Proxy:
                     self.met[kind] += 1
                     return kind
         return "none"
+
+    def count(self, size: int) -> None:
+        """Add to `passed_bytes`."""
+        with self._lock:
+            self.passed_bytes += size
 
     def listing(self, path: str, answer: tuple[int, list[tuple[str, str]], bytes], old: bool) -> Any:
         """A listing, or the first one that was ever given for the same question."""
@@ -146,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         response = connection.getresponse()
         answer = response.status, response.getheaders(), response.read()
         connection.close()
+        self.server.proxy.count(len(answer[2]))
         return answer
 
     def _half(self, body: bytes) -> None:

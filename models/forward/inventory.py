@@ -11,6 +11,7 @@ from moepress.models.families.family import Part, legal_counts, part_of
 from moepress.models.families.hf_config import hf_config
 from moepress.models.families.table import family_of, is_row
 from moepress.models.storage.experts import mtp_layers
+from moepress.runs.store.remote import url_of
 
 if TYPE_CHECKING:
     from moepress.models.storage.checkpoint import Checkpoint
@@ -129,7 +130,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.bytes
     routed_layers = checkpoint.outline.moe_layers
     return {
-        "model": str(origin_of(checkpoint.folder) or checkpoint.folder),
+        "model": str(origin_of(checkpoint.folder) or url_of(checkpoint.folder) or checkpoint.folder),
         "family": checkpoint.family.name,
         "architecture": checkpoint.family.architecture,
         "layers": shape.layers,

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from moepress.runs.store.remote import STAND_IN, open_file
+
 _BYTES = 64
 _SIGNS = (
     (
         b"version https://git-lfs",
         "is a Git LFS pointer, not the file itself; fetch it (`git lfs pull` in the repository, or `hf download`).",
     ),
+    (STAND_IN, "stands in for a file that lies in a store; give the model by the URL that the file names."),
     (b"GGUF", "is a GGUF file; give the folder of the model that it was made from, with safetensors."),
     (
         b"PK\x03\x04",
@@ -24,7 +27,7 @@ def misnamed(file: Path) -> str | None:
     Raises:
         OSError: the file can not be read.
     """
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         head = stream.read(_BYTES)
     for sign, what in _SIGNS:
         if head.startswith(sign) or head.lower().startswith(sign):

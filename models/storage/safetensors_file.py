@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from moepress.errors import InvalidInputError
 from moepress.models.storage.misnamed import misnamed
-from moepress.runs.files import open_plain
 from moepress.runs.parsing import parse_json
+from moepress.runs.store.remote import open_file, size_of
 
 _BY_BITS = {
     64: ("F64", "I64", "U64", "C64"),
@@ -55,8 +55,8 @@ def read_header(file: Path) -> dict[str, Stored]:
             overlaps.
     """
     try:
-        size = file.stat().st_size
-        with open_plain(file) as stream:
+        size = size_of(file)
+        with open_file(file) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
                 if other := misnamed(file):
@@ -122,7 +122,7 @@ def read_bytes(entry: Stored, begin: int = 0, length: int | None = None) -> byte
     buffer = bytearray(length)
     view, got = memoryview(buffer), 0
     try:
-        with open_plain(entry.file, buffering=0) as stream:
+        with open_file(entry.file, buffering=0) as stream:
             stream.seek(entry.begin + begin)
             while got < length:
                 count = stream.readinto(view[got:])  # type: ignore[attr-defined]

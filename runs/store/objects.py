@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -32,6 +33,14 @@ _TRIES = 5  # of ours, each with those of the library in it
 _AGAIN = {408, 409, 425, 429}  # of the 4xx, those that may pass
 _VARIABLES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a listing tells of an object: its bytes, and what changes with its content."""
+
+    size: int
+    version: str | None
 
 
 class ObjectStore:
@@ -63,15 +72,27 @@ class ObjectStore:
     def _get(self, name: str) -> bytes | None:
         return self._tried("read", name, lambda: bytes(self._library.get(self._small, name).bytes()))
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """A range of an object."""
+    def read(self, name: str, begin: int, end: int, *, version: str | None = None) -> bytes:
+        """A range of an object, of that version alone where one is named."""
         check_name(name)
         if begin == end:
             return b""
-        data = self._tried("read", name, lambda: self._library.get_range(self._large, name, start=begin, end=end))
+        data = self._range(name, begin, end, version)
         if data is None or len(data) != end - begin:
             raise StoreError(f"{name} in {self.url} ends before byte {end}, or is not there; was it deleted?")
         return bytes(data)
+
+    def _range(self, name: str, begin: int, end: int, version: str | None) -> Any:
+        """What there is of a range; None where there is no such object."""
+        options: dict[str, Any] = {"range": (begin, end)}
+        if version is not None:
+            options["if_match"] = version
+        try:
+            return self._tried("read", name, lambda: self._library.get(self._large, name, options=options).bytes())
+        except StoreError as error:
+            if isinstance(error.__cause__, self._errors.PreconditionError):
+                raise StoreError(f"{name} in {self.url} changed while it was read; repeat the command.") from error
+            raise
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace an object."""
@@ -133,6 +154,11 @@ class ObjectStore:
         found = self._tried("listed", folder or "/", listed) or []
         return sorted(name for name in found if name.split("/")[0] != OWN)
 
+    def listing(self) -> dict[str, Facts]:
+        """The objects of the store's own folder by name, those below deeper folders left out."""
+        found = self._tried("listed", "/", lambda: self._library.list_with_delimiter(self._small)["objects"]) or []
+        return {row["path"]: Facts(row["size"], row["e_tag"]) for row in found}
+
     def size(self, name: str) -> int | None:
         """Bytes of an object; None where there is none."""
         facts = self._facts(check_name(name))
@@ -182,12 +208,7 @@ class ObjectStore:
         size, version, writing = facts["size"], facts["e_tag"], threading.Lock()
 
         def part(begin: int) -> None:
-            options: dict[str, Any] = {"range": (begin, min(begin + _PART_BYTES, size))}
-            if version is not None:
-                options["if_match"] = version
-            data = self._tried("read", name, lambda: self._library.get(self._large, name, options=options).bytes())
-            if data is None or len(data) != options["range"][1] - begin:
-                raise StoreError(f"{name} in {self.url} changed while it was read; repeat it.")
+            data = self.read(name, begin, min(begin + _PART_BYTES, size), version=version)
             with writing:
                 sink.seek(begin)
                 sink.write(data)

@@ -12,6 +12,7 @@ from typing import Any
 from moepress.compress.gptq.include import Include
 from moepress.compress.pruning.plan import Plan
 from moepress.converters.gguf.file import gguf_file, open_gguf
+from moepress.runs.store.remote import url_of
 from moepress.validation.rules import experts, graphs, presence, quantized, sources, stated
 from moepress.validation.rules.facts import Facts, Kind, facts_to_be, planned_facts, read_facts
 from moepress.validation.rules.findings import Effect, Finding, Problem, Runtime
@@ -189,7 +190,11 @@ def check_folder(
     facts = read_facts(folder, tensor_parallel=tensor_parallel, expert_parallel=expert_parallel)
     asked = tuple(dict.fromkeys(runtimes)) or MADE_FOR[facts.kind]
     return Checked(
-        folder=str(folder), kind=facts.kind, runtimes=asked, rules=len(RULES), findings=findings(facts, asked)
+        folder=url_of(folder) or str(folder),
+        kind=facts.kind,
+        runtimes=asked,
+        rules=len(RULES),
+        findings=findings(facts, asked),
     )
 
 

@@ -25,6 +25,7 @@ from moepress.models.forward.dense import free_memory_bytes, release_dense
 from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.folder import load_config
 from moepress.models.storage.packed import Packing
+from moepress.runs.store.remote import url_of
 from moepress.validation.quality.measure import Subject
 from moepress.validation.quality.results import Throughput, ThroughputRow
 from moepress.validation.speed.llama_throughput import llama_candidate
@@ -163,6 +164,8 @@ def _obstacle(subject: Subject, bench: Bench) -> str | None:
     """Why a subject can not be measured, or None."""
     if subject.folder is None:
         return "it is not a folder on disk"
+    if (url := url_of(subject.folder)) is not None:
+        return f"its shards lie in {url}; copy the folder here to time it"
     if isinstance(subject.source, MlxFolder):
         return "MLX folders are not timed"
     if isinstance(subject.source, Checkpoint) and any(
