@@ -85,7 +85,7 @@ def work_stage(url: str, machine: Machine, place: Place, output: Output | None =
     name = place.name or f"{platform.node()[:40] or 'worker'}-{os.getpid()}-{new_id()[:6]}"
     with _folder(shared, place, name) as folder:
         desk = Desk(shared, folder, place.cache_bytes)
-        performer = _performer(shared, prepared, machine, desk)
+        performer = performer_of(shared, prepared, machine, desk)
         try:
             with Leases(shared.store, name, place.term_seconds) as leases, _tracked(shared) as advance:
                 worker = Worker(shared=shared, leases=leases, desk=desk, perform=performer, share=place.share)
@@ -137,7 +137,8 @@ def _require_model(prepared: Prepared, work: Mapping[str, Any], name: str) -> No
         raise InvalidInputError(f"{name} is not the model that the work was planned for; give its place with --model.")
 
 
-def _performer(shared: Shared, prepared: Prepared, machine: Machine, desk: Desk) -> Performer:
+def performer_of(shared: Shared, prepared: Prepared, machine: Machine, desk: Desk) -> Performer:
+    """What does a worker's tasks: its model, and the run's text."""
     work = shared.work
     stored = read_header(desk.given(TOKENS))
     windows = read_tensor(stored["windows"])

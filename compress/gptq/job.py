@@ -264,7 +264,11 @@ def read_coded(job: Job, stored: Mapping[str, Stored], name: str) -> Matrix:
         tensors = {n: read_tensor(stored[n]) for n in names if n in stored}
     if scheme.floats:
         codes, scales = floats.read_layer(module, tensors, scheme)
-        return FloatCoded(codes=codes, scales=scales)
+        divisor = tensors.get(f"{module}.weight_global_scale")
+        if divisor is None:
+            return FloatCoded(codes=codes, scales=scales)
+        exact = tensors[f"{module}.weight_scale"].float()  # as solved, for a shared run writes it once more
+        return FloatCoded(codes=codes, scales=exact, divisor=divisor.float().reshape(()))
     codes, scales = compressed_tensors.read_layer(module, tensors, scheme)
     zeros = compressed_tensors.read_zeros(module, tensors, scheme, len(codes))
     return Coded(codes=codes, scales=scales, zeros=zeros)

@@ -1,0 +1,80 @@
+"""A shared run gives the bytes of the plain one, whoever does its tasks and in whichever order."""
+
+from pathlib import Path
+
+import every_family
+import mtp_models
+import pytest
+import tiny_models
+from shared_runs import both, moepress, small_shards, text_of, with_tokenizer
+
+OPTIONS = ("--bits", "4", "--group-size", "32")
+
+
+@pytest.fixture(autouse=True)
+def _shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_shards(monkeypatch)  # three of them
+
+
+def model_of(key: str, folder: Path) -> Path:
+    """A tiny model by its key, with a tokenizer."""
+    if key == "mtp":
+        mtp_models.make("deepseek_v3", folder)
+    elif key in tiny_models.KEYS:
+        tiny_models.make(key, folder)
+    else:
+        every_family.save(every_family.build(key), folder)
+    return with_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("mtp", ("--match", "original", "--include", "shared", "--include", "lm_head")),
+        ("qwen2_moe", ("--match", "own")),
+        ("gpt_oss", ()),  # biases
+        ("afmoe", ("--match", "original")),  # experts' outputs are not simply added
+        pytest.param("deepseek_v4", (), marks=pytest.mark.slow),  # several streams
+        pytest.param(
+            "glm_moe_dsa", ("--match", "original"), marks=pytest.mark.slow
+        ),  # layers hand on more than one value
+        pytest.param("zaya", (), marks=pytest.mark.slow),
+    ],
+)
+def test_every_kind_of_model(tmp_path: Path, key: str, options: tuple[str, ...]) -> None:
+    model = model_of(key, tmp_path / "model")
+    did = both(model, tmp_path, [*OPTIONS, *options, *text_of(tmp_path)], 3)
+    assert all(did)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--include", "lm_head", "--independent-layers"),
+        ("--effort", "max"),
+        ("--scheme", "nvfp4"),
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                ("--effort", "max", "--independent-layers"),
+                ("--effort", "fast", "--asymmetric"),
+                ("--scheme", "mxfp4", "--match", "original"),
+                ("--grid", "q4_0", "--include", "lm_head"),
+                ("--grid", "q4_0", "--include", "lm_head", "--independent-layers"),
+            )
+        ),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_solving(tmp_path: Path, options: tuple[str, ...]) -> None:
+    model = model_of("deepseek_v3", tmp_path / "model")
+    given = options if {"--scheme", "--grid"} & {*options} else (*OPTIONS, *options)
+    both(model, tmp_path, [*given, *text_of(tmp_path)], 3, seed=1)
+
+
+def test_a_pruned_model(tmp_path: Path) -> None:
+    model = model_of("mtp", tmp_path / "model")
+    text = text_of(tmp_path)
+    moepress("profile", model, *text, "-o", tmp_path / "profile")
+    moepress("plan", tmp_path / "profile", "--experts", "12", *OPTIONS, "-o", tmp_path / "plan.json")
+    both(model, tmp_path, ["--plan", tmp_path / "plan.json", "--match", "original", *text], 3, seed=2)
