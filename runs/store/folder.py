@@ -40,7 +40,7 @@ class FolderStore:
     def __init__(self, folder: Path):
         self.folder = folder
         self.url = str(folder)
-        self._swept = False
+        self._swept = self._seen = False
 
     def get(self, name: str) -> bytes | None:
         """A whole object; None where there is none."""
@@ -49,6 +49,7 @@ class FolderStore:
 
     def _whole(self, name: str) -> bytes | None:
         with _open(self.folder / name) as stream:
+            self._seen |= stream is not None
             return None if stream is None else stream.read()
 
     def read(self, name: str, begin: int, end: int) -> bytes:
@@ -155,7 +156,10 @@ class FolderStore:
     def _temporary(self, target: Path, needed_bytes: int) -> Iterator[Path]:
         """A name for a file on the store's own file system; what is left of it is deleted."""
         own = self.folder / OWN
+        if self._seen and not self.folder.is_dir():  # or a late writer would begin it anew, with nothing in it
+            raise StoreError(f"{self.url} is gone; was it finished and deleted, or is it not mounted any more?")
         make_folders(own)
+        self._seen = True
         make_folders(target.parent)
         self._sweep(own)
         temporary = own / f"{new_id()}.tmp"

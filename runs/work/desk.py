@@ -7,7 +7,7 @@ from typing import Any
 
 from moepress.errors import StoreError
 from moepress.runs.files import make_folders, sha256_of
-from moepress.runs.work.shared import Shared
+from moepress.runs.work.shared import Shared, given_name
 from moepress.runs.work.tasks import Done, Made, Task
 
 
@@ -71,7 +71,7 @@ class Desk:
     def given(self, name: str) -> Path:
         """A file that the run was begun with."""
         size, digest = self.shared.work["given"][name]
-        return self._here(f"given/{name}", size, digest)
+        return self._here(given_name(name, digest), size, digest)
 
     def _done(self, task: str) -> Done:
         found = self.shared.done(task)

@@ -121,6 +121,10 @@ class Leases:
         self._begun[task] = max(count, self._begun.get(task, 0))
         return self._begun[task]
 
+    def lost(self, task: str, attempt: int) -> int:
+        """How many attempts before this one were not given back: their workers died, or were taken for dead."""
+        return sum(self.store.get(_lease(task, each, ".released")) is None for each in range(attempt))
+
     def holds(self, task: str, attempt: int) -> bool:
         """Whether this worker may still believe that an attempt is its own: it has beaten within the term, and nobody
         has begun another one.

@@ -1,8 +1,8 @@
 """A run that several workers share: its tasks, their markers and their files in a store.
 
     work.json            what is to be made, for those who do it
-    tasks.json           the graph
-    given/<file>         what tasks start from, such as the calibration tokens
+    tasks/<digest>.json  the graph
+    given/<digest>/      what tasks start from, such as the calibration tokens
     out/<task>/<id>/     files of one attempt at a task, whose name nobody else has
     done/<task>.json     the marker: which attempt's files count
     failed/<task>/<id>.json   an attempt that ended with an error
@@ -14,6 +14,7 @@ nobody reads, and finds the task done.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,20 @@ from moepress.errors import InvalidInputError, StoreError, UsageError
 from moepress.runs.files import new_id, sha256_of
 from moepress.runs.parsing import parse_json
 from moepress.runs.store.store import Store
-from moepress.runs.work.tasks import Done, Made, Task, consumers, done_text, parse_done, parse_tasks, tasks_text
+from moepress.runs.work.tasks import (
+    Done,
+    Made,
+    Task,
+    consumers,
+    done_text,
+    parse_done,
+    parse_tasks,
+    small_object,
+    tasks_text,
+)
 
-WORK, TASKS = "work.json", "tasks.json"
+WORK = "work.json"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def begin_shared(store: Store, work: Mapping[str, Any], tasks: Sequence[Task], given: Mapping[str, Path]) -> bool:
@@ -43,16 +55,18 @@ def begin_shared(store: Store, work: Mapping[str, Any], tasks: Sequence[Task], g
     Raises:
         UsageError: another run is there.
     """
-    rows = {name: [path.stat().st_size, sha256_of(path)] for name, path in given.items()}
+    rows = {name: (path.stat().st_size, sha256_of(path)) for name, path in given.items()}
     graph = tasks_text(tasks)
-    whole = {"work": {**work, "given": rows}, "tasks": hashlib.sha256(graph).hexdigest()}
+    digest = hashlib.sha256(graph).hexdigest()
+    whole = {"work": {**work, "given": rows}, "tasks": digest}
     stated = json.dumps(whole, indent=1, sort_keys=True)
     before = store.get(WORK)
     if before is None:
         for name, path in given.items():
-            store.send(path, f"given/{name}")
-        store.put(TASKS, graph)
-        # Last, so that what is named in it is there; who comes second finds the same, or is refused.
+            store.send(path, given_name(name, rows[name][1]))
+        store.put(_tasks_name(digest), graph)
+        # Last, so that what is named in it is there. Who comes second finds the same, or is refused; and has replaced
+        # nothing of the first, since names hold what they name.
         if store.create(WORK, stated.encode()):
             return True
         before = store.get(WORK)
@@ -79,10 +93,19 @@ def open_shared(store: Store) -> "Shared":
         work, digest = dict(stated["work"]), str(stated["tasks"])
     except (ValueError, TypeError, KeyError) as error:
         raise InvalidInputError(f"{WORK} in {store.url} is broken ({error}); plan the work anew.") from error
-    graph = store.get(TASKS) or b""
-    if hashlib.sha256(graph).hexdigest() != digest:
-        raise InvalidInputError(f"{TASKS} in {store.url} is not that of its {WORK}; plan the work anew.")
-    return Shared(store=store, work=work, tasks=parse_tasks(graph))
+    graph = store.get(_tasks_name(digest)) if _DIGEST.fullmatch(digest) else None
+    if hashlib.sha256(graph or b"").hexdigest() != digest:
+        raise InvalidInputError(f"The tasks in {store.url} are not those of its {WORK}; plan the work anew elsewhere.")
+    return Shared(store=store, work=work, tasks=parse_tasks(graph or b""))
+
+
+def given_name(name: str, digest: str) -> str:
+    """The object of a file that a run was begun with."""
+    return f"given/{digest[:16]}/{name}"
+
+
+def _tasks_name(digest: str) -> str:
+    return f"tasks/{digest[:16]}.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,7 +131,7 @@ class Shared:
             raw = self.store.get(f"done/{task}.json")
             if raw is None:
                 return None
-            self._done[task] = parse_done(raw)
+            self._done[task] = parse_done(raw, task)
         return self._done[task]
 
     def look(self) -> set[str]:
@@ -165,16 +188,20 @@ class Shared:
             if found is not None:
                 self.delete(found.files.values())
 
-    def fail(self, task: str, attempt: int, text: str, *, final: bool) -> None:
+    def sweep(self, task: str) -> None:
+        """Delete what other attempts at a finished task have left: their workers were killed, or will be too late."""
+        found = self.done(task)
+        kept = set() if found is None else {made.object for made in found.files.values()}
+        for name in self.store.names(f"out/{task}") if found is not None else ():
+            if name not in kept:
+                self.store.delete(name)
+
+    def fail(self, task: str, attempt: int, error: str, trace: str = "", *, final: bool) -> None:
         """Note that an attempt ended with an error."""
-        row = {"task": task, "attempt": attempt, "error": text, "final": final}
+        row = {"task": task, "attempt": attempt, "error": error, "trace": trace, "final": final}
         self.store.put(f"failed/{task}/{attempt}-{new_id()}.json", json.dumps(row).encode())
 
     def failures(self) -> dict[str, dict[str, Any]]:
-        """Errors of attempts, by their names in the store."""
-        found = {}
-        for name in self.store.names("failed"):
-            raw = self.store.get(name)
-            if raw is not None:
-                found[name] = dict(parse_json(raw.decode()))
-        return found
+        """Errors of attempts, by their names in the store; what is none is left out."""
+        rows = {name: small_object(self.store.get(name)) for name in self.store.names("failed")}
+        return {name: row for name, row in rows.items() if row}

@@ -11,6 +11,7 @@ from typing import Any
 
 from moepress.errors import InvalidInputError
 from moepress.runs.parsing import parse_json
+from moepress.runs.store.store import check_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ def parse_tasks(raw: bytes) -> list[Task]:
         rows = parse_json(raw.decode())
         tasks = [Task(**{**row, "at": tuple(row["at"]), "needs": tuple(row["needs"])}) for row in rows]
     except (ValueError, TypeError, KeyError) as error:
-        raise InvalidInputError(f"The shared run's tasks.json is broken ({error}); plan the work anew.") from error
+        raise InvalidInputError(f"The shared run's tasks are broken ({error}); plan the work anew.") from error
     require_order(tasks)
     return tasks
 
@@ -100,7 +101,7 @@ def require_order(tasks: Iterable[Task]) -> None:
         missing = next((need for need in task.needs if need not in seen), None)
         if missing is not None or task.id in seen:
             why = "comes twice" if missing is None else f"needs {missing}, which does not come before it"
-            raise InvalidInputError(f"The shared run's tasks.json is broken ({task.id} {why}); plan the work anew.")
+            raise InvalidInputError(f"The shared run's tasks are broken ({task.id} {why}); plan the work anew.")
         seen.add(task.id)
 
 
@@ -109,17 +110,49 @@ def done_text(done: Done) -> bytes:
     return json.dumps(asdict(done)).encode()
 
 
-def parse_done(raw: bytes) -> Done:
+def parse_done(raw: bytes, task: str) -> Done:
     """The inverse of `done_text`.
+
+    Args:
+        raw: what lies there.
+        task: whose marker it is.
 
     Raises:
         InvalidInputError: it is none.
     """
     try:
         row = parse_json(raw.decode())
-        return Done(**{**row, "files": {name: Made(**made) for name, made in row["files"].items()}})
+        done = Done(**{**row, "files": {name: Made(**made) for name, made in row["files"].items()}})
+        _require_types(done, task)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InvalidInputError(f"A marker of the shared run is broken ({error}); delete it, and work on.") from error
+        raise InvalidInputError(
+            f"The marker done/{task}.json of the shared run is broken ({error}); delete it, and work on."
+        ) from error
+    return done
+
+
+def _require_types(done: Done, task: str) -> None:
+    numbers = (done.attempt, done.seconds, done.peak_bytes, *(made.bytes for made in done.files.values()))
+    texts = (done.worker, *(made.sha256 for made in done.files.values()))
+    if done.task != task:
+        raise ValueError(f"it is that of {str(done.task)[:100]}")
+    if not all(isinstance(found, int | float) for found in numbers) or not isinstance(done.note, dict):
+        raise ValueError("a number or the note is none")
+    if not all(isinstance(found, str) for found in texts):
+        raise ValueError("a name or a digest is none")
+    for made in done.files.values():
+        if not made.object.startswith(f"out/{task}/"):
+            raise ValueError("a file lies elsewhere")
+        check_name(made.object)
+
+
+def small_object(raw: bytes | None) -> dict[str, Any]:
+    """A JSON object that only tells how things stand; {} of what is none."""
+    try:
+        found = parse_json((raw or b"{}").decode())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def consumers(tasks: Sequence[Task]) -> dict[str, list[str]]:

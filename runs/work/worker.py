@@ -6,6 +6,7 @@ There is no coordinator. Workers come and go; what one leaves is taken by anothe
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from moepress.runs.work.shared import Shared
 from moepress.runs.work.tasks import Done, Made, Task
 
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 2.0
-_MOST_ATTEMPTS = 12
+_MOST_LOST = 12
 _MOST_ERRORS = 3
 
 
@@ -27,7 +28,7 @@ class Perform(Protocol):
     """Does a task: reads its inputs from the desk, and leaves outputs and note there."""
 
     def __call__(self, task: Task, desk: Desk, *, smaller: bool) -> None:
-        """With `smaller` in as little memory as it can, because an attempt before this one did not come back."""
+        """With `smaller` in as little memory as it can, because an attempt before this one failed or was lost."""
 
 
 class FailedError(MoepressError):
@@ -110,30 +111,36 @@ class Worker:
         if self.shared.done(task.id) is not None:
             self.leases.release(task.id, attempt)
             return False
-        if attempt >= _MOST_ATTEMPTS:
-            self._give_up(task, attempt, f"{attempt} workers began it and none came back")
         self.leases.tell({"doing": task.id, "attempt": attempt, "did": len(self.did), "since": time.time()})
         self._last = task
         try:
-            self._do(task, attempt)
-        except StoreError:
-            if self.shared.done(task.id) is None:  # otherwise somebody was faster, and cleared away what it needs
-                raise
-        except MoepressError as error:
-            self.shared.fail(task.id, attempt, str(error), final=True)
-            raise
+            self._do(task, attempt, smaller=attempt > 0 and self._went_wrong(task, attempt))
         except Exception as error:
-            self._failed(task, attempt, error)
+            if self.shared.done(task.id) is None:  # otherwise somebody was faster, and cleared away what it needs
+                self._failed(task, attempt, error)
         finally:
             self.desk.end()
-            self.leases.release(task.id, attempt)
+            with suppress(StoreError):  # others then wait for the lease's end, and know of the task whether it is done
+                self.leases.release(task.id, attempt)
         return True
 
-    def _do(self, task: Task, attempt: int) -> None:
+    def _went_wrong(self, task: Task, attempt: int) -> bool:
+        """Whether an attempt before this one failed, or its worker did not come back; given back is neither.
+
+        Raises:
+            FailedError: too many did not come back.
+        """
+        lost = self.leases.lost(task.id, attempt)
+        if lost >= _MOST_LOST:
+            what = f"{lost} workers began it and none came back; to have it tried again, delete leases/{task.id}/"
+            self._give_up(task, attempt, f"{what} in {self.shared.store.url}")
+        return lost > 0 or any(row.get("task") == task.id for row in self.shared.failures().values())
+
+    def _do(self, task: Task, attempt: int, *, smaller: bool) -> None:
         began = time.monotonic()
         self.desk.begin(task)
         with recording() as clock:
-            self.perform(task, self.desk, smaller=attempt > 0)
+            self.perform(task, self.desk, smaller=smaller)
         seconds = time.monotonic() - began
 
         def marker(files: Mapping[str, Made]) -> Done:
@@ -151,31 +158,51 @@ class Worker:
         _, won = self.shared.finish(marker, self.desk.made, give=True)
         if won:
             self.did.append(task.id)
+            if attempt:
+                self.shared.sweep(task.id)
             self.shared.clear(task)
 
     def _failed(self, task: Task, attempt: int, error: Exception) -> None:
-        """An error that another attempt may not have: memory that ran out, or a bug that hangs on chance."""
-        text = "".join(traceback.format_exception(error))
+        """What an error means for the task.
+
+        Raises:
+            FailedError: nobody can do it.
+            MoepressError, OSError: the error itself. Of this machine (its disk, its way to the store) it ends this
+                worker alone; else others would have it too, and are told.
+        """
+        if isinstance(error, FailedError):
+            raise error
+        out_of_memory = is_out_of_memory(error)
+        if type(error) in (MoepressError, StoreError) or (isinstance(error, OSError) and not out_of_memory):
+            raise error
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, MoepressError):
+            self.shared.fail(task.id, attempt, str(error), trace, final=True)
+            raise error
+        # Memory that ran out, or a bug that hangs on chance: another attempt may not have it.
+        what = f"{type(error).__name__}: {error}"
         errors = [row for row in self.shared.failures().items() if self._counts(*row, task)]
-        if len(errors) + 1 >= (2 if is_out_of_memory(error) else _MOST_ERRORS):
-            self._give_up(task, attempt, text)
-        self.shared.fail(task.id, attempt, text, final=False)
-        note(f"{task.id} failed ({type(error).__name__}: {error}) and is tried again, in less memory.")
+        if len(errors) + 1 >= (2 if out_of_memory else _MOST_ERRORS):
+            self._give_up(task, attempt, what, trace)
+        self.shared.fail(task.id, attempt, what, trace, final=False)
+        note(f"{task.id} failed ({what}) and is tried again, in less memory.")
 
     def _counts(self, name: str, row: Mapping[str, Any], task: Task) -> bool:
         return name not in self._known_failures and row.get("task") == task.id
 
-    def _give_up(self, task: Task, attempt: int, text: str) -> None:
-        self.shared.fail(task.id, attempt, text, final=True)
-        raise FailedError(_given_up(task.id, text))
+    def _give_up(self, task: Task, attempt: int, what: str, trace: str = "") -> None:
+        self.shared.fail(task.id, attempt, what, trace, final=True)
+        raise FailedError(_given_up(task.id, what))
 
     def _heed_failures(self) -> None:
         """End where another worker has found that a task cannot be done."""
         for name, row in self.shared.failures().items():
-            if name not in self._known_failures and row.get("final"):
-                raise FailedError(_given_up(str(row.get("task")), str(row.get("error"))))
+            task = str(row.get("task"))
+            if name not in self._known_failures and row.get("final") and self.shared.done(task) is None:
+                raise FailedError(_given_up(task, str(row.get("error"))))
 
 
-def _given_up(task: str, text: str) -> str:
-    lines = text.strip().splitlines() or ["no reason is known"]
-    return f"The task {task} was given up: {lines[-1]}; mend that, and start workers again: what is done stays."
+def _given_up(task: str, what: str) -> str:
+    """The sentence of a task that nobody can do."""
+    what = (what.strip().splitlines() or ["no reason is known"])[0].removesuffix(".")
+    return f"The task {task} was given up: {what}. Mend that, and start workers again: what is done stays."
