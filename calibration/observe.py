@@ -6,10 +6,11 @@ re-routing needs one more expert per token, the (K+1)-th choice, and the outputs
 (token, slot) pairs, in a file where memory has no room for it. Only where the disk has none either do tokens go through
 in several passes, each of which reads all experts.
 
-No sum depends on the passes: work is done in blocks of tokens of one size, and a pass is some whole blocks.
+No sum depends on the passes: work is done in blocks of tokens of one size, and a pass is some whole blocks. And none
+depends on who has which shards of the windows (`walk.Limits`): each has sums of its own, which are added in order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,14 +67,70 @@ def observe_layer(stream: Stream, layer: int, cells: Cells, *, leave_one_out: bo
     Returns:
         The accumulators of `ACCUMULATORS` (fp64 [S, B, E]) and `TOTALS` (fp64 [S, B]).
     """
-    out = {name: torch.zeros(cells.count, stream.model.shape.experts, dtype=torch.float64) for name in ACCUMULATORS}
-    out |= {name: torch.zeros(cells.count, dtype=torch.float64) for name in TOTALS}
-    size = _open_buffers(stream, leave_one_out=leave_one_out)
+    count, blocks = cells.count, blocks_of(stream)
+    sums = [_zeros(count, stream.model.shape.experts) for _ in range(blocks.shards)]
+    size = _open_buffers(stream, blocks, leave_one_out=leave_one_out)
     for start in range(0, stream.tokens, size):
         tokens = slice(start, min(start + size, stream.tokens))
-        _observe_pass(stream, layer, tokens, cells, out, leave_one_out=leave_one_out)
+        _observe_pass(stream, layer, tokens, blocks, cells, sums, leave_one_out=leave_one_out)
     stream.forget()
-    return {name: value.unflatten(0, (cells.domains, cells.shards)) for name, value in out.items()}
+    return added([{n: v.unflatten(0, (cells.domains, cells.shards)) for n, v in out.items()} for out in sums])
+
+
+def _zeros(cells: int, experts: int) -> dict[str, Tensor]:
+    out = {name: torch.zeros(cells, experts, dtype=torch.float64) for name in ACCUMULATORS}
+    return out | {name: torch.zeros(cells, dtype=torch.float64) for name in TOTALS}
+
+
+def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The accumulators of all shards, of each shard's, in their order."""
+    total = {name: value.clone() for name, value in parts[0].items()}
+    for part in parts[1:]:
+        for name, value in part.items():
+            if ACCUMULATORS.get(name) == "max":
+                torch.maximum(total[name], value, out=total[name])
+            else:
+                total[name] += value
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """How tokens are cut: into shards of so many, and these into blocks.
+
+    Attributes:
+        tokens: in all.
+        shard: of a shard; the last may have fewer.
+    """
+
+    tokens: int
+    shard: int
+
+    @property
+    def shards(self) -> int:
+        """How many, one at least."""
+        return max(1, -(-self.tokens // self.shard))
+
+    @property
+    def whole(self) -> int:
+        """Passes begin at multiples of so many tokens."""
+        return BLOCK_TOKENS if self.shard % BLOCK_TOKENS == 0 or self.shard >= self.tokens else self.shard
+
+    def within(self, rows: slice) -> list[slice]:
+        """The blocks of a pass."""
+        starts = [
+            start
+            for first in range(rows.start - rows.start % self.shard, rows.stop, self.shard)
+            for start in range(first, min(first + self.shard, rows.stop), BLOCK_TOKENS)
+            if start >= rows.start
+        ]
+        return [slice(*pair) for pair in zip(starts, [*starts[1:], rows.stop], strict=True)]
+
+
+def blocks_of(stream: Stream) -> Blocks:
+    """Those of a walk."""
+    length = stream.hidden.shape[1]
+    return Blocks(tokens=stream.tokens, shard=min(stream.limits.shard_windows, len(stream.hidden)) * length)
 
 
 def bytes_per_token(shape: Shape, dtype: torch.dtype, *, leave_one_out: bool) -> int:
@@ -81,7 +138,9 @@ def bytes_per_token(shape: Shape, dtype: torch.dtype, *, leave_one_out: bool) ->
     return shape.hidden * ((shape.top_k + 1) * dtype.itemsize if leave_one_out else 4)
 
 
-def tokens_at_once(tokens: int, per_token_bytes: int, memory_bytes: int, disk_bytes: int | None) -> int:
+def tokens_at_once(
+    tokens: int, per_token_bytes: int, memory_bytes: int, disk_bytes: int | None, block: int | None = None
+) -> int:
     """Tokens of a pass: all of them where memory or half of the free disk holds what is kept, else some whole blocks.
 
     Args:
@@ -89,21 +148,23 @@ def tokens_at_once(tokens: int, per_token_bytes: int, memory_bytes: int, disk_by
         per_token_bytes: see `bytes_per_token`.
         memory_bytes: what is left for buffers.
         disk_bytes: what is free; None for enough.
+        block: tokens of a block; None for the usual ones.
     """
+    block = block or BLOCK_TOKENS
     room = None if disk_bytes is None else max(memory_bytes, disk_bytes // _DISK_SHARE)
     if room is None or tokens * per_token_bytes <= room:
         return max(tokens, 1)
-    blocks = -(-tokens // BLOCK_TOKENS)
-    passes = -(-blocks // max(1, room // (per_token_bytes * BLOCK_TOKENS)))
-    return min(tokens, -(-blocks // passes) * BLOCK_TOKENS)
+    blocks = -(-tokens // block)
+    passes = -(-blocks // max(1, room // (per_token_bytes * block)))
+    return min(tokens, -(-blocks // passes) * block)
 
 
-def _open_buffers(stream: Stream, *, leave_one_out: bool) -> int:
+def _open_buffers(stream: Stream, blocks: Blocks, *, leave_one_out: bool) -> int:
     """Make the walk's buffer at the first layer; returns the tokens of a pass."""
     shape, top_k, dtype, scratch = stream.model.shape, stream.chosen.shape[1], stream.model.dtype, stream.scratch
     kept = bytes_per_token(shape, dtype, leave_one_out=leave_one_out)
     if stream.outputs is None and stream.routed is None:
-        size = tokens_at_once(stream.tokens, kept, scratch.left_bytes, scratch.free_bytes())
+        size = tokens_at_once(stream.tokens, kept, scratch.left_bytes, scratch.free_bytes(), blocks.whole)
         if leave_one_out:
             stream.outputs = scratch.rows("outputs", size * (top_k + 1), shape.hidden, dtype)
         else:
@@ -133,7 +194,14 @@ class _Part:
 
 
 def _observe_pass(
-    stream: Stream, layer: int, rows: slice, cells: Cells, out: dict[str, Tensor], *, leave_one_out: bool
+    stream: Stream,
+    layer: int,
+    rows: slice,
+    blocks: Blocks,
+    cells: Cells,
+    sums: Sequence[dict[str, Tensor]],
+    *,
+    leave_one_out: bool,
 ) -> None:
     model, router = stream.model, None
     if leave_one_out:
@@ -148,22 +216,24 @@ def _observe_pass(
     part = _Part(rows=rows, wanted=wanted, valid=valid, norms=norms, peaks=peaks)
     if stream.routed is not None:
         stream.routed.zero_()
-    positions = tokens_of(wanted, model.shape.experts)
+    positions, own = tokens_of(wanted, model.shape.experts), blocks.within(rows)
     for expert, matrices in read_ahead(model, layer, [e for e in range(model.shape.experts) if len(positions[e][0])]):
-        for tokens, slots in _slices(*positions[expert]):
+        for tokens, slots in _slices(*positions[expert], own):
             with phase("forward", flops=expert_flops(matrices, len(tokens))):
                 inputs = stream.inputs[tokens + rows.start].to(model.device)
                 output = apply_expert(matrices, inputs, model.gating(layer)).to("cpu")
             with phase("observe"):
                 _keep_output(stream, part, tokens, slots, output)
     with phase("observe"):
-        for chunk in _chunks(part, bytes_per_token(model.shape, model.dtype, leave_one_out=True)):
+        for chunk in _chunks(part, own, bytes_per_token(model.shape, model.dtype, leave_one_out=True)):
+            out = sums[(chunk.start + rows.start) // blocks.shard]
             _sum_up(stream, part, chunk, cells, out, router)
 
 
-def _slices(tokens: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """An expert's (ascending) tokens block by block, and of a block so many at once."""
-    counts = torch.bincount(tokens // BLOCK_TOKENS).tolist()
+def _slices(tokens: Tensor, slots: Tensor, blocks: Sequence[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+    """An expert's (ascending) tokens of a pass, block by block, and of a block so many at once."""
+    ends = torch.tensor([block.stop - blocks[0].start for block in blocks])
+    counts = torch.searchsorted(tokens.contiguous(), ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
     for block in zip(tokens.split(counts), slots.split(counts), strict=True):
         yield from zip(*(part.split(ROWS_AT_ONCE) for part in block if len(part)), strict=True)
 
@@ -179,13 +249,13 @@ def _keep_output(stream: Stream, part: _Part, tokens: Tensor, slots: Tensor, out
     stream.touch(len(tokens))
 
 
-def _chunks(part: _Part, per_token_bytes: int) -> list[slice]:
-    """Few enough tokens of a block to have all outputs of in memory."""
-    size, count = max(1, CHUNK_BYTES // per_token_bytes), len(part.wanted)
+def _chunks(part: _Part, blocks: Sequence[slice], per_token_bytes: int) -> list[slice]:
+    """Few enough tokens of a block to have all outputs of in memory; counted from the start of the pass."""
+    size, first = max(1, CHUNK_BYTES // per_token_bytes), part.rows.start
     return [
-        slice(start, min(start + size, block + BLOCK_TOKENS, count))
-        for block in range(0, count, BLOCK_TOKENS)
-        for start in range(block, min(block + BLOCK_TOKENS, count), size)
+        slice(start - first, min(start + size, block.stop) - first)
+        for block in blocks
+        for start in range(block.start, block.stop, size)
     ]
 
 

@@ -33,7 +33,7 @@ from moepress.compress.gptq.pieces import piece_file
 from moepress.compress.gptq.reference import load_original
 from moepress.compress.gptq.tasks import Extent, behind, piece_of, task_of
 from moepress.models.forward.card import on_card
-from moepress.models.forward.shards import fill_hidden, fill_routed, hidden_entries, routed_entries
+from moepress.models.forward.shards import fill_hidden, fill_routed, hidden_entries, routed_entries, shard_file
 from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, shards_of
 from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import read_tensor, tensor_entry
@@ -46,11 +46,6 @@ from moepress.runs.work.desk import Desk
 from moepress.runs.work.tasks import Task
 
 LINEARS, POOLED = "linears.safetensors", "pooled.safetensors"
-
-
-def shard_file(shard: int) -> str:
-    """A shard's states, by the name that tasks give to it."""
-    return f"shard-{shard:05d}.safetensors"
 
 
 def extent_of(frame: Frame, windows: int, limits: Limits) -> Extent:

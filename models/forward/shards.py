@@ -13,6 +13,11 @@ from moepress.models.storage.writer import Entry
 _ROUTED = ("inputs", "chosen", "weights", "logits")
 
 
+def shard_file(shard: int) -> str:
+    """A shard's states, by the name that tasks give to it."""
+    return f"shard-{shard:05d}.safetensors"
+
+
 def hidden_entries(stream: Stream, shard: range, name: str) -> list[Entry]:
     """Hidden states of some windows, and what layers hand on besides; as `Stream.kept`, of a part."""
     rows = slice(shard.start, shard.stop)
