@@ -43,7 +43,7 @@ def profile_graph(layers: int, moe_layers: Sequence[int], shards: int) -> list[T
     tasks: list[Task] = []
     for layer in range(layers):
         for shard in range(shards):
-            needs = (f"observe-{layer - 1}-{shard}",) if layer else ()
+            needs: tuple[str, ...] = (f"observe-{layer - 1}-{shard}",) if layer else ()
             tasks.append(Task(id=f"observe-{layer}-{shard}", kind="observe", at=(layer, shard), needs=needs, cost=4.0))
         if layer in moe_layers:
             needs = tuple(f"observe-{layer}-{shard}" for shard in range(shards))

@@ -92,4 +92,7 @@ def work(store: str, output: Path | None, resume: bool, force: bool, **options: 
         return
     say(f"This worker did {found['did']:,} of {found['tasks']:,} tasks; all are done.")
     if output is not None:
-        say(f"{output}: {human_bytes(found['bytes_before'])} -> {human_bytes(found['bytes_after'])}")
+        sizes = ""
+        if "bytes_after" in found:
+            sizes = f": {human_bytes(found['bytes_before'])} -> {human_bytes(found['bytes_after'])}"
+        say(f"{output} is there{sizes}.")

@@ -1,10 +1,12 @@
 """profile: the model over calibration text, and what is written down of how it uses its experts."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moepress.calibration.collect import collect, drop_hidden
 from moepress.calibration.corpus import Corpus
-from moepress.calibration.profile import Profile, describe_corpus, fingerprint, save_profile
+from moepress.calibration.profile import Profile, Statistic, describe_corpus, fingerprint, save_profile
 from moepress.compress.budget.bit_losses import bit_loss_probe
 from moepress.compress.budget.gguf_sizes import FileWeights
 from moepress.compress.budget.kind_losses import drop_kind_losses, kind_losses, sample
@@ -77,43 +79,69 @@ def profile_stage(
     )
     require_room(output, estimate.disk_bytes)
     warn_of_memory(estimate)
-    digest = fingerprint(checkpoint)
     settings = {
         "command": "profile",
-        "model": digest,
+        "model": fingerprint(checkpoint),
         "leave_one_out": leave_one_out,
         "bit_losses": bit_losses,
         "grid_losses": grid_losses,
         "seed": calibration.seed,
     }
     probe = bit_loss_probe(checkpoint.config, grids=grid_losses) if bit_losses else None
-    note(*_not_whole(checkpoint))
+    note(*not_whole(checkpoint))
     with model_run(output, model, corpus, machine, settings, inputs) as (run, limits):
         found = collect(model, corpus, run, limits, leave_one_out=leave_one_out, probe=probe)
         kinds = kind_losses(model, sample(corpus), run, limits) if grid_losses else []
-        profile = Profile(
-            model=digest,
-            model_name=display_name(folder, model_name),
-            family=checkpoint.family.name,
-            config=checkpoint.config,
-            shape=shape,
-            domains=corpus.domains,
-            layers=checkpoint.outline.moe_layers,
-            calibration=describe_corpus(corpus, calibration.seed),
-            inventory=inventory(checkpoint),
-            statistics={layer: found[layer] for layer in checkpoint.outline.moe_layers},
-            mtp={layer: statistics for layer, statistics in found.items() if layer >= shape.layers},
-            grids=(*MIX_TYPES, ROUNDED) if grid_losses else (),
-            kind_losses=tuple(row.model_dump(mode="json") for row in kinds),
-            linears=linear_rows(checkpoint),
-            file=None if file is None else file.model_dump(mode="json"),
+        profile = profile_of(
+            checkpoint,
+            display_name(folder, model_name),
+            corpus.domains,
+            describe_corpus(corpus, calibration.seed),
+            found,
         )
+        if file is not None:
+            rows = tuple(row.model_dump(mode="json") for row in kinds)
+            file_rows = file.model_dump(mode="json")
+            profile = replace(profile, grids=(*MIX_TYPES, ROUNDED), kind_losses=rows, file=file_rows)
         save_profile(profile, run.folder)
         run.require_ready()
         drop_kind_losses(run)
         drop_hidden(run)
         run.finish()
     return profile
+
+
+def profile_of(
+    checkpoint: Checkpoint,
+    name: str,
+    domains: Sequence[str],
+    calibration: Mapping[str, Any],
+    found: Mapping[int, Mapping[str, Statistic]],
+) -> Profile:
+    """A profile of what was observed.
+
+    Args:
+        checkpoint: the model.
+        name: its name for people.
+        domains: of the text.
+        calibration: `describe_corpus`.
+        found: layer -> accumulators, of MTP layers too.
+    """
+    layers = checkpoint.outline.moe_layers
+    return Profile(
+        model=fingerprint(checkpoint),
+        model_name=name,
+        family=checkpoint.family.name,
+        config=checkpoint.config,
+        shape=checkpoint.shape,
+        domains=tuple(domains),
+        layers=layers,
+        calibration=calibration,
+        inventory=inventory(checkpoint),
+        statistics={layer: found[layer] for layer in layers},
+        mtp={layer: statistics for layer, statistics in found.items() if layer >= checkpoint.shape.layers},
+        linears=linear_rows(checkpoint),
+    )
 
 
 def _file_weights(checkpoint: Checkpoint, *, bit_losses: bool, leave_one_out: bool) -> FileWeights:
@@ -135,7 +163,7 @@ def _file_weights(checkpoint: Checkpoint, *, bit_losses: bool, leave_one_out: bo
     return file
 
 
-def _not_whole(checkpoint: Checkpoint) -> list[str]:
+def not_whole(checkpoint: Checkpoint) -> list[str]:
     """What is to be said of multi-token-prediction layers that can not be run; the model itself can."""
     problems = {layer: mtp_problems(checkpoint, layer) for layer in mtp_layers(checkpoint)}
     return [

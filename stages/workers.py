@@ -17,9 +17,9 @@ from moepress.runs.work.executors.local import LocalWorkers, worker_commands
 from moepress.runs.work.executors.ray import work_on_ray
 from moepress.runs.work.shared import open_shared
 from moepress.stages.places import Machine
-from moepress.stages.plan_work import frame_for, share
 from moepress.stages.quantize import By, Prepared
-from moepress.stages.work import Place, gather, work_stage
+from moepress.stages.sharing.quantize import Quantizing, frame_for, share
+from moepress.stages.work import Place, work_stage
 
 
 def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
@@ -45,7 +45,7 @@ def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
                 logs=run.folder / SHARED / "logs",
                 environment={"OMP_NUM_THREADS": str(threads)},
             ).work()
-        return gather(shared, prepared, run)
+        return Quantizing(prepared=prepared).gather(shared, run)
 
     return work
 

@@ -1,0 +1,157 @@
+"""What the stages of shared runs have in common: how a run is stated in a store, and held against this machine."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from moepress import __version__
+from moepress.calibration.corpus import Corpus
+from moepress.errors import UsageError
+from moepress.models.forward.streamed import StreamedModel
+from moepress.models.forward.walk import Limits, choose_limits, default_memory
+from moepress.models.storage.safetensors_file import read_header
+from moepress.models.storage.tensors import read_tensor, tensor_entry
+from moepress.models.storage.writer import write_shard
+from moepress.runs.journal import Run
+from moepress.runs.parsing import parse_json
+from moepress.runs.progress import note
+from moepress.runs.store.store import Store
+from moepress.runs.work.desk import Desk
+from moepress.runs.work.shared import WORK, Shared, begin_shared
+from moepress.runs.work.tasks import Task
+from moepress.runs.work.worker import Perform
+from moepress.stages.places import Machine
+
+TOKENS = "tokens.safetensors"
+
+
+class Performs(Perform, Protocol):
+    """Does tasks, and holds some of a layer from one to the next."""
+
+    def forget(self) -> None:
+        """Give back what it holds."""
+
+
+class Opened(Protocol):
+    """A stage of a shared run on this machine, its model open."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the model."""
+
+    def performer(self, shared: Shared, machine: Machine, desk: Desk) -> Performs:
+        """What does a worker's tasks."""
+
+    def gather(self, shared: Shared, run: Run) -> dict[str, Any]:
+        """Make the stage's output of what all tasks left, and finish the run."""
+
+
+def limits_before(store: Store, model: StreamedModel, window: int, machine: Machine) -> Limits:
+    """The limits to plan with: windows go at once as in the run that is in the store already, for their number may hang
+    on memory that was free then."""
+    raw = store.get(WORK)
+    try:
+        found: Mapping[str, Any] = {} if raw is None else parse_json(raw.decode())["work"]
+        before = int(found["batch_windows"]) if found else None
+    except (ValueError, TypeError, KeyError):
+        before = None
+    return choose_limits(model.shape, window, machine.memory_bytes, before, model.device)
+
+
+def begin(
+    store: Store, work: Mapping[str, Any], tasks: Sequence[Task], corpus: Corpus, model: StreamedModel, limits: Limits
+) -> dict[str, Any]:
+    """Put a run into a store, or find it there.
+
+    Args:
+        store: where.
+        work: what the stage says of it.
+        tasks: the graph.
+        corpus: its text, which goes along as tokens.
+        model: it runs on.
+        limits: batch and shard are part of the run.
+
+    Returns:
+        What `plan-work` says: `store`, `new`, `tasks`, and `kinds`, how many tasks of each.
+
+    Raises:
+        UsageError: another run is there.
+    """
+    stated = {
+        **work,
+        "moepress": __version__,
+        "torch": torch.__version__,
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_windows": limits.batch_windows,
+        "shard_windows": limits.shard_windows,
+        "domains": list(corpus.domains),
+        "corpus": corpus.digest,
+    }
+    with tempfile.TemporaryDirectory(prefix="moepress-") as name:
+        tokens = Path(name) / TOKENS
+        entries = {"windows": corpus.windows, "domain_index": corpus.domain_index}
+        write_shard(tokens, [tensor_entry(*pair) for pair in entries.items()])
+        new = begin_shared(store, stated, tasks, {TOKENS: tokens})
+    if not new:
+        note(f"{store.url} holds this very run already; workers go on with it.")
+    kinds = {kind: sum(task.kind == kind for task in tasks) for kind in dict.fromkeys(task.kind for task in tasks)}
+    return {"store": store.url, "new": new, "tasks": len(tasks), "kinds": kinds}
+
+
+def machine_for(work: Mapping[str, Any], machine: Machine) -> Machine:
+    """This machine, computing as it was planned.
+
+    Raises:
+        UsageError: other versions are installed here, which may give other bytes.
+    """
+    for package, version in (("moepress", __version__), ("torch", torch.__version__)):
+        if work[package] != version:
+            raise UsageError(
+                f"The shared run was planned with {package} {work[package]} and this is {version}, which may give "
+                "other bytes; install that version here, or plan the work anew."
+            )
+    device = work["device"] if machine.device == "auto" else machine.device
+    return replace(machine, dtype=work["dtype"], device=device)
+
+
+def require_device(work: Mapping[str, Any], model: StreamedModel) -> None:
+    """Refuse a device of another kind.
+
+    Raises:
+        UsageError: naming both.
+    """
+    if model.device.type != work["device"]:
+        raise UsageError(
+            f"The shared run was planned for {work['device']} and this worker has {model.device.type}, which gives "
+            "other bytes; plan with the --device that all workers have."
+        )
+
+
+def limits_of(work: Mapping[str, Any], machine: Machine) -> Limits:
+    """This worker's memory, and the run's batches and shards."""
+    return Limits(
+        memory_bytes=machine.memory_bytes or default_memory(),
+        batch_windows=work["batch_windows"],
+        shard_windows=work["shard_windows"],
+    )
+
+
+def corpus_of(shared: Shared, desk: Desk) -> Corpus:
+    """The run's text: what tasks need of it."""
+    stored = read_header(desk.given(TOKENS))
+    return Corpus(
+        windows=read_tensor(stored["windows"]),
+        domain_index=read_tensor(stored["domain_index"]),
+        domains=tuple(shared.work["domains"]),
+        digest=shared.work["corpus"],
+        embedded=False,
+        bos_policy="",
+        documents=(),
+        tokens_per_domain=(),
+        notes=(),
+    )
