@@ -74,6 +74,7 @@ CASES: tuple[Case, ...] = (
     *_cases("gptqmodel", "Mixtral", "GPTQ 4", refuses="Missing required quantized weights"),
     *_cases("gptqmodel", "Mixtral", "GPTQ 4 named"),
     *_cases("vllm", "Qwen3-MoE, Mixtral", "original, pruned, CT 4, CT 8, CT 3, CT 4 asymmetric, GPTQ 4, GPTQ 8"),
+    *_cases("vllm", "Qwen3-MoE, Mixtral", "NVFP4, MXFP4"),
     *_cases("vllm", "DeepSeek-V3", "CT 4, CT 8, CT 3, GPTQ 4", itself=True),
     *_cases("vllm", "Mixtral", "GPTQ 4 named", refuses="no module or parameter named 'layers.0.mlp'"),
     *_cases("vllm", "Qwen3-MoE", "GPTQ 3", refuses="Unsupported quantization config: bits=3, sym=True"),

@@ -36,9 +36,18 @@ def zero_points(words: Tensor | None, bits: int, rows: int, stored_less: int) ->
     return unpacked(words.transpose(-1, -2), bits, rows).transpose(-1, -2) + stored_less
 
 
+def floats(packed: Tensor, scales: Tensor) -> Tensor:
+    """E2M1 * scale in fp32, [..., O, I], of bytes [..., O, I / 2] with the even column in the low half."""
+    sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    values = torch.cat((sizes, -sizes))[codes.int()]
+    return (values.unflatten(-1, (scales.shape[-1], -1)) * scales.float().unsqueeze(-1)).flatten(-2)
+
+
 def install() -> None:
-    """Put both into vLLM, before a model is loaded."""
+    """Put all of it into vLLM, before a model is loaded."""
     _experts()
+    _float_experts()
     _linears()
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
@@ -80,6 +89,44 @@ def _experts() -> None:
     # The codes are gone when these are asked for.
     compressed.make_wna16_moe_quant_config = lambda **_: moe_config.FUSED_MOE_UNQUANTIZED_CONFIG
     moe_config.gptq_marlin_moe_quant_config = lambda **_: moe_config.FUSED_MOE_UNQUANTIZED_CONFIG
+
+
+def _float_experts() -> None:
+    """NVFP4 and MXFP4, whose weights vLLM's unquantized experts take over once they are dense."""
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_mxfp4 as mxfp4,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_nvfp4 as nvfp4,
+    )
+    from vllm.model_executor.utils import replace_parameter
+
+    class DenseExperts(CPUUnquantizedExperts):
+        @staticmethod
+        def _supports_quant_scheme(weight_key, activation_key) -> bool:
+            return activation_key is None
+
+    def convert(w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, **_others):
+        dense = [
+            floats(words.data, scales.data) * whole[:, None, None]
+            for words, scales, whole in ((w13, w13_scale, w13_scale_2), (w2, w2_scale, w2_scale_2))
+        ]
+        one = torch.ones(1)
+        return dense[0], one, one, None, dense[1], one, one, None
+
+    def prepare(layer) -> None:
+        for key in ("w13", "w2"):
+            powers = torch.exp2(getattr(layer, f"{key}_weight_scale").data.float() - 127)
+            replace_parameter(layer, f"{key}_weight", floats(getattr(layer, f"{key}_weight").data, powers))
+
+    nvfp4.select_nvfp4_moe_backend = lambda **_: (nvfp4.NvFp4MoeBackend.EMULATION, DenseExperts)
+    nvfp4.convert_to_nvfp4_moe_kernel_format = convert
+    nvfp4.make_nvfp4_moe_quant_config = lambda **_: FUSED_MOE_UNQUANTIZED_CONFIG
+    mxfp4.MarlinExperts = DenseExperts
+    mxfp4.prepare_moe_fp4_layer_for_marlin = prepare
+    mxfp4.make_mxfp4_moe_quant_config = lambda **_: FUSED_MOE_UNQUANTIZED_CONFIG
 
 
 def _linears() -> None:
