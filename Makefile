@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 INSTALL_INPUTS := pyproject.toml setup.py compress/gptq/loops.cpp constraints.txt __init__.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test gates unit test-slow test-faults test-families test-runtimes clean
+.PHONY: help venv dev demo test gates unit test-slow test-faults test-work test-families test-runtimes clean
 
 help:
 	@echo "make demo       run moepress on its embedded model, from profile to report, into demo-out"
 	@echo "make test       all gates (ruff, mypy, import-linter) and the tests"
 	@echo "make test-slow  the tests that take longer      make test-faults   10,000 spoiled inputs and kills"
+	@echo "make test-work  shared runs of quantize: kills, a bucket through a faulty proxy, a Ray cluster (10 minutes)"
 	@echo "make test-families   every mixture-of-experts model of transformers, against transformers (10 minutes)"
 	@echo "make test-runtimes   vLLM, GPTQModel, mlx-lm and others load our outputs (makes their environments: 10 minutes, 8 GB)"
 	@echo "make gates      the gates alone        make unit   the tests alone"
@@ -70,6 +71,11 @@ test-runtimes: dev
 # Ten thousand spoiled inputs of a seed that is printed, and the kills; `make test` has a short part of a fixed seed.
 test-faults: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/faults --inputs 10000 --seed random -m "slow or not slow"
+
+# Runs that several workers share, in all ways that are too long for `make test`.
+test-work: dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/runs/work tests/stages/test_work.py tests/stages/test_workers.py \
+		tests/commands/test_work.py tests/faults/test_work_kills.py -m "slow or not slow"
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-out demo-out.partial

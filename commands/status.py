@@ -39,17 +39,19 @@ def _show(found: Mapping[str, Any]) -> None:
 
     left = found["seconds_left"]
     rest = "" if left is None or found["done"] == found["tasks"] else f", about {span_text(left)} left"
-    say(f"{found['store']}: {found['model']}, {found['done']:,} of {found['tasks']:,} tasks done{rest}")
+    done = f"{found['done']:,} of {found['tasks']:,} tasks done, {found['running']:,} running"
+    say(f"{found['store']}: {found['model']}, {done}{rest}")
     console = plain_console()
-    table = plain_table("task", "done", "of", "seconds each", "peak memory")
+    table = plain_table("task", "done", "running", "of", "seconds each", "peak memory")
     for row in found["kinds"]:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         peak = "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"])
-        table.add_row(row["kind"], f"{row['done']:,}", f"{row['tasks']:,}", seconds, peak)
+        table.add_row(row["kind"], f"{row['done']:,}", f"{row['running']:,}", f"{row['tasks']:,}", seconds, peak)
     console.print(table)
-    if found["workers"]:
+    there = [row for row in found["workers"] if row["state"] != "ended"]
+    if there:
         table = plain_table("worker", "state", "doing", "did")
-        for row in found["workers"]:
+        for row in there:
             table.add_row(row["worker"], row["state"], row["doing"] or "", f"{row['did']:,}")
         console.print(table)
     for row in found["failures"]:

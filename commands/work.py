@@ -82,15 +82,20 @@ def work(store: str, output: Path | None, resume: bool, force: bool, **options: 
         parent=options["parent"],
     )
     result = None if output is None else Output(folder=output, resume=resume, force=force)
+    who = "This worker"
     if options["ray"]:
         from moepress.stages.workers import ray_stage
 
-        ray_stage(store, machine_of(options), place, workers=options["workers"])
-    found = work_stage(store, machine_of(options), place, result)
+        found = ray_stage(store, machine_of(options), place, workers=options["workers"])
+        who = f"{found['workers']:,} workers"
+        if result is not None:
+            found = {**work_stage(store, machine_of(options), place, result), **found}
+    else:
+        found = work_stage(store, machine_of(options), place, result)
     if options["as_json"]:
         emit(found)
         return
-    say(f"This worker did {found['did']:,} of {found['tasks']:,} tasks; all are done.")
+    say(f"{who} did {found['did']:,} of {found['tasks']:,} tasks; all are done.")
     if output is not None:
         sizes = ""
         if "bytes_after" in found:

@@ -1,11 +1,14 @@
 """work: do tasks of a shared run, and fetch its result once all are done."""
 
+import json
 import os
 import platform
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,17 @@ from moepress.runs.progress import track
 from moepress.runs.store.store import open_store
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.leases import TERM_SECONDS, Leases
-from moepress.runs.work.shared import Shared, open_shared
+from moepress.runs.work.processes import is_gone, this_process
+from moepress.runs.work.shared import WORK, Shared, open_shared
+from moepress.runs.work.tasks import small_object
 from moepress.runs.work.worker import Worker
 from moepress.stages.places import Machine, Output
 from moepress.stages.sharing import profile, quantize
 from moepress.stages.sharing.opened import Opened
 
 CACHE_BYTES = 16 << 30
+_PARENT_SECONDS = 1.0
+_OWNER = "owner.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +49,7 @@ class Place:
         term_seconds: how long its leases last without a sign of life.
         model: where the model is on this machine; None for where it was when the work was planned.
         threads: of this worker; None for as many as there are cores.
-        parent: a process with whose end this worker ends after its task; None for none.
+        parent: a process with whose end this worker is interrupted; None for none.
     """
 
     share: tuple[int, int] = (0, 1)
@@ -83,9 +90,10 @@ def work_stage(url: str, machine: Machine, place: Place, output: Output | None =
         desk = Desk(shared, folder, place.cache_bytes)
         performer = stage.performer(shared, machine, desk)
         try:
-            with Leases(shared.store, name, place.term_seconds) as leases, _tracked(shared) as advance:
+            with _with_parent(place.parent), Leases(shared.store, name, place.term_seconds) as leases:
                 worker = Worker(shared=shared, leases=leases, desk=desk, perform=performer, share=place.share)
-                worker.work(advance, lambda: place.parent is not None and os.getppid() != place.parent)
+                with _tracked(shared) as advance:
+                    worker.work(advance)
         finally:
             performer.forget()
     result: dict[str, Any] = {"did": len(worker.did), "tasks": len(shared.tasks), "fetched_bytes": desk.fetched_bytes}
@@ -93,9 +101,33 @@ def work_stage(url: str, machine: Machine, place: Place, output: Output | None =
 
 
 @contextmanager
+def _with_parent(parent: int | None) -> Iterator[None]:
+    """Interrupt this process as SIGTERM does once its parent, which was killed, cannot do it."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_PARENT_SECONDS):
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    if parent is not None:
+        threading.Thread(target=watch, name="moepress parent", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+@contextmanager
 def _tracked(shared: Shared) -> Iterator[Any]:
-    with track("work", len(shared.tasks), unit="tasks", about=f"{shared.work['summary']['model_name']}") as advance:
+    with track("work", len(shared.tasks), unit="tasks", about=model_of(shared)) as advance:
         yield advance
+
+
+def model_of(shared: Shared) -> str:
+    """The name of the model that a shared run is about."""
+    return str(shared.work["summary"]["model_name"])
 
 
 def reopened(shared: Shared, machine: Machine, model: str | None = None) -> Opened:
@@ -115,15 +147,27 @@ def reopened(shared: Shared, machine: Machine, model: str | None = None) -> Open
 def _folder(shared: Shared, place: Place, name: str) -> Iterator[Path]:
     """A folder of this worker alone: in the store's own file system where it has one, so that files are only moved."""
     parent = place.scratch
-    if parent is None and (local := shared.store.local("work.json")) is not None:
+    if parent is None and (local := shared.store.local(WORK)) is not None:
         parent = local.parent / "scratch"
-    if parent is not None:
-        make_folders(parent)
+    if parent is None:
+        parent = Path(tempfile.gettempdir())
+    make_folders(parent)
+    _sweep(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"moepress-{name}-", dir=parent))
+    (folder / _OWNER).write_text(json.dumps(this_process()), encoding="utf-8")
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Delete the folders of workers that were killed on this machine: each may hold a layer's hidden states."""
+    for owner in parent.glob(f"moepress-*/{_OWNER}"):
+        with suppress(OSError):
+            mine = not hasattr(os, "getuid") or owner.parent.lstat().st_uid == os.getuid()
+            if mine and not owner.parent.is_symlink() and is_gone(small_object(owner.read_bytes())):
+                shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def fetch_result(shared: Shared, stage: Opened, output: Output) -> dict[str, Any]:

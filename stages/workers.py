@@ -12,6 +12,7 @@ from moepress.calibration.corpus import Corpus
 from moepress.compress.gptq.finish import SHARED
 from moepress.models.forward.walk import Limits
 from moepress.runs.journal import Run
+from moepress.runs.progress import track
 from moepress.runs.store.store import open_store
 from moepress.runs.work.executors.local import LocalWorkers, worker_commands
 from moepress.runs.work.executors.ray import work_on_ray
@@ -19,7 +20,7 @@ from moepress.runs.work.shared import open_shared
 from moepress.stages.places import Machine
 from moepress.stages.quantize import By, Prepared
 from moepress.stages.sharing.quantize import Quantizing, frame_for, share
-from moepress.stages.work import Place, work_stage
+from moepress.stages.work import Place, model_of, work_stage
 
 
 def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
@@ -62,11 +63,23 @@ def ray_stage(
         workers: how many; None for as many as the cluster has room for.
         address: of the cluster; None for the usual ways to find one.
     """
+    shared = open_shared(open_store(url))
+    before = shared.count_done()
     threads = place.threads or 1
     gpus = 1.0 if machine.device.startswith("cuda") else 0.0
     work: Callable[[int], Any] = functools.partial(_on_ray, url, machine, replace(place, threads=threads), workers or 1)
-    found = work_on_ray(work, workers, cpus=float(threads), gpus=gpus, address=address)
-    return {"did": sum(each["did"] for each in found), "tasks": found[0]["tasks"], "workers": len(found)}
+    with track("work", len(shared.tasks), unit="tasks", about=f"workers on Ray, {model_of(shared)}") as advance:
+        told = 0
+
+        def watch() -> bool:
+            nonlocal told
+            done = shared.count_done()
+            advance(done - told)
+            told = done
+            return done == len(shared.tasks)
+
+        count = work_on_ray(work, workers, watch, cpus=float(threads), gpus=gpus, address=address)
+    return {"did": shared.count_done() - before, "tasks": len(shared.tasks), "workers": count}
 
 
 def _on_ray(url: str, machine: Machine, place: Place, count: int, number: int) -> dict[str, Any]:

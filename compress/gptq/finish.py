@@ -74,7 +74,16 @@ def finish(
     for name in [p for p in run.pieces if p.startswith("hidden-")]:
         run.drop(name)
     drop_all_ends(run)
-    if (run.folder / SHARED).is_dir():  # what workers had, of this sitting or one before
-        shutil.rmtree(run.folder / SHARED)
+    _delete_shared(run.folder / SHARED)  # what workers had, of this sitting or one before
     run.finish()
     return result
+
+
+def _delete_shared(folder: Path) -> None:
+    """Under another name first: a worker that comes too late then finds no folder to write to."""
+    gone = folder.with_name(f"{folder.name}.gone")
+    if folder.is_dir():
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+    if gone.is_dir():
+        shutil.rmtree(gone)

@@ -83,12 +83,16 @@ class Performer:
         if task.kind != "experts":
             self.forget()
         act: Callable[[Task, Desk, bool], None] = getattr(self, f"_{task.kind}")
-        with in_layer(task.at[0] if task.at else -1), phase("other"):
-            if task.kind == "ends":
-                act(task, desk, smaller)
-            else:
-                with torch.inference_mode():
+        try:
+            with in_layer(task.at[0] if task.at else -1), phase("other"):
+                if task.kind == "ends":
                     act(task, desk, smaller)
+                else:
+                    with torch.inference_mode():
+                        act(task, desk, smaller)
+        except BaseException:
+            self.forget()  # it may be what memory ran out for
+            raise
         release_memory()
 
     def _settle(self) -> None:

@@ -220,6 +220,7 @@ class Leases:
                 "count": self._count,
                 "term seconds": self.term_seconds,
                 "ended": ended,
+                "time": time.time(),  # for people who ask how it stands: nothing is decided by it
                 "progress": self._progress,
             }
         self.store.put(f"beats/{self.worker}.json", _json(beat))

@@ -140,6 +140,11 @@ class Shared:
         self._listed.update(names)
         return self._listed | self._done.keys()
 
+    def count_done(self) -> int:
+        """How many tasks are done, as `look` sees it."""
+        found = self.look()
+        return sum(task.id in found for task in self.tasks)
+
     def finish(
         self, done: Callable[[Mapping[str, Made]], Done], files: Mapping[str, Path], *, give: bool
     ) -> tuple[Done, bool]:

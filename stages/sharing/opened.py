@@ -10,7 +10,7 @@ import torch
 
 from moepress import __version__
 from moepress.calibration.corpus import Corpus
-from moepress.errors import UsageError
+from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_limits, default_memory
 from moepress.models.storage.safetensors_file import read_header
@@ -103,6 +103,32 @@ def begin(
     return {"store": store.url, "new": new, "tasks": len(tasks), "kinds": kinds}
 
 
+STATED = (
+    "stage",
+    "moepress",
+    "torch",
+    "model",
+    "digest",
+    "device",
+    "dtype",
+    "batch_windows",
+    "shard_windows",
+    "domains",
+)
+"""What a run says of itself, whatever its stage."""
+
+
+def require_stated(work: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a run that does not say all of it.
+
+    Raises:
+        InvalidInputError: naming what is missing.
+    """
+    missing = [name for name in (*STATED, *names) if name not in work]
+    if missing:
+        raise InvalidInputError(f"{WORK} of the shared run is broken ({missing[0]}); plan the work anew elsewhere.")
+
+
 def machine_for(work: Mapping[str, Any], machine: Machine) -> Machine:
     """This machine, computing as it was planned.
 
@@ -110,9 +136,9 @@ def machine_for(work: Mapping[str, Any], machine: Machine) -> Machine:
         UsageError: other versions are installed here, which may give other bytes.
     """
     for package, version in (("moepress", __version__), ("torch", torch.__version__)):
-        if work[package] != version:
+        if work.get(package) != version:
             raise UsageError(
-                f"The shared run was planned with {package} {work[package]} and this is {version}, which may give "
+                f"The shared run was planned with {package} {work.get(package)} and this is {version}, which may give "
                 "other bytes; install that version here, or plan the work anew."
             )
     device = work["device"] if machine.device == "auto" else machine.device

@@ -24,7 +24,7 @@ from moepress.runs.work.shared import Shared
 from moepress.stages.groundwork import announce, can_leave_out, opened, streamed, tell_of_residual
 from moepress.stages.places import Machine, display_name, model_folder
 from moepress.stages.profile import not_whole, profile_of
-from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device
+from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device, require_stated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +134,11 @@ def share(store: Store, stage: Profiling, corpus: Corpus, limits: Limits, model_
 
 def reopened(work: Mapping[str, Any], machine: Machine, model: str | None = None) -> Profiling:
     """The stage as it was planned; arguments and errors as of `sharing.quantize.reopened`."""
+    machine = machine_for(work, machine)
+    require_stated(work, ("leave_one_out", "bit_losses", "allow_nonfinite"))
     asked = Asked(**{name: work[name] for name in ("leave_one_out", "bit_losses", "allow_nonfinite")})
     name = model or work["model"]
-    stage = open_profiling(model_folder(name), machine_for(work, machine), asked)
+    stage = open_profiling(model_folder(name), machine, asked)
     require_device(work, stage.model)
     if fingerprint(stage.checkpoint) != work["digest"]:
         raise InvalidInputError(f"{name} is not the model that the work was planned for; give its place with --model.")

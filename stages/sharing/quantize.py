@@ -25,10 +25,10 @@ from moepress.runs.journal import Run
 from moepress.runs.progress import track
 from moepress.runs.store.store import Store
 from moepress.runs.work.desk import Desk
-from moepress.runs.work.shared import Shared
+from moepress.runs.work.shared import WORK, Shared
 from moepress.stages.places import Machine, model_folder
 from moepress.stages.quantize import Prepared, QuantizeRequest, prepare, settings_of, summary_of
-from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device
+from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device, require_stated
 
 REQUEST = TypeAdapter(QuantizeRequest)
 
@@ -71,9 +71,16 @@ def reopened(work: Mapping[str, Any], machine: Machine, model: str | None = None
         UsageError: other versions, or another device.
         InvalidInputError: another model is there now.
     """
-    plan = None if work["plan"] is None else Plan.model_validate(work["plan"])
-    request, name = REQUEST.validate_python(work["request"]), model or work["model"]
-    prepared = prepare(model_folder(name), plan, request, machine_for(work, machine), mtp=Mtp(work["mtp"]))
+    machine = machine_for(work, machine)
+    require_stated(work, ("request", "plan", "mtp", "bytes_before", "scheme"))
+    try:
+        plan = None if work["plan"] is None else Plan.model_validate(work["plan"])
+        request = REQUEST.validate_python(work["request"])
+    except ValueError as error:
+        why = str(error).splitlines()[0]
+        raise InvalidInputError(f"{WORK} of the shared run is broken ({why}); plan the work anew elsewhere.") from error
+    name = model or work["model"]
+    prepared = prepare(model_folder(name), plan, request, machine, mtp=Mtp(work["mtp"]))
     require_device(work, prepared.model)
     if fingerprint(prepared.checkpoint) != work["digest"]:
         raise InvalidInputError(f"{name} is not the model that the work was planned for; give its place with --model.")

@@ -18,6 +18,7 @@ from moepress.runs.work.shared import Shared
 _POLL_SECONDS, _GRACE_SECONDS = 0.2, 10.0
 _DEATHS = 4  # of a worker, one after the other, with no task done between by anybody
 _LAST_BYTES = 4096
+_ENDED_BY_SIGNALS = {128 + signal.SIGINT, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,18 +65,19 @@ class LocalWorkers:
         try:
             with track("work", len(self.shared.tasks), unit="tasks", about=f"{len(processes)} workers") as advance:
                 done = 0
-                while not all(process.ended for process in processes):
-                    for process in processes:
-                        self._look_after(process)
-                    now = len(self.shared.look())
+                # Until all is done, and not until all have ended: one that hangs is not waited for.
+                while (now := self.shared.count_done()) < len(self.shared.tasks):
                     if now > done:
                         advance(now - done)
                         told(now)
                         done = now
                         for process in processes:
                             process.deaths = 0
+                    for process in processes:
+                        self._look_after(process)
                     time.sleep(_POLL_SECONDS)
-                advance(len(self.shared.look()) - done)
+                advance(now - done)
+                told(now)
         finally:
             _stop(processes)
 
@@ -85,7 +87,12 @@ class LocalWorkers:
         if process.running is None:
             with process.log.open("wb") as log:
                 process.running = subprocess.Popen(
-                    process.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | self.environment
+                    process.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | self.environment,
+                    start_new_session=True,  # Ctrl-C comes to this process, which ends its workers: once, in order
                 )
             return
         code = process.running.poll()
@@ -94,7 +101,7 @@ class LocalWorkers:
         process.running = None
         if code == 0:
             process.ended = True
-        elif code > 0 and code != 128 + signal.SIGKILL:
+        elif code > 0 and code not in _ENDED_BY_SIGNALS:
             raise MoepressError(f"A worker ended with code {code}: {_last_line(process.log)}")
         else:
             process.deaths += 1
@@ -103,7 +110,7 @@ class LocalWorkers:
                     f"A worker was killed {process.deaths} times before any task was done (out of memory?); give "
                     "fewer --workers or a smaller --max-memory, and --resume."
                 )
-            note(f"A worker was killed (signal {-code}) and is started again.")
+            note(f"A worker was killed (signal {-code if code < 0 else code - 128}) and is started again.")
 
 
 def worker_commands(store: str, count: int, options: Sequence[str]) -> list[list[str]]:

@@ -3,23 +3,36 @@
 Files go through the store and none through Ray's object store, so that it has nothing to spill.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moepress.errors import MoepressError, UnsupportedError
 
+_WATCH_SECONDS, _GRACE_SECONDS = 2.0, 10.0
+
 
 def work_on_ray(
-    work: Callable[[int], Any], count: int | None, *, cpus: float, gpus: float, address: str | None = None
-) -> list[Any]:
-    """Run workers on a Ray cluster until each has returned.
+    work: Callable[[int], Any],
+    count: int | None,
+    watch: Callable[[], bool],
+    *,
+    cpus: float,
+    gpus: float,
+    address: str | None = None,
+) -> int:
+    """Run workers on a Ray cluster until all is done.
 
     Args:
         work: what a worker does, given its number; importable on the cluster's machines.
         count: how many workers; None for as many as the cluster has room for.
+        watch: asked now and then whether all is done; workers that have not returned some seconds later are ended.
         cpus, gpus: what Ray sets aside for each.
         address: of the cluster; None for that of RAY_ADDRESS or of this machine, and where there is none a new one of
             this machine alone, which ends with this process.
+
+    Returns:
+        How many workers there were.
 
     Raises:
         UnsupportedError: Ray is not installed.
@@ -38,7 +51,8 @@ def work_on_ray(
             )
         actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Actor)
         actors = [actor.remote() for _ in range(wanted)]
-        return _all(ray, [each.work.remote(work, number) for number, each in enumerate(actors)])
+        _wait(ray, [each.work.remote(work, number) for number, each in enumerate(actors)], watch)
+        return wanted
     finally:
         ray.shutdown()
 
@@ -69,9 +83,14 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(**quiet)
 
 
-def _all(ray: Any, futures: Sequence[Any]) -> list[Any]:
+def _wait(ray: Any, futures: Sequence[Any], watch: Callable[[], bool]) -> None:
+    pending, until = list(futures), float("inf")
     try:
-        return list(ray.get(list(futures)))
+        while pending and time.monotonic() < until:
+            returned, pending = ray.wait(pending, num_returns=len(pending), timeout=_WATCH_SECONDS)
+            ray.get(returned)  # raises what a worker has
+            if watch() and until == float("inf"):
+                until = time.monotonic() + _GRACE_SECONDS
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, MoepressError):
