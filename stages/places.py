@@ -78,6 +78,12 @@ def names_gguf(path: Path) -> bool:
     return path.suffix.lower() == GGUF
 
 
+def anywhere(name: str) -> str:
+    """A model's name that means the same on another machine: a URL, an id on the hub, `demo`, or a folder's path."""
+    folder = Path(name)
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
 def model_place(name: str) -> Path:
     """`model_folder`, or a GGUF file: for commands that run a model or look at one."""
     file = Path(name)

@@ -10,6 +10,7 @@ import torch
 
 from moepress.calibration.corpus import Corpus
 from moepress.compress.gptq.finish import SHARED
+from moepress.hub.stored import is_url
 from moepress.models.forward.walk import Limits
 from moepress.runs.journal import Run
 from moepress.runs.progress import track
@@ -40,6 +41,8 @@ def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
             threads = max(1, torch.get_num_threads() // count)
             memory = limits.memory_bytes // count
             options = ["--threads", str(threads), "--max-memory", str(memory), "--device", machine.device]
+            if not is_url(model_name):  # of the hub it is here already
+                options += ["--model", str(prepared.folder)]
             LocalWorkers(
                 shared=shared,
                 commands=worker_commands(store.url, count, options),

@@ -22,7 +22,7 @@ from moepress.runs.store.store import Store
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.shared import Shared
 from moepress.stages.groundwork import announce, can_leave_out, opened, streamed, tell_of_residual
-from moepress.stages.places import Machine, display_name, model_folder
+from moepress.stages.places import Machine, anywhere, display_name, model_folder
 from moepress.stages.profile import not_whole, profile_of
 from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device, require_stated
 
@@ -120,7 +120,7 @@ def share(store: Store, stage: Profiling, corpus: Corpus, limits: Limits, model_
     }
     work = {
         "stage": "profile",
-        "model": str(stage.folder.resolve()),
+        "model": anywhere(model_name),
         "digest": fingerprint(stage.checkpoint),
         "leave_one_out": stage.asked.leave_one_out,
         "bit_losses": stage.asked.bit_losses,

@@ -26,7 +26,7 @@ from moepress.runs.progress import track
 from moepress.runs.store.store import Store
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.shared import WORK, Shared
-from moepress.stages.places import Machine, model_folder
+from moepress.stages.places import Machine, anywhere, model_folder
 from moepress.stages.quantize import Prepared, QuantizeRequest, prepare, settings_of, summary_of
 from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device, require_stated
 
@@ -42,7 +42,7 @@ def share(
     summary = summary_of(prepared, model_name, describe_corpus(corpus, seed), settings)
     work = {
         "stage": "quantize",
-        "model": str(prepared.folder.resolve()),
+        "model": anywhere(model_name),
         "digest": settings["model"],
         "request": REQUEST.dump_python(prepared.request, mode="json"),
         "plan": None if plan is None else plan.model_dump(mode="json"),
