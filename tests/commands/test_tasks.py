@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from stage_runs import command
 from tasks_asked import cache_in, write_choices, write_sums
 
+import moepress.stages.tasks  # noqa: F401 - takes `harness_version` over by name, so not while a test has replaced it
 from moepress.models.forward.dense import load_dense
 from moepress.models.storage.checkpoint import open_checkpoint
 from moepress.stages.groundwork import load_tokenizer
