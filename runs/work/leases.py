@@ -91,7 +91,8 @@ class Leases:
         self._thread.join(timeout=_LAST_BEAT_SECONDS)
         with suppress(MoepressError):
             for task, attempt in list(self._held.items()):
-                self.release(task, attempt)
+                if _parsed(self.store.get(_lease(task, attempt))).get("id") == self.id:
+                    self.release(task, attempt)
             self._beat(ended=True)
 
     def claim(self, task: str) -> int | None:
@@ -105,13 +106,18 @@ class Leases:
             if begun and not self._is_free(task, begun - 1):
                 return None
             lease = {"worker": self.worker, **self._process, "term seconds": self.term_seconds, "id": self.id}
-            # `try` tells two claims of this worker apart, should the answer to one get lost.
-            if not self.store.create(_lease(task, begun), _json({**lease, "try": new_id()})):
-                return None
-            with self._lock:
+            with self._lock:  # before it is: who is interrupted in here gives it back, if it became ours
                 self._held[task] = begun
                 self._told_seconds = _now()
-            return begun
+            try:
+                # `try` tells two claims of this worker apart, should the answer to one get lost.
+                won = self.store.create(_lease(task, begun), _json({**lease, "try": new_id()}))
+            except Exception:
+                self._drop(task)
+                raise
+            if not won:
+                self._drop(task)
+            return begun if won else None
 
     def attempts(self, task: str) -> int:
         """How many attempts at a task were begun."""
@@ -155,8 +161,12 @@ class Leases:
 
     def release(self, task: str, attempt: int) -> None:
         """Give an attempt back: others may claim the task at once."""
-        self._drop(task)
-        self.store.put(_lease(task, attempt, ".released"), _json({"worker": self.worker, "id": self.id}))
+        try:
+            self.store.put(_lease(task, attempt, ".released"), _json({"worker": self.worker, "id": self.id}))
+        except Exception:
+            self._drop(task)
+            raise
+        self._drop(task)  # behind: who is interrupted in here does it once more as it ends
 
     def _drop(self, task: str) -> None:
         with self._lock:

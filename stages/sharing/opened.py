@@ -158,6 +158,16 @@ def require_device(work: Mapping[str, Any], model: StreamedModel) -> None:
         )
 
 
+def require_tasks(shared: Shared, tasks: Sequence[Task]) -> None:
+    """Refuse a graph that is not that of the model and the text that are here.
+
+    Raises:
+        InvalidInputError: saying so.
+    """
+    if list(tasks) != list(shared.tasks):
+        raise InvalidInputError(f"The tasks in {shared.store.url} are not those of this model; plan the work anew.")
+
+
 def limits_of(work: Mapping[str, Any], machine: Machine) -> Limits:
     """This worker's memory, and the run's batches and shards."""
     return Limits(

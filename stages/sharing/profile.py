@@ -21,10 +21,19 @@ from moepress.runs.progress import note, track
 from moepress.runs.store.store import Store
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.shared import Shared
+from moepress.runs.work.tasks import Task
 from moepress.stages.groundwork import announce, can_leave_out, opened, streamed, tell_of_residual
 from moepress.stages.places import Machine, anywhere, display_name, model_folder
 from moepress.stages.profile import not_whole, profile_of
-from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device, require_stated
+from moepress.stages.sharing.opened import (
+    begin,
+    corpus_of,
+    limits_of,
+    machine_for,
+    require_device,
+    require_stated,
+    require_tasks,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +70,20 @@ class Profiling:
         """Layers with experts, MTP layers behind them."""
         return (*sorted(self.model.moe_layers), *self.predicting)
 
+    def tasks(self, windows: int, limits: Limits) -> list[Task]:
+        """The graph for so many windows."""
+        shards = len(shards_of(windows, limits.shard_windows))
+        return profile_graph(self.model.shape.layers + len(self.predicting), self.observed, shards)
+
     def performer(self, shared: Shared, machine: Machine, desk: Desk) -> Observer:
         """What does a worker's tasks."""
-        corpus = corpus_of(shared, desk)
+        corpus, limits = corpus_of(shared, desk), limits_of(shared.work, machine)
+        require_tasks(shared, self.tasks(len(corpus.windows), limits))
         return Observer(
             model=self.model,
             windows=corpus.windows,
             cells=cells_of(corpus),
-            limits=limits_of(shared.work, machine),
+            limits=limits,
             leave_one_out=self.asked.leave_one_out,
             predicting=self.predicting,
             probe=bit_loss_probe(self.checkpoint.config) if self.asked.bit_losses else None,
@@ -127,9 +142,7 @@ def share(store: Store, stage: Profiling, corpus: Corpus, limits: Limits, model_
         "allow_nonfinite": stage.asked.allow_nonfinite,
         "summary": summary,
     }
-    shards = len(shards_of(len(corpus.windows), limits.shard_windows))
-    tasks = profile_graph(stage.model.shape.layers + len(stage.predicting), stage.observed, shards)
-    return begin(store, work, tasks, corpus, stage.model, limits)
+    return begin(store, work, stage.tasks(len(corpus.windows), limits), corpus, stage.model, limits)
 
 
 def reopened(work: Mapping[str, Any], machine: Machine, model: str | None = None) -> Profiling:

@@ -28,7 +28,15 @@ from moepress.runs.work.desk import Desk
 from moepress.runs.work.shared import WORK, Shared
 from moepress.stages.places import Machine, anywhere, model_folder
 from moepress.stages.quantize import Prepared, QuantizeRequest, prepare, settings_of, summary_of
-from moepress.stages.sharing.opened import begin, corpus_of, limits_of, machine_for, require_device, require_stated
+from moepress.stages.sharing.opened import (
+    begin,
+    corpus_of,
+    limits_of,
+    machine_for,
+    require_device,
+    require_stated,
+    require_tasks,
+)
 
 REQUEST = TypeAdapter(QuantizeRequest)
 
@@ -102,6 +110,7 @@ class Quantizing:
         """What does a worker's tasks."""
         corpus, frame, limits = corpus_of(shared, desk), frame_for(self.prepared), limits_of(shared.work, machine)
         extent = extent_of(frame, len(corpus.windows), limits)
+        require_tasks(shared, graph(extent))
         return Performer(frame=frame, corpus=corpus, limits=limits, extent=extent)
 
     def gather(self, shared: Shared, run: Run) -> dict[str, Any]:
