@@ -13,7 +13,7 @@ from typing import Any
 from make_r1 import BYTES, r1_tensors
 
 from moepress.calibration.hessian import HessianOptions, gram_flops
-from moepress.compress.gptq.experts import picked_tokens
+from moepress.compress.gptq.moments import picked_tokens
 from moepress.converters.safetensors.scheme import Scheme
 
 HESSIANS, FORWARD, READ, BESIDE, WRITE, HIDDEN, SPILL = (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moepress.calibration.hessian import HessianOptions, Moments, moments
 from moepress.compress.gptq import experts, linears, pipeline
-from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.include import LinearGroup
 from moepress.compress.gptq.solver import Solved, solve
 from moepress.converters.safetensors.scheme import Scheme

@@ -15,7 +15,7 @@ from moepress.compress.estimates.figures import figures_of
 from moepress.compress.estimates.quantize import estimate_quantize
 from moepress.compress.estimates.rates import measure_rates
 from moepress.compress.gptq.block_choice import PLANNED, PRESETS, BlockChoice
-from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.grid_rows import GridRow
 from moepress.compress.gptq.include import AUTO_BITS, IN_LAYERS, Asked, Include, Included, included, part_bits
 from moepress.compress.gptq.layer_bits import check_scheme, fallback_text, model_dtype, scale_value_dtype, settle_bits

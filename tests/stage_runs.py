@@ -18,7 +18,7 @@ from moepress.calibration.corpus import Corpus, build_corpus, evaluation_windows
 from moepress.calibration.hessian import HessianOptions
 from moepress.calibration.profile import Profile, describe_corpus, fingerprint
 from moepress.calibration.sources import embedded_sources
-from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import model_dtype, scale_value_dtype
 from moepress.compress.gptq.pipeline import quantize

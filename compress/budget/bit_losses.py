@@ -20,8 +20,10 @@ from moepress.calibration.hessian import gram
 from moepress.compress.budget.rounding import rounded_expert
 from moepress.compress.budget.sizes import probe_scheme
 from moepress.compress.gptq.block_choice import MIX_TYPES, BlockChoice
-from moepress.compress.gptq.experts import CodedExpert, QuantizeOptions, experts_at_once, pooled_inputs, solve_experts
+from moepress.compress.gptq.coded import CodedExpert, QuantizeOptions
+from moepress.compress.gptq.experts import experts_at_once, solve_experts
 from moepress.compress.gptq.layer_bits import model_dtype, scale_value_dtype
+from moepress.compress.gptq.moments import pooled_inputs
 from moepress.converters.safetensors.scheme import SUPPORTED_BITS
 from moepress.models.families.family import Shape
 from moepress.models.forward.streamed import apply_expert, tokens_of

@@ -42,8 +42,9 @@ from moepress.compress.estimates.seconds import (
     rest_parameters,
     solve_seconds,
 )
-from moepress.compress.gptq.experts import experts_that_fit, picked_tokens
+from moepress.compress.gptq.experts import experts_that_fit
 from moepress.compress.gptq.include import Include, included, included_as
+from moepress.compress.gptq.moments import picked_tokens
 from moepress.compress.gptq.options import SolverOptions
 from moepress.compress.gptq.reference import is_apart
 from moepress.converters.safetensors.scheme import Scheme

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moepress.calibration.ends import Groups, read_side
 from moepress.calibration.hessian import END_BITS
-from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.include import Include, LinearGroup, linear_groups
 from moepress.compress.gptq.job import Job
 from moepress.compress.gptq.sides import floored

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moepress.calibration.answer_ends import importance
 from moepress.compress.gptq.block_solver import BlockCoded
-from moepress.compress.gptq.experts import Coded, CodedExpert, FloatCoded, Matrix, QuantizeOptions, experts_at_once
+from moepress.compress.gptq.coded import Coded, CodedExpert, FloatCoded, Matrix, QuantizeOptions
+from moepress.compress.gptq.experts import experts_at_once
 from moepress.compress.gptq.include import Include, Included, LinearGroup, included, part_bits
 from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.gptq.pieces import Allowance, piece_names, plan_chunks

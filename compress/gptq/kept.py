@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moepress.compress.gptq.experts import CodedExpert, FloatCoded, biases_of
+from moepress.compress.gptq.coded import CodedExpert, FloatCoded, biases_of
 from moepress.converters.safetensors import floats
 from moepress.converters.safetensors.scheme import Codes, Scheme
 from moepress.models.storage.checkpoint import Checkpoint, Source, SourceView

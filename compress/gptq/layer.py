@@ -13,20 +13,14 @@ import torch
 from torch import Tensor
 
 from moepress.compress.gptq.block_solver import rounded_blocks
+from moepress.compress.gptq.coded import CodedExpert, Matrix
 from moepress.compress.gptq.ends import metric_of, side_of
-from moepress.compress.gptq.experts import (
-    CodedExpert,
-    Matrix,
-    Originals,
-    originals_of,
-    pooled_hessian,
-    pooled_inputs,
-    solve_experts,
-)
+from moepress.compress.gptq.experts import solve_experts
 from moepress.compress.gptq.include import Include, LinearGroup, linear_groups
 from moepress.compress.gptq.job import Job, expert_tensors, outer_entry, packed, plain, read_expert, read_linears
 from moepress.compress.gptq.kept import kept_expert
 from moepress.compress.gptq.linears import solve_head, solve_linears, solve_stepping, steps_fit
+from moepress.compress.gptq.moments import Originals, originals_of, pooled_hessian, pooled_inputs
 from moepress.compress.gptq.reference import (
     add_originals,
     check_original,

@@ -11,7 +11,8 @@ from torch import Tensor
 from moepress.calibration.hessian import Moments, moments
 from moepress.compress.gptq import counting
 from moepress.compress.gptq.asymmetry import move_target
-from moepress.compress.gptq.experts import Matrix, QuantizeOptions, solve_stacked
+from moepress.compress.gptq.coded import Matrix, QuantizeOptions
+from moepress.compress.gptq.experts import solve_stacked
 from moepress.compress.gptq.include import LinearGroup
 from moepress.compress.gptq.kept import kept_linear
 from moepress.compress.gptq.sides import rows_of

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.ends import factor_pieces, gather_ends
+from moepress.compress.gptq.coded import Matrix
 from moepress.compress.gptq.ends import end_groups, metric_of
-from moepress.compress.gptq.experts import Matrix, Originals
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.job import Frame, Job, open_job, packed, read_coded
 from moepress.compress.gptq.layer import (
@@ -29,6 +29,7 @@ from moepress.compress.gptq.layer import (
     pooled_of,
     write_outer,
 )
+from moepress.compress.gptq.moments import Originals
 from moepress.compress.gptq.pieces import piece_file
 from moepress.compress.gptq.reference import load_original
 from moepress.compress.gptq.tasks import Extent, behind, piece_of, task_of

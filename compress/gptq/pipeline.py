@@ -15,10 +15,8 @@ import torch
 from moepress.calibration.collect import resume_hidden, save_hidden
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.ends import drop_ends, gather_ends
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.ends import end_groups
-from moepress.compress.gptq.experts import (
-    QuantizeOptions,
-)
 from moepress.compress.gptq.finish import finish
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.job import Frame, Job, frame_of, open_job

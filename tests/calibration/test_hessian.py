@@ -21,7 +21,8 @@ from moepress.calibration.hessian import (
     moments,
     shares,
 )
-from moepress.compress.gptq.experts import Coded, _down_moments, _input_moments, _Inputs, pooled_hessian, pooled_inputs
+from moepress.compress.gptq.coded import Coded
+from moepress.compress.gptq.moments import Inputs, down_moments, input_moments, pooled_hessian, pooled_inputs
 from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Scratch, Stream, add_experts, first_step, open_stream
 from moepress.models.storage.checkpoint import open_checkpoint
@@ -159,15 +160,15 @@ def test_hessians_are_of_the_tokens_that_the_pruned_router_sends(
                 continue
             mass, stacked = torch.tensor(weights), torch.stack(inputs)
             expected = (stacked * mass[:, None]).T @ stacked / mass.sum()
-            inputs_here = _Inputs(stream=stream, originals=None, options=options)
-            found = _input_moments(inputs_here, positions[expert], pooled).hessian
+            inputs_here = Inputs(stream=stream, originals=None, options=options)
+            found = input_moments(inputs_here, positions[expert], pooled).hessian
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
             gate, up = model.model.layers[layer].mlp.experts.gate_up_proj[expert].chunk(2)
             middle = silu(stacked @ gate.T) * (stacked @ up.T)
             expected = (middle * mass[:, None]).T @ middle / mass.sum()
             plain, original = (coded(gate), coded(up)), Expert(gate=gate, up=up, down=up.T)
             given = (inputs_here, layer, positions[expert], sample, plain, original)
-            moments, kept = _down_moments(*given, keep=True)
+            moments, kept = down_moments(*given, chose=len(positions[expert][0]), keep=True)
             torch.testing.assert_close(moments.hessian, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
             torch.testing.assert_close(kept, middle, rtol=1e-3, atol=1e-4)
         assert sum(counts) == windows.numel() * stream.model.shape.top_k

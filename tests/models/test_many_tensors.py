@@ -15,7 +15,7 @@ from stage_runs import keep_of, plan_of
 
 from moepress.calibration.accumulators import ACCUMULATORS
 from moepress.calibration.profile import SHARDS, Profile, Statistic, fingerprint
-from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.include import Include, unquantized_modules
 from moepress.compress.gptq.layer_bits import check_scheme
 from moepress.compress.gptq.pieces import piece_names, plan_chunks

@@ -18,7 +18,7 @@ from stage_runs import add_tokenizer, command, content
 
 from moepress.calibration.profile import load_profile
 from moepress.compress.estimates.export import layout_bytes
-from moepress.compress.gptq import pipeline
+from moepress.compress.gptq import layer as gptq_layer
 from moepress.compress.pruning.plan import make_plan, plan_text
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
@@ -360,7 +360,7 @@ def test_a_disk_that_fills_up_ends_in_a_sentence_and_more_room_gives_the_same_by
 def test_experts_that_do_not_fit_into_memory_are_solved_in_halves(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, sizes = pipeline.solve_experts, []
+    inner, sizes = gptq_layer.solve_experts, []
 
     def tight(stream: Any, layer: int, weights: Any, *more: Any) -> Any:
         sizes.append(len(weights))
@@ -368,7 +368,7 @@ def test_experts_that_do_not_fit_into_memory_are_solved_in_halves(
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
         return inner(stream, layer, weights, *more)
 
-    monkeypatch.setattr(pipeline, "solve_experts", tight)
+    monkeypatch.setattr(gptq_layer, "solve_experts", tight)
     errors = done(command(*commands(made)["quantize"], "-o", tmp_path / "out"))
     assert max(sizes) > 2
     assert "experts at once, which are done in two halves" in errors

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from moepress.calibration.answer_ends import importance, near_ends
 from moepress.calibration.hessian import HessianOptions, hessian_for
-from moepress.compress.gptq import counting, pipeline
-from moepress.compress.gptq.experts import (
-    Coded,
-    _down_moments,
-    _input_moments,
-    _Inputs,
+from moepress.compress.gptq import counting
+from moepress.compress.gptq import layer as gptq_layer
+from moepress.compress.gptq.coded import Coded
+from moepress.compress.gptq.include import Include
+from moepress.compress.gptq.linears import _captured_moments, _moments
+from moepress.compress.gptq.moments import (
+    Inputs,
+    down_moments,
+    input_moments,
     originals_of,
     picked_tokens,
     pooled_hessian,
@@ -25,8 +28,6 @@ from moepress.compress.gptq.experts import (
     pooled_rows,
     token_weights,
 )
-from moepress.compress.gptq.include import Include
-from moepress.compress.gptq.linears import _captured_moments, _moments
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.forward.streamed import StreamedModel, tokens_of
 from moepress.models.forward.walk import Scratch, Stream, add_experts, first_step, open_stream
@@ -81,7 +82,7 @@ def test_hessians_of_experts_are_those_of_tokens_that_come_several_times(
         near(pooled_hessian(stream), pooled)
         pooled_cross = summed(others - inputs, inputs, COUNTS.tolist())
         near(originals.pooled, pooled_cross)
-        given = _Inputs(stream=stream, originals=originals, options=OPTIONS)
+        given = Inputs(stream=stream, originals=originals, options=OPTIONS)
         sample, gating = pooled_inputs(stream, OPTIONS), stream.model.gating(LAYER)
         sampled = pooled_rows(stream, OPTIONS)
         seen = 0
@@ -90,14 +91,14 @@ def test_hessians_of_experts_are_those_of_tokens_that_come_several_times(
             share = len(tokens) / (len(tokens) + OPTIONS.shrinkage_tokens)
             counts = COUNTS[tokens].tolist()
             seen += len({*counts}) > 1
-            moments = _input_moments(given, position, pooled_hessian(stream))
+            moments = input_moments(given, position, pooled_hessian(stream))
             assert moments.cross is not None
             near(moments.hessian, share * summed(inputs[tokens], inputs[tokens], counts) + (1 - share) * pooled)
             own_cross = summed(others[tokens] - inputs[tokens], inputs[tokens], counts)
             near(moments.cross, share * own_cross + (1 - share) * pooled_cross)
             weights = stream.model.read_expert(LAYER, expert, torch.float32)
             coded = tuple(None if m is None else as_codes(m) for m in (weights.gate, weights.up))
-            down, _ = _down_moments(
+            down, _ = down_moments(
                 given, LAYER, position, sample, (coded[0], as_codes(weights.up)), weights, keep=False
             )
             few = sampled[picked_tokens(len(sample), len(tokens))]
@@ -192,7 +193,7 @@ def test_every_matrix_changes_and_one_pass_that_waits_gives_the_bytes_of_several
     options = {"include": tuple(Include), "scheme": Scheme(bits=4, group_size=16)}
     quantized_folder(folder, WINDOWS, tmp_path / "plain", hessian=plain, **options)
     quantized_folder(folder, WINDOWS, tmp_path / "weighed", hessian=weighed, **options)
-    monkeypatch.setattr(pipeline, "steps_fit", lambda _stream, _reference: False)
+    monkeypatch.setattr(gptq_layer, "steps_fit", lambda _stream, _reference: False)
     quantized_folder(folder, WINDOWS, tmp_path / "again", hessian=weighed, **options)
     assert shards(tmp_path / "weighed") == shards(tmp_path / "again")
     before, after = (tiny_models.load_tensors(tmp_path / name) for name in ("plain", "weighed"))

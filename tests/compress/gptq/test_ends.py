@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moepress.calibration.hessian import HessianOptions, hessian_for
 from moepress.compress.gptq import experts, linears
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.ends import end_groups
-from moepress.compress.gptq.experts import QuantizeOptions
 from moepress.compress.gptq.include import Include
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme

@@ -12,7 +12,7 @@ from r1_models import small_r1
 from stage_runs import add_tokenizer, command, content
 
 from moepress.compress.gptq import pieces
-from moepress.compress.gptq.experts import QuantizeOptions
+from moepress.compress.gptq.coded import QuantizeOptions
 from moepress.compress.gptq.pieces import Allowance, SpentError, piece_names, plan_chunks
 from moepress.converters.safetensors.scheme import Scheme
 from moepress.models.storage.checkpoint import open_checkpoint

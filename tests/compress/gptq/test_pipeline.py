@@ -26,11 +26,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moepress.calibration.hessian import HessianOptions, hessian_for
-from moepress.compress.gptq import experts, pieces, pipeline
-from moepress.compress.gptq.experts import QuantizeOptions, pooled_hessian, pooled_inputs, solve_experts
+from moepress.compress.gptq import experts, pieces
+from moepress.compress.gptq import layer as gptq_layer
+from moepress.compress.gptq.coded import QuantizeOptions
+from moepress.compress.gptq.experts import solve_experts
 from moepress.compress.gptq.grid import absmax_scales, round_to_nearest
 from moepress.compress.gptq.include import Include
 from moepress.compress.gptq.layer_bits import check_scheme
+from moepress.compress.gptq.moments import pooled_hessian, pooled_inputs
 from moepress.compress.gptq.pieces import layer_report
 from moepress.converters.safetensors.artifact import open_artifact
 from moepress.converters.safetensors.scheme import Scheme
@@ -177,7 +180,7 @@ def test_one_forward_pass_that_waits_gives_the_bytes_of_one_for_each_linear(
 ) -> None:
     options = {"include": EVERYTHING, "scheme": G16, "hessian": hessian_for(match, 4, {})}
     quantized_folder(tiny_model(key), WINDOWS, tmp_path / "waits", **options)
-    monkeypatch.setattr(pipeline, "steps_fit", lambda _stream, _reference: False)
+    monkeypatch.setattr(gptq_layer, "steps_fit", lambda _stream, _reference: False)
     quantized_folder(tiny_model(key), WINDOWS, tmp_path / "again", **options)
     assert content(tmp_path / "waits") == content(tmp_path / "again")
 
