@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from moepress.errors import StoreError
 from moepress.runs.files import create as create_file
 from moepress.runs.files import new_id, require_plain, room_for, sync_folder, temporary_for
+from moepress.runs.store.library import pause_seconds, require_unforked, settings, status_of, why
 from moepress.runs.store.store import OWN, check_name, check_prefix
 
 _T = TypeVar("_T")
@@ -31,7 +31,6 @@ _SMALL_SECONDS, _LARGE_SECONDS = 10.0, 120.0  # one request: a small object, a p
 _PART_BYTES, _MOST_PARTS, _AT_ONCE = 16 << 20, 9_000, 4
 _TRIES = 5  # of ours, each with those of the library in it
 _AGAIN = {408, 409, 425, 429}  # of the 4xx, those that may pass
-_VARIABLES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist")
 
 
@@ -54,16 +53,17 @@ class ObjectStore:
             from obstore.store import from_url
         except ImportError as error:
             raise StoreError(f"{url} is a bucket, which needs obstore; install it with: {INSTALL}") from error
+        require_unforked(url)
         self.url = url
         self._library, self._errors = obstore, exceptions
         self._patience_seconds = patience_seconds
         self._checked = threading.Lock()
         self._creates = False
         try:
-            self._small = from_url(url, **_settings(url, _SMALL_SECONDS, patience_seconds))
-            self._large = from_url(url, **_settings(url, _LARGE_SECONDS, patience_seconds))
+            self._small = from_url(url, **settings(url, _SMALL_SECONDS, patience_seconds))
+            self._large = from_url(url, **settings(url, _LARGE_SECONDS, patience_seconds))
         except (exceptions.BaseError, ValueError) as error:
-            raise StoreError(f"{url} cannot be opened: {_why(error)}; check the URL and docs/store.md.") from error
+            raise StoreError(f"{url} cannot be opened: {why(error)}; check the URL and docs/store.md.") from error
 
     def get(self, name: str) -> bytes | None:
         """A whole object; None where there is none."""
@@ -106,6 +106,7 @@ class ObjectStore:
         return self._create(name, data)
 
     def _create(self, name: str, data: bytes) -> bool:
+        require_unforked(self.url)
         begun = time.monotonic()
         for again in range(_TRIES):
             try:
@@ -119,7 +120,7 @@ class ObjectStore:
             there = self._get(name)
             if there is not None:
                 return there == data
-            time.sleep(_pause_seconds(again))
+            time.sleep(pause_seconds(again))
         raise StoreError(f"{name} in {self.url} could not be written: it is refused as taken, and is not there.")
 
     def _require_conditions(self) -> None:
@@ -131,7 +132,7 @@ class ObjectStore:
             try:
                 alone = self._create(name, b"first") and not self._create(name, b"second")
             except StoreError as error:
-                if isinstance(error.__cause__, self._errors.NotSupportedError) or _status(error.__cause__) == 501:
+                if isinstance(error.__cause__, self._errors.NotSupportedError) or status_of(error.__cause__) == 501:
                     alone = False
                 else:
                     raise
@@ -231,6 +232,7 @@ class ObjectStore:
 
     def _tried(self, done: str, name: str, act: Callable[[], _T]) -> _T | None:
         """What can be repeated without harm; None where there is no such object."""
+        require_unforked(self.url)
         begun, again = time.monotonic(), 0
         while True:
             try:
@@ -242,7 +244,7 @@ class ObjectStore:
             except Exception as error:
                 if not self._passes(error, again, begun):
                     raise self._refusal(done, name, error) from error
-            time.sleep(_pause_seconds(again))
+            time.sleep(pause_seconds(again))
             again += 1
 
     def _passes(self, error: Exception, again: int, begun: float) -> bool:
@@ -257,7 +259,7 @@ class ObjectStore:
         )
         if not isinstance(error, self._errors.BaseError | OSError) or isinstance(error, lasting):
             return False
-        status = _status(error)
+        status = status_of(error)
         if status is not None and (status < 500 or status == 501) and status not in _AGAIN:
             return False
         return again + 1 < _TRIES and time.monotonic() - begun < self._patience_seconds
@@ -268,63 +270,4 @@ class ObjectStore:
         if _NO_BUCKET.search(str(error)):
             return StoreError(f"There is no bucket of {self.url}; check its name, or create it.")
         hint = "check the network, the credentials and docs/store.md, and repeat the command"
-        return StoreError(f"{name} in {self.url} could not be {done}: {_why(error)}; {hint}.")
-
-
-def _settings(url: str, request_seconds: float, patience_seconds: float) -> dict[str, Any]:
-    """Timeouts and tries of the library.
-
-    Where it is told of timeouts, it does not look into the environment for other things of connections, so this does.
-    """
-    request = timedelta(seconds=min(request_seconds, patience_seconds))
-    client: dict[str, Any] = {"timeout": request, "connect_timeout": min(timedelta(seconds=5), request)}
-    kind = _VARIABLES[url.partition("://")[0]]
-    for option in ("proxy_url", "proxy_ca_certificate", "proxy_excludes"):
-        if value := os.environ.get(f"{kind}_{option.upper()}"):
-            client[option] = value
-    endpoints = (f"{kind}_ENDPOINT", f"{kind}_ENDPOINT_URL", f"{kind}_ENDPOINT_URL_S3")
-    plain = os.environ.get(f"{kind}_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on")
-    if plain or any(os.environ.get(name, "").startswith("http://") for name in endpoints):
-        client["allow_http"] = True
-    return {
-        "client_options": client,
-        "retry_config": {
-            "max_retries": 8,
-            "retry_timeout": timedelta(seconds=patience_seconds),
-            "backoff": {
-                "init_backoff": timedelta(seconds=0.1),
-                "max_backoff": timedelta(seconds=min(5.0, patience_seconds / 4)),
-                "base": 2,
-            },
-        },
-    }
-
-
-def _pause_seconds(again: int) -> float:
-    return 0.1 * 2.0**again
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error of the library tells of."""
-    found = re.search(r"status code: (\d{3})", str(error))
-    return int(found[1]) if found else None
-
-
-def _why(error: Exception) -> str:
-    """An error of the library in few words, without addresses."""
-    text = str(error).partition("\n\nDebug source")[0]
-    status = re.search(r"status code: (\d{3}[A-Za-z -]*)", text)
-    if status:
-        code = re.search(r"<Code>([A-Za-z]{1,60})</Code>", text)
-        return f"the server answers {status[1].strip()}" + (f" ({code[1]})" if code else "")
-    for sign, words in (
-        ("kind: Timeout", "the server does not answer in time"),
-        ("onnection refused", "nothing answers at its address"),
-        ("dns error", "its address is not known"),
-        ("error sending request", "the connection fails or is cut"),
-        ("error decoding response body", "the connection is cut"),
-        ("169.254.169.254", "no credentials are found"),
-    ):
-        if sign in str(error):
-            return words
-    return re.sub(r"\w+://\S+", "its address", text.splitlines()[0])[:200] if text.strip() else type(error).__name__
+        return StoreError(f"{name} in {self.url} could not be {done}: {why(error)}; {hint}.")

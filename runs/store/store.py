@@ -13,7 +13,7 @@ from moepress.errors import UsageError
 OWN = ".moepress"
 _LONGEST = 800  # bytes of a name; S3 takes 1,024 with what comes before it
 _BUCKETS = ("s3", "gs", "az")
-KNOWN = "a folder, file:///FOLDER, s3://BUCKET/PATH, gs://BUCKET/PATH or az://ACCOUNT/CONTAINER/PATH"
+KNOWN = "a folder, file:///FOLDER, s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH"
 
 
 class Store(Protocol):

@@ -2,6 +2,8 @@
 
 import builtins
 import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -210,6 +212,28 @@ def test_a_refusal_is_told_at_once(between: Any, through: Open, monkeypatch: pyt
         begun = time.monotonic()
         assert "403 Forbidden" in told(lambda: through(proxy).get("a"))
         assert time.monotonic() - begun < 2
+
+
+def test_a_forked_process_is_refused_and_does_not_wait(bucket: str) -> None:
+    script = f"""
+import os
+from moepress.runs.store.store import open_store
+store = open_store({bucket!r})
+store.put("a", b"1")
+if os.fork() == 0:
+    for act in (lambda: store.get("a"), lambda: store.create("b", b""), lambda: open_store({bucket!r})):
+        try:
+            act()
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+    os._exit(0)
+os.wait()
+print(store.get("a"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [f"StoreError {bucket} can not be used in a forked process; start processes anew (spawn)."] * 3
+    assert lines[3] == "b'1'"
 
 
 @pytest.fixture(scope="module")
