@@ -71,12 +71,12 @@ def digest_of(folder: Path) -> str:
 def measure_made(work: Path, *, small: bool) -> list[dict[str, Any]]:
     """The plain run and those of workers; refuses other bytes."""
     model = "demo" if small else str(made(work / "made"))
-    text = ["--tokens", "4096" if small else "16384", "--window", "512", "--group-size", "64" if small else "128"]
+    text = ["--tokens", "4096", "--window", "512", "--group-size", "64" if small else "128"]
     for pair in texts("train"):
         text += ["--domain", pair]
     rows, expected = list[dict[str, Any]](), dict[bool, str]()
     for independent in (False, True):
-        for workers in (None, 1, 2):
+        for workers in (None, 2) if independent else (None, 1, 2):
             out = work / "out"
             options = ["--independent-layers"] if independent else []
             options += ["--workers", str(workers)] if workers else []

@@ -319,3 +319,37 @@ def test_the_recipe_is_one() -> None:
     recipe = make_recipe(load_recipe(EXAMPLES / "recipe.yaml"))
     assert recipe.max_ppl_increase is not None
     assert recipe.max_kl is not None
+
+
+def test_the_jobs_of_an_array_make_the_plain_result(bin_folder: Path, tmp_path: Path) -> None:
+    """The second and the third begin together; the first, which fetches the result, comes when they have ended."""
+    options = "--bits 4 --group-size 64 --tokens 512 --window 32"
+    environment = os.environ | {
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "MODEL": "demo",
+        "STORE": str(tmp_path / "store"),
+        "OUT": str(tmp_path / "result"),
+        "OPTIONS": options,
+        "SHARDS": "3",
+        "THREADS": "1",
+        "MEMORY": "2048",
+    }
+    script = str(EXAMPLES / "array-job.sh")
+    jobs = [subprocess.Popen(["bash", script], env=environment | {"SLURM_ARRAY_TASK_ID": n}) for n in ("2", "1")]
+    assert [job.wait(timeout=300) for job in jobs] == [0, 0]
+    subprocess.run(["bash", script], env=environment | {"SLURM_ARRAY_TASK_ID": "0"}, check=True, timeout=300)
+    plain = [str(bin_folder / "moepress"), "quantize", "demo", "-o", str(tmp_path / "plain"), *options.split()]
+    subprocess.run(plain, check=True, timeout=300)
+    result, expected = tmp_path / "result", tmp_path / "plain"
+    assert {p.name: p.read_bytes() for p in result.iterdir()} == {p.name: p.read_bytes() for p in expected.iterdir()}
+
+
+def test_the_job_of_a_cluster_calls_workers_with_options_that_exist() -> None:
+    pods = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8"))["spec"]
+    assert pods["completionMode"] == "Indexed"
+    (worker,) = pods["template"]["spec"]["containers"]
+    words = shlex.split(worker["args"][0])
+    assert words[:3] == ["exec", "moepress", "work"]
+    known = {name for parameter in cli.commands["work"].params for name in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+    assert f"$JOB_COMPLETION_INDEX/{pods['completions']}" in words
