@@ -33,7 +33,6 @@ from r1_layer import SMALL
 from setting import RESULTS, machine, texts
 
 from moepress.compress.gptq.tasks import Extent, graph
-from moepress.runs.progress import span_text
 from moepress.runs.store.store import open_store
 from moepress.runs.work.shared import open_shared
 from moepress.runs.work.tasks import Task
@@ -46,6 +45,9 @@ SHARD_TOKENS, PIECE_EXPERTS, R1_HIDDEN = 16_384, 9, 7168
 EXPERT_BYTES, CODED_BYTES = 3 * 7168 * 2048, int(3 * 7168 * 2048 * 4.125 / 8)
 DENSE_BYTES, ATTENTION_BYTES = 3 * 7168 * 18432, 231 << 20
 PER_TOKEN = ("forward", "Hessian", "embed", "hidden states", "check")  # phases that grow with the tokens
+MACHINES = (("two cores like these", 1.0, 1.0, 0.09), ("RTX 4090", 58.2 / 11.8, 70.8 / 3.8, 0.40))
+"""Workers: how many times as fast as these two cores, at least and at most, by r1_projection.json's `quantize` of 192
+experts; dollars an hour, assumed."""
 LINE, STORE = 1.25e9, 5e9
 """Bytes per second of one worker's network (10 Gbit/s) and of the store, assumed."""
 
@@ -193,14 +195,15 @@ def _scaled(row: Mapping[str, Any], longer: float, streams: int) -> float:
     return float((row["seconds"] - own) + own * longer * streams)
 
 
-def simulate(tasks: Sequence[Task], costs: Mapping[str, Cost], workers: int) -> dict[str, float]:
-    """Give each task to the worker that is free first, as soon as what it needs is done.
+def simulate(tasks: Sequence[Task], costs: Mapping[str, Cost], workers: int, speed: float = 1.0) -> dict[str, float]:
+    """Give each task to the worker that is free first, as soon as what it needs is done; workers are `speed` times as
+    fast as this machine.
 
     Returns:
         Seconds of the whole; the shares of the workers' time that compute and files take; the longest chain.
     """
     rate = min(LINE, STORE / workers)
-    took = {task.id: costs[task.id].seconds + costs[task.id].bytes / rate for task in tasks}
+    took = {task.id: costs[task.id].seconds / speed + costs[task.id].bytes / rate for task in tasks}
     free, done, pending = [0.0] * workers, dict[str, float](), list(enumerate(tasks))
     waiting: list[tuple[float, int, Task]] = []
     heapq.heapify(free)
@@ -220,7 +223,7 @@ def simulate(tasks: Sequence[Task], costs: Mapping[str, Cost], workers: int) -> 
     for task in tasks:
         chain[task.id] = took[task.id] + max((chain[need] for need in task.needs), default=0.0)
     whole = max(done.values())
-    compute = sum(costs[task.id].seconds for task in tasks)
+    compute = sum(costs[task.id].seconds for task in tasks) / speed
     files = sum(costs[task.id].bytes for task in tasks) / rate
     return {
         "seconds": whole,
@@ -251,8 +254,11 @@ def simulation(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
             tasks = graph(extent)
             costs = costs_of(measured, tasks, shards, independent=independent)
             row = {"independent": independent, "workers": workers, "shards": shards, "tasks": len(tasks)}
-            rows.append({**row, **simulate(tasks, costs, workers), "projected": True})
-            rows[-1]["limit"] = limit_of(rows[-1])
+            for name, least, most, price in MACHINES:
+                slow, fast = (simulate(tasks, costs, workers, speed) for speed in (least, most))
+                rows.append({**row, "machine": name, "projected": True, "slow": slow, "fast": fast})
+                hours = [found["seconds"] / 3600 for found in (fast, slow)]
+                rows[-1] |= {"limit": limit_of(slow), "dollars": [workers * price * each for each in hours]}
     return rows
 
 
@@ -274,12 +280,18 @@ def print_rows(report: Mapping[str, Any]) -> None:
         for row in report["r1"]["tasks"]:
             print(f"| {row['task']} | {row['seconds']:.1f} | {row['peak_bytes'] / 2**20:.0f} |")
     if "simulation" in report:
-        print("\nR1 whole, projected:\n\n| layers | workers | time | busy | files | limit |")
-        print("|---|---:|---:|---:|---:|---|")
+        print("\nR1 whole, projected:\n\n| a worker is | layers | workers | hours | dollars | busy | files | limit |")
+        print("|---|---|---:|---:|---:|---:|---:|---|")
         for row in report["simulation"]:
-            order = "independent" if row["independent"] else "in turn"
-            cells = f"{span_text(row['seconds'])} | {row['busy']:.0%} | {row['files']:.0%} | {row['limit']}"
-            print(f"| {order} | {row['workers']} | {cells} |")
+            order, slow = "independent" if row["independent"] else "in turn", row["slow"]
+            hours = _range([row["fast"]["seconds"] / 3600, slow["seconds"] / 3600], 1)
+            cells = f"{hours} | {_range(row['dollars'], 0)} | {slow['busy']:.0%} | {slow['files']:.0%} | {row['limit']}"
+            print(f"| {row['machine']} | {order} | {row['workers']} | {cells} |")
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    low, high = (f"{value:,.{digits}f}" for value in values)
+    return low if low == high else f"{low} to {high}"
 
 
 def main() -> None:

@@ -141,6 +141,8 @@ def machine_for(work: Mapping[str, Any], machine: Machine) -> Machine:
                 f"The shared run was planned with {package} {work.get(package)} and this is {version}, which may give "
                 "other bytes; install that version here, or plan the work anew."
             )
+    if machine.dtype not in ("auto", work["dtype"]):
+        raise UsageError(f"The shared run computes in {work['dtype']}, whoever works on it; leave out --dtype.")
     device = work["device"] if machine.device == "auto" else machine.device
     return replace(machine, dtype=work["dtype"], device=device)
 
