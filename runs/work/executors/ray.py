@@ -3,11 +3,13 @@
 Files go through the store and none through Ray's object store, so that it has nothing to spill.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moepress.errors import MoepressError, UnsupportedError
+from moepress.runs.progress import note
 
 _WATCH_SECONDS, _GRACE_SECONDS = 2.0, 10.0
 
@@ -74,13 +76,16 @@ class _Actor:
 
 
 def _connect(ray: Any, address: str | None) -> None:
-    quiet = {"logging_level": "ERROR", "log_to_driver": False, "include_dashboard": False}
+    named = address or os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address=address or "auto", logging_level="ERROR", log_to_driver=False)
     except ConnectionError as error:
-        if address is not None:
-            raise MoepressError(f"No Ray cluster answers at {address}; see `ray status` there.") from error
-        ray.init(**quiet)
+        if named is not None:
+            raise MoepressError(
+                f"No Ray cluster answers at {named}; see `ray status` there, and RAY_AUTH_MODE if it wants a token."
+            ) from error
+        note("No Ray cluster runs on this machine: one of this machine alone is started, and ends with this command.")
+        ray.init(logging_level="ERROR", log_to_driver=False, include_dashboard=False)
 
 
 def _wait(ray: Any, futures: Sequence[Any], watch: Callable[[], bool]) -> None:
