@@ -49,7 +49,7 @@ def by_workers(count: int, machine: Machine, model_name: str, seed: int) -> By:
                 logs=run.folder / SHARED / "logs",
                 environment={"OMP_NUM_THREADS": str(threads)},
             ).work()
-        return Quantizing(prepared=prepared).gather(shared, run)
+        return Quantizing(prepared=prepared).gather(shared, run, give=True)
 
     return work
 

@@ -113,8 +113,10 @@ class Quantizing:
         require_tasks(shared, graph(extent))
         return Performer(frame=frame, corpus=corpus, limits=limits, extent=extent)
 
-    def gather(self, shared: Shared, run: Run) -> dict[str, Any]:
+    def gather(self, shared: Shared, run: Run, *, give: bool = False) -> dict[str, Any]:
         """Put the pieces into a run, in their order, and finish it; returns as `pipeline.quantize`, and the summary.
+
+        With `give` the store is deleted after that, so that its files need not be copied.
 
         Raises:
             MoepressError: a task is not done yet.
@@ -123,7 +125,7 @@ class Quantizing:
         with track("gather", len(frame.piece_names), unit="pieces") as advance:
             for piece, name in frame.piece_names.items():
                 if run.done(piece) is None:
-                    _take(shared, run, piece, name)
+                    _take(shared, run, piece, name, give=give)
                 advance(1)
         count = len(frame.piece_names)
         made = finish(run, frame, self.folder, work["summary"], self.prepared.notes)
@@ -139,21 +141,23 @@ class Quantizing:
         }
 
 
-def _take(shared: Shared, run: Run, piece: str, name: str) -> None:
+def _take(shared: Shared, run: Run, piece: str, name: str, *, give: bool) -> None:
     done = shared.done(task_of(piece))
     if done is None:
         raise MoepressError(f"The task {task_of(piece)} is not done yet; start workers, and fetch the result then.")
     made = done.files[piece_file(piece)]
 
     def write(path: Path) -> Mapping[str, Any]:
-        if not _linked(shared.store.local(made.object), path):
+        if not (give and _linked(shared.store.local(made.object), path)):
             shared.store.fetch(made.object, path)
         return done.note
 
     found = run.write(piece, name, write)
     if (found.bytes, found.sha256) != (made.bytes, made.sha256):
         run.drop(piece)
-        raise InvalidInputError(f"{made.object} in {shared.store.url} is not what was stored there; delete its marker.")
+        raise InvalidInputError(
+            f"{made.object} in {shared.store.url} is not what was stored there; plan the work anew elsewhere."
+        )
 
 
 def _linked(place: Path | None, path: Path) -> bool:
