@@ -1,13 +1,13 @@
 """How quantizing scales with workers: measured here on one and two, simulated from measured tasks for many.
 
-    python benchmarks/scaling.py --work FOLDER                    # all three parts, about 40 minutes on two quiet cores
+    python benchmarks/scaling.py --work FOLDER                    # all three parts, about 25 minutes on two quiet cores
     python benchmarks/scaling.py --work FOLDER --parts simulation # from the tasks that the file has
     python benchmarks/scaling.py --work FOLDER --small            # all parts on tiny models, in two minutes
 
 - `made`: the made checkpoint of 411 M parameters, by `moepress quantize` and by `--workers 1` and `2`, one thread each.
-- `r1`: a dense and an MoE layer of DeepSeek-R1's width with 16 experts, layers independent, by one and two workers of
-  one thread, and by one worker of two threads, whose tasks the simulation takes. 8,192 tokens are 4,096 for each of the
-  16 experts, as many as 131,072 are for each of R1's 256.
+- `r1`: a dense and an MoE layer of DeepSeek-R1's width with 16 experts, layers independent, by one worker of two
+  threads, whose tasks the simulation takes, and by two of one. 8,192 tokens are 4,096 for each of the 16 experts, as
+  many as 131,072 are for each of R1's 256.
 - `simulation`: R1 whole at 131,072 tokens on 8, 64 and 512 workers like this machine, layers in turn and independent:
   every task is given to the first worker that is free, and takes what its kind took here, scaled by its tokens and
   experts, and the time for its files over the worker's and the store's share of the network.
@@ -106,7 +106,7 @@ def measure_r1(work: Path, *, small: bool) -> dict[str, Any]:
     text = ["--tokens", "1024" if small else "8192", "--window", "64" if small else "512"]
     for pair in texts("train"):
         text += ["--domain", pair]
-    for workers, threads in ((1, 1), (2, 1), (1, 2)):
+    for workers, threads in ((1, 2), (2, 1)):
         store = work / "store"
         shutil.rmtree(store, ignore_errors=True)
         plan = ["plan-work", str(model), "--store", str(store), *text, "--independent-layers", "--max-memory", "5GiB"]
