@@ -75,7 +75,8 @@ test-faults: dev
 # Runs that several workers share, in all ways that are too long for `make test`.
 test-work: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/runs/work tests/stages/test_work.py tests/stages/test_workers.py \
-		tests/commands/test_work.py tests/faults/test_work_kills.py -m "slow or not slow"
+		tests/commands/test_work.py tests/faults/test_work_kills.py tests/faults/test_work_ray.py \
+		-m "slow or not slow"
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-out demo-out.partial

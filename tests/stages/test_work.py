@@ -5,8 +5,10 @@ from pathlib import Path
 import every_family
 import mtp_models
 import pytest
+import r1_models
 import tiny_models
-from shared_runs import both, moepress, small_shards, text_of, with_tokenizer
+import torch
+from shared_runs import assert_same, both, in_turns, moepress, small_shards, text_of, with_tokenizer
 
 OPTIONS = ("--bits", "4", "--group-size", "32")
 
@@ -78,3 +80,22 @@ def test_a_pruned_model(tmp_path: Path) -> None:
     moepress("profile", model, *text, "-o", tmp_path / "profile")
     moepress("plan", tmp_path / "profile", "--experts", "12", *OPTIONS, "-o", tmp_path / "plan.json")
     both(model, tmp_path, ["--plan", tmp_path / "plan.json", "--match", "original", *text], 3, seed=2)
+
+
+@pytest.mark.slow
+def test_a_layer_of_r1_s_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 7,168 columns, whose sums a library cuts up by their sizes and by its threads."""
+    small_shards(monkeypatch, 512)
+    few = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "vocab_size": 2048}
+    few |= {"moe_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 16}
+    r1_models.make_r1.make_r1(tmp_path / "model", dense_layers=0, moe_layers=1, experts=2, **few)
+    text = ("--tokens", "1536", "--window", "128", "--effort", "fast", "--include", "none", "--max-memory", "2GiB")
+    torch.set_num_threads(2)
+    try:
+        moepress("quantize", tmp_path / "model", "--bits", "4", *text, "-o", tmp_path / "plain")
+    finally:
+        torch.set_num_threads(1)
+    moepress("plan-work", tmp_path / "model", "--store", tmp_path / "store", "--bits", "4", *text)
+    assert [len(did) > 0 for did in in_turns(tmp_path / "store", tmp_path, 2)] == [True, True]
+    moepress("work", "--store", tmp_path / "store", "-o", tmp_path / "shared")
+    assert_same(tmp_path / "shared", tmp_path / "plain")
