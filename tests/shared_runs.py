@@ -20,7 +20,7 @@ from moepress.runs.work.leases import Leases
 from moepress.runs.work.shared import Shared, open_shared
 from moepress.runs.work.worker import Worker
 from moepress.stages.places import Machine
-from moepress.stages.work import performer_of, reopened
+from moepress.stages.work import reopened
 
 TOKENS = ("--tokens", "768", "--window", "16")
 
@@ -74,9 +74,9 @@ def hands(store: Path | str, folder: Path, count: int, *, term_seconds: float = 
         for number in range(count):
             shared = open_shared(open_store(str(store)))
             machine = Machine()
-            prepared = reopened(shared.work, machine)
+            stage = reopened(shared, machine)
             desk = Desk(shared, folder / f"desk-{number}", 1 << 30)
-            performer = performer_of(shared, prepared, machine, desk)
+            performer = stage.performer(shared, machine, desk)
             stack.callback(performer.forget)
             leases = stack.enter_context(Leases(shared.store, f"hand-{number}", term_seconds))
             worker = Worker(shared=shared, leases=leases, desk=desk, perform=performer, share=(number, count))

@@ -99,3 +99,24 @@ def test_a_layer_of_r1_s_width(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [len(did) > 0 for did in in_turns(tmp_path / "store", tmp_path, 2)] == [True, True]
     moepress("work", "--store", tmp_path / "store", "-o", tmp_path / "shared")
     assert_same(tmp_path / "shared", tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "window"),
+    [
+        ("mtp", (), "16"),
+        ("gpt_oss", ("--no-loo",), "16"),
+        ("afmoe", ("--no-bit-losses",), "20"),  # shards are no whole blocks
+        pytest.param("deepseek_v3", ("--no-loo", "--no-bit-losses"), "24", marks=pytest.mark.slow),
+        pytest.param("deepseek_v4", (), "16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_profile(tmp_path: Path, key: str, options: tuple[str, ...], window: str) -> None:
+    model, store = model_of(key, tmp_path / "model"), tmp_path / "store"
+    given = [*options, *text_of(tmp_path), "--window", window]
+    moepress("profile", model, *given, "-o", tmp_path / "plain")
+    moepress("plan-work", model, "--stage", "profile", "--store", store, *given)
+    did = in_turns(store, tmp_path, 3, seed=2)
+    assert all(did)
+    moepress("work", "--store", store, "-o", tmp_path / "shared")
+    assert_same(tmp_path / "shared", tmp_path / "plain")

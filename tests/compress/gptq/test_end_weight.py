@@ -98,9 +98,8 @@ def test_hessians_of_experts_are_those_of_tokens_that_come_several_times(
             near(moments.cross, share * own_cross + (1 - share) * pooled_cross)
             weights = stream.model.read_expert(LAYER, expert, torch.float32)
             coded = tuple(None if m is None else as_codes(m) for m in (weights.gate, weights.up))
-            down, _ = down_moments(
-                given, LAYER, position, sample, (coded[0], as_codes(weights.up)), weights, keep=False
-            )
+            given_up = coded[0], as_codes(weights.up)
+            down, _ = down_moments(given, LAYER, position, sample, given_up, weights, chose=len(tokens), keep=False)
             few = sampled[picked_tokens(len(sample), len(tokens))]
             middle = gating.intermediate(weights, inputs)
             expected = share * summed(middle[tokens], middle[tokens], counts)

@@ -73,9 +73,10 @@ def test_limits_follow_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert choose_limits(shape, 128, 1 << 40).batch_windows == 16
     assert choose_limits(shape, 2048, 1 << 40, device=torch.device("mps")).batch_windows == 16
     assert choose_limits(shape, 2048, 1).batch_windows == 1
-    assert choose_limits(shape, 2048, 1, 5) == Limits(memory_bytes=1, batch_windows=5)
+    assert choose_limits(shape, 2048, 1, 5) == Limits(memory_bytes=1, batch_windows=5, shard_windows=8)
+    assert [choose_limits(shape, window, 1).shard_windows for window in (1, 1000, 16384, 20000)] == [16384, 16, 1, 1]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert choose_limits(shape, 2048, None) == Limits(memory_bytes=500, batch_windows=1)
+    assert choose_limits(shape, 2048, None) == Limits(memory_bytes=500, batch_windows=1, shard_windows=8)
 
 
 def test_experts_are_read_ahead_in_order(tiny_model: Callable[..., Path]) -> None:
