@@ -22,7 +22,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,10 @@ def r1_model(work: Path, *, small: bool) -> Path:
     return folder
 
 
-def measure_r1(work: Path, *, small: bool) -> dict[str, Any]:
-    """Seconds by workers, and the tasks of one worker of two threads."""
+def measure_r1(work: Path, *, small: bool) -> Iterator[dict[str, Any]]:
+    """Seconds by workers, and the tasks of one worker of two threads; again after each of the runs, which are long."""
     model, rows, tasks = r1_model(work, small=small), list[dict[str, Any]](), list[dict[str, Any]]()
+    tokens = 1024 if small else 8192
     text = ["--tokens", "1024" if small else "8192", "--window", "64" if small else "512"]
     for pair in texts("train"):
         text += ["--domain", pair]
@@ -122,8 +123,7 @@ def measure_r1(work: Path, *, small: bool) -> dict[str, Any]:
                 tasks.append({"task": task.id, "kind": task.kind, "seconds": done.seconds, "bytes": size})
                 tasks[-1] |= {"phases": dict(done.phases), "peak_bytes": done.peak_bytes}
         shutil.rmtree(store)
-    tokens = 1024 if small else 8192
-    return {"rows": rows, "tasks": tasks, "experts": 16, "tokens": tokens}
+        yield {"rows": rows, "tasks": tasks, "experts": 16, "tokens": tokens}
 
 
 def by_workers(work: Path, store: Path, workers: int, threads: int) -> float:
@@ -311,7 +311,8 @@ def main() -> None:
         if part == "made":
             report["made"] = measure_made(given.work, small=given.small)
         elif part == "r1":
-            report["r1"] = measure_r1(given.work, small=given.small)
+            for report["r1"] in measure_r1(given.work, small=given.small):
+                file.write_text(json.dumps(report, indent=2) + "\n")
         else:
             report["simulation"] = simulation(report["r1"])
         file.write_text(json.dumps(report, indent=2) + "\n")
