@@ -4,6 +4,7 @@ Everything that a task takes from another is a file of tensors, exactly as that 
 together does not depend on who does it (`walk.Limits.shard_windows`). So the bytes are those of the plain run.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,9 +31,9 @@ from moepress.compress.gptq.layer import (
     write_outer,
 )
 from moepress.compress.gptq.moments import Originals
-from moepress.compress.gptq.pieces import piece_file
+from moepress.compress.gptq.pieces import piece_file, piece_names
 from moepress.compress.gptq.reference import load_original
-from moepress.compress.gptq.tasks import Extent, behind, piece_of, task_of
+from moepress.compress.gptq.tasks import TASK_EXPERTS, Extent, behind, piece_of, task_of
 from moepress.models.forward.card import on_card
 from moepress.models.forward.shards import fill_hidden, fill_routed, hidden_entries, routed_entries, shard_file
 from moepress.models.forward.walk import Limits, Scratch, Stream, add_experts, first_step, shards_of
@@ -61,12 +62,30 @@ def extent_of(frame: Frame, windows: int, limits: Limits) -> Extent:
     )
 
 
+def in_tasks(frame: Frame) -> tuple[Frame, dict[str, list[str]]]:
+    """A frame whose pieces are as small as tasks are to be, and the tasks of each piece of the result, in its order.
+
+    A piece of 256 MiB may be a whole layer of a smaller model, which several workers could not share.
+    """
+    chunks, tasks = dict[int, list[Sequence[int]]](), {"outer": ["outer"]}
+    for layer, whole in frame.chunks.items():
+        chunks[layer] = []
+        for part, experts in enumerate(whole):
+            count = max(1, -(-len(experts) // TASK_EXPERTS))
+            cuts = [len(experts) * cut // count for cut in range(count + 1)]
+            first = len(chunks[layer])
+            chunks[layer] += [experts[a:b] for a, b in itertools.pairwise(cuts)]
+            numbers = range(first, len(chunks[layer]))
+            tasks[f"layer-{layer}-{part}"] = [task_of(f"layer-{layer}-{number}") for number in numbers]
+    return replace(frame, chunks=chunks, piece_names=piece_names(chunks)), tasks
+
+
 @dataclass(slots=True, kw_only=True)
 class Performer:
     """A worker's model and text, and what it did last, which the next task may want again.
 
     Attributes:
-        frame: of the run.
+        frame: of the run, in tasks.
         corpus: the calibration windows.
         limits: of this worker; batch and shard are those of the run.
         extent: of the graph.

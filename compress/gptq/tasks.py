@@ -4,7 +4,7 @@ Layers one after the other, each on what the quantized ones before it give, in S
 
     ends                   what errors cost at the end of the network, where that is asked for
     begin-L                Linears of layer L are solved; its first step; what all of its experts share
-    experts-L-P            piece P of the result: its experts are solved
+    experts-L-P            some experts are solved: a piece of the result, or a part of one
     leave-L-S              shard S goes through the quantized experts: its hidden states before layer L + 1
 
 Independent layers, each on what the original model gives:
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 from moepress.runs.work.tasks import Task
 
+TASK_EXPERTS = 12
+"""That one task solves at most."""
 _BEGIN_COST, _LEAVE_COST, _FORWARD_COST, _OUTER_COST = 6.0, 1.0, 1.0, 2.0
 """In experts of the usual width; measured times take their place as soon as there are any."""
 
@@ -30,7 +32,7 @@ class Extent:
     """What a graph is made of.
 
     Attributes:
-        parts: for each layer that is walked, how many experts each of its pieces has; a layer without has one of 0.
+        parts: for each layer that is walked, how many experts each of its tasks has; a layer without has one of 0.
         shards: how many.
         independent: layers do not wait for one another.
         ends: gradients are gathered first.
@@ -99,10 +101,10 @@ def _pieces(extent: Extent, layer: int) -> tuple[str, ...]:
 
 
 def piece_of(task: Task) -> str:
-    """The piece of the result that a task makes."""
+    """The piece, or part of one, that a task makes."""
     return "outer" if task.kind == "outer" else f"layer-{task.at[0]}-{task.at[1]}"
 
 
 def task_of(piece: str) -> str:
-    """The task that makes a piece of the result."""
+    """The task that makes it."""
     return piece if piece == "outer" else piece.replace("layer-", "experts-", 1)

@@ -23,9 +23,17 @@ from moepress.converters.safetensors.scheme import Scheme
 from moepress.errors import UnsupportedError
 from moepress.models.families.family import Part, part_of
 from moepress.models.storage.experts import without_mtp
-from moepress.models.storage.safetensors_file import Stored, read_bytes, read_header
+from moepress.models.storage.safetensors_file import read_bytes, read_header
 from moepress.models.storage.tensors import tensor_bytes
-from moepress.models.storage.writer import Chunk, Entry, copy_companions, write_index, write_json, write_shard
+from moepress.models.storage.writer import (
+    Chunk,
+    Entry,
+    copied_entry,
+    copy_companions,
+    write_index,
+    write_json,
+    write_shard,
+)
 from moepress.runs.journal import Run
 from moepress.runs.progress import track
 
@@ -157,18 +165,8 @@ def _stacks(artifact: Artifact, layer: int) -> Iterator[_Matrices]:
 
 def _write(artifact: Artifact, coded: Sequence[_Matrices], plain: Sequence[str], path: Path) -> None:
     entries = [entry for one in coded for entry in _entries(artifact, one)]
-    entries += [_as_it_is(artifact.stored[name]) for name in plain]
+    entries += [copied_entry(artifact.stored[name]) for name in plain]
     write_shard(path, entries, kind="mlx")
-
-
-def _as_it_is(stored: Stored) -> Entry:
-    return Entry(
-        name=stored.name,
-        dtype=stored.dtype,
-        shape=stored.shape,
-        bytes=stored.bytes,
-        data=lambda: iter((read_bytes(stored),)),
-    )
 
 
 def _entries(artifact: Artifact, one: _Matrices) -> tuple[Entry, ...]:

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from moepress.models.storage.folder import INDEX, SINGLE
 from moepress.models.storage.foreign import SIDECARS
 from moepress.models.storage.inside import is_carried, require_inside
+from moepress.models.storage.safetensors_file import Stored, read_bytes
 from moepress.runs.files import open_plain, put, rewrite, room_for
 
 _NOT_CARRIED = {"config.json", "__init__.py", INDEX, "README.md", "moepress.json", "metrics.json", "training.json"}
 _NOT_CARRIED |= set(SIDECARS)  # they speak of other weights than those that are written; exports write their own
 _TEMPLATES = "additional_chat_templates"
+_COPIED_BYTES = 8 << 20
 
 Chunk = bytes | bytearray | memoryview
 
@@ -36,6 +38,16 @@ def array_entry(name: str, array: NDArray[np.float64]) -> Entry:
     """An entry for fp64 numbers that are in memory."""
     data = np.ascontiguousarray(array, dtype="<f8").tobytes()
     return Entry(name=name, dtype="F64", shape=array.shape, bytes=len(data), data=lambda: iter((data,)))
+
+
+def copied_entry(entry: Stored) -> Entry:
+    """An entry for what lies in another file, read in parts when its turn comes."""
+
+    def data() -> Iterator[Chunk]:
+        for start in range(0, entry.bytes, _COPIED_BYTES):
+            yield read_bytes(entry, start, min(_COPIED_BYTES, entry.bytes - start))
+
+    return Entry(name=entry.name, dtype=entry.dtype, shape=entry.shape, bytes=entry.bytes, data=data)
 
 
 def write_shard(file: Path, entries: Iterable[Entry], *, kind: str = "pt") -> None:

@@ -1,7 +1,8 @@
 """quantize as a shared run: see `compress.gptq.tasks`."""
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,24 @@ from pydantic import TypeAdapter
 
 from moepress.calibration.corpus import Corpus
 from moepress.calibration.profile import describe_corpus, fingerprint
-from moepress.compress.gptq.finish import finish
+from moepress.compress.gptq.finish import SHARED, finish
 from moepress.compress.gptq.job import Frame, frame_of
-from moepress.compress.gptq.perform import Performer, extent_of
-from moepress.compress.gptq.pieces import piece_file
-from moepress.compress.gptq.tasks import graph, task_of
+from moepress.compress.gptq.perform import Performer, extent_of, in_tasks
+from moepress.compress.gptq.tasks import graph
 from moepress.compress.pruning.plan import Plan
 from moepress.compress.pruning.rewrite import plan_summary
 from moepress.errors import InvalidInputError, MoepressError
 from moepress.models.forward.walk import Limits
 from moepress.models.storage.mtp import Mtp
-from moepress.runs.files import create
+from moepress.models.storage.safetensors_file import Stored, read_header
+from moepress.models.storage.writer import copied_entry, write_shard
+from moepress.runs.files import create, make_folders, sha256_of
 from moepress.runs.journal import Run
 from moepress.runs.progress import track
 from moepress.runs.store.store import Store
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.shared import WORK, Shared
+from moepress.runs.work.tasks import Done, Made
 from moepress.stages.places import Machine, anywhere, model_folder
 from moepress.stages.quantize import Prepared, QuantizeRequest, prepare, settings_of, summary_of
 from moepress.stages.sharing.opened import (
@@ -59,7 +62,8 @@ def share(
         "bytes_before": prepared.checkpoint.total_bytes,
         "scheme": settings["scheme"],
     }
-    return begin(store, work, graph(extent_of(frame, len(corpus.windows), limits)), corpus, prepared.model, limits)
+    tasks = graph(extent_of(in_tasks(frame)[0], len(corpus.windows), limits))
+    return begin(store, work, tasks, corpus, prepared.model, limits)
 
 
 def frame_for(prepared: Prepared) -> Frame:
@@ -108,7 +112,8 @@ class Quantizing:
 
     def performer(self, shared: Shared, machine: Machine, desk: Desk) -> Performer:
         """What does a worker's tasks."""
-        corpus, frame, limits = corpus_of(shared, desk), frame_for(self.prepared), limits_of(shared.work, machine)
+        corpus, limits = corpus_of(shared, desk), limits_of(shared.work, machine)
+        frame, _ = in_tasks(frame_for(self.prepared))
         extent = extent_of(frame, len(corpus.windows), limits)
         require_tasks(shared, graph(extent))
         return Performer(frame=frame, corpus=corpus, limits=limits, extent=extent)
@@ -122,10 +127,11 @@ class Quantizing:
             MoepressError: a task is not done yet.
         """
         frame, work = frame_for(self.prepared), shared.work
+        _, tasks = in_tasks(frame)
         with track("gather", len(frame.piece_names), unit="pieces") as advance:
             for piece, name in frame.piece_names.items():
                 if run.done(piece) is None:
-                    _take(shared, run, piece, name, give=give)
+                    _take(shared, run, piece, name, tasks[piece], give=give)
                 advance(1)
         count = len(frame.piece_names)
         made = finish(run, frame, self.folder, work["summary"], self.prepared.notes)
@@ -141,20 +147,52 @@ class Quantizing:
         }
 
 
-def _take(shared: Shared, run: Run, piece: str, name: str, *, give: bool) -> None:
-    done = shared.done(task_of(piece))
-    if done is None:
-        raise MoepressError(f"The task {task_of(piece)} is not done yet; start workers, and fetch the result then.")
-    made = done.files[piece_file(piece)]
+def _take(shared: Shared, run: Run, piece: str, name: str, tasks: Sequence[str], *, give: bool) -> None:
+    """Make a piece of what its tasks left: their tensors one behind the other."""
+    parts = [_part(shared, task) for task in tasks]
 
     def write(path: Path) -> Mapping[str, Any]:
-        if not (give and _linked(shared.store.local(made.object), path)):
-            shared.store.fetch(made.object, path)
-        return done.note
+        if len(parts) == 1:
+            done, made = parts[0]
+            if not (give and _linked(shared.store.local(made.object), path)):
+                shared.store.fetch(made.object, path)
+            _require(shared, made, path)
+            return done.note
+        make_folders(run.folder / SHARED)  # it goes when the run is finished, whoever was killed
+        with tempfile.TemporaryDirectory(dir=run.folder / SHARED) as folder:
+            places = [_fetched(shared, made, Path(folder) / str(n)) for n, (_, made) in enumerate(parts)]
+            entries = [copied_entry(entry) for place in places for entry in _ordered(read_header(place))]
+            write_shard(path, entries)
+        experts = {key: row for done, _ in parts for key, row in done.note["experts"].items()}
+        return {**parts[0][0].note, "experts": experts}
 
-    found = run.write(piece, name, write)
-    if (found.bytes, found.sha256) != (made.bytes, made.sha256):
-        run.drop(piece)
+    run.write(piece, name, write)
+
+
+def _ordered(stored: Mapping[str, Stored]) -> list[Stored]:
+    """As they lie in the file."""
+    return sorted(stored.values(), key=lambda entry: (entry.begin, entry.end))
+
+
+def _part(shared: Shared, task: str) -> tuple[Done, Made]:
+    done = shared.done(task)
+    if done is None:
+        raise MoepressError(f"The task {task} is not done yet; start workers, and fetch the result then.")
+    (made,) = done.files.values()
+    return done, made
+
+
+def _fetched(shared: Shared, made: Made, path: Path) -> Path:
+    """A task's file on this machine."""
+    place = shared.store.local(made.object)
+    if place is None:
+        shared.store.fetch(made.object, path)
+    _require(shared, made, place or path)
+    return place or path
+
+
+def _require(shared: Shared, made: Made, path: Path) -> None:
+    if path.stat().st_size != made.bytes or sha256_of(path) != made.sha256:
         raise InvalidInputError(
             f"{made.object} in {shared.store.url} is not what was stored there; plan the work anew elsewhere."
         )
