@@ -33,7 +33,7 @@ from moepress.stages.sharing import profile, quantize
 from moepress.stages.sharing.opened import Opened
 
 CACHE_BYTES = 16 << 30
-_PARENT_SECONDS = 1.0
+_PARENT_SECONDS, _AGAIN_SECONDS = 1.0, 4.0
 _OWNER = "owner.json"
 
 
@@ -102,14 +102,17 @@ def work_stage(url: str, machine: Machine, place: Place, output: Output | None =
 
 @contextmanager
 def _with_parent(parent: int | None) -> Iterator[None]:
-    """Interrupt this process as SIGTERM does once its parent, which was killed, cannot do it."""
+    """Interrupt this process as SIGTERM does once its parent, which was killed, cannot do it.
+
+    More than once, for what a signal raises while Python frees an object is lost.
+    """
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(_PARENT_SECONDS):
             if os.getppid() != parent:
                 os.kill(os.getpid(), signal.SIGTERM)
-                return
+                ended.wait(_AGAIN_SECONDS)
 
     if parent is not None:
         threading.Thread(target=watch, name="moepress parent", daemon=True).start()

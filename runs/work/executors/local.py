@@ -15,7 +15,7 @@ from moepress.runs.files import make_folders
 from moepress.runs.progress import note, track
 from moepress.runs.work.shared import Shared
 
-_POLL_SECONDS, _GRACE_SECONDS = 0.2, 10.0
+_POLL_SECONDS, _GRACE_SECONDS, _ASKED = 0.2, 12.0, 3
 _DEATHS = 4  # of a worker, one after the other, with no task done between by anybody
 _LAST_BYTES = 4096
 _ENDED_BY_SIGNALS = {128 + signal.SIGINT, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
@@ -127,15 +127,22 @@ def _last_line(log: Path) -> str:
 
 
 def _stop(processes: Sequence[_Process]) -> None:
-    """End those that still run: as Ctrl-C does, then without asking."""
+    """End those that still run: as Ctrl-C does, then without asking.
+
+    It is asked more than once: what a signal raises while Python frees an object (`__del__`) is lost.
+    """
     running = [process.running for process in processes if process.running is not None]
+    for _ in range(_ASKED):
+        for each in running:
+            with suppress(ProcessLookupError):
+                each.terminate()
+        until = time.monotonic() + _GRACE_SECONDS / _ASKED
+        for each in running:
+            with suppress(subprocess.TimeoutExpired):
+                each.wait(max(0.05, until - time.monotonic()))
+        running = [each for each in running if each.poll() is None]
+        if not running:
+            return
     for each in running:
-        with suppress(ProcessLookupError):
-            each.terminate()
-    until = time.monotonic() + _GRACE_SECONDS
-    for each in running:
-        try:
-            each.wait(max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            each.kill()
-            each.wait()
+        each.kill()
+        each.wait()

@@ -57,6 +57,21 @@ def test_the_error_of_one_ends_the_work_and_the_others(store: Store, tmp_path: P
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_one_that_misses_the_first_signal_is_asked_again(store: Store, tmp_path: Path) -> None:
+    """And ends in order: what it has to give back is given back."""
+    deaf = (
+        "import signal, sys, time\nheard = []\n"
+        "def hear(*_):\n    heard.append(1)\n"
+        "    if len(heard) == 2:\n        open(sys.argv[1] + '/ended', 'w').close(); sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, hear)\nopen(sys.argv[1] + '/ready', 'w').close()\n"
+        "while True:\n    time.sleep(0.05)"
+    )
+    late = f"import os, sys, time\nwhile not os.path.exists(sys.argv[1] + '/ready'): time.sleep(0.01)\n{ENDS}"
+    with pytest.raises(MoepressError, match="the model is broken"):
+        workers(store, tmp_path, deaf, late).work()
+    assert (tmp_path / "ended").exists()
+
+
 def test_commands_of_workers_name_their_parent_and_their_share() -> None:
     first, second = worker_commands("s3://bucket/run", 2, ["--threads", "1"])
     assert first[first.index("--shard") + 1] == "0/2"
