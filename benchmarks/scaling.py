@@ -1,16 +1,15 @@
 """How quantizing scales with workers: measured here on one and two, simulated from measured tasks for many.
 
     python benchmarks/scaling.py --work FOLDER                    # all three parts, about 25 minutes on two quiet cores
-    python benchmarks/scaling.py --work FOLDER --parts simulation # from the tasks that the file has
+    python benchmarks/scaling.py --work FOLDER --parts simulation # in a second
     python benchmarks/scaling.py --work FOLDER --small            # all parts on tiny models, in two minutes
 
 - `made`: the made checkpoint of 411 M parameters, by `moepress quantize` and by `--workers 1` and `2`, one thread each.
 - `r1`: a dense and an MoE layer of DeepSeek-R1's width with 16 experts, layers independent, by one worker of two
-  threads, whose tasks the simulation takes, and by two of one. 8,192 tokens are 4,096 for each of the 16 experts, as
-  many as 131,072 are for each of R1's 256.
-- `simulation`: R1 whole at 131,072 tokens on 8, 64 and 512 workers like this machine, layers in turn and independent:
-  every task is given to the first worker that is free, and takes what its kind took here, scaled by its tokens and
-  experts, and the time for its files over the worker's and the store's share of the network.
+  threads and by two of one. 8,192 tokens are 4,096 for each of the 16 experts, as many as 131,072 are for each of R1's.
+- `simulation`: R1 whole at 131,072 tokens with all 256 experts on 1, 8, 64 and 512 workers, layers in turn and
+  independent: every task is given to the first worker that is free, and takes its share of the seconds that
+  r1_projection.json has for one machine, and the time for its files over the worker's and the store's network.
 
 Written to benchmarks/results/scaling.json. What is simulated is a projection and says so.
 """
@@ -35,7 +34,7 @@ from setting import RESULTS, machine, texts
 from moepress.compress.gptq.tasks import Extent, graph
 from moepress.runs.store.store import open_store
 from moepress.runs.work.shared import open_shared
-from moepress.runs.work.tasks import Task
+from moepress.runs.work.tasks import Task, consumers
 
 PARTS = ("made", "r1", "simulation")
 WORKERS = (1, 8, 64, 512)
@@ -44,12 +43,11 @@ R1_LAYERS, R1_DENSE, R1_EXPERTS, R1_TOKENS = 61, 3, 256, 131_072
 SHARD_TOKENS, PIECE_EXPERTS, R1_HIDDEN = 16_384, 9, 7168
 EXPERT_BYTES, CODED_BYTES = 3 * 7168 * 2048, int(3 * 7168 * 2048 * 4.125 / 8)
 DENSE_BYTES, ATTENTION_BYTES = 3 * 7168 * 18432, 231 << 20
-PER_TOKEN = ("forward", "Hessian", "embed", "hidden states", "check")  # phases that grow with the tokens
 MACHINES = (("two cores like these", 1.0, 1.0, 0.09), ("RTX 4090", 58.2 / 11.8, 70.8 / 3.8, 0.40))
 """Workers: how many times as fast as these two cores, at least and at most, by r1_projection.json's `quantize` of 192
 experts; dollars an hour, assumed."""
-LINE, STORE = 1.25e9, 5e9
-"""Bytes per second of one worker's network (10 Gbit/s) and of the store, assumed."""
+LINE, STORE = 1.25e9, 50e9
+"""Bytes per second of one worker's network (10 Gbit/s) and of a bucket, which those that work share; assumed."""
 
 
 def run(work: Path, command: Sequence[str], threads: int) -> dict[str, float]:
@@ -150,49 +148,59 @@ class Cost:
     bytes: float
 
 
-def costs_of(measured: Mapping[str, Any], tasks: Sequence[Task], shards: int, *, independent: bool) -> dict[str, Cost]:
-    """Every task's cost, from those that were measured.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Seconds of R1's tasks on two cores, of r1_projection.json's `quantize` with 192 and with 128 experts.
 
-    Sequential layers walk two models and make Hessians of both (targets from the original): what grows with the tokens
-    is twice there.
+    Attributes:
+        expert: one expert is solved: the difference of both, over layers and experts.
+        forward: the routed experts' forward pass of all tokens of a layer, by FLOP at the measured rate.
+        begin: what else a layer takes with targets from the original.
     """
+
+    expert: float
+    forward: float
+    begin: float
+
+
+def shares_of(projected: Mapping[str, Any], rate_flops: float, which: int) -> Shares:
+    """By the least (0) or the most (1) of the projected seconds."""
+    first = str(projected["rows"][0]["machine"])
+    rows = {row["experts"]: row["seconds"][which] for row in _quantized(projected, first)}
+    moe = R1_LAYERS - R1_DENSE
+    expert = (rows[192] - rows[128]) / (64 * moe)
+    forward = 2.0 * R1_TOKENS * 8 * EXPERT_BYTES / rate_flops
+    begin = (rows[192] - 192 * expert * moe) / R1_LAYERS - 2 * forward  # both streams
+    return Shares(expert=expert, forward=forward, begin=max(begin, 0.0))
+
+
+def _quantized(projected: Mapping[str, Any], machine: str) -> list[Mapping[str, Any]]:
+    return [row for row in projected["rows"] if row["stage"] == "quantize" and row["machine"] == machine]
+
+
+def costs_of(shares: Shares, tasks: Sequence[Task], shards: int, *, independent: bool) -> dict[str, Cost]:
+    """Every task's cost. Layers in turn walk two models, for targets from the original; independent ones walk one."""
     streams, shard_tokens = (1 if independent else 2), R1_TOKENS // shards
     state = R1_HIDDEN * 4.0  # bytes of one token's fp32 state
-    begin = {"dense": _task(measured, "begin-0"), "moe": _task(measured, "begin-1")}
-    forward = {"dense": _task(measured, "forward-0-0"), "moe": _task(measured, "forward-1-0")}
-    solved = [_task(measured, f"experts-1-{part}") for part in (0, 1)]
-    expert = sum(row["seconds"] for row in solved) / measured["experts"]
     found = {}
     for task in tasks:
-        kind = "dense" if task.at and task.at[0] < R1_DENSE else "moe"
-        weights = ATTENTION_BYTES + (DENSE_BYTES if kind == "dense" else 0)
-        experts = int(task.cost) if task.kind == "experts" and kind == "moe" else 0
-        layer = R1_EXPERTS if kind == "moe" else 0
+        dense = bool(task.at) and task.at[0] < R1_DENSE
+        weights = ATTENTION_BYTES + (DENSE_BYTES if dense else 0)
+        experts = 0 if dense or task.kind != "experts" else int(task.cost)
+        layer = 0 if dense else R1_EXPERTS
         if task.kind == "begin":
-            longer = R1_TOKENS / measured["tokens"]
-            seconds = _scaled(begin[kind], longer, streams)
-            moved = weights + R1_TOKENS * state * streams * 3
+            seconds, moved = shares.begin * streams / 2, weights + R1_TOKENS * state * streams * 3
         elif task.kind == "experts":
-            seconds = expert * experts or 30.0
+            seconds = shares.expert * experts
             moved = experts * (EXPERT_BYTES + CODED_BYTES) + (R1_TOKENS * state * streams if experts else 2 * weights)
         elif task.kind in ("forward", "leave"):
-            seconds = forward[kind]["seconds"] * shard_tokens / measured["tokens"] * streams
+            seconds = shares.forward * streams / shards
             both = EXPERT_BYTES if independent else EXPERT_BYTES + CODED_BYTES
             moved = weights + layer * both + shard_tokens * state * streams * 3
         else:
             seconds, moved = 60.0, 4e9
         found[task.id] = Cost(seconds=seconds, bytes=moved)
     return found
-
-
-def _task(measured: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = next(row for row in measured["tasks"] if row["task"] == name)
-    return found
-
-
-def _scaled(row: Mapping[str, Any], longer: float, streams: int) -> float:
-    own = sum(value[0] for name, value in row["phases"].items() if name in PER_TOKEN)
-    return float((row["seconds"] - own) + own * longer * streams)
 
 
 def simulate(tasks: Sequence[Task], costs: Mapping[str, Cost], workers: int, speed: float = 1.0) -> dict[str, float]:
@@ -202,23 +210,21 @@ def simulate(tasks: Sequence[Task], costs: Mapping[str, Cost], workers: int, spe
     Returns:
         Seconds of the whole; the shares of the workers' time that compute and files take; the longest chain.
     """
-    rate = min(LINE, STORE / workers)
+    rate = min(LINE, STORE / min(workers, side_by_side(tasks)))
     took = {task.id: costs[task.id].seconds / speed + costs[task.id].bytes / rate for task in tasks}
-    free, done, pending = [0.0] * workers, dict[str, float](), list(enumerate(tasks))
-    waiting: list[tuple[float, int, Task]] = []
-    heapq.heapify(free)
-    while pending or waiting:
-        still = []
-        for number, task in pending:
-            if all(need in done for need in task.needs):
-                heapq.heappush(waiting, (max((done[need] for need in task.needs), default=0.0), number, task))
-            else:
-                still.append((number, task))
-        pending = still
+    free, done = [0.0] * workers, dict[str, float]()
+    missing, after = {task.id: len(task.needs) for task in tasks}, consumers(tasks)
+    number = {task.id: place for place, task in enumerate(tasks)}
+    waiting = [(0.0, number[task.id], task.id) for task in tasks if not task.needs]
+    needs = {task.id: task.needs for task in tasks}
+    while waiting:
         ready, _, task = heapq.heappop(waiting)
-        start = max(heapq.heappop(free), ready)
-        done[task.id] = start + took[task.id]
-        heapq.heappush(free, done[task.id])
+        done[task] = max(heapq.heappop(free), ready) + took[task]
+        heapq.heappush(free, done[task])
+        for other in after[task]:
+            missing[other] -= 1
+            if not missing[other]:
+                heapq.heappush(waiting, (max(done[need] for need in needs[other]), number[other], other))
     chain: dict[str, float] = {}
     for task in tasks:
         chain[task.id] = took[task.id] + max((chain[need] for need in task.needs), default=0.0)
@@ -233,6 +239,14 @@ def simulate(tasks: Sequence[Task], costs: Mapping[str, Cost], workers: int, spe
     }
 
 
+def side_by_side(tasks: Sequence[Task]) -> int:
+    """How many tasks of the kind that there are most of can be done at once: those of a layer, or all of them."""
+    independent = any(task.kind == "forward" for task in tasks)
+    layers = {task.at[0] for task in tasks if task.kind == "experts"}
+    experts = sum(task.kind == "experts" for task in tasks)
+    return experts if independent else -(-experts // len(layers))
+
+
 def limit_of(row: Mapping[str, float]) -> str:
     """What holds the whole up."""
     if row["chain_seconds"] > 0.8 * row["seconds"]:
@@ -240,8 +254,11 @@ def limit_of(row: Mapping[str, float]) -> str:
     return "files" if row["files"] > 0.5 else "computing"
 
 
-def simulation(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+def simulation() -> list[dict[str, Any]]:
     """Both orders of layers on all numbers of workers; with many workers shards are smaller, so that chains are."""
+    projected = json.loads((RESULTS / "r1_projection.json").read_text())
+    rate = json.loads((RESULTS / "r1_layer.json").read_text())["rates"]["forward_flops"]
+    least, most = (shares_of(projected, rate, which) for which in (0, 1))
     rows = []
     for independent in (False, True):
         for workers in WORKERS:
@@ -252,10 +269,10 @@ def simulation(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
                 parts=parts, shards=shards, independent=independent, ends=False, head=False, layers=R1_LAYERS
             )
             tasks = graph(extent)
-            costs = costs_of(measured, tasks, shards, independent=independent)
             row = {"independent": independent, "workers": workers, "shards": shards, "tasks": len(tasks)}
-            for name, least, most, price in MACHINES:
-                slow, fast = (simulate(tasks, costs, workers, speed) for speed in (least, most))
+            for name, slow_speed, fast_speed, price in MACHINES:
+                slow = simulate(tasks, costs_of(most, tasks, shards, independent=independent), workers, slow_speed)
+                fast = simulate(tasks, costs_of(least, tasks, shards, independent=independent), workers, fast_speed)
                 rows.append({**row, "machine": name, "projected": True, "slow": slow, "fast": fast})
                 hours = [found["seconds"] / 3600 for found in (fast, slow)]
                 rows[-1] |= {"limit": limit_of(slow), "dollars": [workers * price * each for each in hours]}
@@ -314,7 +331,7 @@ def main() -> None:
             for report["r1"] in measure_r1(given.work, small=given.small):
                 file.write_text(json.dumps(report, indent=2) + "\n")
         else:
-            report["simulation"] = simulation(report["r1"])
+            report["simulation"] = simulation()
         file.write_text(json.dumps(report, indent=2) + "\n")
     print_rows(report)
 

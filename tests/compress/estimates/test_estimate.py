@@ -17,7 +17,7 @@ from r1_models import small_r1
 from stage_runs import keep_of, pruned_folder
 
 from moepress.calibration.hessian import gram, gram_flops
-from moepress.calibration.observe import _open_buffers
+from moepress.calibration.observe import _open_buffers, blocks_of
 from moepress.compress.budget.sizes import part_sizes
 from moepress.compress.estimates import repair
 from moepress.compress.estimates.estimate import Estimate
@@ -308,7 +308,7 @@ def test_what_is_kept_of_the_outputs_is_what_a_profile_allocates(
     kept = kept_outputs(figures, work, limits, inside, leave_one_out=leave_one_out)
     scratch, windows = Scratch(tmp_path, memory), torch.zeros(4, 256, dtype=torch.int64)
     stream = open_stream(StreamedModel(model, device=CPU, dtype=torch.float32), windows, scratch, limits, observe=True)
-    assert _open_buffers(stream, leave_one_out=leave_one_out) == kept.tokens == 1024
+    assert _open_buffers(stream, blocks_of(stream), leave_one_out=leave_one_out) == kept.tokens == 1024
     assert memory // 2 - scratch.left_bytes == inside + kept.memory
     in_files = sum(path.stat().st_size for path in scratch.files.values())
     scratch.close()
