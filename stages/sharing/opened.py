@@ -124,7 +124,7 @@ def require_stated(work: Mapping[str, Any], names: Sequence[str]) -> None:
     Raises:
         InvalidInputError: naming what is missing.
     """
-    missing = [name for name in (*STATED, *names) if name not in work]
+    missing = [name for name in (*STATED, "corpus", "summary", *names) if name not in work]
     if missing:
         raise InvalidInputError(f"{WORK} of the shared run is broken ({missing[0]}); plan the work anew elsewhere.")
 

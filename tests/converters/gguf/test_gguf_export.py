@@ -111,12 +111,15 @@ def test_codes_are_copied_bit_for_bit(key: str, folder_of: Callable[[str], Path]
 
 
 def test_llama_cpps_own_rounding_is_small_on_a_trained_model(tmp_path: Path) -> None:
-    """It rounds activations to 8 bits where weights are codes; with random weights that changes experts."""
+    """It rounds activations to 8 bits where weights are codes; with random weights that changes experts.
+
+    How it rounds hangs on the processor: below 0.002 on some, 0.0049 on another with AVX2 alone.
+    """
     pressed, windows = tmp_path / "pressed", torch.randint(3, 1000, (2, 60), generator=torch.Generator().manual_seed(1))
     arguments = ("--bits", "4", "--group-size", "32", "--include", "attention", "--tokens", "4096")
     assert command("quantize", "demo", "-o", pressed, *arguments)[0] == 0
     coded, exact = export(pressed, tmp_path / "coded"), export(pressed, tmp_path / "exact", exact=True)
-    assert divergence(llama_logits(exact, windows), llama_logits(coded, windows)) < 2e-3
+    assert divergence(llama_logits(exact, windows), llama_logits(coded, windows)) < 1e-2
 
 
 @pytest.mark.parametrize("model_type", DERIVED)
