@@ -61,10 +61,15 @@ def tokens() -> Tensor:
     return torch.randint(2, 250, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
-def divergence(wanted: Tensor, found: Tensor) -> float:
-    """Mean KL of next-token distributions."""
+def divergences(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL of the next-token distributions at every position."""
     p, q = torch.log_softmax(wanted.double(), -1), torch.log_softmax(found.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def divergence(wanted: Tensor, found: Tensor) -> float:
+    """Their mean."""
+    return float(divergences(wanted, found).mean())
 
 
 def llama_logits(file: Path, windows: Tensor) -> Tensor:
@@ -113,13 +118,16 @@ def test_codes_are_copied_bit_for_bit(key: str, folder_of: Callable[[str], Path]
 def test_llama_cpps_own_rounding_is_small_on_a_trained_model(tmp_path: Path) -> None:
     """It rounds activations to 8 bits where weights are codes; with random weights that changes experts.
 
-    How it rounds hangs on the processor: below 0.002 on some, 0.0049 on another with AVX2 alone.
+    With trained ones too, at a few positions: three of the 120 had most of a mean of 0.0049 where this was seen, and
+    the median was 0.0001. Elsewhere the mean of the same test was below 0.002.
     """
     pressed, windows = tmp_path / "pressed", torch.randint(3, 1000, (2, 60), generator=torch.Generator().manual_seed(1))
     arguments = ("--bits", "4", "--group-size", "32", "--include", "attention", "--tokens", "4096")
     assert command("quantize", "demo", "-o", pressed, *arguments)[0] == 0
     coded, exact = export(pressed, tmp_path / "coded"), export(pressed, tmp_path / "exact", exact=True)
-    assert divergence(llama_logits(exact, windows), llama_logits(coded, windows)) < 1e-2
+    found = divergences(llama_logits(exact, windows), llama_logits(coded, windows))
+    assert found.mean() < 1e-2
+    assert found.median() < 5e-4
 
 
 @pytest.mark.parametrize("model_type", DERIVED)
