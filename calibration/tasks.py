@@ -24,7 +24,7 @@ from moepress.models.forward.walk import Limits, Scratch, Stream, first_step, la
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.tensors import read_tensor, tensor_entry
 from moepress.models.storage.writer import write_shard
-from moepress.runs.memory import release_memory, settle
+from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.tasks import Task
@@ -77,13 +77,9 @@ class Observer:
     leave_one_out: bool
     predicting: Sequence[int] = ()
     probe: Probe | None = None
-    _settled: bool = False
 
     def __call__(self, task: Task, desk: Desk, *, smaller: bool) -> None:
         """See `runs.work.worker.Perform`; it holds no more than a shard or a layer at any time."""
-        if not self._settled:
-            settle(self.limits.memory_bytes)
-            self._settled = True
         act = self._observe if task.kind == "observe" else self._statistics
         with in_layer(task.at[0]), phase("other"), torch.inference_mode():
             act(task, desk)
@@ -103,7 +99,7 @@ class Observer:
                 enter(stream, layer)
             stream.model.load_layer(layer)
             if first_step(stream, layer):
-                if self._probed(layer):
+                if self.probe is not None and layer not in self.predicting:
                     with phase("hidden states"):
                         write_shard(desk.output(ROUTED), routed_entries(stream, own, "routed"))
                 with phase("observe"):
@@ -125,16 +121,13 @@ class Observer:
             stored = read_header(desk.input(need, STATISTICS))
             parts.append({name: read_tensor(entry) for name, entry in stored.items()})
         found = added(parts)
-        if self.probe is not None and self._probed(layer):
+        if self.probe is not None and layer not in self.predicting:
             with self._stream(desk, self.windows, embed=False) as stream:
                 shards = shards_of(len(self.windows), self.limits.shard_windows)
                 for need, rows in zip(task.needs, shards, strict=True):
                     fill_routed(stream, rows, read_header(desk.input(need, ROUTED)), "routed")
                 found |= self.probe(stream, layer, found)
         _write(desk, found)
-
-    def _probed(self, layer: int) -> bool:
-        return self.probe is not None and layer not in self.predicting
 
     @contextmanager
     def _stream(self, desk: Desk, windows_NT: Tensor, *, embed: bool) -> Iterator[Stream]:

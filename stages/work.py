@@ -19,6 +19,7 @@ from moepress.errors import InvalidInputError
 from moepress.models.storage.inside import watched
 from moepress.runs.files import make_folders, new_id
 from moepress.runs.journal import open_run
+from moepress.runs.memory import settle
 from moepress.runs.output import check_output
 from moepress.runs.progress import track
 from moepress.runs.store.store import open_store
@@ -89,6 +90,7 @@ def work_stage(url: str, machine: Machine, place: Place, output: Output | None =
     with _folder(shared, place, name) as folder:
         desk = Desk(shared, folder, place.cache_bytes)
         performer = stage.performer(shared, machine, desk)
+        settle(performer.limits.memory_bytes)  # once: it looks through all that lives, longer than a small task takes
         try:
             with _with_parent(place.parent), Leases(shared.store, name, place.term_seconds) as leases:
                 worker = Worker(shared=shared, leases=leases, desk=desk, perform=performer, share=place.share)

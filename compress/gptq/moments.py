@@ -1,6 +1,6 @@
 """Hessians of an expert's matrices, and cross moments with what the original model gives (`calibration.hessian`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,12 +37,19 @@ def pooled_hessian(stream: Stream) -> Tensor:
     device = stream.model.device
     total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
     with phase("Hessian"):
-        for start in range(0, stream.tokens, _POOLED_AT_ONCE):
-            rows = slice(start, start + _POOLED_AT_ONCE)
-            part, weights = stream.inputs[rows].to(device), counting.of_tokens(stream, rows)
-            add_gram(total, part, None if weights is None else weights.to(device))
+        for _, part, weights in _pooled_parts(stream):
+            add_gram(total, part, weights)
             stream.touch(len(part))
         return mirror(total).div_(max(stream.tokens, 1))
+
+
+def _pooled_parts(stream: Stream) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """All tokens of the layer, so many at once: which, their inputs, and how much they count."""
+    device = stream.model.device
+    for start in range(0, stream.tokens, _POOLED_AT_ONCE):
+        rows = slice(start, start + _POOLED_AT_ONCE)
+        weights = counting.of_tokens(stream, rows)
+        yield rows, stream.inputs[rows].to(device), None if weights is None else weights.to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +72,8 @@ def originals_of(stream: Stream, reference: Stream, options: HessianOptions) -> 
     device = stream.model.device
     total = torch.zeros(stream.model.shape.hidden, stream.model.shape.hidden, device=device)
     with phase("Hessian"):
-        for start in range(0, stream.tokens, _POOLED_AT_ONCE):
-            rows = slice(start, start + _POOLED_AT_ONCE)
-            part, weights = stream.inputs[rows].to(device), counting.of_tokens(stream, rows)
-            original = reference.inputs[rows].to(device)
-            add_cross(total, part, original, None if weights is None else weights.to(device))
+        for rows, part, weights in _pooled_parts(stream):
+            add_cross(total, part, reference.inputs[rows].to(device), weights)
             stream.touch(2 * len(part))
         total /= max(stream.tokens, 1)
     return Originals(stream=reference, pooled=total, sample=pooled_inputs(reference, options))

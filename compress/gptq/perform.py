@@ -41,7 +41,7 @@ from moepress.models.storage.safetensors_file import Stored, read_header
 from moepress.models.storage.tensors import read_tensor, tensor_entry
 from moepress.models.storage.writer import Entry, write_shard
 from moepress.runs.journal import open_run
-from moepress.runs.memory import release_memory, settle
+from moepress.runs.memory import release_memory
 from moepress.runs.phases import in_layer, phase
 from moepress.runs.pieces import Piece
 from moepress.runs.work.desk import Desk
@@ -96,7 +96,6 @@ class Performer:
     limits: Limits
     extent: Extent
     _held: "_Held | None" = None
-    _settled: bool = False
 
     def __call__(self, task: Task, desk: Desk, *, smaller: bool) -> None:
         """See `runs.work.worker.Perform`."""
@@ -114,12 +113,6 @@ class Performer:
             self.forget()  # it may be what memory ran out for
             raise
         release_memory()
-
-    def _settle(self) -> None:
-        """Once: it looks through all that lives, which takes longer than a small task."""
-        if not self._settled:
-            settle(self.limits.memory_bytes)
-            self._settled = True
 
     def forget(self) -> None:
         """Give back what is held of a layer."""
@@ -149,7 +142,7 @@ class Performer:
 
     def _experts(self, task: Task, desk: Desk, smaller: bool) -> None:
         layer, part = task.at
-        held = self._held_of(layer, desk, smaller)
+        held = self._held_of(layer, desk)
         job = replace(held.job, run=_Pieces(desk), at_once=1 if smaller else held.job.at_once)
         linears, errors = dict[str, Matrix](), dict[str, float]()
         if part == 0:
@@ -224,7 +217,6 @@ class Performer:
 
     @contextmanager
     def _job(self, desk: Desk, windows_NT: Tensor, smaller: bool, *, embed: bool = False) -> Iterator[Job]:
-        self._settle()
         scratch = Scratch(desk.scratch(), self.limits.memory_bytes)
         try:
             job = open_job(self.frame, windows_NT, _Pieces(desk), scratch, self.limits, embed=embed)
@@ -232,19 +224,19 @@ class Performer:
         finally:
             scratch.close()
 
-    def _held_of(self, layer: int, desk: Desk, smaller: bool) -> "_Held":
+    def _held_of(self, layer: int, desk: Desk) -> "_Held":
         """All windows before the experts of a layer, kept for its next piece."""
         if self._held is None or self._held.layer != layer:
             self.forget()
             scratch = Scratch(desk.folder, self.limits.memory_bytes, f"layer-{layer}")
             given = self.frame, self.corpus.windows, _Pieces(desk), scratch, self.limits
             job = replace(open_job(*given, embed=False), moves=False)
-            for shard, rows in enumerate(self._shards):
+            routed = bool(desk.note_of(f"begin-{layer}")["routed"])
+            for shard, rows in enumerate(self._shards if routed else ()):
                 stored = read_header(desk.input(f"begin-{layer}", shard_file(shard)))
                 for name, stream in _streams(job):
-                    if desk.note_of(f"begin-{layer}")["routed"]:
-                        fill_routed(stream, rows, stored, name)
-            pooled = _read_pooled(desk, job, layer) if desk.note_of(f"begin-{layer}")["routed"] else None
+                    fill_routed(stream, rows, stored, name)
+            pooled = _read_pooled(desk, job, layer) if routed else None
             self._held = _Held(layer=layer, job=job, pooled=pooled, scratch=scratch)
         return self._held
 

@@ -15,8 +15,8 @@ nobody reads, and finds the task done.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,27 +145,24 @@ class Shared:
         found = self.look()
         return sum(task.id in found for task in self.tasks)
 
-    def finish(
-        self, done: Callable[[Mapping[str, Made]], Done], files: Mapping[str, Path], *, give: bool
-    ) -> tuple[Done, bool]:
+    def finish(self, marker: Done, files: Mapping[str, Path], *, give: bool) -> tuple[Done, bool]:
         """Store a task's files, then its marker.
 
         Args:
-            done: the marker, of what the files became.
+            marker: but for its files.
             files: by the names that the task gave them.
             give: they may be moved away.
 
         Returns:
             The marker that counts, and whether it is this one.
         """
-        marker = done({})
         place = f"out/{marker.task}/{marker.attempt}-{new_id()}"
         made: dict[str, Made] = {}
         for name, path in files.items():
             size, digest = path.stat().st_size, sha256_of(path)
             self.store.send(path, f"{place}/{name}", give=give)
             made[name] = Made(object=f"{place}/{name}", bytes=size, sha256=digest)
-        marker = done(made)
+        marker = replace(marker, files=made)
         won = self.store.create(f"done/{marker.task}.json", done_text(marker))
         if not won:
             self.delete(made.values())

@@ -17,7 +17,7 @@ from moepress.runs.progress import Advance, note
 from moepress.runs.work.desk import Desk
 from moepress.runs.work.leases import Leases
 from moepress.runs.work.shared import Shared
-from moepress.runs.work.tasks import Done, Made, Task
+from moepress.runs.work.tasks import Done, Task
 
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 2.0
 _MOST_LOST = 12
@@ -45,7 +45,7 @@ class Worker:
         desk: its files.
         perform: how a task is done.
         share: I of N: it begins with the tasks whose number is I modulo N, and goes on with those of others.
-        only: ids of tasks that it may do; None for all.
+        did: ids of the tasks that it has done.
     """
 
     shared: Shared
@@ -141,20 +141,16 @@ class Worker:
         self.desk.begin(task)
         with recording() as clock:
             self.perform(task, self.desk, smaller=smaller)
-        seconds = time.monotonic() - began
-
-        def marker(files: Mapping[str, Made]) -> Done:
-            return Done(
-                task=task.id,
-                attempt=attempt,
-                worker=self.leases.worker,
-                seconds=seconds,
-                peak_bytes=peak_bytes(),
-                files=files,
-                note=self.desk.note,
-                phases={row["phase"]: (row["seconds"], row["flops"], row["bytes"]) for row in clock.rows()},
-            )
-
+        marker = Done(
+            task=task.id,
+            attempt=attempt,
+            worker=self.leases.worker,
+            seconds=time.monotonic() - began,
+            peak_bytes=peak_bytes(),
+            files={},
+            note=self.desk.note,
+            phases={row["phase"]: (row["seconds"], row["flops"], row["bytes"]) for row in clock.rows()},
+        )
         _, won = self.shared.finish(marker, self.desk.made, give=True)
         if won:
             self.did.append(task.id)

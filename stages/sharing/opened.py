@@ -10,9 +10,11 @@ import torch
 
 from moepress import __version__
 from moepress.calibration.corpus import Corpus
+from moepress.calibration.profile import fingerprint
 from moepress.errors import InvalidInputError, UsageError
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, choose_limits, default_memory
+from moepress.models.storage.checkpoint import Checkpoint
 from moepress.models.storage.safetensors_file import read_header
 from moepress.models.storage.tensors import read_tensor, tensor_entry
 from moepress.models.storage.writer import write_shard
@@ -30,7 +32,9 @@ TOKENS = "tokens.safetensors"
 
 
 class Performs(Perform, Protocol):
-    """Does tasks, and holds some of a layer from one to the next."""
+    """Does tasks within some memory, and holds some of a layer from one to the next."""
+
+    limits: Limits
 
     def forget(self) -> None:
         """Give back what it holds."""
@@ -103,37 +107,24 @@ def begin(
     return {"store": store.url, "new": new, "tasks": len(tasks), "kinds": kinds}
 
 
-STATED = (
-    "stage",
-    "moepress",
-    "torch",
-    "model",
-    "digest",
-    "device",
-    "dtype",
-    "batch_windows",
-    "shard_windows",
-    "domains",
+_STATED = (
+    *("stage", "moepress", "torch", "model", "digest", "device", "dtype", "batch_windows", "shard_windows"),
+    *("domains", "corpus", "summary"),
 )
 """What a run says of itself, whatever its stage."""
 
 
-def require_stated(work: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a run that does not say all of it.
-
-    Raises:
-        InvalidInputError: naming what is missing.
-    """
-    missing = [name for name in (*STATED, "corpus", "summary", *names) if name not in work]
-    if missing:
-        raise InvalidInputError(f"{WORK} of the shared run is broken ({missing[0]}); plan the work anew elsewhere.")
-
-
-def machine_for(work: Mapping[str, Any], machine: Machine) -> Machine:
+def machine_for(work: Mapping[str, Any], machine: Machine, names: Sequence[str]) -> Machine:
     """This machine, computing as it was planned.
 
+    Args:
+        work: of the run.
+        machine: of this worker.
+        names: what the stage has to find in the work, besides what all do.
+
     Raises:
-        UsageError: other versions are installed here, which may give other bytes.
+        UsageError: other versions are installed here, which may give other bytes, or another dtype is asked for.
+        InvalidInputError: the run does not say all of it.
     """
     for package, version in (("moepress", __version__), ("torch", torch.__version__)):
         if work.get(package) != version:
@@ -141,23 +132,29 @@ def machine_for(work: Mapping[str, Any], machine: Machine) -> Machine:
                 f"The shared run was planned with {package} {work.get(package)} and this is {version}, which may give "
                 "other bytes; install that version here, or plan the work anew."
             )
+    missing = [name for name in (*_STATED, *names) if name not in work]
+    if missing:
+        raise InvalidInputError(f"{WORK} of the shared run is broken ({missing[0]}); plan the work anew elsewhere.")
     if machine.dtype not in ("auto", work["dtype"]):
         raise UsageError(f"The shared run computes in {work['dtype']}, whoever works on it; leave out --dtype.")
     device = work["device"] if machine.device == "auto" else machine.device
     return replace(machine, dtype=work["dtype"], device=device)
 
 
-def require_device(work: Mapping[str, Any], model: StreamedModel) -> None:
-    """Refuse a device of another kind.
+def require_model(work: Mapping[str, Any], model: StreamedModel, checkpoint: Checkpoint, name: str) -> None:
+    """Refuse another model than the one that the work was planned for, or a device of another kind.
 
     Raises:
-        UsageError: naming both.
+        UsageError: naming both devices.
+        InvalidInputError: naming the model.
     """
     if model.device.type != work["device"]:
         raise UsageError(
             f"The shared run was planned for {work['device']} and this worker has {model.device.type}, which gives "
             "other bytes; plan with the --device that all workers have."
         )
+    if fingerprint(checkpoint) != work["digest"]:
+        raise InvalidInputError(f"{name} is not the model that the work was planned for; give its place with --model.")
 
 
 def require_tasks(shared: Shared, tasks: Sequence[Task]) -> None:

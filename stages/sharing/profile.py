@@ -10,7 +10,7 @@ from moepress.calibration.corpus import Corpus
 from moepress.calibration.profile import describe_corpus, fingerprint, save_profile
 from moepress.calibration.tasks import STATISTICS, Observer, profile_graph, statistics_task
 from moepress.compress.budget.bit_losses import bit_loss_probe
-from moepress.errors import InvalidInputError, MoepressError
+from moepress.errors import MoepressError
 from moepress.models.forward.predicting import add_predicting
 from moepress.models.forward.streamed import StreamedModel
 from moepress.models.forward.walk import Limits, shards_of
@@ -30,8 +30,7 @@ from moepress.stages.sharing.opened import (
     corpus_of,
     limits_of,
     machine_for,
-    require_device,
-    require_stated,
+    require_model,
     require_tasks,
 )
 
@@ -147,12 +146,9 @@ def share(store: Store, stage: Profiling, corpus: Corpus, limits: Limits, model_
 
 def reopened(work: Mapping[str, Any], machine: Machine, model: str | None = None) -> Profiling:
     """The stage as it was planned; arguments and errors as of `sharing.quantize.reopened`."""
-    machine = machine_for(work, machine)
-    require_stated(work, ("leave_one_out", "bit_losses", "allow_nonfinite"))
+    machine = machine_for(work, machine, ("leave_one_out", "bit_losses", "allow_nonfinite"))
     asked = Asked(**{name: work[name] for name in ("leave_one_out", "bit_losses", "allow_nonfinite")})
     name = model or work["model"]
     stage = open_profiling(model_folder(name), machine, asked)
-    require_device(work, stage.model)
-    if fingerprint(stage.checkpoint) != work["digest"]:
-        raise InvalidInputError(f"{name} is not the model that the work was planned for; give its place with --model.")
+    require_model(work, stage.model, stage.checkpoint, name)
     return stage

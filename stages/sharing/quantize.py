@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from moepress.calibration.corpus import Corpus
-from moepress.calibration.profile import describe_corpus, fingerprint
+from moepress.calibration.profile import describe_corpus
 from moepress.compress.gptq.finish import SHARED, finish
 from moepress.compress.gptq.job import Frame, frame_of
 from moepress.compress.gptq.perform import Performer, extent_of, in_tasks
@@ -36,8 +36,7 @@ from moepress.stages.sharing.opened import (
     corpus_of,
     limits_of,
     machine_for,
-    require_device,
-    require_stated,
+    require_model,
     require_tasks,
 )
 
@@ -83,8 +82,7 @@ def reopened(work: Mapping[str, Any], machine: Machine, model: str | None = None
         UsageError: other versions, or another device.
         InvalidInputError: another model is there now.
     """
-    machine = machine_for(work, machine)
-    require_stated(work, ("request", "plan", "mtp", "bytes_before", "scheme"))
+    machine = machine_for(work, machine, ("request", "plan", "mtp", "bytes_before", "scheme"))
     try:
         plan = None if work["plan"] is None else Plan.model_validate(work["plan"])
         request = REQUEST.validate_python(work["request"])
@@ -93,9 +91,7 @@ def reopened(work: Mapping[str, Any], machine: Machine, model: str | None = None
         raise InvalidInputError(f"{WORK} of the shared run is broken ({why}); plan the work anew elsewhere.") from error
     name = model or work["model"]
     prepared = prepare(model_folder(name), plan, request, machine, mtp=Mtp(work["mtp"]))
-    require_device(work, prepared.model)
-    if fingerprint(prepared.checkpoint) != work["digest"]:
-        raise InvalidInputError(f"{name} is not the model that the work was planned for; give its place with --model.")
+    require_model(work, prepared.model, prepared.checkpoint, name)
     return Quantizing(prepared=prepared)
 
 

@@ -101,8 +101,8 @@ def made(tmp_path: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def marker(worker: str) -> Any:
-    return lambda files: Done(task="begin-0", attempt=0, worker=worker, seconds=1, peak_bytes=1, files=files)
+def marker(worker: str) -> Done:
+    return Done(task="begin-0", attempt=0, worker=worker, seconds=1, peak_bytes=1, files={})
 
 
 def test_of_two_markers_the_first_counts_and_the_other_s_files_go(store: Store, tmp_path: Path) -> None:
